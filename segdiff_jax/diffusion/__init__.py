@@ -1,0 +1,1 @@
+"""Diffusion mathematics: pure functions on arrays, no networks."""

@@ -1,0 +1,8 @@
+"""The one exception that means "the user can mend this"."""
+
+
+class UserError(Exception):
+    """Bad input. The message is one line: what is wrong, in which file or flag, and the mend.
+
+    Entry points print it without a traceback and exit with code 2.
+    """

@@ -1,0 +1,1 @@
+"""Stable Diffusion networks as Flax NNX modules, channel-last."""
