@@ -39,7 +39,7 @@ class DataConfig:
     root: str = ""  # folder (local or gs://) for every source but "scenes"
     train_split: str = "train"
     val_split: str = "val"
-    vocabulary: str = ""  # packaged name such as "ade20k_150", or a classes.txt; "" = root/classes.txt
+    vocabulary: str = ""  # packaged name ("ade20k_150") or a classes.txt; "" = root/classes.txt
     image_size: tuple[int, int] = (96, 128)  # (height, width) the networks see
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
@@ -111,7 +111,7 @@ class OptimizerConfig:
 class TrainConfig:
     steps: int = 25_000
     batch_size: int = 32  # effective: over all devices and micro-batches
-    terminal_share: float = 0.0  # share of samples trained at t = T-1, where one-step sampling starts
+    terminal_share: float = 0.0  # share of samples at t = T-1, where one-step sampling starts
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
     log_every: int = 50
@@ -179,7 +179,7 @@ def _range(key: str, value: float, low: float, high: float = float("inf")) -> No
 
 
 def validate(config: Config) -> Config:
-    """Returns `config`, or raises `UserError` naming the first key that cannot work and the mend."""
+    """Returns `config`, or raises `UserError` naming the first bad key and the mend."""
     c = config
     _choice("stage", c.stage, STAGES)
     _choice("data.source", c.data.source, SOURCES)
