@@ -1,0 +1,75 @@
+"""The CLIP text transformer (arXiv 2103.00020), as far as Stable Diffusion uses it."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from segdiff_jax.models.layers import Dtype, attention
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """The fields of transformers' `text_encoder/config.json` that change the network."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 23
+    num_attention_heads: int = 16
+    max_position_embeddings: int = 77
+    hidden_act: str = "gelu"  # "gelu" (ViT-H, SD2) | "quick_gelu" (ViT-L, SD1)
+    layer_norm_eps: float = 1e-5
+
+
+def _activation(name: str, x: jax.Array) -> jax.Array:
+    if name == "quick_gelu":
+        return x * jax.nn.sigmoid(1.702 * x)
+    return jax.nn.gelu(x, approximate=False)
+
+
+class EncoderLayer(nnx.Module):
+    def __init__(self, config: CLIPTextConfig, *, dtype: Dtype, rngs: nnx.Rngs):
+        width, kw = config.hidden_size, {"dtype": dtype, "rngs": rngs}
+        norm = lambda: nnx.LayerNorm(width, epsilon=config.layer_norm_eps, **kw)  # noqa: E731
+        self.layer_norm1, self.layer_norm2 = norm(), norm()
+        self.q_proj = nnx.Linear(width, width, **kw)
+        self.k_proj = nnx.Linear(width, width, **kw)
+        self.v_proj = nnx.Linear(width, width, **kw)
+        self.out_proj = nnx.Linear(width, width, **kw)
+        self.fc1 = nnx.Linear(width, config.intermediate_size, **kw)
+        self.fc2 = nnx.Linear(config.intermediate_size, width, **kw)
+        self.heads, self.act = config.num_attention_heads, config.hidden_act
+
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:  # [B, L, D]
+        h = self.layer_norm1(x)
+        split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
+        q, k, v = split(self.q_proj(h)), split(self.k_proj(h)), split(self.v_proj(h))
+        x = x + self.out_proj(attention(q, k, v, mask).reshape(x.shape))
+        return x + self.fc2(_activation(self.act, self.fc1(self.layer_norm2(x))))
+
+
+class CLIPText(nnx.Module):
+    """Causal transformer over token ids; returns the last hidden state after the final norm."""
+
+    def __init__(self, config: CLIPTextConfig, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs):
+        width, kw = config.hidden_size, {"dtype": dtype, "rngs": rngs}
+        # Without pre-trained weights the encoder stays random and frozen. Unit-variance tokens
+        # keep the words apart then; CLIP's own 0.02 would leave only positions to see.
+        tokens, positions = nnx.initializers.normal(1.0), nnx.initializers.normal(0.3)
+        self.config, self.dtype = config, dtype
+        self.token_embedding = nnx.Embed(config.vocab_size, width, embedding_init=tokens, **kw)
+        self.position_embedding = nnx.Embed(
+            config.max_position_embeddings, width, embedding_init=positions, **kw
+        )
+        self.layers = nnx.List(EncoderLayer(config, **kw) for _ in range(config.num_hidden_layers))
+        self.final_layer_norm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, **kw)
+
+    def __call__(self, token_ids: jax.Array) -> jax.Array:  # [B, L] -> [B, L, D]
+        length = token_ids.shape[1]
+        x = self.token_embedding(token_ids) + self.position_embedding(jnp.arange(length))
+        causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        for layer in self.layers:
+            x = layer(x, causal)
+        return self.final_layer_norm(x).astype(jnp.float32)

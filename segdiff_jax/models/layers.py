@@ -1,0 +1,191 @@
+"""Building blocks shared by the UNet and the VAE. Channel-last; float32 where rounding matters."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Dtype = jnp.dtype | type
+
+# Torch draws conv and linear weights with variance 1 / (3 fan_in); new networks here do the same.
+_kernel_init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def linear(
+    features_in: int, features_out: int, *, bias: bool = True, zero: bool = False, **kw
+) -> nnx.Linear:
+    init = nnx.initializers.zeros if zero else _kernel_init
+    return nnx.Linear(features_in, features_out, use_bias=bias, kernel_init=init, **kw)
+
+
+def conv(
+    features_in: int,
+    features_out: int,
+    size: int = 3,
+    *,
+    stride: int = 1,
+    padding: tuple[int, int] | None = None,
+    zero: bool = False,
+    **kw,
+) -> nnx.Conv:
+    """A square convolution. `padding` is (before, after) on both axes; by default it keeps size."""
+    pad = (size // 2, size // 2) if padding is None else padding
+    init = nnx.initializers.zeros if zero else _kernel_init
+    return nnx.Conv(
+        features_in,
+        features_out,
+        kernel_size=(size, size),
+        strides=(stride, stride),
+        padding=(pad, pad),
+        kernel_init=init,
+        **kw,
+    )
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation (arXiv 1803.08494): statistics in float32, input and output in `dtype`."""
+
+    def __init__(self, channels: int, groups: int, epsilon: float, *, dtype: Dtype):
+        self.scale = nnx.Param(jnp.ones((channels,)))
+        self.bias = nnx.Param(jnp.zeros((channels,)))
+        self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, ..., C]
+        batch, channels = x.shape[0], x.shape[-1]
+        grouped = x.reshape(batch, -1, self.groups, channels // self.groups).astype(jnp.float32)
+        mean = grouped.mean((1, 3))  # [B, groups]
+        variance = jnp.square(grouped - mean[:, None, :, None]).mean((1, 3))
+        # One multiply-add per element: statistics and affine parameters are folded per channel.
+        per_channel = channels // self.groups
+        inverse = jnp.repeat(jax.lax.rsqrt(variance + self.epsilon), per_channel, axis=1)
+        scale = inverse * self.scale[...]
+        shift = self.bias[...] - jnp.repeat(mean, per_channel, axis=1) * scale
+        broadcast = (batch,) + (1,) * (x.ndim - 2) + (channels,)
+        y = x.astype(jnp.float32) * scale.reshape(broadcast) + shift.reshape(broadcast)
+        return y.astype(self.dtype)
+
+
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    """Scaled dot-product attention (arXiv 1706.03762, eq. 1), softmax in float32.
+
+    query [B, S, N, D], key and value [B, L, N, D], mask broadcastable to [B, N, S, L] and True
+    where attention is allowed. Returns [B, S, N, D].
+    """
+    scale = 1.0 / math.sqrt(query.shape[-1])
+    logits = jnp.einsum("bsnd,blnd->bnsl", query * scale, key, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bnsl,blnd->bsnd", weights, value)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention from `x` to `context` (to itself when `context` is None)."""
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        *,
+        context_dim: int | None = None,
+        qkv_bias: bool = False,
+        zero: bool = False,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        kw = {"dtype": dtype, "rngs": rngs}
+        source = context_dim or channels
+        self.to_q = linear(channels, channels, bias=qkv_bias, **kw)
+        self.to_k = linear(source, channels, bias=qkv_bias, **kw)
+        self.to_v = linear(source, channels, bias=qkv_bias, **kw)
+        self.to_out = linear(channels, channels, zero=zero, **kw)
+        self.heads = heads
+
+    def __call__(
+        self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
+    ) -> jax.Array:  # [B, S, C] -> [B, S, C]
+        context = x if context is None else context
+        split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
+        out = attention(
+            split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)), mask
+        )
+        return self.to_out(out.reshape(x.shape))
+
+
+class ResnetBlock(nnx.Module):
+    """norm → silu → conv → (+ time) → norm → silu → conv, plus the skip."""
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        *,
+        groups: int,
+        epsilon: float,
+        time_dim: int | None = None,
+        zero: bool = False,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        kw = {"dtype": dtype, "rngs": rngs}
+        self.norm1 = GroupNorm(channels_in, groups, epsilon, dtype=dtype)
+        self.conv1 = conv(channels_in, channels_out, **kw)
+        self.time_emb_proj = linear(time_dim, channels_out, **kw) if time_dim else None
+        self.norm2 = GroupNorm(channels_out, groups, epsilon, dtype=dtype)
+        self.conv2 = conv(channels_out, channels_out, zero=zero, **kw)
+        changes_width = channels_in != channels_out
+        self.conv_shortcut = conv(channels_in, channels_out, 1, **kw) if changes_width else None
+
+    def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        if self.time_emb_proj is not None and time is not None:
+            h = h + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Downsample(nnx.Module):
+    """Stride-2 convolution. The UNet pads (1, 1), the VAE encoder (0, 1)."""
+
+    def __init__(self, channels: int, *, padding: tuple[int, int], dtype: Dtype, rngs: nnx.Rngs):
+        self.conv = conv(channels, channels, stride=2, padding=padding, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.conv(x)
+
+
+class Upsample(nnx.Module):
+    """Nearest-neighbour upsampling, then a convolution."""
+
+    def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
+        self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+        height, width = size or (2 * x.shape[1], 2 * x.shape[2])
+        return self.conv(upsample_nearest(x, (height, width)))
+
+
+def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Nearest-neighbour resize to `size`; source index ⌊i · in / out⌋, as torch does."""
+    batch, height, width, channels = x.shape
+    if size == (2 * height, 2 * width):  # a broadcast, which XLA fuses; a gather it would not
+        x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+        return x.reshape(batch, *size, channels)
+    rows = jnp.arange(size[0]) * height // size[0]
+    columns = jnp.arange(size[1]) * width // size[1]
+    return x[:, rows][:, :, columns]
+
+
+def sinusoidal_embedding(
+    positions: jax.Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+) -> jax.Array:
+    """Sinusoidal embedding (arXiv 1706.03762 §3.5) of positions [B], `dim` wide, in float32."""
+    half = dim // 2
+    exponent = -math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
+    angles = positions.astype(jnp.float32)[:, None] * jnp.exp(exponent)  # [B, dim / 2]
+    sine, cosine = jnp.sin(angles), jnp.cos(angles)
+    parts = (cosine, sine) if flip_sin_to_cos else (sine, cosine)
+    return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, dim % 2)))

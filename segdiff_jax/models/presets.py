@@ -1,0 +1,69 @@
+"""Named architectures, from one that trains in minutes on a laptop to Stable Diffusion's own."""
+
+from typing import NamedTuple
+
+from segdiff_jax.errors import UserError
+from segdiff_jax.models.clip_text import CLIPTextConfig
+from segdiff_jax.models.unet import UNetConfig
+from segdiff_jax.models.vae import VAEConfig
+
+
+class Architecture(NamedTuple):
+    unet: UNetConfig
+    vae: VAEConfig
+    text_encoder: CLIPTextConfig
+
+
+def _small(
+    unet_widths: tuple[int, ...],
+    cross_attention: tuple[bool, ...],
+    vae_widths: tuple[int, ...],
+    text_width: int,
+) -> Architecture:
+    return Architecture(
+        UNetConfig(
+            block_out_channels=unet_widths,
+            cross_attention=cross_attention,
+            layers_per_block=1,
+            heads=tuple(width // 32 for width in unet_widths),
+            cross_attention_dim=text_width,
+            norm_groups=16,
+        ),
+        VAEConfig(
+            block_out_channels=vae_widths, layers_per_block=1, norm_groups=8, mid_attention=False
+        ),
+        CLIPTextConfig(
+            vocab_size=1024,
+            hidden_size=text_width,
+            intermediate_size=2 * text_width,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+        ),
+    )
+
+
+PRESETS = {
+    "tiny": _small((64, 128), (True, True), (16, 32, 64), 128),
+    "small": _small((64, 128, 192), (True, True, True), (24, 48, 96), 128),
+    # runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2: their config.json files.
+    "sd15": Architecture(
+        UNetConfig(heads=(8, 8, 8, 8), cross_attention_dim=768, use_linear_projection=False),
+        VAEConfig(),
+        CLIPTextConfig(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            hidden_act="quick_gelu",
+        ),
+    ),
+    "sd2": Architecture(UNetConfig(), VAEConfig(), CLIPTextConfig()),
+}
+
+
+def architecture(name: str) -> Architecture:
+    """The preset called `name`; `UserError` if there is none."""
+    if name not in PRESETS:
+        raise UserError(f"config.model.preset={name!r}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

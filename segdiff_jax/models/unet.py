@@ -1,0 +1,255 @@
+"""The conditional UNet of Stable Diffusion (`UNet2DConditionModel`), channel-last."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from segdiff_jax.models.layers import (
+    Attention,
+    Downsample,
+    Dtype,
+    GroupNorm,
+    ResnetBlock,
+    Upsample,
+    conv,
+    linear,
+    sinusoidal_embedding,
+)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The fields of diffusers' `unet/config.json` that change the network.
+
+    `heads` is the number of attention heads per level (the file calls it `attention_head_dim`).
+    """
+
+    in_channels: int = 8
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    cross_attention: tuple[bool, ...] = (True, True, True, False)  # per level, going down
+    layers_per_block: int = 2
+    transformer_layers: int = 1
+    heads: tuple[int, ...] = (5, 10, 20, 20)
+    cross_attention_dim: int = 1024
+    use_linear_projection: bool = True
+    norm_groups: int = 32
+    norm_epsilon: float = 1e-5
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0.0
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class FeedForward(nnx.Module):
+    """GEGLU (arXiv 2002.05202): proj_out(a · gelu(b)) with a, b = split(proj_in(x))."""
+
+    def __init__(self, channels: int, *, zero: bool, dtype: Dtype, rngs: nnx.Rngs):
+        self.proj_in = linear(channels, 8 * channels, dtype=dtype, rngs=rngs)
+        self.proj_out = linear(4 * channels, channels, zero=zero, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden, gate = jnp.split(self.proj_in(x), 2, axis=-1)
+        return self.proj_out(hidden * jax.nn.gelu(gate, approximate=False))
+
+
+class TransformerBlock(nnx.Module):
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context_dim: int,
+        *,
+        zero: bool,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        kw = {"zero": zero, "dtype": dtype, "rngs": rngs}
+        norm = lambda: nnx.LayerNorm(channels, epsilon=1e-5, dtype=dtype, rngs=rngs)  # noqa: E731
+        self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
+        self.attn1 = Attention(channels, heads, **kw)
+        self.attn2 = Attention(channels, heads, context_dim=context_dim, **kw)
+        self.ff = FeedForward(channels, **kw)
+
+    def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nnx.Module):
+    """Image positions as tokens that attend to each other and to the text."""
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        channels: int,
+        heads: int,
+        *,
+        zero: bool,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        kw = {"dtype": dtype, "rngs": rngs}
+        project = linear if config.use_linear_projection else lambda i, o, **k: conv(i, o, 1, **k)
+        self.norm = GroupNorm(channels, config.norm_groups, 1e-6, dtype=dtype)
+        self.proj_in = project(channels, channels, **kw)
+        self.transformer_blocks = nnx.List(
+            TransformerBlock(channels, heads, config.cross_attention_dim, zero=zero, **kw)
+            for _ in range(config.transformer_layers)
+        )
+        self.proj_out = project(channels, channels, zero=zero, **kw)
+
+    def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
+        batch, height, width, channels = x.shape
+        # A linear layer and a 1×1 convolution are the same map channel-last, before or after this.
+        h = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
+        for block in self.transformer_blocks:
+            h = block(h, context, mask)
+        return x + self.proj_out(h.reshape(batch, height, width, channels))
+
+
+class Level(nnx.Module):
+    """One resolution of the UNet, on the way down, in the middle or on the way up."""
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        widths_in: list[int],
+        channels: int,
+        heads: int | None,
+        *,
+        resample: str | None,
+        zero: bool,
+        dtype: Dtype,
+        rngs: nnx.Rngs,
+    ):
+        kw = {"zero": zero, "dtype": dtype, "rngs": rngs}
+        self.resnets = nnx.List(
+            ResnetBlock(
+                width,
+                channels,
+                groups=config.norm_groups,
+                epsilon=config.norm_epsilon,
+                time_dim=4 * config.block_out_channels[0],
+                **kw,
+            )
+            for width in widths_in
+        )
+        count = len(widths_in) if resample != "middle" else len(widths_in) - 1
+        self.attentions = nnx.List(
+            SpatialTransformer(config, channels, heads, **kw) for _ in range(count if heads else 0)
+        )
+        plain = {"dtype": dtype, "rngs": rngs}
+        down, up = resample == "down", resample == "up"
+        self.downsample = Downsample(channels, padding=(1, 1), **plain) if down else None
+        self.upsample = Upsample(channels, **plain) if up else None
+
+    def layer(self, index, x, time, context, mask):
+        x = self.resnets[index](x, time)
+        return self.attentions[index](x, context, mask) if len(self.attentions) else x
+
+
+class UNet(nnx.Module):
+    """Predicts noise, x0 or velocity from noisy latents, timestep and text.
+
+    `zero_init` starts every residual branch and the output at zero: for training from nothing.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        *,
+        dtype: Dtype = jnp.float32,
+        remat: bool = False,
+        zero_init: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        kw = {"dtype": dtype, "rngs": rngs}
+        level_kw = {"zero": zero_init, **kw}
+        widths, layers = config.block_out_channels, config.layers_per_block
+        last = len(widths) - 1
+        self.config, self.dtype, self.remat = config, dtype, remat
+        self.conv_in = conv(config.in_channels, widths[0], **kw)
+        self.time_linear_1 = linear(widths[0], 4 * widths[0], **kw)
+        self.time_linear_2 = linear(4 * widths[0], 4 * widths[0], **kw)
+
+        heads = [
+            n if on else None for n, on in zip(config.heads, config.cross_attention, strict=True)
+        ]
+        skips, down = [widths[0]], []
+        for i, width in enumerate(widths):
+            before = widths[max(i - 1, 0)]
+            resample = "down" if i < last else None
+            inputs = [before] + [width] * (layers - 1)
+            down.append(Level(config, inputs, width, heads[i], resample=resample, **level_kw))
+            skips += [width] * (layers + (i < last))
+        self.down_blocks = nnx.List(down)
+        self.mid_block = Level(
+            config, [widths[-1]] * 2, widths[-1], config.heads[-1], resample="middle", **level_kw
+        )
+        up, running = [], widths[-1]
+        for i in reversed(range(len(widths))):
+            inputs = []
+            for _ in range(layers + 1):
+                inputs.append(running + skips.pop())
+                running = widths[i]
+            resample = "up" if i > 0 else None
+            up.append(Level(config, inputs, widths[i], heads[i], resample=resample, **level_kw))
+        self.up_blocks = nnx.List(up)
+        self.conv_norm_out = GroupNorm(
+            widths[0], config.norm_groups, config.norm_epsilon, dtype=dtype
+        )
+        self.conv_out = conv(widths[0], config.out_channels, zero=zero_init, **kw)
+
+    def __call__(
+        self,
+        sample: jax.Array,
+        timesteps: jax.Array,
+        context: jax.Array,
+        context_mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """sample [B, h, w, in], timesteps [B], context [B, L, D], context_mask [B, L] True = used.
+
+        Returns [B, h, w, out] in float32.
+        """
+        layer = _layer if not self.remat else nnx.remat(_layer, static_argnums=(1,))
+        context = context.astype(self.dtype)
+        mask = None if context_mask is None else context_mask[:, None, None, :].astype(bool)
+        time = self._time_embedding(timesteps)  # [B, 4 · width]
+        x = self.conv_in(sample.astype(self.dtype))
+        skips = [x]
+        for level in self.down_blocks:
+            for i in range(len(level.resnets)):
+                x = layer(level, i, x, time, context, mask)
+                skips.append(x)
+            if level.downsample is not None:
+                x = level.downsample(x)
+                skips.append(x)
+        x = layer(self.mid_block, 0, x, time, context, mask)
+        x = self.mid_block.resnets[1](x, time)
+        for level in self.up_blocks:
+            for i in range(len(level.resnets)):
+                x = layer(level, i, jnp.concatenate([x, skips.pop()], axis=-1), time, context, mask)
+            if level.upsample is not None:
+                # The next skip's size, not twice this one: odd sizes were rounded on the way down.
+                x = level.upsample(x, skips[-1].shape[1:3])
+        x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+        return x.astype(jnp.float32)
+
+    def _time_embedding(self, timesteps: jax.Array) -> jax.Array:
+        embedding = sinusoidal_embedding(
+            timesteps,
+            self.config.block_out_channels[0],
+            flip_sin_to_cos=self.config.flip_sin_to_cos,
+            freq_shift=self.config.freq_shift,
+        )
+        return self.time_linear_2(jax.nn.silu(self.time_linear_1(embedding.astype(self.dtype))))
+
+
+def _layer(level, index, x, time, context, mask):
+    return level.layer(index, x, time, context, mask)
