@@ -24,7 +24,7 @@ from segdiff_jax.errors import UserError
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
 END_OF_WORD = "</w>"
-# How CLIP cuts text into words: specials, English clitics, runs of letters, single digits, the rest.
+# How CLIP cuts text into words: specials, English clitics, runs of letters, single digits, rest.
 _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -68,14 +68,13 @@ class Tokenizer:
         specials = [AddedToken(self.roles[role], special=True) for role in _ROLES]
         # Of equal tokens the first counts, so flags that a file gives win over the defaults.
         self._backend.add_tokens([*added, *specials])
-        ids = {role: self._backend.token_to_id(self.roles[role]) for role in _ROLES}
         missing = [self.roles[role] for role in _ROLES if self.roles[role] not in vocab]
         if missing:
             raise UserError(
                 f"tokenizer: {missing[0]!r} is not in the vocabulary: wrong vocab.json?"
             )
         self.bos_id, self.eos_id, self.pad_id = (
-            ids[role] for role in ("bos_token", "eos_token", "pad_token")
+            vocab[self.roles[role]] for role in ("bos_token", "eos_token", "pad_token")
         )
         self._backend.post_processor = processors.RobertaProcessing(
             (self.roles["eos_token"], self.eos_id),
@@ -142,10 +141,10 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int = 77) -> Tokenizer:
-    """A tokenizer whose merges are learnt from `texts` (byte-pair encoding, Sennrich et al., 2016).
+    """A tokenizer whose merges are learnt from `texts` (byte pairs, Sennrich et al., 2016).
 
-    Deterministic: pairs that occur equally often merge in alphabetical order. The vocabulary is laid
-    out as CLIP's: 256 bytes, 256 bytes that end a word, merges, start, end. It has at most
+    Deterministic: pairs that occur equally often merge in alphabetical order. The vocabulary is
+    laid out as CLIP's: 256 bytes, 256 bytes that end a word, merges, start, end. It has at most
     `vocab_size` tokens, and fewer once every word of `texts` is a single token.
 
     Raises `UserError` if `vocab_size` has no room for the bytes.
@@ -292,7 +291,7 @@ def _special_tokens(
 def _from_json(value: str | dict[str, Any]) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, special=True)
-    return AddedToken(**({flag: value[flag] for flag in _FLAGS if flag in value}))
+    return AddedToken(**({"special": True} | {f: value[f] for f in _FLAGS if f in value}))
 
 
 def _to_json(token: AddedToken) -> dict[str, Any]:

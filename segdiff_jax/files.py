@@ -1,0 +1,109 @@
+"""Writing results: a reader never meets half a file, and a failure is one clear line.
+
+Local files are written beside their target and renamed into place. An object in `gs://` appears
+only when its upload is complete, so it is written directly.
+"""
+
+import errno
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from segdiff_jax.errors import UserError
+
+
+def is_remote(path: os.PathLike[str] | str) -> bool:
+    """Whether `path` is an object store URI such as `gs://bucket/x`, not a local file."""
+    return "://" in os.fspath(path)
+
+
+def write_bytes(path: os.PathLike[str] | str, data: bytes) -> None:
+    """Writes `data` to `path` (local or `gs://`), whole or not at all; makes missing folders.
+
+    Raises `UserError` when the disk is full or the place cannot be written. The previous file, if
+    any, is then untouched and nothing else is left behind.
+    """
+    try:
+        if is_remote(path):
+            epath.Path(path).write_bytes(data)
+        else:
+            _write_local(Path(path), data)
+    except OSError as error:
+        raise _explain(path, error) from error
+
+
+def write_text(path: os.PathLike[str] | str, text: str) -> None:
+    """`write_bytes` of `text` in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: os.PathLike[str] | str, value: Any) -> None:
+    """`write_bytes` of `value` as indented JSON. NaN and infinity raise `ValueError`: not JSON."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_writable(directory: os.PathLike[str] | str) -> None:
+    """Makes `directory` and proves that a file can be written there, before hours of work.
+
+    Raises `UserError` otherwise. Existing files are not touched.
+    """
+    probe = None
+    try:
+        if is_remote(directory):
+            folder = epath.Path(directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".segdiff_write_test_{os.getpid()}"
+            probe.write_bytes(b"x")
+            probe.unlink()
+        else:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory) as file:
+                file.write(b"x")
+    except OSError as error:
+        raise _explain(directory, error) from error
+
+
+def _write_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # delayed allocation reports a full disk only here
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only we can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def _explain(path: os.PathLike[str] | str, error: OSError) -> UserError:
+    place = os.fspath(path)
+    mends = {
+        errno.ENOSPC: "the disk is full: free some space or choose another place",
+        errno.EDQUOT: "the disk quota is used up: free some space or choose another place",
+        errno.EACCES: "permission denied: choose a place you may write to",
+        errno.EPERM: "permission denied: choose a place you may write to",
+        errno.EROFS: "the file system is read-only: choose another place",
+        errno.EISDIR: "it is a directory: choose another name or remove it",
+        errno.ENOTDIR: "part of the path is a file, not a directory: choose another place",
+        errno.EEXIST: "it is a file, not a directory: choose another name or remove it",
+        errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
+    }
+    reason = mends.get(error.errno or 0) or f"{_one_line(error)}: choose another place"
+    return UserError(f"cannot write {place}: {reason}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join((getattr(error, "strerror", None) or str(error) or repr(error)).split())
