@@ -1,0 +1,302 @@
+"""Checkpoints: state and metadata saved together, asynchronously, on local disk or `gs://`.
+
+A checkpoint appears under its step number only when it is complete (Orbax renames the local folder,
+or writes a commit marker on object stores), so a killed run leaves at worst a temporary folder.
+Leaves are stored under plain names, `params/down_blocks/0/resnets/0/conv1/kernel`: list positions
+and named tuples become dictionary keys, so what is read depends on names and shapes only, not on
+the Python containers or the mesh of the run that wrote it.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from segdiff_jax.errors import UserError
+from segdiff_jax.files import is_remote
+from segdiff_jax.training.sharding import leaf_path
+
+log = logging.getLogger(__name__)
+
+# What the stored state means. A section stands for all of its keys but those in MAY_DIFFER.
+DEFINES_STATE = (
+    "seed",  # with the data position, the examples still to come
+    "stage",
+    "data.source",
+    "model",
+    "codec.classes_per_pass",
+    "codec.context",
+    "diffusion",
+)
+MAY_DIFFER = (
+    "model.dtype",  # of activations: parameters are float32
+    "model.remat",
+    "model.zero_init",  # of new networks only
+    "diffusion.timestep_spacing",  # the sampler's, as the next two
+    "diffusion.set_alpha_to_one",
+    "diffusion.steps_offset",
+)
+SWITCHES = ("optimizer.ema_decay",)  # the value may change, zero and not zero may not
+
+# TensorStore's words for a store that did not answer: the checkpoint may be perfectly good.
+_UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED")
+
+
+class Checkpoints:
+    """The checkpoints of one run: the last `keep`, and the best by `best_metric` when it is given.
+
+    Args:
+      directory: local or `gs://` folder that holds one folder per step.
+      keep: how many of the newest to keep.
+      best_metric: name in `metrics` of `save`; the checkpoint where it was highest is kept too.
+      read_only: for readers of a finished or still running training; nothing is made or removed.
+    """
+
+    def __init__(
+        self,
+        directory: os.PathLike[str] | str,
+        keep: int = 3,
+        best_metric: str | None = None,
+        read_only: bool = False,
+    ):
+        path = epath.Path(directory)
+        self.directory = path if is_remote(directory) else path.absolute()
+        self._damaged: list[int] = []
+        with self._writing():
+            if not read_only:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=_options(keep, best_metric, read_only)
+            )
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first, without those found damaged."""
+        if not self.directory.exists():
+            return []
+        return sorted(set(self._manager.all_steps()) - set(self._damaged))
+
+    def latest_step(self) -> int | None:
+        """The newest of `steps()`, or None."""
+        return max(self.steps(), default=None)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        metadata: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Starts saving `state` (a tree of arrays) and `metadata` (JSON values) as `step`.
+
+        Returns when the arrays are copied off the device, which may then reuse them; files are
+        written in the background. A step that is already saved is left as it is. Every process
+        calls this. Raises `UserError` when this or the previous save cannot be written.
+        """
+        with self._writing():
+            for damaged in self._damaged:  # newer than what we resumed from: they would mask it
+                self._manager.delete(damaged)
+            self._damaged.clear()
+            if step in self._manager.all_steps():
+                return
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(_by_name(state)),
+                    metadata=ocp.args.JsonSave(metadata),
+                ),
+                metrics=metrics,
+                force=True,
+            )
+
+    def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """The state and metadata of `step`, or of the newest readable checkpoint.
+
+        Args:
+          abstract: tree of `ShapeDtypeStruct`s with the shardings wanted (one local device where
+            there is none). Top-level entries that it leaves out are not read.
+          step: exactly this one; without it, a damaged checkpoint gives a warning and the one
+            before it is used.
+
+        Returns:
+          (tree like `abstract` of arrays, metadata).
+
+        Raises:
+          UserError: no readable checkpoint, another architecture, or an unreachable store.
+        """
+        return self._newest_readable(lambda s: self._read(s, abstract), step)
+
+    def metadata(self, step: int | None = None) -> dict[str, Any]:
+        """The metadata alone, found as by `restore`: enough to rebuild the config."""
+        return self._newest_readable(self._read_metadata, step)
+
+    def wait(self) -> None:
+        """Returns when the save under way is complete; raises `UserError` if it failed."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """`wait`, then release threads. No call may follow."""
+        with self._writing():
+            self._manager.close()
+
+    def _newest_readable(self, read: Any, step: int | None) -> Any:
+        self.wait()
+        candidates = self.steps()
+        if step is not None and step not in candidates:
+            held = ", ".join(map(str, candidates)) or "none"
+            raise UserError(f"{self.directory}: no checkpoint of step {step} (there are: {held})")
+        if not candidates:
+            raise UserError(f"{self.directory}: no readable checkpoint: train first, or check it")
+        for candidate in reversed(candidates if step is None else [step]):
+            where = self.directory / str(candidate)
+            try:
+                return read(candidate)
+            except UserError:
+                raise
+            except Exception as error:  # Orbax and TensorStore raise whatever the file led them to
+                reason = _first_line(error)
+                if isinstance(error, PermissionError) or any(w in reason for w in _UNREACHABLE):
+                    raise UserError(f"{where}: cannot be read now: {reason}") from error
+                if step is not None:
+                    raise UserError(f"{where}: damaged checkpoint: {reason}") from error
+                log.warning("%s: damaged checkpoint, trying the one before: %s", where, reason)
+                self._damaged.append(candidate)
+        raise UserError(
+            f"{self.directory}: every checkpoint is damaged: restore them from a copy, "
+            "or train again in another directory"
+        )
+
+    def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        wanted = jax.tree.map(_with_sharding, abstract)
+        tree = _by_name(wanted)
+        stored = self._manager.item_metadata(step)["state"]
+        _check_architecture(self.directory / str(step), stored.tree, tree)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    tree,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+                    partial_restore=True,
+                ),
+                metadata=ocp.args.JsonRestore(),
+            ),
+        )
+        arrays = _flat(restored["state"])
+        leaves, structure = jax.tree_util.tree_flatten_with_path(wanted)
+        in_order = [arrays[leaf_path(path)] for path, _ in leaves]
+        return jax.tree_util.tree_unflatten(structure, in_order), restored["metadata"]
+
+    def _read_metadata(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["metadata"]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns a full disk and a forbidden place, however they surface, into a `UserError`."""
+        try:
+            yield
+        except Exception as error:
+            reason = _first_line(error)
+            # The writer thread's failure arrives as a ValueError with the words of the system.
+            if isinstance(error, OSError) or any(
+                words in str(error)
+                for words in ("No space left", "Disk quota", "Permission denied", *_UNREACHABLE)
+            ):
+                raise UserError(f"{self.directory}: cannot write checkpoints: {reason}") from error
+            raise
+
+
+def check_config(stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises `UserError` if a run with config `current` cannot continue one with config `stored`.
+
+    Both are nested dictionaries of JSON values (`config.to_dict`). Keys of `DEFINES_STATE` must be
+    equal; steps, logging, paths, learning rates, data augmentation and so on may differ.
+    """
+    old, new = (_flat(json.loads(json.dumps(tree))) for tree in (stored, current))
+    differing = []
+    for path in sorted(old.keys() | new.keys()):
+        key = ".".join(path)
+        before, now = old.get(path), new.get(path)
+        if key in SWITCHES:
+            before, now = bool(before), bool(now)
+        elif key in MAY_DIFFER or not any(f"{key}.".startswith(f"{s}.") for s in DEFINES_STATE):
+            continue
+        if before != now:
+            differing.append(f"config.{key} was {old.get(path)!r} and is now {new.get(path)!r}")
+    if differing:
+        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+        raise UserError(
+            f"the checkpoint contradicts the config: {'; '.join(differing[:3])}{more}: "
+            "restore these values, or start in a new --workdir with config.init_from"
+        )
+
+
+def _options(keep: int, best_metric: str | None, read_only: bool) -> ocp.CheckpointManagerOptions:
+    def score(metrics: Any) -> float:
+        value = metrics.get(best_metric)
+        return -math.inf if value is None or math.isnan(value) else value
+
+    policies = ocp.checkpoint_managers
+    keepers: list[Any] = [policies.LatestN(keep)]
+    if best_metric:
+        keepers.append(
+            policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
+        )
+    return ocp.CheckpointManagerOptions(
+        best_fn=score if best_metric else None,
+        preservation_policy=policies.AnyPreservationPolicy(keepers),
+        cleanup_tmp_directories=not read_only,
+        read_only=read_only,
+        create=False,
+        save_interval_steps=0 if read_only else 1,
+    )
+
+
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """`tree` as nested dictionaries with string keys, one level per part of `leaf_path`."""
+    nested: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *parents, name = leaf_path(path)
+        folder = nested
+        for parent in parents:
+            folder = folder.setdefault(parent, {})
+        folder[name] = leaf
+    return nested
+
+
+def _flat(nested: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """The inverse view: (part, part, …) → leaf, in the order of `nested`."""
+    flat = {}
+    for key, value in nested.items():
+        path = (*prefix, str(key))
+        flat.update(_flat(value, path) if isinstance(value, dict) else {path: value})
+    return flat
+
+
+def _check_architecture(where: epath.Path, stored: Any, wanted: dict[str, Any]) -> None:
+    old = {path: tuple(leaf.shape) for path, leaf in _flat(stored).items() if path[0] in wanted}
+    new = {path: tuple(leaf.shape) for path, leaf in _flat(wanted).items()}
+    for path in [*new, *(path for path in old if path not in new)]:
+        if old.get(path) != new.get(path):
+            before, now = (f"shape {t[path]}" if path in t else "absent" for t in (old, new))
+            raise UserError(
+                f"{where}: checkpoint of another architecture: {'/'.join(path)} is {before} there "
+                f"and {now} here: use the config it was trained with"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), repr(error))[:300]
