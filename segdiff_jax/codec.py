@@ -1,0 +1,136 @@
+"""Labels <-> gray image <-> scores, and which class has which gray level in the context.
+
+K classes are cut into groups of G = `classes_per_pass`; one network pass paints one group. In a
+pass, gray level -1 is "none of these" and class j = 1 ... G of the group is at -1 + 2j/G.
+G = 1 is per-class prompting, G = K is the paper's one gray image.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segdiff_jax.errors import UserError
+
+IGNORE = 255  # in labels: not annotated; in predictions: *other*
+PAD = -1  # in class_ids: an empty slot of the group
+MAX_GROUP = 255  # more gray levels than 8 bits hold cannot be told apart
+
+
+def group_size(num_classes: int, classes_per_pass: int) -> int:
+    """G for a config value, where 0 means all K classes. Raises `UserError` beyond 255."""
+    size = classes_per_pass or num_classes
+    if size > MAX_GROUP:
+        raise UserError(
+            f"config.codec.classes_per_pass={classes_per_pass}: {size} classes do not fit into one "
+            f"gray image, {MAX_GROUP} do: set config.codec.classes_per_pass to 1 ... {MAX_GROUP}"
+        )
+    return size
+
+
+def num_groups(num_classes: int, size: int) -> int:
+    """Passes that K classes need: ceil(K / G)."""
+    return -(-num_classes // size)
+
+
+def groups(num_classes: int, size: int) -> np.ndarray:
+    """The class ids of every pass in order, int32 [ceil(K / G), G], padded with -1."""
+    ids = np.full(num_groups(num_classes, size) * size, PAD, np.int32)
+    ids[:num_classes] = np.arange(num_classes)
+    return ids.reshape(-1, size)
+
+
+def levels(size: int) -> jax.Array:
+    """The gray levels of classes 1 ... G, float32 [G] in (-1, 1]."""
+    return jnp.asarray(_levels(size), jnp.float32)
+
+
+def _levels(size: int) -> np.ndarray:
+    return -1.0 + 2.0 * np.arange(1, size + 1) / size
+
+
+def encode(labels: jax.Array, class_ids: jax.Array, ignore_label: int = IGNORE) -> jax.Array:
+    """Paints a group: labels int [..., H, W] -> gray float32 [..., H, W] in [-1, 1].
+
+    class_ids int [G] in level order; -1 marks an empty slot. Other classes and `ignore_label`
+    become -1 (`valid_mask` says where the latter are).
+    """
+    labels = labels.astype(jnp.int32)[..., None]  # uint8 on disk; -1 must not wrap around
+    match = (labels == class_ids) & (class_ids != PAD) & (labels != ignore_label)
+    return jnp.max(jnp.where(match, levels(class_ids.shape[0]), -1.0), axis=-1)
+
+
+def valid_mask(labels: jax.Array, ignore_label: int = IGNORE) -> jax.Array:
+    """Where the annotation says something: bool, the shape of `labels`."""
+    return labels != ignore_label
+
+
+def latent_valid(labels: jax.Array, factor: int, ignore_label: int = IGNORE) -> jax.Array:
+    """Latent pixels none of whose pixels is *ignore*: [..., H, W] -> bool [..., H/f, W/f].
+
+    The max-pool of the ignore mask. Raises `ValueError` if `factor` does not divide H and W.
+    """
+    *lead, height, width = labels.shape
+    if height % factor or width % factor:
+        raise ValueError(f"latent_valid: {height}x{width} labels do not divide by {factor}")
+    blocks = (*lead, height // factor, factor, width // factor, factor)
+    return jnp.all(valid_mask(labels, ignore_label).reshape(blocks), axis=(-3, -1))
+
+
+def scores(gray: jax.Array, size: int) -> jax.Array:
+    """s_j = max(0, 1 - |m - l_j| / (2/G)): gray [..., H, W] -> [..., H, W, G] in [0, 1]."""
+    distance = jnp.abs(gray[..., None] - levels(size))
+    return jnp.maximum(0.0, 1.0 - distance * (size / 2.0))
+
+
+def join_passes(pass_scores: jax.Array, num_classes: int) -> jax.Array:
+    """Scores of the passes of `groups`, [P, ..., H, W, G] -> [..., H, W, K], padding dropped."""
+    joined = jnp.moveaxis(pass_scores, 0, -2)  # [..., H, W, P, G]
+    return joined.reshape(*joined.shape[:-2], -1)[..., :num_classes]
+
+
+def decode(
+    class_scores: jax.Array, threshold: float = 0.5, closed: bool = False, other: int = IGNORE
+) -> jax.Array:
+    """Scores [..., H, W, K] -> labels int32 [..., H, W].
+
+    The class with the highest score (the first of equals). Pixels whose best score is below
+    `threshold` become `other`, unless the vocabulary is `closed`.
+    """
+    labels = jnp.argmax(class_scores, axis=-1).astype(jnp.int32)
+    if closed:
+        return labels
+    return jnp.where(jnp.max(class_scores, axis=-1) < threshold, other, labels)
+
+
+def mean_context(embeddings: jax.Array, class_ids: jax.Array) -> jax.Array:
+    """The paper's context: the mean over a group's prompts. [G, L, D], [G] -> [L, D].
+
+    Empty slots do not count. Order is lost: text cannot say which class has which level.
+    """
+    present = (class_ids != PAD)[:, None, None]
+    total = jnp.sum(jnp.where(present, embeddings, 0.0), axis=0)
+    return total / jnp.maximum(1, jnp.sum(present))
+
+
+def bound_context(pooled: jax.Array, class_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One token per class that also says its gray level: pooled text vector + level code.
+
+    pooled [G, D], class_ids int [G] in level order -> tokens [G, D], attention mask bool [G]
+    (False for empty slots, whose tokens are zero).
+    """
+    mask = class_ids != PAD
+    tokens = pooled + level_code(pooled.shape[0], pooled.shape[1]).astype(pooled.dtype)
+    return jnp.where(mask[:, None], tokens, 0.0), mask
+
+
+def level_code(size: int, dim: int) -> jax.Array:
+    """Fixed sinusoidal codes of the G levels, float32 [G, D] in [-1, 1].
+
+    The transformer's position code (arXiv 1706.03762) at position 1000 (l + 1) / 2, so that a
+    level has the same code whatever G is, and 1/255 of the range is four radians.
+    """
+    position = 500.0 * (_levels(size) + 1.0)
+    frequency = 10_000.0 ** (-np.arange((dim + 1) // 2) / max(1, (dim + 1) // 2))
+    angle = position[:, None] * frequency  # [G, ceil(D / 2)]
+    code = np.concatenate([np.sin(angle), np.cos(angle)], axis=-1)[:, :dim]
+    return jnp.asarray(code, jnp.float32)

@@ -1,0 +1,128 @@
+"""Merging the members of an ensemble, with or without affine alignment.
+
+Affine alignment (Marigold, arXiv 2312.02145, section 3.3 and supplement) treats every map as
+known up to a scale and a shift: right for depth, and for gray maps whose members agree up to
+contrast. It destroys absolute gray levels, which is why `align="none"` exists.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.optimize import minimize
+
+REGULARIZER = 0.02
+# Tiny against the objective, large against float32: keeps sqrt and 1/x differentiable at 0.
+TINY = 1e-12
+SHRINK = 1e-4
+ROUNDS = 3
+
+
+def merge(
+    maps: jax.Array, reduce: str = "median", uncertainty: str = "mad"
+) -> tuple[jax.Array, jax.Array]:
+    """Members [N, ...] -> (merged [...], uncertainty [...]), per pixel.
+
+    reduce "median" | "mean". uncertainty "mad" (median absolute deviation from the merged map)
+    | "std" (population standard deviation), in the units of `maps`; zero for N = 1.
+    """
+    merged = jnp.median(maps, axis=0) if reduce == "median" else jnp.mean(maps, axis=0)
+    if uncertainty == "mad":
+        return merged, jnp.median(jnp.abs(maps - merged), axis=0)
+    return merged, jnp.std(maps, axis=0)
+
+
+def ensemble(
+    maps: jax.Array, align: str = "none", reduce: str = "median", uncertainty: str = "mad"
+) -> tuple[jax.Array, jax.Array]:
+    """Members [N, H, W] in [0, 1] -> (merged [H, W], uncertainty [H, W]).
+
+    align "none": `merge` as it is. "affine": aligned first, and the result stretched to fill
+    [0, 1] (uncertainty in the same units), as Marigold does.
+    """
+    if align == "none":
+        return merge(maps, reduce, uncertainty)
+    return _align_and_merge(maps, reduce, uncertainty)
+
+
+def _align_and_merge(maps: jax.Array, reduce: str, uncertainty: str) -> tuple[jax.Array, jax.Array]:
+    scale, shift = align(maps, reduce)
+    aligned = maps * scale[:, None, None] + shift[:, None, None]
+    merged, spread = merge(aligned, reduce, uncertainty)
+    extent = jnp.maximum(jnp.max(merged) - jnp.min(merged), TINY)
+    return (merged - jnp.min(merged)) / extent, spread / extent
+
+
+def objective(
+    maps: jax.Array, scale: jax.Array, shift: jax.Array, reduce: str = "median"
+) -> jax.Array:
+    """Mean pairwise RMS of the aligned maps + 0.02 (|min| + |1 - max|) of the merged one."""
+    aligned = maps * scale[:, None, None] + shift[:, None, None]
+    first, second = jnp.triu_indices(maps.shape[0], 1)
+    rms = jnp.sqrt(jnp.mean((aligned[first] - aligned[second]) ** 2, axis=(1, 2)))
+    merged, _ = merge(aligned, reduce)
+    border = jnp.abs(jnp.min(merged)) + jnp.abs(1.0 - jnp.max(merged))
+    return jnp.sum(rms) / max(1, rms.size) + REGULARIZER * border
+
+
+@functools.partial(jax.jit, static_argnames="reduce")
+def align(maps: jax.Array, reduce: str = "median") -> tuple[jax.Array, jax.Array]:
+    """(scale [N], shift [N]) that minimise `objective` for maps [N, H, W] in [0, 1].
+
+    Starts where Marigold does, every map stretched to [0, 1]. The objective as written is hard on
+    an optimiser: its optimum lies on the kinks of |min| and |1 - max|. But for merged maps that
+    span [0, a] it is a R + 0.02 (1 - a), R being the disagreement at a = 1. So BFGS minimises the
+    gauge-free R = disagreement / extent, and a follows: 1 if R < 0.02; otherwise the infimum is
+    at a = 0, where the maps are gone. There a = 1e-4, which is within 1e-4 R of the infimum and
+    loses nothing: `ensemble` stretches the merged map again.
+    """
+    count = maps.shape[0]
+    low, high = jnp.min(maps, axis=(1, 2)), jnp.max(maps, axis=(1, 2))
+    scale0 = 1.0 / jnp.maximum(high - low, 1e-6)
+    shift0 = -scale0 * low
+    flat = (maps * scale0[:, None, None] + shift0[:, None, None]).reshape(count, -1)
+    disagreement = _pairwise_rms(flat)
+
+    def extremes(parameters: jax.Array) -> tuple[jax.Array, jax.Array]:
+        scale, shift = parameters[:count, None], parameters[count:, None]
+        merged, _ = merge(flat * scale + shift, reduce)
+        return jnp.min(merged), jnp.max(merged)
+
+    def gauge_free(parameters: jax.Array) -> jax.Array:
+        bottom, top = extremes(parameters)
+        return disagreement(parameters) / jnp.maximum(top - bottom, 1e-6)
+
+    best = jnp.concatenate([jnp.ones(count), jnp.zeros(count)])
+    for _ in range(ROUNDS):  # a fresh Hessian gets past the kinks that median and min leave
+        found = minimize(gauge_free, best, method="BFGS", options={"maxiter": 50}).x
+        better = gauge_free(found) < gauge_free(best)
+        best = jnp.where(better, found, best)
+
+    bottom, top = extremes(best)
+    extent = jnp.maximum(top - bottom, 1e-6)
+    size = jnp.where(gauge_free(best) < REGULARIZER, 1.0, SHRINK) / extent
+    scale = best[:count] * size
+    shift = (best[count:] - bottom) * size
+    return scale * scale0, scale * shift0 + shift
+
+
+def _pairwise_rms(flat: jax.Array):
+    """A function of [scale, shift] [2N]: the mean pairwise RMS of the aligned maps `flat` [N, P].
+
+    The maps are replaced by their coordinates in the N-dimensional space they span (QR), where
+    distances are the same: an evaluation costs N^3 instead of N^2 P, and nothing cancels as it
+    would in a Gram matrix.
+    """
+    count, pixels = flat.shape
+    mean = jnp.mean(flat, axis=1)
+    coordinates = jnp.linalg.qr((flat - mean[:, None]).T, mode="r").T / jnp.sqrt(pixels)
+    coordinates = jnp.concatenate([coordinates, mean[:, None]], axis=1)  # last: along ones
+    first, second = jnp.triu_indices(count, 1)
+
+    def disagreement(parameters: jax.Array) -> jax.Array:
+        aligned = coordinates * parameters[:count, None]
+        aligned = aligned.at[:, -1].add(parameters[count:])
+        squares = jnp.sum((aligned[first] - aligned[second]) ** 2, axis=1)
+        return jnp.sum(jnp.sqrt(squares + TINY)) / max(1, squares.size)
+
+    return disagreement

@@ -1,0 +1,101 @@
+"""DDIM sampling as one `lax.scan`, and ensembles of it.
+
+The sampler knows no network: `predict(sample, t)` is any function from x_t and a scalar int32 t
+to a prediction of the schedule's type. Conditioning is closed over by the caller.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from segdiff_jax.diffusion.schedule import (
+    Schedule,
+    ddim_step,
+    previous_timesteps,
+    sampling_timesteps,
+)
+
+Predict = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def sample(
+    predict: Predict,
+    schedule: Schedule,
+    latents: jax.Array,
+    steps: int,
+    eta: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Runs the reverse process from `latents` (x_T, any shape) to x_0 of the same shape.
+
+    `steps` and `eta` are static. `key` is needed only for eta > 0; step i then adds
+    `step_noise(key, i, latents.shape)`. Raises `UserError` for `steps` outside 1 ... T.
+    """
+    if eta > 0 and key is None:
+        raise ValueError("sample: eta > 0 draws fresh noise and needs a key")
+    timesteps = jnp.asarray(sampling_timesteps(schedule, steps))
+    previous = jnp.asarray(previous_timesteps(schedule, steps))
+
+    def step(x: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        index, t, t_prev = inputs
+        noise = step_noise(key, index, x.shape).astype(x.dtype) if eta > 0 else None
+        x_prev = ddim_step(schedule, predict(x, t), x, t, t_prev, eta, noise)
+        return x_prev.astype(x.dtype), None
+
+    final, _ = jax.lax.scan(step, latents, (jnp.arange(steps), timesteps, previous))
+    return final
+
+
+def step_noise(
+    key: jax.Array | None, index: jax.typing.ArrayLike, shape: tuple[int, ...]
+) -> jax.Array:
+    """The Gaussian noise that `sample` adds at step `index` when eta > 0."""
+    assert key is not None
+    return jax.random.normal(jax.random.fold_in(key, index), shape)
+
+
+def member_keys(key: jax.Array, count: int, start: int | jax.Array = 0) -> jax.Array:
+    """Keys [count] of the members start ... start + count - 1.
+
+    Member k's key is fold_in(key, k): it depends neither on how many members there are nor on
+    the batch in which k is drawn.
+    """
+    return jax.vmap(lambda k: jax.random.fold_in(key, k))(start + jnp.arange(count))
+
+
+def initial_noise(member_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The plain Gaussian x_T of one member."""
+    return jax.random.normal(jax.random.split(member_key)[0], shape)
+
+
+def sample_member(
+    predict: Predict,
+    schedule: Schedule,
+    member_key: jax.Array,
+    shape: tuple[int, ...],
+    steps: int,
+    eta: float = 0.0,
+) -> jax.Array:
+    """One member of an ensemble: x_0 of `shape`, all its noise drawn from `member_key`."""
+    step_key = jax.random.split(member_key)[1]
+    return sample(predict, schedule, initial_noise(member_key, shape), steps, eta, step_key)
+
+
+def sample_ensemble(
+    predict: Predict,
+    schedule: Schedule,
+    key: jax.Array,
+    shape: tuple[int, ...],
+    steps: int,
+    ensemble: int,
+    eta: float = 0.0,
+) -> jax.Array:
+    """x_0 of members 0 ... ensemble - 1, [ensemble, *shape].
+
+    `vmap` over members, so `predict` sees one member of `shape` at a time. To bound memory, map
+    `sample_member` over slices of `member_keys` instead: the members are the same.
+    """
+    return jax.vmap(lambda k: sample_member(predict, schedule, k, shape, steps, eta))(
+        member_keys(key, ensemble)
+    )

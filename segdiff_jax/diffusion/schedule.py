@@ -1,0 +1,188 @@
+"""The noise schedule of the forward process, and one DDIM step of the reverse one.
+
+Notation: a_t is the cumulative product of 1 - beta, so x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps.
+Field names and conventions are those of diffusers' `scheduler_config.json`, so a published
+Stable Diffusion folder means the same thing here.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segdiff_jax.config import DiffusionConfig
+from segdiff_jax.errors import UserError
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("alphas_cumprod", "final_alpha_cumprod"),
+    meta_fields=("prediction_type", "timestep_spacing", "steps_offset"),
+)
+@dataclass(frozen=True)
+class Schedule:
+    """A pytree: the two arrays are leaves, the rest is static under `jit`."""
+
+    alphas_cumprod: jax.Array  # [T] float32, a_t
+    final_alpha_cumprod: jax.Array  # [] float32, stands for a_t at t < 0
+    prediction_type: str
+    timestep_spacing: str
+    steps_offset: int
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return self.alphas_cumprod.shape[0]
+
+
+def make_schedule(config: DiffusionConfig) -> Schedule:
+    """The schedule that `config` describes. Computed in float64, stored in float32."""
+    alphas_cumprod = np.cumprod(1.0 - _betas(config))
+    if config.rescale_betas_zero_snr:
+        alphas_cumprod = _rescale_zero_terminal_snr(alphas_cumprod)
+    final = 1.0 if config.set_alpha_to_one else alphas_cumprod[0]
+    return Schedule(
+        alphas_cumprod=jnp.asarray(alphas_cumprod, jnp.float32),
+        final_alpha_cumprod=jnp.asarray(final, jnp.float32),
+        prediction_type=config.prediction_type,
+        timestep_spacing=config.timestep_spacing,
+        steps_offset=config.steps_offset,
+    )
+
+
+def _betas(config: DiffusionConfig) -> np.ndarray:
+    start, end, count = config.beta_start, config.beta_end, config.num_train_timesteps
+    if config.beta_schedule == "linear":
+        return np.linspace(start, end, count)
+    return np.linspace(start**0.5, end**0.5, count) ** 2
+
+
+def _rescale_zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
+    """arXiv 2305.08891, algorithm 1: shift sqrt(a_t) to end at 0, scale it to start as before."""
+    root = np.sqrt(alphas_cumprod)
+    first, last = root[0], root[-1]
+    return ((root - last) * first / (first - last)) ** 2
+
+
+def _coefficients(
+    schedule: Schedule, t: jax.typing.ArrayLike, ndim: int
+) -> tuple[jax.Array, jax.Array]:
+    """sqrt(a_t) and sqrt(1 - a_t), shaped to broadcast against an array of `ndim` dimensions."""
+    alpha = schedule.alphas_cumprod[jnp.asarray(t)]
+    alpha = alpha.reshape(alpha.shape + (1,) * (ndim - alpha.ndim))
+    return jnp.sqrt(alpha), jnp.sqrt(1.0 - alpha)
+
+
+def add_noise(
+    schedule: Schedule, x0: jax.Array, noise: jax.Array, t: jax.typing.ArrayLike
+) -> jax.Array:
+    """x_t. `x0` and `noise` are [B, ...] with `t` int [B], or any shape with a scalar `t`."""
+    signal, sigma = _coefficients(schedule, t, x0.ndim)
+    return signal * x0 + sigma * noise
+
+
+def velocity(
+    schedule: Schedule, x0: jax.Array, noise: jax.Array, t: jax.typing.ArrayLike
+) -> jax.Array:
+    """v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (arXiv 2202.00512). Shapes as in `add_noise`."""
+    signal, sigma = _coefficients(schedule, t, x0.ndim)
+    return signal * noise - sigma * x0
+
+
+def target(
+    schedule: Schedule, x0: jax.Array, noise: jax.Array, t: jax.typing.ArrayLike
+) -> jax.Array:
+    """What the network is trained to predict. Shapes as in `add_noise`."""
+    if schedule.prediction_type == "epsilon":
+        return noise
+    if schedule.prediction_type == "sample":
+        return x0
+    return velocity(schedule, x0, noise, t)
+
+
+def to_x0_and_noise(
+    schedule: Schedule, prediction: jax.Array, sample: jax.Array, t: jax.typing.ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """The (x_0, eps) that a prediction at x_t = `sample` implies. Shapes as in `add_noise`.
+
+    Epsilon prediction divides by sqrt(a_t), so it is not finite at zero SNR; `config.validate`
+    rejects that combination.
+    """
+    signal, sigma = _coefficients(schedule, t, sample.ndim)
+    if schedule.prediction_type == "epsilon":
+        return (sample - sigma * prediction) / signal, prediction
+    if schedule.prediction_type == "sample":
+        return prediction, (sample - signal * prediction) / sigma
+    return signal * sample - sigma * prediction, signal * prediction + sigma * sample
+
+
+def sampling_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
+    """The timesteps of a `steps`-step sampler, descending, int32 [steps].
+
+    Table 2 of arXiv 2305.08891, rounded as diffusers does. Raises `UserError` if `steps` is
+    not in 1 ... T, or if `leading` with this `steps_offset` would start beyond T - 1.
+    """
+    total = schedule.num_train_timesteps
+    if not 1 <= steps <= total:
+        raise UserError(
+            f"config.sampler.steps={steps}: must be between 1 and {total}, the training timesteps"
+        )
+    timesteps: np.ndarray
+    if schedule.timestep_spacing == "linspace":
+        timesteps = np.linspace(0, total - 1, steps).round()[::-1]
+    elif schedule.timestep_spacing == "leading":
+        timesteps = np.arange(steps)[::-1] * (total // steps) + schedule.steps_offset
+    else:
+        # arange can overshoot by one element when total / steps is inexact.
+        timesteps = np.round(np.arange(total, 0, -total / steps))[:steps] - 1
+    if timesteps[0] >= total:
+        raise UserError(
+            f"config.sampler.steps={steps}: leading spacing with steps_offset="
+            f"{schedule.steps_offset} starts at {timesteps[0]:g}, beyond {total - 1}: use fewer steps"
+        )
+    return timesteps.astype(np.int32)
+
+
+def previous_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
+    """Where each step of `sampling_timesteps` lands, int32 [steps]; negative means x_0.
+
+    As in diffusers this is t - T // steps, which is not the next sampling timestep when steps
+    does not divide T or the spacing is linspace: matched so that results carry over.
+    """
+    stride = schedule.num_train_timesteps // steps
+    return sampling_timesteps(schedule, steps) - np.int32(stride)
+
+
+def ddim_step(
+    schedule: Schedule,
+    prediction: jax.Array,
+    sample: jax.Array,
+    t: jax.typing.ArrayLike,
+    t_prev: jax.typing.ArrayLike,
+    eta: float | jax.Array = 0.0,
+    noise: jax.Array | None = None,
+) -> jax.Array:
+    """x at `t_prev` from x at `t` (arXiv 2010.02502, equations 12 and 16).
+
+    `t_prev` < 0 means the final a_t. `eta` scales the standard deviation of the fresh `noise`
+    (0: deterministic DDIM, 1: DDPM); without `noise` none is added. Shapes as in `add_noise`.
+    """
+    x0, eps = to_x0_and_noise(schedule, prediction, sample, t)
+    alpha = schedule.alphas_cumprod[jnp.asarray(t)]
+    t_prev = jnp.asarray(t_prev)
+    alpha_prev = jnp.where(
+        t_prev < 0,
+        schedule.final_alpha_cumprod,
+        schedule.alphas_cumprod[jnp.maximum(t_prev, 0)],
+    )
+    variance = (1.0 - alpha_prev) / (1.0 - alpha) * (1.0 - alpha / alpha_prev)
+    # Both radicands are >= 0 exactly; the clamps stop rounding from making NaN of a zero.
+    std = eta * jnp.sqrt(jnp.maximum(variance, 0.0))
+    direction = jnp.sqrt(jnp.maximum(1.0 - alpha_prev - std**2, 0.0))
+
+    def wide(x: jax.Array) -> jax.Array:
+        return x.reshape(x.shape + (1,) * (sample.ndim - x.ndim))
+
+    previous = wide(jnp.sqrt(alpha_prev)) * x0 + wide(direction) * eps
+    return previous if noise is None else previous + wide(std) * noise
