@@ -29,7 +29,7 @@ _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+_ROLES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 _FLAGS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
 
 
@@ -60,14 +60,13 @@ class Tokenizer:
             raise UserError(
                 f"tokenizer: model_max_length={model_max_length} leaves no room for text"
             )
-        defaults = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
-        self.roles = defaults | (roles or {})
+        self.roles = _ROLES | (roles or {})
         self.model_max_length = model_max_length
         self._vocab, self._merges = dict(vocab), [tuple(merge) for merge in merges]
         self._backend = _backend(self._vocab, self._merges, self.roles["unk_token"])
         specials = [AddedToken(self.roles[role], special=True) for role in _ROLES]
-        # Of equal tokens the first counts, so flags that a file gives win over the defaults.
-        self._backend.add_tokens([*added, *specials])
+        distinct = {token.content: token for token in [*specials, *added]}
+        self._backend.add_tokens(list(distinct.values()))
         missing = [self.roles[role] for role in _ROLES if self.roles[role] not in vocab]
         if missing:
             raise UserError(
@@ -114,11 +113,12 @@ class Tokenizer:
         roles, added = _special_tokens(folder, config)
         vocab, merges = _vocabulary(folder)
         length = config.get("model_max_length", 77)
+        if not isinstance(length, int | float):
+            raise UserError(f"{folder}/tokenizer_config.json: model_max_length must be a number")
+        length = int(length) if length < 1e6 else 77  # transformers writes 1e30 for "not known"
         try:
-            # transformers writes 1e30 for "not known"
-            length = int(length) if length < 1e6 else 77
             return Tokenizer(vocab, merges, roles, added, length)
-        except (UserError, TypeError) as error:
+        except UserError as error:
             raise UserError(f"{folder}: {error}") from error
 
     def save(self, directory: os.PathLike[str] | str) -> None:
@@ -274,16 +274,19 @@ def _special_tokens(
     """Roles and added tokens, with the precedence of transformers 5.
 
     `special_tokens_map.json` beats `tokenizer_config.json`, unless the latter lists
-    `added_tokens_decoder`, which newer releases write.
+    `added_tokens_decoder`, as transformers 4 wrote it. Version 5 keeps that in `tokenizer.json`.
     """
-    values = {role: config[role] for role in _ROLES if config.get(role)}
+    values: dict[str, Any] = _ROLES | {r: config[r] for r in _ROLES if config.get(r)}
     listed = config.get("added_tokens_decoder")
     if listed is None:
         extra = _read_json(folder / "special_tokens_map.json", optional=True)
         values |= {role: extra[role] for role in _ROLES if extra.get(role)}
-        listed = {}
-    added = [_from_json(listed[i]) for i in sorted(listed, key=int)]
-    added += [_from_json(values[role]) for role in _ROLES if role in values]
+        whole = _read_json(folder / "tokenizer.json", optional=True)
+        listed = {token["id"]: token for token in whole.get("added_tokens", [])}
+    # A token can have several roles, with other flags in each: the last role decides. So SD1, which
+    # pads with the end token, does not find "<|ENDOFTEXT|>" in a text, but SD2 does.
+    added = [_from_json(values[role]) for role in _ROLES]
+    added += [_from_json(listed[i]) for i in sorted(listed, key=int)]
     roles = {r: v["content"] if isinstance(v, dict) else v for r, v in values.items()}
     return roles, added
 
