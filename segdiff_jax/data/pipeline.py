@@ -1,0 +1,212 @@
+"""From a source to training batches, with Grain, and to evaluation examples.
+
+Example i of training is a function of (seed, i) alone: which record it shows, how that record is
+augmented and which classes are asked of it. Batch s holds examples s*B … (s+1)*B - 1, so any step
+on any process count sees the same examples as an uninterrupted run on one.
+"""
+
+import logging
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from segdiff_jax.config import Config
+from segdiff_jax.data import transforms
+from segdiff_jax.data.images import UnreadableError
+from segdiff_jax.data.sources import Source
+from segdiff_jax.errors import UserError
+
+IGNORE = transforms.IGNORE
+
+
+def train_batches(
+    source: Source,
+    config: Config,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    batch_size: int | None = None,
+) -> "TrainBatches":
+    """Endless batches from step `start_step` on.
+
+    Each is {"image": uint8 [b, H, W, 3], "labels": uint8 [b, H, W], "class_ids": int32 [b, G]},
+    b = batch_size / process_count rows of the global batch, in global order; G is
+    config.codec.classes_per_pass, or all K classes when that is 0. class_ids of -1 are empty
+    slots. `batch_size` is config.train.batch_size unless given.
+    """
+    size = batch_size or config.train.batch_size
+    if size % process_count:
+        raise UserError(
+            f"config.train.batch_size={size} does not divide over {process_count} processes"
+        )
+    rows = size // process_count
+    salted = zlib.crc32(
+        f"segdiff {seed}".encode()
+    )  # Grain adds epochs to its seed: keep runs apart
+    dataset = (
+        grain.MapDataset.source(_Substituting(source, config.data.max_unreadable))
+        .shuffle(salted)
+        .repeat()
+        .map_with_index(_Example(source, config, seed))
+        .slice(slice(start_step * size, None))
+        .batch(rows, drop_remainder=True, batch_fn=_stack)
+        .slice(slice(process_index, None, process_count))
+    )
+    threads = min(16, 2 * (os.cpu_count() or 1))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    iterable = dataset.to_iter_dataset(options)
+    if config.data.workers > 0:
+        workers = grain.MultiprocessingOptions(
+            num_workers=config.data.workers, per_worker_buffer_size=2
+        )
+        iterable = iterable.mp_prefetch(workers)
+    return TrainBatches(iter(iterable), len(source), config.data.max_unreadable)
+
+
+class TrainBatches:
+    """Iterator over batches that counts the pairs it had to skip.
+
+    unreadable: the message about each skipped record, by record index. Raises `UserError` as soon
+    as they are more than the permitted share of the dataset. Records are counted where they are
+    met: with several processes each counts its own.
+    """
+
+    def __init__(self, batches: Iterator[dict[str, Any]], length: int, max_unreadable: float):
+        self.unreadable: dict[int, str] = {}
+        self._batches = batches
+        self._length = length
+        self._max_unreadable = max_unreadable
+
+    @property
+    def unreadable_count(self) -> int:
+        return len(self.unreadable)
+
+    def __iter__(self) -> "TrainBatches":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._batches)
+        for record, message in batch.pop("unreadable"):
+            if record not in self.unreadable:
+                self.unreadable[record] = message
+                logging.warning("skipped: %s", message)
+        if self.unreadable_count > self._max_unreadable * self._length:
+            raise _too_many(self.unreadable, self._length, self._max_unreadable)
+        return batch
+
+
+def eval_examples(
+    source: Source, size: tuple[int, int], process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, Any]]:
+    """Records process_index, process_index + process_count, …, in order.
+
+    {"image": uint8 [H, W, 3] at `size`, "labels": uint8 at native resolution, "name": str}.
+    An unreadable pair raises: a score over part of the data would be another score.
+    """
+    for index in range(process_index, len(source), process_count):
+        record = source[index]
+        image, _ = transforms.fit(record["image"], record["labels"], size)
+        yield {"image": image, "labels": record["labels"], "name": record["name"]}
+
+
+def _too_many(unreadable: dict[int, str], length: int, share: float) -> UserError:
+    first = next(iter(unreadable.values()))
+    return UserError(
+        f"{first} ({len(unreadable)} of {length} pairs unreadable, more than "
+        f"config.data.max_unreadable={share:g} allows)"
+    )
+
+
+class _Substituting:
+    """A source that puts the next readable record in the place of one that cannot be read."""
+
+    def __init__(self, source: Source, max_unreadable: float):
+        self.source = source
+        self.max_unreadable = max_unreadable
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        length = len(self.source)
+        failures: dict[int, str] = {}
+        while len(failures) <= self.max_unreadable * length and len(failures) < length:
+            record = (index + len(failures)) % length
+            try:
+                return {**self.source[record], "unreadable": list(failures.items())}
+            except UnreadableError as error:
+                failures[record] = str(error)
+        raise _too_many(failures, length, self.max_unreadable)
+
+
+class _Example:
+    """Record -> training example number `index`. A class because worker processes pickle it."""
+
+    def __init__(self, source: Source, config: Config, seed: int):
+        self.augment = config.data.augment
+        self.size = (config.data.image_size[0], config.data.image_size[1])
+        self.classes_per_pass = config.codec.classes_per_pass
+        self.negatives = config.codec.negatives
+        self.num_classes = len(source.vocabulary)
+        self.trained = np.setdiff1d(np.arange(self.num_classes), source.novel)
+        self.seed = seed
+
+    def __call__(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
+        rng = np.random.default_rng((self.seed, index))
+        image, labels = transforms.augment(
+            record["image"], record["labels"], rng, self.augment, self.size
+        )
+        class_ids = np.arange(self.num_classes, dtype=np.int32)
+        if self.classes_per_pass:
+            class_ids = draw_classes(
+                labels, self.trained, self.classes_per_pass, self.negatives, rng
+            )
+        return {
+            "image": image,
+            "labels": labels,
+            "class_ids": class_ids,
+            "unreadable": record["unreadable"],
+        }
+
+
+def draw_classes(
+    labels: np.ndarray,
+    trained: np.ndarray,
+    count: int,
+    negatives: float,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """int32 [count]: which classes to ask of uint8 `labels` [H, W], in random order.
+
+    Each slot shows an absent class with probability `negatives`, else a present one; where one
+    kind runs out the other fills in, and -1 where both do. Only ids in `trained` are drawn.
+    """
+    occurs = np.bincount(labels.ravel(), minlength=256) > 0
+    present, absent = trained[occurs[trained]], trained[~occurs[trained]]
+    absent_count = int((rng.random(count) < negatives).sum())
+    absent_count = max(absent_count, count - len(present))
+    absent_count = min(absent_count, len(absent))
+    present_count = min(count - absent_count, len(present))
+    drawn = np.concatenate(
+        [
+            rng.choice(present, present_count, replace=False),
+            rng.choice(absent, absent_count, replace=False),
+        ]
+    )
+    class_ids = np.full(count, -1, np.int32)
+    class_ids[: len(drawn)] = rng.permutation(drawn)
+    return class_ids
+
+
+def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    batch: dict[str, Any] = {
+        key: np.stack([example[key] for example in examples])
+        for key in ("image", "labels", "class_ids")
+    }
+    batch["unreadable"] = [item for example in examples for item in example["unreadable"]]
+    return batch

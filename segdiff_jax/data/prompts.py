@@ -1,0 +1,30 @@
+"""From class names to the sentences that CLIP reads."""
+
+from collections.abc import Sequence
+
+from segdiff_jax.data.vocabulary import ClassEntry
+from segdiff_jax.errors import UserError
+
+PLACEHOLDER = "{class}"
+
+
+def prompts(entry: ClassEntry, templates: Sequence[str]) -> list[str]:
+    """Every name of the class in every template: name first, then synonyms, each over templates.
+
+    Raises `UserError` when there is no template or one lacks "{class}".
+    """
+    if isinstance(templates, str):
+        templates = (templates,)
+    if not templates:
+        raise UserError(
+            'config.prompts.templates is empty: name one, such as "a photo of a {class}"'
+        )
+    for template in templates:
+        if PLACEHOLDER not in template:
+            raise UserError(f"config.prompts.templates: {template!r} lacks {PLACEHOLDER}, add it")
+    # replace, not format: other braces in a template are text.
+    return [
+        template.replace(PLACEHOLDER, name)
+        for name in (entry.name, *entry.synonyms)
+        for template in templates
+    ]
