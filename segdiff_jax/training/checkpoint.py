@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -72,8 +73,16 @@ class Checkpoints:
         with self._writing():
             if not read_only:
                 self.directory.mkdir(parents=True, exist_ok=True)
+            if best_metric:
+                _drop_damaged_metrics(self.directory, read_only)
             self._manager = ocp.CheckpointManager(
-                self.directory, options=_options(keep, best_metric, read_only)
+                self.directory,
+                options=_options(keep, best_metric, read_only),
+                # Named here because a fresh process cannot tell how to read shapes otherwise.
+                item_handlers={
+                    "state": ocp.PyTreeCheckpointHandler(),
+                    "metadata": ocp.JsonCheckpointHandler(),
+                },
             )
 
     def steps(self) -> list[int]:
@@ -85,6 +94,11 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """The newest of `steps()`, or None."""
         return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step with the highest `best_metric`; the newest when none was measured."""
+        best = self._manager.best_step()
+        return best if best in self.steps() else self.latest_step()
 
     def save(
         self,
@@ -105,13 +119,14 @@ class Checkpoints:
             self._damaged.clear()
             if step in self._manager.all_steps():
                 return
+            tree = _by_name(state)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(_by_name(state)),
-                    metadata=ocp.args.JsonSave(metadata),
+                    state=ocp.args.PyTreeSave(tree),
+                    metadata=ocp.args.JsonSave({"user": metadata, "checksums": _checksums(tree)}),
                 ),
-                metrics=metrics,
+                metrics=metrics or {},  # None would draw a warning from Orbax on every save
                 force=True,
             )
 
@@ -190,13 +205,14 @@ class Checkpoints:
             ),
         )
         arrays = _flat(restored["state"])
+        _verify(restored["state"], restored["metadata"]["checksums"], stored.tree)
         leaves, structure = jax.tree_util.tree_flatten_with_path(wanted)
         in_order = [arrays[leaf_path(path)] for path, _ in leaves]
-        return jax.tree_util.tree_unflatten(structure, in_order), restored["metadata"]
+        return jax.tree_util.tree_unflatten(structure, in_order), restored["metadata"]["user"]
 
     def _read_metadata(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["metadata"]
+        return self._manager.restore(step, args=args)["metadata"]["user"]
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -260,6 +276,18 @@ def _options(keep: int, best_metric: str | None, read_only: bool) -> ocp.Checkpo
     )
 
 
+def _drop_damaged_metrics(directory: epath.Path, read_only: bool) -> None:
+    """Orbax reads every metrics file when it opens the folder, and would not open it."""
+    for path in directory.glob("*/metrics/metrics"):
+        try:
+            json.loads(path.read_text())
+        except ValueError as error:
+            if read_only:
+                raise UserError(f"{path}: damaged metrics file: remove it") from error
+            log.warning("%s: damaged metrics file, removed: %s", path, _first_line(error))
+            path.unlink()
+
+
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
@@ -296,6 +324,28 @@ def _check_architecture(where: epath.Path, stored: Any, wanted: dict[str, Any]) 
                 f"{where}: checkpoint of another architecture: {'/'.join(path)} is {before} there "
                 f"and {now} here: use the config it was trained with"
             )
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> jax.Array:
+    """The sum of the bit patterns modulo 2³²: exact, and the same however the array is cut."""
+    if array.dtype != jnp.bool_:
+        array = jax.lax.bitcast_convert_type(array, f"uint{array.dtype.itemsize * 8}")
+    return jnp.sum(array, dtype=jnp.uint32)
+
+
+def _checksums(tree: dict[str, Any]) -> dict[str, int]:
+    sums = {"/".join(path): _checksum(leaf) for path, leaf in _flat(tree).items()}
+    return {name: int(value) for name, value in jax.device_get(sums).items()}
+
+
+def _verify(tree: dict[str, Any], expected: dict[str, int], stored: Any) -> None:
+    """Orbax's chunks carry no checksum: a flipped bit in one would be restored as it is."""
+    dtypes = {"/".join(path): leaf.dtype for path, leaf in _flat(stored).items()}
+    same = {path: x for path, x in _flat(tree).items() if x.dtype == dtypes["/".join(path)]}
+    for name, value in _checksums({"/".join(path): x for path, x in same.items()}).items():
+        if value != expected[name]:
+            raise ValueError(f"the contents of {name} do not match their checksum")
 
 
 def _first_line(error: Exception) -> str:
