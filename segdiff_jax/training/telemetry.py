@@ -1,0 +1,239 @@
+"""What a run reports: TensorBoard events, a progress bar or log lines, rates; and how it stops.
+
+Reading a metric waits for the device. So the metrics of a step are read one step later, when they
+are ready and the next step is already queued: the device never waits for the host.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from segdiff_jax.errors import UserError
+from segdiff_jax.files import is_remote
+
+log = logging.getLogger(__name__)
+
+WARMUP_STEPS = 2  # compilation, then possibly once more for the layouts of donated buffers
+UPLOAD_SECONDS = 60.0  # between copies of the event file to an object store
+
+
+class Telemetry:
+    """The reports of one run.
+
+    Args:
+      workdir: local or `gs://`; events go to `workdir/tensorboard`.
+      total_steps: where the run ends, for the bar and the ETA.
+      batch_size: images per step over all devices.
+      enabled: False writes nothing (every process but the first) and still returns metrics.
+      log_every: steps between written values and log lines.
+      first_step: steps done before this start of the run. TensorBoard drops what an earlier start
+        reported after it, since that is computed again.
+      stage: prefix of the tags and the name of the bar.
+    """
+
+    def __init__(
+        self,
+        workdir: os.PathLike[str] | str,
+        total_steps: int,
+        batch_size: int,
+        enabled: bool = True,
+        log_every: int = 50,
+        first_step: int = 0,
+        stage: str = "train",
+    ):
+        self.total_steps, self.batch_size, self.stage = total_steps, batch_size, stage
+        self.log_every = log_every
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._fetched_steps = 0
+        self._interval: tuple[int, float] | None = None  # step and time where the rate starts
+        self._events = _Events(workdir, first_step) if enabled else None
+        on_terminal = enabled and sys.stderr.isatty()
+        self._bar = (
+            tqdm(total=total_steps, initial=first_step, desc=stage, unit="step", smoothing=0.1)
+            if on_terminal
+            else None
+        )
+
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float] | None:
+        """Takes the device scalars of the training step that was just dispatched.
+
+        `step` counts steps done (1 … total_steps), as checkpoints are numbered.
+        Returns the values of the step before, with its number as "step", for the loop to check
+        that they are finite; None on the first call.
+        """
+        values = self.fetch()
+        for value in metrics.values():
+            if isinstance(value, jax.Array):
+                value.copy_to_host_async()
+        self._pending = (step, metrics)
+        return values
+
+    def fetch(self) -> dict[str, float] | None:
+        """The values not yet returned, waiting for their step: before a checkpoint or the end."""
+        if self._pending is None:
+            return None
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._fetched_steps += 1
+        if self._bar is not None:
+            self._bar.update(1)
+        if step % self.log_every == 0 or step == self.total_steps:
+            self._report(step, values)
+        if self._fetched_steps == WARMUP_STEPS:
+            self._interval = (step, time.perf_counter())
+        return {"step": step, **values}
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Work that is not training, such as evaluation: its time does not count in the rates."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self._interval is not None:
+                step, since = self._interval
+                self._interval = (step, since + time.perf_counter() - started)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Writes values under their own tags, e.g. {"validation/miou_present": 0.41}."""
+        if self._events is not None:
+            for tag, value in values.items():
+                self._events.writer.add_scalar(tag, float(value), step)
+            self._events.written()
+
+    def images(self, step: int, name: str, images: np.ndarray) -> None:
+        """Writes uint8 images, [H, W, 3] or [N, H, W, 3], under the tag `name`."""
+        if self._events is not None:
+            batch = np.asarray(images, np.uint8)
+            batch = batch[None] if batch.ndim == 3 else batch
+            self._events.writer.add_images(name, batch, step, dataformats="NHWC")
+            self._events.written()
+
+    def close(self) -> None:
+        """Writes what is pending and waits for the last upload."""
+        self.fetch()
+        if self._bar is not None:
+            self._bar.close()
+        if self._events is not None:
+            self._events.close()
+
+    def _report(self, step: int, values: dict[str, float]) -> None:
+        now = time.perf_counter()
+        rates: dict[str, float] = {}
+        if self._interval is not None and step > self._interval[0]:
+            since_step, since = self._interval
+            rate = (step - since_step) / max(now - since, 1e-9)
+            rates = {"steps_per_second": rate, "images_per_second": rate * self.batch_size}
+            self._interval = (step, now)
+        everything = {**values, **rates}
+        self.scalars(step, {f"{self.stage}/{name}": v for name, v in everything.items()})
+        if self._events is None:
+            return
+        shown = {name: f"{value:.4g}" for name, value in everything.items()}
+        if self._bar is not None:
+            self._bar.set_postfix(shown)
+            return
+        if rates:
+            remaining = (self.total_steps - step) / rates["steps_per_second"]
+            shown["eta"] = tqdm.format_interval(remaining)
+        line = "  ".join(f"{name} {value}" for name, value in shown.items())
+        log.info("%s step %d/%d  %s", self.stage, step, self.total_steps, line)
+
+
+class _Events:
+    """A tensorboardX writer whose files also reach object stores.
+
+    There, objects cannot be appended to: the file grows in a local folder and a thread copies it
+    over now and then. A copy that fails is reported and tried again with the next.
+    """
+
+    def __init__(self, workdir: os.PathLike[str] | str, first_step: int):
+        from tensorboardX import SummaryWriter  # 2 s that prediction should not pay
+
+        self.target = epath.Path(workdir) / "tensorboard"
+        self._remote = is_remote(workdir)
+        self._local = tempfile.mkdtemp(prefix="segdiff_events_") if self._remote else None
+        self._copier = ThreadPoolExecutor(1, "event_upload") if self._remote else None
+        self._copy: Future[None] | None = None
+        self._copied = time.perf_counter()
+        try:
+            self.writer = SummaryWriter(
+                self._local or str(self.target), purge_step=first_step + 1, flush_secs=10
+            )
+        except OSError as error:
+            raise UserError(
+                f"{self.target}: cannot write TensorBoard events: {error.strerror}: "
+                "choose another --workdir"
+            ) from error
+
+    def written(self) -> None:
+        """Starts a copy when the last one is done and old enough."""
+        due = time.perf_counter() - self._copied > UPLOAD_SECONDS
+        if self._copier is not None and due and (self._copy is None or self._copy.done()):
+            self._copied = time.perf_counter()
+            self.writer.flush()
+            self._copy = self._copier.submit(self._upload)
+
+    def close(self) -> None:
+        self.writer.close()
+        if self._copier is not None and self._local is not None:
+            self._copier.submit(self._upload)
+            self._copier.shutdown(wait=True)
+            shutil.rmtree(self._local, ignore_errors=True)
+
+    def _upload(self) -> None:
+        assert self._local is not None
+        try:
+            self.target.mkdir(parents=True, exist_ok=True)
+            for file in Path(self._local).iterdir():
+                (self.target / file.name).write_bytes(file.read_bytes())
+        except Exception as error:  # losing a curve must not lose a run
+            log.warning("%s: cannot copy TensorBoard events: %s", self.target, error)
+
+
+class GracefulStop:
+    """Within this context the first SIGTERM or SIGINT sets `requested` instead of killing.
+
+    The loop polls it after each step, saves a checkpoint and leaves. A second SIGINT (Ctrl-C twice)
+    raises `KeyboardInterrupt`; further SIGTERMs change nothing. Main thread only. Each process
+    sees its own signals: processes that run together must agree before they act on it.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._interrupts = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "GracefulStop":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.requested = True
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            raise KeyboardInterrupt
+        # Not through logging: the handler may interrupt it while it holds its lock.
+        with contextlib.suppress(OSError):
+            os.write(2, f"{signal.Signals(number).name}: stopping after this step\n".encode())
