@@ -97,9 +97,9 @@ def leaf_path(path: tuple[Any, ...]) -> tuple[str, ...]:
 def partition(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
     """How an array is cut: the `PartitionSpec` of `path` ("a/b/kernel") on axes of `sizes`.
 
-    `tensor` goes where `RULES` say. What remains of `fsdp` and `tensor` cuts the dimension that is
-    then largest on a device and divides (the last such), so that storage falls by fsdp × tensor
-    wherever the shape allows. Vectors without a rule are replicated: they are a thousandth of the
+    `tensor` goes where `RULES` say, `fsdp` to another dimension. Without a rule each cuts what is
+    then the largest dimension on a device that divides (the last such), so that storage falls by
+    fsdp × tensor wherever the shape allows. Vectors without a rule are replicated: they are a thousandth of the
     bytes and would cost a collective each.
     """
     rule = next((spec for pattern, spec in RULES if re.search(pattern, path)), None)
@@ -123,7 +123,8 @@ def partition(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
     for axis in tuple(left) if len(shape) > 1 else ():
         fits = [dim for dim, size in enumerate(local) if size % sizes[axis] == 0]
         if fits:
-            cut(max(fits, key=lambda dim: (local[dim], dim)), axis)
+            uncut = [dim for dim in fits if axis == "fsdp" and not cuts[dim]]
+            cut(max(uncut or fits, key=lambda dim: (local[dim], dim)), axis)
     if left and len(shape) > 1:
         _log_replicated(shape, tuple((axis, sizes[axis]) for axis in left))
     return P(*(tuple(axes) if axes else None for axes in cuts))

@@ -1,0 +1,192 @@
+"""Placement needs several devices, so what runs on a mesh runs once in a process that forces 8."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from segdiff_jax.config import MeshConfig
+from segdiff_jax.errors import UserError
+from segdiff_jax.training.sharding import leaf_path, make_mesh, partition
+
+SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
+ATTENTION = "down_blocks/0/attentions/0/transformer_blocks/0/attn1"
+RESNET = "up_blocks/3/resnets/2"
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        (f"{ATTENTION}/to_q/kernel", (64, 64), P("fsdp", "tensor")),
+        (f"{ATTENTION}/to_out/kernel", (64, 64), P("tensor", "fsdp")),
+        ("x/ff/proj_in/kernel", (64, 512), P("fsdp", "tensor")),
+        ("x/ff/proj_out/kernel", (256, 64), P("tensor", "fsdp")),
+        (f"{RESNET}/conv1/kernel", (3, 3, 64, 32), P(None, None, "fsdp", "tensor")),
+        (f"{RESNET}/conv2/kernel", (3, 3, 32, 32), P(None, None, "tensor", "fsdp")),
+        (f"0/1/mu/{RESNET}/conv2/kernel", (3, 3, 32, 32), P(None, None, "tensor", "fsdp")),
+        ("conv_in/kernel", (3, 3, 8, 32), P(None, None, None, ("fsdp", "tensor"))),
+        ("conv_out/kernel", (3, 3, 30, 3), P(None, None, "fsdp", None)),
+        (f"{RESNET}/conv1/bias", (32,), P("tensor")),
+        (f"{RESNET}/norm1/scale", (32,), P()),
+        ("step", (), P()),
+        ("odd/kernel", (3, 5), P(None, None)),
+    ],
+)
+def test_rules(path, shape, expected):
+    assert partition(path, shape, SIZES) == expected
+
+
+def test_axes_of_size_one_are_left_out():
+    spec = partition(f"{ATTENTION}/to_q/kernel", (64, 64), {"data": 8, "fsdp": 1, "tensor": 1})
+    assert tuple(spec) == (None, None)
+
+
+def test_paths_of_optimizer_state_end_in_the_path_of_the_parameter():
+    import optax
+
+    params = {"blocks": {0: {"kernel": jax.numpy.ones((2, 2))}}}
+    state = optax.adamw(1e-3).init(params)
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    paths = ["/".join(leaf_path(path)) for path, _ in leaves]
+    assert sum(path.endswith("/mu/blocks/0/kernel") for path in paths) == 1
+    assert sum(path.endswith("/nu/blocks/0/kernel") for path in paths) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (MeshConfig(data=3), "config.mesh.data"),
+        (MeshConfig(data=-1, fsdp=3), "config.mesh.fsdp"),
+        (MeshConfig(data=-1, tensor=5), "config.mesh.tensor"),
+        (MeshConfig(data=-1, fsdp=-1), "config.mesh.fsdp"),
+        (MeshConfig(data=1, fsdp=0), "config.mesh.fsdp"),
+        (MeshConfig(data=-2), "config.mesh.data"),
+    ],
+)
+def test_impossible_meshes_name_the_key(config, key):
+    with pytest.raises(UserError, match=key) as error:
+        make_mesh(config, jax.devices()[:1])
+    assert "\n" not in str(error.value)
+
+
+EIGHT_DEVICES = """
+    import json, logging, sys
+    import jax
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    import jax.numpy as jnp, numpy as np, optax
+    from segdiff_jax.config import MeshConfig
+    from segdiff_jax.training import sharding
+
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    sharding.log.addHandler(handler)
+    sharding.log.setLevel(logging.INFO)
+
+    rng = np.random.default_rng(0)
+    def array(*shape):
+        return jnp.asarray(rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1])), jnp.float32)
+    def block(c):
+        return {
+            "conv1": {"kernel": array(3, 3, c, 2 * c), "bias": array(2 * c)},
+            "conv2": {"kernel": array(3, 3, 2 * c, c), "bias": array(c)},
+        }
+    params = {
+        "conv_in": {"kernel": array(3, 3, 3, 16)},
+        "resnets": {0: block(16), 1: block(16)},
+        "to_q": {"kernel": array(16, 32)},
+        "to_out": {"kernel": array(32, 16)},
+        "odd": {"kernel": array(3, 5)}, "odd_2": {"kernel": array(3, 5)},
+    }
+    optimizer = optax.adamw(1e-2)
+    images, targets = array(16, 6, 6, 3), array(16, 6, 6, 16)
+
+    def conv(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    def loss(p, x, y):
+        h = conv(x, p["conv_in"]["kernel"])
+        for r in p["resnets"].values():
+            a = jax.nn.silu(conv(h, r["conv1"]["kernel"]) + r["conv1"]["bias"])
+            h = h + conv(a, r["conv2"]["kernel"]) + r["conv2"]["bias"]
+        h = h + (h @ p["to_q"]["kernel"]) @ p["to_out"]["kernel"]
+        return jnp.mean((h - y) ** 2) + jnp.sum(p["odd"]["kernel"] ** 2) * 1e-3
+
+    def train(config, devices):
+        mesh = sharding.make_mesh(config, devices)
+        state = {"params": params, "optimizer": optimizer.init(params), "ema": params}
+        shardings = sharding.state_sharding(jax.eval_shape(lambda: state), mesh)
+        state = jax.device_put(state, shardings)
+        x, y = jax.device_put((images, targets), sharding.batch_sharding(mesh))
+        def step(state, x, y):
+            value, grads = jax.value_and_grad(loss)(state["params"], x, y)
+            updates, opt = optimizer.update(grads, state["optimizer"], state["params"])
+            new = optax.apply_updates(state["params"], updates)
+            state = {"params": new, "optimizer": opt, "ema": state["ema"]}
+            return state, value
+        step = jax.jit(step, out_shardings=(shardings, sharding.replicated(mesh)))
+        losses = []
+        for _ in range(20):
+            state, value = step(state, x, y)
+            losses.append(float(value))
+        held = [sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards
+                    if s.device == d) for d in devices]
+        return {"losses": losses, "bytes": max(held), "mesh": dict(mesh.shape),
+                "rows": x.addressable_shards[0].data.shape[0]}
+
+    runs = {"1": train(MeshConfig(), jax.devices()[:1])}
+    for sizes in [(-1, 1, 1), (2, -1, 1), (2, 2, 2), (1, 2, 4)]:
+        config = MeshConfig(*sizes)
+        runs[",".join(map(str, sizes))] = train(config, jax.devices())
+    json.dump({"runs": runs, "lines": lines}, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def eight():
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(EIGHT_DEVICES)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_losses_do_not_depend_on_the_mesh(eight):
+    expected = eight["runs"]["1"]["losses"]
+    assert expected[-1] < 0.8 * expected[0]  # something was learnt
+    for name, run in eight["runs"].items():
+        assert run["losses"] == pytest.approx(expected, rel=1e-5), name
+
+
+def test_minus_one_takes_the_remaining_devices(eight):
+    runs = eight["runs"]
+    assert runs["-1,1,1"]["mesh"] == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert runs["2,-1,1"]["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+
+
+def test_batch_is_cut_over_data_and_fsdp(eight):
+    assert {name: run["rows"] for name, run in eight["runs"].items()} == {
+        "1": 16,
+        "-1,1,1": 2,
+        "2,-1,1": 2,
+        "2,2,2": 4,
+        "1,2,4": 8,
+    }
+
+
+@pytest.mark.parametrize(("mesh", "factor"), [("2,-1,1", 4), ("2,2,2", 4), ("1,2,4", 8)])
+def test_bytes_per_device_fall_by_fsdp_times_tensor(eight, mesh, factor):
+    whole = eight["runs"]["1"]["bytes"]
+    assert eight["runs"]["-1,1,1"]["bytes"] == whole
+    assert whole / eight["runs"][mesh]["bytes"] >= 0.9 * factor
+
+
+def test_shapes_that_do_not_divide_are_logged_once(eight):
+    odd = [line for line in eight["lines"] if "(3, 5)" in line]
+    assert len(odd) == len(set(odd)) == 3  # one for each of the three kinds of mesh that cut it
+    assert any("fsdp=2, tensor=2" in line for line in odd)
