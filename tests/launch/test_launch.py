@@ -303,7 +303,7 @@ def test_supervise_recreates_and_resumes_after_a_preemption(cloud):
 
 
 def test_supervise_deletes_the_tpu_at_the_end_when_asked(cloud):
-    cloud.script(**{"tpu-vm describe": [READY], "status": [FINISHED]})
+    cloud.script({"tpu-vm describe": [READY], "status": [FINISHED]})
     assert cloud.run("supervise.sh", "ade", "--delete").returncode == 0
     assert cloud.steps() == ["describe", "status", "delete"]
 
