@@ -1,0 +1,319 @@
+"""What all entry points share: exit codes, the config file, its overrides and its help text."""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import errno
+import inspect
+import io
+import math
+import runpy
+import sys
+import tokenize
+import traceback
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import config_flags
+
+from segdiff_jax import config as config_module
+from segdiff_jax.config import Config, validate
+from segdiff_jax.errors import UserError
+
+PREFIX = "--config."
+
+
+def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> NoReturn:
+    """Calls `main` with the command line and exits: 0, 2 on bad input, 130 on Ctrl-C.
+
+    A `UserError`, or a disk that fills up, becomes one line on stderr without a traceback.
+    """
+    code = 0
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        code = _complain(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        code = _complain(f"the disk is full{where}: free some space and run the command again")
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _complain(message: str) -> int:
+    print(f"error: {_one_line(message)}", file=sys.stderr)
+    return 2
+
+
+def parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """An argument parser for `python -m {prog}` whose errors are `UserError`s."""
+    return _Parser(
+        prog=f"python -m {prog}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: see {self.prog} --help")
+
+
+def split_config_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separates `--config.a.b=v` from the other arguments.
+
+    Also takes `--config.a.b v` and, for booleans, `--config.a.b` and `--noconfig.a.b`.
+
+    Returns:
+      (overrides, all as `--config.a.b=v`; the other arguments in their order).
+
+    Raises:
+      UserError: a key does not exist, or has no value.
+    """
+    overrides: list[str] = []
+    rest: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--":
+            rest += [argument, *arguments]
+        elif argument.startswith("--noconfig."):
+            key = argument.removeprefix("--noconfig.")
+            if _kind(key) is not bool:
+                raise UserError(f"{argument}: only a boolean key can be switched off with --no")
+            overrides.append(f"{PREFIX}{key}=false")
+        elif not argument.startswith(PREFIX):
+            rest.append(argument)
+        elif "=" in argument:
+            overrides.append(argument)
+        elif _kind(argument.removeprefix(PREFIX)) is bool:
+            overrides.append(f"{argument}=true")
+        else:
+            value = next(arguments, None)
+            if value is None:
+                raise UserError(f"{argument} needs a value: {_example(argument[len(PREFIX) :])}")
+            overrides.append(f"{argument}={value}")
+    return overrides, rest
+
+
+def load_config(path_or_spec: str, overrides: Sequence[str] = ()) -> Config:
+    """The config that a file's `get_config()` returns, overridden and validated.
+
+    Args:
+      path_or_spec: a Python file, or `file.py:argument` to call `get_config("argument")`.
+      overrides: `--config.a.b=v` strings, as from `split_config_flags`. A tuple is written
+        `96,128`. A tuple of strings takes one string per flag; repeat the flag for several.
+
+    Raises:
+      UserError: the file or its result is no config; a key does not exist (with the nearest one
+        that does); a value has the wrong type (with an example); `validate` finds a bad value.
+    """
+    config = _read_config_file(path_or_spec)
+    _check_fields(config, "", path_or_spec)
+    by_key: dict[str, list[str]] = {}
+    for override in overrides:
+        key, separator, value = override.removeprefix(PREFIX).partition("=")
+        if not separator or not override.startswith(PREFIX):
+            raise UserError(f"{override}: write it as {PREFIX}KEY=VALUE")
+        by_key.setdefault(key, []).append(value)
+    for key, values in by_key.items():
+        config = _override(config, key, values)
+    return validate(config)
+
+
+def _override(config: Config, key: str, values: list[str]) -> Config:
+    kind = _kind(key)
+    if kind == tuple[str, ...]:
+        values = [_quote(value) for value in values]
+    elif typing.get_origin(kind) is tuple:
+        values = values[-1:]  # ml_collections would join repeated tuples
+    arguments = ["segdiff_jax", *(f"{PREFIX}{key}={value}" for value in values)]
+    own_flags = flags.FlagValues()
+    try:
+        holder = config_flags.DEFINE_config_dataclass(
+            "config", config, flag_values=own_flags, sys_argv=arguments
+        )
+        own_flags(arguments)
+        config = holder.value
+        _check_type(_get(config, key), kind)
+    except (flags.Error, ValueError, TypeError, SyntaxError) as error:
+        shown = f"{PREFIX}{key}={values[-1]}"
+        raise UserError(f"{shown}: must be {_type_name(kind)}: {_example(key)}") from error
+    return config
+
+
+def _quote(value: str) -> str:
+    """A Python tuple of strings as it is; any other text as a tuple that holds just this text."""
+    try:
+        parsed = ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        parsed = value
+    if isinstance(parsed, tuple | list) and all(isinstance(item, str) for item in parsed):
+        return repr(tuple(parsed))
+    return repr((value,))
+
+
+def _read_config_file(spec: str) -> Config:
+    path, *arguments = [spec] if Path(spec).is_file() else spec.split(":", 1)
+    if not Path(path).is_file():
+        raise UserError(f"--config {path}: no such file: give one of configs/*.py")
+    try:
+        get_config = runpy.run_path(path, run_name="segdiff_jax_config").get("get_config")
+        if not callable(get_config):
+            raise UserError(f"{path}: has no get_config(): define one that returns a Config")
+        config = get_config(*arguments)
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        where = f"{path}, line {frames[-1].lineno}" if frames else path
+        what = _one_line(f"{type(error).__name__}: {error}")
+        raise UserError(f"{where}: {what}: mend the config file") from error
+    if not isinstance(config, Config):
+        name = type(config).__name__
+        raise UserError(f"{path}: get_config() returned {name}: return a segdiff_jax.config.Config")
+    return config
+
+
+def _check_fields(node: Any, prefix: str, path: str) -> None:
+    """Finds assignments in a config file that a dataclass lets pass: misspelt keys, wrong types."""
+    kinds = {field.name: field.type for field in dataclasses.fields(node)}
+    for name, value in vars(node).items():
+        key = f"{prefix}{name}"
+        if name not in kinds:
+            raise UserError(f"{path}: config.{key}: no such key{_suggestion(key)}")
+        if dataclasses.is_dataclass(kinds[name]):
+            if not isinstance(value, kinds[name]):  # type: ignore[arg-type]
+                raise UserError(
+                    f"{path}: config.{key}={value!r}: must be {_type_name(kinds[name])}"
+                )
+            _check_fields(value, f"{key}.", path)
+            continue
+        try:
+            _check_type(value, kinds[name])
+        except TypeError as error:
+            expected = f"must be {_type_name(kinds[name])}, such as {_get(Config(), key)!r}"
+            raise UserError(f"{path}: config.{key}={value!r}: {expected}") from error
+
+
+def _check_type(value: Any, kind: Any) -> None:
+    """Raises TypeError unless `value` is a `kind`: a scalar type or a tuple of them."""
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)
+        if not isinstance(value, tuple):
+            raise TypeError
+        if inner[-1] is Ellipsis:
+            inner = inner[:1] * len(value)
+        if len(inner) != len(value) or not value:
+            raise TypeError
+        for item, item_kind in zip(value, inner, strict=True):
+            _check_type(item, item_kind)
+    elif kind is float:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise TypeError
+    elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError
+
+
+def _kind(key: str) -> Any:
+    """The type of a config key. Raises `UserError` if there is no such key, or if it is a group."""
+    node: Any = Config
+    for name in key.split("."):
+        fields = {f.name: f.type for f in dataclasses.fields(node)} if _is_group(node) else {}
+        if name not in fields:
+            raise UserError(f"{PREFIX}{key}: no such key{_suggestion(key)}")
+        node = fields[name]
+    if _is_group(node):
+        first = dataclasses.fields(node)[0].name
+        raise UserError(f"{PREFIX}{key} is a group of keys: set one, such as {PREFIX}{key}.{first}")
+    return node
+
+
+def _is_group(kind: Any) -> bool:
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def _keys(kind: type = Config, prefix: str = "") -> list[str]:
+    keys = []
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        key = f"{prefix}{field.name}"
+        keys += _keys(field.type, f"{key}.") if _is_group(field.type) else [key]  # type: ignore
+    return keys
+
+
+def _suggestion(key: str) -> str:
+    keys = _keys()
+    last = key.rsplit(".", 1)[-1]
+    near = [k for k in keys if k.rsplit(".", 1)[-1] == last]  # right name, wrong group
+    near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    near = near or [k for k in keys if difflib.get_close_matches(last, [k.rsplit(".", 1)[-1]])]
+    return f": did you mean config.{near[0]}?" if near else ": --help lists them all"
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _type_name(kind: Any) -> str:
+    return str(kind) if isinstance(kind, types.GenericAlias) else kind.__name__
+
+
+def _example(key: str) -> str:
+    value = _get(Config(), key)
+    if isinstance(value, tuple):
+        text = ",".join(str(item) for item in value)
+    else:
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+    return f"for example {PREFIX}{key}={text}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def config_help() -> str:
+    """Every config key with its type, default and comment, for the end of `--help`."""
+    source = inspect.getsource(config_module)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    remarks: dict[tuple[str, str], str] = {}  # (class, field) -> comment
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            for item in node.body:
+                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                    remarks[node.name, item.target.id] = comments.get(item.end_lineno or 0, "")
+    lines = ["config keys, each set with --config.KEY=VALUE (type, default):"]
+    return "\n".join(lines + _help_lines(Config(), "", remarks))
+
+
+def _help_lines(node: Any, prefix: str, remarks: dict[tuple[str, str], str]) -> list[str]:
+    lines, groups = [], []
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        key = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            groups += ["", *_help_lines(value, f"{key}.", remarks)]
+            continue
+        remark = remarks.get((type(node).__name__, field.name), "")
+        shown = f"{_type_name(field.type)}, {value!r}"
+        lines.append(f"  {key:<36} {shown:<30} {remark}".rstrip())
+    return lines + groups

@@ -1,0 +1,248 @@
+"""Exit codes, and configs from the command line as a user meets them."""
+
+import dataclasses
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from segdiff_jax import cli
+from segdiff_jax.config import Config
+from segdiff_jax.errors import UserError
+
+GOOD = """
+from segdiff_jax.config import Config
+
+def get_config(size="small"):
+    config = Config(stage="vae")
+    config.data.source = "scenes"
+    config.train.steps = 7 if size == "small" else 70
+    return config
+"""
+
+
+@pytest.fixture
+def path(tmp_path) -> str:
+    (tmp_path / "good.py").write_text(GOOD)
+    return str(tmp_path / "good.py")
+
+
+def _error(*args) -> str:
+    with pytest.raises(UserError) as caught:
+        cli.load_config(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_file_alone(path):
+    config = cli.load_config(path)
+    assert (config.train.steps, config.data.source) == (7, "scenes")
+    assert cli.load_config(path + ":large").train.steps == 70
+
+
+@pytest.mark.parametrize(
+    ("flag", "read", "value"),
+    [
+        ("--config.seed=3", lambda c: c.seed, 3),
+        ("--config.optimizer.learning_rate=1e-4", lambda c: c.optimizer.learning_rate, 1e-4),
+        ("--config.optimizer.clip_norm=2", lambda c: c.optimizer.clip_norm, 2.0),
+        ("--config.data.augment.flip=false", lambda c: c.data.augment.flip, False),
+        ("--config.codec.closed=True", lambda c: c.codec.closed, True),
+        ("--config.data.image_size=64,32", lambda c: c.data.image_size, (64, 32)),
+        ("--config.data.image_size=(64, 32)", lambda c: c.data.image_size, (64, 32)),
+        ("--config.data.root=/a b/c,d=e", lambda c: c.data.root, "/a b/c,d=e"),
+        ("--config.data.root=123", lambda c: c.data.root, "123"),
+        ("--config.init_from=", lambda c: c.init_from, ""),
+        ("--config.mesh.data=-1", lambda c: c.mesh.data, -1),
+        (
+            "--config.prompts.templates=a photo of a {class}, outdoors",
+            lambda c: c.prompts.templates,
+            ("a photo of a {class}, outdoors",),
+        ),
+        ("--config.prompts.templates=a,b", lambda c: c.prompts.templates, ("a,b",)),
+        ("--config.prompts.templates=('a', 'b')", lambda c: c.prompts.templates, ("a", "b")),
+    ],
+)
+def test_override(path, flag, read, value):
+    got = read(cli.load_config(path, [flag]))
+    assert got == value and type(got) is type(value)
+
+
+def test_only_the_named_key_changes(path):
+    before, after = cli.load_config(path), cli.load_config(path, ["--config.train.steps=9"])
+    after.train.steps = before.train.steps
+    assert dataclasses.asdict(before) == dataclasses.asdict(after)
+    assert Config().train.steps == 25_000
+
+
+def test_repeated_flags(path):
+    flags = ["--config.seed=1", "--config.data.image_size=8,8", "--config.prompts.templates=a"]
+    again = ["--config.seed=2", "--config.data.image_size=16,24", "--config.prompts.templates=b"]
+    config = cli.load_config(path, flags + again)
+    assert (config.seed, config.data.image_size) == (2, (16, 24))  # the last one counts
+    assert config.prompts.templates == ("a", "b")  # but templates add up
+
+
+@pytest.mark.parametrize(
+    ("flag", "parts"),
+    [
+        ("--config.train.step=5", ["--config.train.step:", "did you mean config.train.steps?"]),
+        ("--config.batch_size=5", ["no such key", "config.train.batch_size"]),
+        ("--config.trian.keep_checkpoints=5", ["did you mean config.train.keep_checkpoints"]),
+        ("--config.qqqqqq=5", ["no such key", "--help"]),
+        ("--config.seed.x=5", ["--config.seed.x: no such key"]),
+        ("--config.=5", ["no such key"]),
+        ("--config.data.image_size[0]=5", ["did you mean config.data.image_size?"]),
+        ("--config.data=5", ["is a group of keys", "--config.data.source"]),
+        ("--config.train.steps=many", ["--config.train.steps=many", "int", "steps=25000"]),
+        ("--config.train.steps=1.5", ["must be int"]),
+        ("--config.train.steps=", ["must be int"]),
+        ("--config.optimizer.beta1=x", ["must be float", "beta1=0.9"]),
+        ("--config.optimizer.beta1=nan", ["must be float"]),
+        ("--config.codec.closed=maybe", ["must be bool", "closed=false"]),
+        ("--config.data.image_size=96", ["tuple[int, int]", "image_size=96,128"]),
+        ("--config.data.image_size=96,12.5", ["tuple[int, int]"]),
+        ("--config.data.image_size=a,b", ["tuple[int, int]"]),
+        ("--config.data.image_size=1,2,3", ["tuple[int, int]"]),
+        ("--config.data.image_size=(1,", ["tuple[int, int]"]),
+        ("--config.prompts.templates=()", ["tuple[str, ...]"]),
+        ("--config.stage=x", ["config.stage='x'", "vae"]),
+        ("--config.seed", ["write it as --config.KEY=VALUE"]),
+    ],
+)
+def test_bad_override_is_one_helpful_line(path, flag, parts):
+    message = _error(path, [flag])
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("x = 1", ["has no get_config()"]),
+        ("get_config = 3", ["has no get_config()"]),
+        ("def get_config(:", ["line 1"]),
+        ("import nothing_called_this", ["line 1", "ModuleNotFoundError", "nothing_called_this"]),
+        ("def get_config():\n    return {}['a']", ["line 2", "KeyError"]),
+        ("def get_config():\n    open('/no/such')", ["line 2", "FileNotFoundError"]),
+        ("def get_config():\n    return {'seed': 1}", ["returned dict", "Config"]),
+        ("def get_config():\n    pass", ["returned NoneType"]),
+        (GOOD.replace("train.steps", "train.step"), ["config.train.step:", "config.train.steps"]),
+        (GOOD.replace("config.data.source", "config.source"), ["config.data.source?"]),
+        (GOOD.replace("7 if", "'7' if"), ["config.train.steps='7'", "must be int"]),
+        (GOOD.replace("7 if", "True if"), ["config.train.steps=True", "must be int"]),
+        (GOOD.replace("config.data.source =", "config.data ="), ["must be DataConfig"]),
+        (GOOD.replace("7 if", "0 if"), ["config.train.steps=0", "at least 1"]),
+    ],
+)
+def test_bad_config_file(tmp_path, source, parts):
+    (tmp_path / "bad.py").write_text(source)
+    message = _error(str(tmp_path / "bad.py"))
+    assert all(part in message for part in parts), message
+
+
+def test_missing_config_file(tmp_path):
+    for spec in (str(tmp_path / "none.py"), str(tmp_path), "", str(tmp_path / "none.py:x")):
+        assert "no such file" in _error(spec)
+
+
+def test_unwanted_argument(path):
+    Path(path).write_text(GOOD.replace('size="small"', "").replace('size == "small"', "1"))
+    assert "takes 0 positional arguments" in _error(path + ":large")
+
+
+def test_split():
+    argv = ["--config", "c.py", "--config.seed=1", "--workdir", "w", "--config.train.steps", "5"]
+    argv += ["--config.codec.closed", "--noconfig.data.augment.flip", "--", "--config.seed=9"]
+    overrides, rest = cli.split_config_flags(argv)
+    assert rest == ["--config", "c.py", "--workdir", "w", "--", "--config.seed=9"]
+    assert overrides == [
+        "--config.seed=1",
+        "--config.train.steps=5",
+        "--config.codec.closed=true",
+        "--config.data.augment.flip=false",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--config.train.steps"], "needs a value: for example --config.train.steps=25000"),
+        (["--config.train.stepz", "5"], "did you mean config.train.steps"),
+        (["--noconfig.seed"], "only a boolean"),
+    ],
+)
+def test_bad_split(argv, message):
+    with pytest.raises(UserError, match=message):
+        cli.split_config_flags(argv)
+
+
+def test_help_lists_every_key_with_its_comment():
+    text = cli.config_help()
+    keys = [line.split()[0] for line in text.splitlines()[1:] if line]
+
+    def count(node) -> int:
+        values = [getattr(node, f.name) for f in dataclasses.fields(node)]
+        return sum(count(v) if dataclasses.is_dataclass(v) else 1 for v in values)
+
+    assert len(keys) == len(set(keys)) == count(Config())
+    (line,) = [line for line in text.splitlines() if line.startswith("  data.image_size ")]
+    assert "tuple[int, int], (96, 128)" in line and "(height, width)" in line
+    parser = cli.parser("segdiff_jax.x", "what it does", text)
+    assert text in parser.format_help() and "python -m segdiff_jax.x" in parser.format_help()
+
+
+def _exit(main, capsys, argv=()):
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main, list(argv))
+    return caught.value.code, capsys.readouterr()
+
+
+def test_exit_codes(capsys):
+    def fails(argv):
+        raise UserError("a.jpg: broken:\nfetch it again")
+
+    def full(argv):
+        raise OSError(errno.ENOSPC, "No space left on device", "out.png")
+
+    def parses(argv):
+        cli.parser("segdiff_jax.x", "").parse_args(argv)
+
+    assert _exit(lambda argv: None, capsys) == (0, ("", ""))
+    assert _exit(fails, capsys) == (2, ("", "error: a.jpg: broken: fetch it again\n"))
+    code, output = _exit(full, capsys)
+    assert code == 2 and "the disk is full (out.png)" in output.err
+    code, output = _exit(parses, capsys, ["--flag"])
+    assert code == 2 and output.err.count("\n") == 1
+    assert "--flag" in output.err and "python -m segdiff_jax.x --help" in output.err
+    assert _exit(parses, capsys, ["--help"])[0] == 0
+
+
+def test_a_bug_keeps_its_traceback():
+    def bug(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run(bug, [])
+
+
+def test_interrupt_of_a_real_process():
+    code = (
+        "import time\nfrom segdiff_jax.cli import run\n"
+        "def main(argv):\n    print('ready', flush=True)\n    time.sleep(60)\nrun(main, [])\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors.strip() == "interrupted"
