@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,17 +134,10 @@ class Checkpoints:
     def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """The state and metadata of `step`, or of the newest readable checkpoint.
 
-        Args:
-          abstract: tree of `ShapeDtypeStruct`s with the shardings wanted (one local device where
-            there is none). Top-level entries that it leaves out are not read.
-          step: exactly this one; without it, a damaged checkpoint gives a warning and the one
-            before it is used.
-
-        Returns:
-          (tree like `abstract` of arrays, metadata).
-
-        Raises:
-          UserError: no readable checkpoint, another architecture, or an unreachable store.
+        `abstract` is a tree of `ShapeDtypeStruct`s with the shardings wanted (one local device
+        where there is none); top-level entries that it leaves out are not read. Without `step`, a
+        damaged checkpoint gives a warning and the one before it is used. Raises `UserError` for no
+        readable checkpoint, another architecture, or a store that does not answer.
         """
         return self._newest_readable(lambda s: self._read(s, abstract), step)
 
@@ -220,13 +214,15 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = _first_line(error)
-            # The writer thread's failure arrives as a ValueError with the words of the system.
-            if isinstance(error, OSError) or any(
-                words in str(error)
-                for words in ("No space left", "Disk quota", "Permission denied", *_UNREACHABLE)
-            ):
-                raise UserError(f"{self.directory}: cannot write checkpoints: {reason}") from error
+            # The writer thread's failure arrives as a ValueError with the system's words in it.
+            system = re.search(r"([^:]+?) \[os_error_code", str(error))
+            reason = system[1].strip() if system else _first_line(error)
+            unreachable = any(word in reason for word in _UNREACHABLE)
+            if system or unreachable or isinstance(error, OSError):
+                raise UserError(
+                    f"{self.directory}: cannot write checkpoints: {reason}: "
+                    "free some space, or choose a --workdir that can be written"
+                ) from error
             raise
 
 

@@ -99,8 +99,8 @@ def partition(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
 
     `tensor` goes where `RULES` say, `fsdp` to another dimension. Without a rule each cuts what is
     then the largest dimension on a device that divides (the last such), so that storage falls by
-    fsdp × tensor wherever the shape allows. Vectors without a rule are replicated: they are a thousandth of the
-    bytes and would cost a collective each.
+    fsdp × tensor wherever the shape allows. Vectors without a rule are replicated: they are a
+    thousandth of the bytes and would cost a collective each.
     """
     rule = next((spec for pattern, spec in RULES if re.search(pattern, path)), None)
     if rule is not None and len(rule) != len(shape):
