@@ -68,6 +68,10 @@ def check_writable(directory: os.PathLike[str] | str) -> None:
 
 
 def _write_local(path: Path, data: bytes) -> None:
+    path = Path(os.path.realpath(path))  # a link stays a link
+    if path.exists() and not path.is_file() and not path.is_dir():
+        path.write_bytes(data)  # a device or pipe such as /dev/stdout: not to be renamed over
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
     try:

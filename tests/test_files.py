@@ -1,0 +1,143 @@
+"""Whole files or none, and one-line errors, with failures made by the operating system."""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import stat
+
+import pytest
+from etils import epath
+
+from segdiff_jax import files
+from segdiff_jax.errors import UserError
+
+
+def _message(call, *args) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@contextlib.contextmanager
+def _file_size_limit(size):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_writes_and_replaces(tmp_path):
+    target = tmp_path / "new" / "folder" / "a.bin"
+    for data in (b"first, the longer one", b"second", b""):
+        files.write_bytes(target, data)
+        assert target.read_bytes() == data
+    assert os.listdir(target.parent) == ["a.bin"]
+    files.write_text(epath.Path(tmp_path) / "t.txt", "né\n")
+    assert (tmp_path / "t.txt").read_bytes() == b"n\xc3\xa9\n"
+
+
+def test_permissions_are_those_of_a_plain_file(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    files.write_bytes(tmp_path / "ours", b"")
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "ours")}
+    assert len(modes) == 1
+
+
+def test_json(tmp_path):
+    value = {"name": "café", "iou": 0.25, "none": None, "list": [1, 2]}
+    files.write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value and "café" in text and text.endswith("}\n")
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "a.json", {"iou": float("nan")})
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == text
+
+
+def test_failure_in_the_middle_keeps_the_old_file(tmp_path):
+    target = tmp_path / "a.bin"
+    files.write_bytes(target, b"old")
+    with _file_size_limit(1000):
+        message = _message(files.write_bytes, target, bytes(100_000))
+    assert str(target) in message and "File too large" in message
+    assert os.listdir(tmp_path) == ["a.bin"] and target.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("code", "mend"),
+    [
+        (errno.ENOSPC, "the disk is full: free some space"),
+        (errno.EDQUOT, "quota"),
+        (errno.EACCES, "permission denied: choose a place"),
+        (errno.EROFS, "read-only"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_late_error_leaves_nothing(tmp_path, monkeypatch, code, mend):
+    def fsync(handle):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    target = tmp_path / "a.bin"
+    message = _message(files.write_bytes, target, b"data")
+    assert str(target) in message and mend in message
+    assert os.listdir(tmp_path) == []
+
+
+def test_interrupt_leaves_nothing(tmp_path, monkeypatch):
+    def fsync(handle):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_bytes(tmp_path / "a.bin", b"data")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux device")
+def test_device_is_written_not_replaced():
+    assert "the disk is full" in _message(files.write_bytes, "/dev/full", b"data")
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+    files.write_bytes(os.devnull, b"data")
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+def test_link_stays_a_link(tmp_path):
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real")
+    files.write_bytes(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_bytes() == b"new"
+
+
+def test_places_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "folder").mkdir()
+    assert "directory" in _message(files.write_bytes, tmp_path / "folder", b"")
+    assert "not a directory" in _message(files.write_bytes, tmp_path / "file" / "a", b"")
+    assert "too long" in _message(files.write_bytes, tmp_path / ("n" * 300), b"")
+    assert "not a directory" in _message(files.check_writable, tmp_path / "file")
+    assert "not a directory" in _message(files.check_writable, tmp_path / "file" / "a")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_check_writable(tmp_path, monkeypatch):
+    files.check_writable(tmp_path / "a" / "b")
+    assert os.listdir(tmp_path / "a" / "b") == []
+
+    def denied(*args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", denied)
+    assert "permission denied" in _message(files.check_writable, tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_folder_without_permission(tmp_path):
+    tmp_path.chmod(0o500)
+    assert "permission denied" in _message(files.check_writable, tmp_path)
+    assert "permission denied" in _message(files.write_bytes, tmp_path / "a", b"")
+    tmp_path.chmod(0o700)
