@@ -13,6 +13,7 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from segdiff_jax.config import Config
 from segdiff_jax.data import transforms
@@ -61,6 +62,8 @@ def train_batches(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     iterable = dataset.to_iter_dataset(options)
     if config.data.workers > 0:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain reads absl flags here, but not everyone uses absl
         workers = grain.MultiprocessingOptions(
             num_workers=config.data.workers, per_worker_buffer_size=2
         )

@@ -98,11 +98,11 @@ class PairSource:
                 f"{mask_path}: {labels.shape[1]}x{labels.shape[0]} pixels, but its image has "
                 f"{image.shape[1]}x{image.shape[0]}: make the sizes equal"
             )
-        labels = _class_ids(labels, self.lookup, mask_path, self.vocabulary)
+        labels = to_class_ids(labels, self.lookup, mask_path, self.vocabulary)
         return {"image": image, "labels": labels, "name": epath.Path(image_path).stem}
 
 
-def _class_ids(
+def to_class_ids(
     labels: np.ndarray, lookup: np.ndarray, path: str, vocabulary: Vocabulary
 ) -> np.ndarray:
     """uint8 [H, W]: `labels` through `lookup`; `UserError` for an id that is no class."""
@@ -243,6 +243,6 @@ def _by_stem(folder: epath.Path) -> dict[str, epath.Path]:
 
 
 def _tfds(config: DataConfig, split: str) -> Source:
-    from segdiff_jax.data.tfds_source import TfdsSource
+    from segdiff_jax.data.tfds_source import TfdsSource  # it imports this module
 
-    return TfdsSource(config.root, split, shifted_lookup())
+    return TfdsSource(config.root, split)
