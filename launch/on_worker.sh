@@ -12,6 +12,7 @@
 set -euo pipefail
 
 STOP_SECONDS=${STOP_SECONDS:-180}              # for the checkpoint that follows SIGTERM
+START_SECONDS=${START_SECONDS:-10}             # for the end of an earlier run: its log upload
 LOG_UPLOAD_SECONDS=${LOG_UPLOAD_SECONDS:-60}
 worker=${TPU_WORKER_ID:-${HOSTNAME##*-w-}} # TPU VM hosts are called t1v-n-1a2b3c4d-w-N
 
@@ -35,7 +36,7 @@ setup() {
     echo "worker $worker: environment is current"
     return
   fi
-  rm -f .venv/setup.stamp # without it an interrupted set-up is repeated
+  rm -f .venv/setup.stamp # an interrupted set-up is repeated, whichever code comes next
   command -v python3.11 >/dev/null || install_python
   [[ -x .venv/bin/pip ]] || python3.11 -m venv .venv
   .venv/bin/pip install --quiet -r requirements.txt
@@ -47,7 +48,7 @@ setup() {
 start() { # LOGS COMMAND...
   mkdir -p "$dir"
   exec 9>"$dir/lock"
-  flock -w 10 9 || die "$name is already running here; stop it first with launch/run.sh --stop"
+  flock -w "$START_SECONDS" 9 || die "$name is already running here; stop it first with launch/run.sh --stop"
   rm -f "$dir/exit"
   printf '%q ' "${@:2}" >"$dir/command"
   # The descriptor of the lock is inherited: it is free when the last of these processes is gone.

@@ -475,7 +475,7 @@ def test_setup_is_idempotent_and_follows_the_code(pod):
     assert checkout.read_text() == "jax==0.10.3\n"
 
 
-def test_an_interrupted_setup_is_repeated(pod):
+def test_after_an_interrupted_setup_even_the_old_code_is_set_up_again(pod):
     assert pod.run("setup.sh").returncode == 0
     pip = pod.bin / "worker0" / "segdiff_jax" / ".venv" / "bin" / "pip"
     good = pip.read_text()
@@ -483,6 +483,7 @@ def test_an_interrupted_setup_is_repeated(pod):
     pip.write_text("#!/bin/bash\nexit 1\n")
     assert pod.run("setup.sh").returncode != 0
     pip.write_text(good)
+    git(pod.repo, "reset", "-q", "--hard", "HEAD~1")
     assert "worker 0: environment is ready" in pod.run("setup.sh").stdout
 
 
@@ -526,6 +527,8 @@ def test_running_is_not_started_twice_and_stop_is_not_finished(pod):
     assert pod.run("run.sh", "ade").returncode == 0
     wait_until(lambda: (pod.bin / "worker1" / "arguments").exists())
     assert statuses(pod, *COMMAND) == ["running", "running"]
+    again = pod.run("run.sh", "ade", START_SECONDS="0")
+    assert again.returncode != 0 and "worker 0: ade is already running here" in again.stderr
     assert pod.run("run.sh", "ade", "--stop").returncode == 0
     assert (pod.bin / "worker0" / "saved").read_text() == "checkpoint\n"
     assert statuses(pod, *COMMAND) == ["stopped", "stopped"]
