@@ -10,6 +10,14 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 Box = tuple[float, float, float, float]
 
 
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes uint8 [h, w, 3] to `size`, bilinear and antialiased."""
+    if image.shape[:2] == tuple(size):
+        return image
+    target = (size[1], size[0])
+    return np.asarray(Image.fromarray(image).resize(target, Image.Resampling.BILINEAR))
+
+
 def resize_pair(
     image: np.ndarray, labels: np.ndarray, size: tuple[int, int], box: Box | None = None
 ) -> tuple[np.ndarray, np.ndarray]:

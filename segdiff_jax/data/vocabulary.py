@@ -120,16 +120,20 @@ def _from_json(value: dict) -> Vocabulary:
 def _distinct(entries: Sequence[ClassEntry]) -> list[ClassEntry]:
     """ADE20K-847 has three classes called "bag", told apart by their synonyms only.
 
-    The one without synonyms (else the first) keeps the name; the others go by their first synonym.
+    The one without synonyms (else the first) keeps the name; the others take as their name the
+    first of their synonyms that no class has.
     """
     keepers: dict[str, int] = {}
     for i, entry in enumerate(entries):
         if entry.name not in keepers or not entry.synonyms:
             keepers[entry.name] = i
+    taken = set(keepers)
     result = []
     for i, entry in enumerate(entries):
         if keepers[entry.name] != i:
-            first, *rest = entry.synonyms
-            entry = ClassEntry(first, (entry.name, *rest), entry.color)
+            name = next(synonym for synonym in entry.synonyms if synonym not in taken)
+            taken.add(name)
+            others = tuple(synonym for synonym in entry.synonyms if synonym != name)
+            entry = ClassEntry(name, (entry.name, *others), entry.color)
         result.append(entry)
     return result

@@ -1,0 +1,194 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from segdiff_jax.data.images import UnreadableError, read_image, read_labels
+from segdiff_jax.errors import UserError
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+GRAY = RNG.integers(0, 256, (6, 9), dtype=np.uint8)
+
+
+@pytest.fixture
+def save(tmp_path):
+    def _save(image, name="photo.png", **options):
+        path = tmp_path / name
+        (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(path, **options)
+        return path
+
+    return _save
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.ppm"])
+def test_rgb_is_read_exactly(save, name):
+    image = read_image(save(RGB, name))
+    assert image.dtype == np.uint8 and (image == RGB).all()
+    assert (read_image(epath.Path(save(RGB, name))) == RGB).all()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm", "a.jpg"])
+def test_grayscale_becomes_three_equal_channels(save, name):
+    image = read_image(save(np.repeat(GRAY[:1], 8, axis=0), name))
+    assert image.shape == (8, 9, 3) and (image == image[..., :1]).all()
+
+
+def test_palette_photo_is_read_as_its_colours(save):
+    flat = RGB[:2, :4]
+    paletted = Image.fromarray(flat).quantize(8, dither=Image.Dither.NONE)
+    assert (read_image(save(paletted)) == np.array(paletted.convert("RGB"))).all()
+    one_bit = Image.fromarray(GRAY > 127)
+    assert (read_image(save(one_bit)) == 255 * (GRAY > 127)[..., None]).all()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bit_gray_is_scaled_not_clipped(save, name):
+    values = np.array([[0, 257, 32896, 65535]], np.uint16)
+    assert read_image(save(values, name))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+def test_sixteen_bit_rgb_keeps_its_high_bytes(tmp_path):
+    # PIL cannot write such files, so this one is made by hand.
+    row = b"\0" + struct.pack(">6H", 0xFFFF, 0x8080, 0, 0x0101, 0x4040, 0xC0C0)
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(row)), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    path = tmp_path / "deep.png"
+    path.write_bytes(data)
+    assert read_image(path).tolist() == [[[255, 128, 0], [1, 64, 192]]]
+
+
+def test_transparency_is_composited_over_white(save):
+    alpha = np.array([[0, 255, 51]], np.uint8)
+    rgba = np.dstack([np.full((1, 3, 3), 100, np.uint8), alpha])
+    expected = [255, 100, round(100 * 0.2 + 255 * 0.8)]
+    for mode in ("RGBA", "LA"):
+        image = read_image(save(Image.fromarray(rgba).convert(mode)))
+        assert image.shape == (1, 3, 3)
+        assert np.abs(image[0, :, 0].astype(int) - expected).max() <= 1, mode
+    keyed = save(np.array([[[1, 2, 3], [9, 9, 9]]], np.uint8), transparency=(1, 2, 3))
+    assert read_image(keyed).tolist() == [[[255, 255, 255], [9, 9, 9]]]
+
+
+def test_cmyk_photo_keeps_its_colours(save):
+    blocks = np.kron(
+        np.array([[[220, 30, 30], [30, 200, 60]], [[20, 40, 230], [250, 250, 250]]]),
+        np.ones((16, 16, 1)),
+    ).astype(np.uint8)
+    for name in ("a.jpg", "a.tif"):
+        path = save(Image.fromarray(blocks).convert("CMYK"), name)
+        assert np.abs(read_image(path).astype(int) - blocks).mean() < 6, name
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_undone(save, orientation):
+    """Stored pixels are turned by the inverse of each flag: all eight must come out upright."""
+    stored = {
+        1: lambda x: x,
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.swapaxes(0, 1),
+        6: lambda x: np.rot90(x, 1),
+        7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+        8: lambda x: np.rot90(x, -1),
+    }[orientation](RGB)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(np.ascontiguousarray(stored), exif=exif)
+    assert (read_image(path) == RGB).all()
+
+
+def test_multi_picture_jpeg_of_a_phone_is_not_animated(save):
+    frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (40, 200)]
+    path = save(frames[0], "a.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    assert np.abs(read_image(path).astype(int) - 40).max() <= 2
+
+
+@pytest.mark.parametrize("reader", [read_image, read_labels])
+def test_broken_files_are_named_with_the_mend(tmp_path, save, reader):
+    noise = RNG.integers(0, 256, (64, 64), dtype=np.uint8)
+    whole = save(noise, "whole.png").read_bytes()
+    cases = {
+        "missing.png": (None, "no such file"),
+        "zero.png": (b"", "empty file"),
+        "half.png": (whole[: len(whole) // 2], "truncated"),
+        "header.png": (whole[:20], ""),
+        "text.png": (b"hello, I am no image", "not an image"),
+    }
+    for name, (data, words) in cases.items():
+        path = tmp_path / name
+        if data is not None:
+            path.write_bytes(data)
+        with pytest.raises(UnreadableError) as caught:
+            reader(path)
+        message = str(caught.value)
+        assert message.startswith(str(path)) and words in message and "\n" not in message
+
+
+def test_truncated_jpeg_and_directory_are_unreadable(tmp_path, save):
+    data = save(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8), "a.jpg").read_bytes()
+    path = tmp_path / "half.jpg"
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(UnreadableError, match="truncated"):
+        read_image(path)
+    with pytest.raises(UnreadableError, match="cannot be read"):
+        read_image(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
+def test_animated_images_are_refused(save, name):
+    frames = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (0, 120, 255)]
+    path = save(frames[0], name, save_all=True, append_images=frames[1:])
+    with pytest.raises(UnreadableError, match=r"animated \(3 frames\)"):
+        read_image(path)
+
+
+def test_decompression_bombs_are_refused_before_decoding(tmp_path, save):
+    with pytest.raises(UnreadableError, match="decompression bomb"):
+        read_image(save(RGB), max_pixels=RGB.shape[0] * RGB.shape[1] - 1)
+    buffer = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(buffer, "png")
+    path = tmp_path / "bomb.png"
+    path.write_bytes(buffer.getvalue())
+    assert len(buffer.getvalue()) < 200_000
+    for reader in (read_image, read_labels):
+        with pytest.raises(UnreadableError, match=r"bomb\.png.*decompression bomb"):
+            reader(path)
+
+
+def test_palette_labels_are_indices_not_colours(save):
+    ids = np.array([[0, 1, 2], [10, 7, 255]], np.uint8)
+    image = Image.fromarray(ids, "P")
+    image.putpalette(RNG.integers(0, 256, 768, dtype=np.uint8).tobytes())
+    labels = read_labels(save(image))
+    assert labels.dtype == np.uint8 and (labels == ids).all()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif"])
+def test_gray_labels_are_ids(save, name):
+    assert (read_labels(save(GRAY, name)) == GRAY).all()
+
+
+def test_wide_labels_keep_ids_above_255(save):
+    small = np.array([[0, 3, 255]], np.uint16)
+    large = np.array([[0, 846, 65535]], np.uint16)
+    assert read_labels(save(small)).dtype == np.uint8
+    for path in (save(large), save(large.astype(np.int32), "a.tif")):
+        labels = read_labels(path)
+        assert labels.dtype == np.int32 and (labels == large).all()
+
+
+def test_images_that_hold_no_ids_are_refused(save):
+    with pytest.raises(UserError, match="RGB colours are not class ids"):
+        read_labels(save(RGB))
+    with pytest.raises(UserError, match="JPEG changes class ids"):
+        read_labels(save(GRAY, "a.jpg"))

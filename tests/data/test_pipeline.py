@@ -1,0 +1,299 @@
+import itertools
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segdiff_jax.config import AugmentConfig, Config, ScenesConfig
+from segdiff_jax.data import vocabulary
+from segdiff_jax.data.images import UnreadableError
+from segdiff_jax.data.pipeline import draw_classes, eval_examples, train_batches
+from segdiff_jax.data.sources import open_source
+from segdiff_jax.errors import UserError
+
+SIZE = (16, 24)
+
+
+class Numbered:
+    """Record i is an image filled with i, so that batches say which records they hold."""
+
+    vocabulary = vocabulary.from_names(["a", "b", "c"])
+    novel = ()
+
+    def __init__(self, length=24, unreadable=()):
+        self.length, self.unreadable = length, set(unreadable)
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if index in self.unreadable:
+            raise UnreadableError(f"{index}.png: truncated")
+        image = np.full((*SIZE, 3), index, np.uint8)
+        labels = np.full(SIZE, index % 3, np.uint8)
+        return {"image": image, "labels": labels, "name": str(index)}
+
+
+def make_config(batch_size=4, **codec):
+    config = Config()
+    config.data.image_size = SIZE
+    config.train.batch_size = batch_size
+    for key, value in codec.items():
+        setattr(config.codec, key, value)
+    return config
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def records(batches):
+    return [int(i) for batch in batches for i in batch["image"][:, 0, 0, 0]]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+
+
+@pytest.fixture(scope="module")
+def scene_source():
+    config = make_config()
+    config.data.source = "scenes"
+    config.data.scenes = ScenesConfig(train_examples=40)
+    return open_source(config.data, "train", 0)
+
+
+def test_shapes_and_types(scene_source):
+    for classes_per_pass, slots in ((1, 1), (5, 5), (0, 49)):
+        config = make_config(classes_per_pass=classes_per_pass)
+        batch = next(train_batches(scene_source, config, seed=0))
+        assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
+            "image": ((4, *SIZE, 3), "uint8"),
+            "labels": ((4, *SIZE), "uint8"),
+            "class_ids": ((4, slots), "int32"),
+        }
+    assert (batch["class_ids"] == np.arange(49)).all()
+    assert (
+        next(train_batches(scene_source, make_config(), 0, batch_size=10))["image"].shape[0] == 10
+    )
+
+
+def test_same_seed_same_batches_and_other_seed_other_batches(scene_source):
+    config = make_config(classes_per_pass=3)
+    config.data.augment = AugmentConfig(True, 0.8, 1.5, 0.3)
+    first, again, other = (take(train_batches(scene_source, config, s), 4) for s in (3, 3, 4))
+    assert all(equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any((a["image"] == b["image"]).all() for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("start", [1, 7, 23])
+def test_resuming_at_any_step_continues_the_same_run(scene_source, start):
+    config = make_config(batch_size=6, classes_per_pass=2)
+    config.data.augment = AugmentConfig(True, 0.8, 1.5, 0.3)
+    whole = take(train_batches(scene_source, config, 0), start + 2)
+    resumed = take(train_batches(scene_source, config, 0, start_step=start), 2)
+    assert all(equal(a, b) for a, b in zip(whole[start:], resumed, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_processes_together_hold_the_same_global_batch(scene_source, count):
+    config = make_config(batch_size=8)
+    whole = take(train_batches(scene_source, config, 0, start_step=2), 3)
+    parts = [
+        take(train_batches(scene_source, config, 0, 2, process, count), 3)
+        for process in range(count)
+    ]
+    for step in range(3):
+        joined = {k: np.concatenate([p[step][k] for p in parts]) for k in whole[step]}
+        assert equal(joined, whole[step])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_every_record_once_per_epoch_in_a_new_order_each_time(count):
+    config = make_config(batch_size=8)
+    epochs = []
+    for epoch in range(3):
+        seen = []
+        for process in range(count):
+            seen += records(
+                take(train_batches(Numbered(), config, 0, 3 * epoch, process, count), 3)
+            )
+        assert sorted(seen) == list(range(24))
+        epochs.append(tuple(seen))
+    assert len(set(epochs)) == 3
+
+
+def test_epochs_of_neighbouring_seeds_do_not_coincide():
+    config = make_config(batch_size=24)
+    runs = [take(train_batches(Numbered(), config, seed), 3) for seed in (0, 1)]
+    orders = {tuple(records([batch])) for run in runs for batch in run}
+    assert len(orders) == 6
+
+
+def test_epochs_need_not_be_whole_batches():
+    seen = records(take(train_batches(Numbered(10), make_config(batch_size=4), 0), 5))
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+
+
+def test_worker_processes_deliver_the_same_batches(scene_source):
+    config = make_config()
+    here = take(train_batches(scene_source, config, 0, start_step=1), 3)
+    config.data.workers = 2
+    there = take(train_batches(scene_source, config, 0, start_step=1), 3)
+    assert all(equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_batch_that_does_not_divide_is_refused(scene_source):
+    with pytest.raises(UserError, match=r"batch_size=6 .* 4 processes"):
+        train_batches(scene_source, make_config(batch_size=6), 0, 0, 0, 4)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_records_are_replaced_counted_and_logged_once(caplog, workers):
+    config = make_config(batch_size=6)
+    config.data.workers = workers
+    config.data.max_unreadable = 0.1
+    batches = train_batches(Numbered(24, {5, 11}), config, 0)
+    with caplog.at_level(logging.WARNING):
+        seen = records(take(batches, 12))  # three epochs
+    assert batches.unreadable_count == 2 and set(batches.unreadable) == {5, 11}
+    assert len([r for r in caplog.records if "truncated" in r.getMessage()]) == 2
+    counts = np.bincount(seen, minlength=24)
+    assert counts[5] == counts[11] == 0 and counts[6] == counts[12] == 6
+    assert (np.delete(counts, [5, 6, 11, 12]) == 3).all()
+
+
+def test_resuming_is_exact_with_unreadable_records_too():
+    config = make_config(batch_size=6)
+    config.data.max_unreadable = 0.2
+    source = Numbered(24, {3, 4, 20})
+    whole = take(train_batches(source, config, 0), 5)
+    assert equal(whole[3], next(train_batches(source, config, 0, start_step=3)))
+
+
+@pytest.mark.parametrize(("share", "unreadable"), [(0.0, {7}), (0.1, {1, 9, 17})])
+def test_too_many_unreadable_records_stop_training(share, unreadable):
+    config = make_config(batch_size=6)
+    config.data.max_unreadable = share
+    with pytest.raises(UserError) as caught:
+        take(train_batches(Numbered(24, unreadable), config, 0), 4)
+    message = str(caught.value)
+    assert "png: truncated" in message and "config.data.max_unreadable" in message
+    assert "of 24 pairs" in message and "\n" not in message
+
+
+def test_nothing_readable_ends_whatever_is_allowed():
+    config = make_config()
+    config.data.max_unreadable = 1.0
+    with pytest.raises(UserError, match="5 of 5 pairs unreadable"):
+        next(train_batches(Numbered(5, range(5)), config, 0))
+
+
+def test_wrong_masks_are_errors_at_once_with_threads_and_workers(tmp_path):
+    for kind, value in (("images", 9), ("masks", 3)):
+        (tmp_path / kind).mkdir()
+        Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / kind / "a.png")
+    (tmp_path / "classes.txt").write_text("x\ny\n")
+    for workers in (0, 1):
+        config = make_config()
+        config.data.root, config.data.workers, config.data.max_unreadable = (
+            str(tmp_path),
+            workers,
+            1,
+        )
+        with pytest.raises(UserError, match=r"a\.png: id 3 is none of the 2 classes"):
+            next(train_batches(open_source(config.data, "train", 0), config, 0))
+
+
+def test_novel_classes_are_never_asked_in_training(scene_source):
+    for classes_per_pass in (1, 4):
+        config = make_config(batch_size=40, classes_per_pass=classes_per_pass, negatives=0.9)
+        asked = np.concatenate(
+            [
+                batch["class_ids"].ravel()
+                for batch in take(train_batches(scene_source, config, 0), 8)
+            ]
+        )
+        assert not np.isin(asked, scene_source.novel).any()
+        assert len(np.unique(asked)) > 30
+
+
+@pytest.mark.parametrize("negatives", [0.0, 0.25, 0.6, 1.0])
+@pytest.mark.parametrize("count", [1, 3])
+def test_absent_classes_fill_the_configured_share_of_slots(negatives, count):
+    labels = np.array([[0, 1, 2, 3, 255]], np.uint8)
+    rng = np.random.default_rng(0)
+    drawn = np.stack(
+        [draw_classes(labels, np.arange(12), count, negatives, rng) for _ in range(2000)]
+    )
+    assert abs((drawn > 3).mean() - negatives) < 0.03
+    assert drawn.min() >= 0 and drawn.max() < 12 and drawn.dtype == np.int32
+    assert all(len(set(row)) == count for row in drawn.tolist())
+
+
+def test_present_classes_are_drawn_evenly_whatever_their_area():
+    labels = np.zeros((20, 20), np.uint8)
+    labels[0, 0], labels[0, 1], labels[1] = 4, 7, 255
+    rng = np.random.default_rng(0)
+    drawn = [int(draw_classes(labels, np.arange(9), 1, 0.0, rng)[0]) for _ in range(1500)]
+    shares = np.bincount(drawn, minlength=9) / 1500
+    assert set(drawn) == {0, 4, 7} and np.abs(shares[[0, 4, 7]] - 1 / 3).max() < 0.05
+
+
+def test_slot_order_is_random():
+    labels = np.array([[0, 1, 2, 3]], np.uint8)
+    rng = np.random.default_rng(0)
+    first = [int(draw_classes(labels, np.arange(8), 4, 0.5, rng)[0]) for _ in range(900)]
+    assert set(first) == set(range(8))
+    assert abs(np.mean(np.array(first) < 4) - 0.5) < 0.06
+
+
+def test_where_one_kind_runs_out_the_other_fills_in():
+    rng = np.random.default_rng(0)
+    nothing = np.full((2, 2), 255, np.uint8)
+    assert draw_classes(nothing, np.arange(3), 1, 0.0, rng)[0] in (0, 1, 2)
+    everything = np.array([[0, 1, 2]], np.uint8)
+    assert draw_classes(everything, np.arange(3), 1, 1.0, rng)[0] in (0, 1, 2)
+    padded = draw_classes(everything, np.arange(3), 5, 0.5, rng)
+    assert sorted(padded[:3].tolist()) == [0, 1, 2] and (padded[3:] == -1).all()
+
+
+def test_class_ids_are_drawn_for_the_augmented_view():
+    """With every slot a present class, each class asked must be visible after the crop."""
+
+    class Wide(Numbered):
+        def __getitem__(self, index):
+            labels = np.repeat(np.arange(3, dtype=np.uint8), 40)[None].repeat(16, axis=0)
+            return {"image": np.zeros((16, 120, 3), np.uint8), "labels": labels, "name": ""}
+
+    config = make_config(batch_size=8, negatives=0.0)
+    config.data.augment = AugmentConfig(True, 1.0, 2.0)
+    views = 0
+    for batch in take(train_batches(Wide(), config, 0), 6):
+        for labels, (class_id,) in zip(batch["labels"], batch["class_ids"], strict=True):
+            assert (labels == class_id).any()
+            views += len(np.unique(labels)) < 3
+    assert views > 20, "crops should have hidden classes in many views"
+
+
+def test_evaluation_keeps_order_names_and_native_labels():
+    class Large(Numbered):
+        def __getitem__(self, index):
+            record = super().__getitem__(index)
+            return {**record, "labels": np.full((40, 50), index % 3, np.uint8)} | {
+                "image": np.full((40, 50, 3), index, np.uint8)
+            }
+
+    examples = list(eval_examples(Large(7), SIZE))
+    assert [e["name"] for e in examples] == [str(i) for i in range(7)]
+    assert all(e["image"].shape == (*SIZE, 3) for e in examples)
+    assert all((e["labels"] == i % 3).all() for i, e in enumerate(examples))
+    assert all(e["labels"].shape == (40, 50) for e in examples)
+    shards = [[e["name"] for e in eval_examples(Large(7), SIZE, p, 3)] for p in range(3)]
+    assert shards == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
+
+
+def test_evaluation_does_not_skip_what_it_cannot_read():
+    with pytest.raises(UnreadableError, match=r"1\.png"):
+        list(eval_examples(Numbered(3, {1}), SIZE))
