@@ -14,7 +14,7 @@ from jax.scipy.optimize import minimize
 REGULARIZER = 0.02
 # Tiny against the objective, large against float32: keeps sqrt and 1/x differentiable at 0.
 TINY = 1e-12
-SHRINK = 1e-4
+SHRINK = 1e-6  # stands in for scale 0 where that is the optimum: see `align`
 ROUNDS = 3
 
 
@@ -70,11 +70,12 @@ def align(maps: jax.Array, reduce: str = "median") -> tuple[jax.Array, jax.Array
     """(scale [N], shift [N]) that minimise `objective` for maps [N, H, W] in [0, 1].
 
     Starts where Marigold does, every map stretched to [0, 1]. The objective as written is hard on
-    an optimiser: its optimum lies on the kinks of |min| and |1 - max|. But for merged maps that
-    span [0, a] it is a R + 0.02 (1 - a), R being the disagreement at a = 1. So BFGS minimises the
-    gauge-free R = disagreement / extent, and a follows: 1 if R < 0.02; otherwise the infimum is
-    at a = 0, where the maps are gone. There a = 1e-4, which is within 1e-4 R of the infimum and
-    loses nothing: `ensemble` stretches the merged map again.
+    an optimiser: its optimum lies on the kinks of |min| and |1 - max|. But shrinking aligned maps
+    whose merged map spans [0, 1] by a factor a makes it a R + 0.02 (1 - a), R being their mean
+    pairwise RMS. So BFGS minimises the gauge-free R = disagreement / extent, and a follows: 1 if
+    R < 0.02. Otherwise, which is the rule for noisy members, the infimum is at a = 0, where the
+    maps are gone (Marigold stops after two iterations, before it gets there). There a = 1e-6:
+    within 1e-6 R of the infimum, and nothing is lost, since `ensemble` stretches the result.
     """
     count = maps.shape[0]
     low, high = jnp.min(maps, axis=(1, 2)), jnp.max(maps, axis=(1, 2))

@@ -139,7 +139,7 @@ def sampling_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
     if timesteps[0] >= total:
         raise UserError(
             f"config.sampler.steps={steps}: leading spacing with steps_offset="
-            f"{schedule.steps_offset} starts at {timesteps[0]:g}, beyond {total - 1}: use fewer steps"
+            f"{schedule.steps_offset} starts at {timesteps[0]:g}, past {total - 1}: use fewer steps"
         )
     return timesteps.astype(np.int32)
 

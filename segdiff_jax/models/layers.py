@@ -44,7 +44,7 @@ def conv(
 
 
 class GroupNorm(nnx.Module):
-    """Group normalisation (arXiv 1803.08494): statistics in float32, input and output in `dtype`."""
+    """Group normalisation (arXiv 1803.08494), statistics in float32."""
 
     def __init__(self, channels: int, groups: int, epsilon: float, *, dtype: Dtype):
         self.scale = nnx.Param(jnp.ones((channels,)))

@@ -15,22 +15,28 @@ class Architecture(NamedTuple):
 
 
 def _small(
-    unet_widths: tuple[int, ...],
-    cross_attention: tuple[bool, ...],
-    vae_widths: tuple[int, ...],
-    text_width: int,
+    unet_widths: tuple[int, ...], vae_widths: tuple[int, ...], text_width: int
 ) -> Architecture:
+    # 16 latent channels at f = 8 hold what 4 hold at f = 4, in a quarter of the positions: on a
+    # CPU, where time goes by positions, the UNet is then four times as fast.
+    latent_channels = 16
     return Architecture(
         UNetConfig(
+            in_channels=2 * latent_channels,
+            out_channels=latent_channels,
             block_out_channels=unet_widths,
-            cross_attention=cross_attention,
+            cross_attention=(True,) * len(unet_widths),
             layers_per_block=1,
             heads=tuple(width // 32 for width in unet_widths),
             cross_attention_dim=text_width,
             norm_groups=16,
         ),
         VAEConfig(
-            block_out_channels=vae_widths, layers_per_block=1, norm_groups=8, mid_attention=False
+            latent_channels=latent_channels,
+            block_out_channels=vae_widths,
+            layers_per_block=1,
+            norm_groups=8,
+            mid_attention=False,
         ),
         CLIPTextConfig(
             vocab_size=1024,
@@ -44,8 +50,8 @@ def _small(
 
 
 PRESETS = {
-    "tiny": _small((64, 128), (True, True), (16, 32, 64), 128),
-    "small": _small((64, 128, 192), (True, True, True), (24, 48, 96), 128),
+    "tiny": _small((64, 128), (16, 32, 64, 64), 128),
+    "small": _small((96, 128), (16, 32, 64, 96), 128),
     # runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2: their config.json files.
     "sd15": Architecture(
         UNetConfig(heads=(8, 8, 8, 8), cross_attention_dim=768, use_linear_projection=False),

@@ -1,0 +1,290 @@
+"""The Python API: an image and class names in, labels and scores out."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from segdiff_jax import codec, conditioning, workdir
+from segdiff_jax.config import Config, SamplerConfig
+from segdiff_jax.data import transforms, vocabulary
+from segdiff_jax.data.vocabulary import ClassEntry
+from segdiff_jax.diffusion import ensemble as ensemble_lib
+from segdiff_jax.diffusion import sampler as sampler_lib
+from segdiff_jax.diffusion.schedule import Schedule, make_schedule
+from segdiff_jax.models.clip_text import CLIPText
+from segdiff_jax.models.tokenizer import Tokenizer
+from segdiff_jax.models.unet import UNet
+from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What one image gave.
+
+    labels: int32 [H, W] at the image's own size; index into `classes`, 255 = *other*.
+    scores: float32 [H, W, K] in [0, 1].
+    uncertainty: float32 [H, W], spread of the ensemble for the winning class; None for N = 1.
+    """
+
+    labels: np.ndarray
+    scores: np.ndarray
+    uncertainty: np.ndarray | None
+    classes: tuple[str, ...]
+
+
+class Segmenter:
+    """A trained model, ready to segment. Make one with `load`."""
+
+    def __init__(
+        self, unet: UNet, vae: VAE, text_encoder: CLIPText, tokenizer: Tokenizer, config: Config
+    ):
+        self.config, self.tokenizer, self.text_encoder = config, tokenizer, text_encoder
+        self._unet, self._unet_params = nnx.split(unet)
+        self._vae, self._vae_params = nnx.split(vae)
+        self._schedule = make_schedule(config.diffusion)
+        self._tables: dict[tuple[ClassEntry, ...], conditioning.PromptTable] = {}
+
+    @staticmethod
+    def load(checkpoint: str) -> "Segmenter":
+        """From a training workdir or an exported folder, local or `gs://`.
+
+        Raises `UserError` if `checkpoint` is neither, or holds another architecture.
+        """
+        return Segmenter(*workdir.load_networks(checkpoint))
+
+    def with_params(self, unet_params: Any) -> "Segmenter":
+        """The same model with other UNet parameters: compiled functions are shared."""
+        other = object.__new__(Segmenter)
+        other.__dict__.update(self.__dict__)
+        other._unet_params = unet_params
+        return other
+
+    def __call__(
+        self,
+        image: np.ndarray,
+        classes: Sequence[str | ClassEntry],
+        *,
+        steps: int | None = None,
+        ensemble: int | None = None,
+        seed: int = 0,
+        threshold: float | None = None,
+        closed: bool | None = None,
+        shortlist: int | None = None,
+    ) -> Segmentation:
+        """Segments `image` uint8 [H, W, 3] into `classes` ("building, edifice" names synonyms).
+
+        Arguments left at None take the config's value. The result depends on `seed` and on
+        nothing else that is random. Raises `UserError` for no or duplicate classes.
+        """
+        entries = _entries(classes)
+        sampler = dataclasses.replace(
+            self.config.sampler,
+            **{
+                name: value
+                for name, value in (
+                    ("steps", steps), ("ensemble", ensemble), ("shortlist", shortlist)
+                )
+                if value is not None
+            },
+        )  # fmt: skip
+        chosen = self.config.codec
+        gray, spread = self.maps([image], entries, sampler, seed)
+        size = image.shape[:2]
+        group = codec.group_size(len(entries), chosen.classes_per_pass)
+        scores = _resize(scores_of(gray[0], len(entries), group), size)
+        labels = decode(
+            scores,
+            chosen.threshold if threshold is None else threshold,
+            chosen.closed if closed is None else closed,
+        )
+        uncertainty = None
+        if sampler.ensemble > 1:
+            per_pass = _resize(np.moveaxis(spread[0], 0, -1), size)  # [H, W, P]
+            winner = np.argmax(scores, -1)[..., None] // group
+            uncertainty = np.take_along_axis(per_pass, winner, -1)[..., 0]
+        return Segmentation(labels, scores, uncertainty, tuple(e.name for e in entries))
+
+    def maps(
+        self,
+        images: Sequence[np.ndarray],
+        classes: Sequence[ClassEntry],
+        sampler: SamplerConfig,
+        seed: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Gray maps in [-1, 1] and their spread, each [I, P, H, W] at the network's size.
+
+        P = ⌈K/G⌉ passes. All images × passes × members run in equal chunks of
+        `sampler.batch_size`; each image is encoded once.
+        """
+        size = self.config.data.image_size
+        fitted = np.stack([transforms.resize_image(image, size) for image in images])
+        image_latents = _encode(self._vae, self._vae_params, fitted)
+        table = self.table(classes)
+        group = codec.group_size(len(classes), self.config.codec.classes_per_pass)
+        groups = codec.groups(len(classes), group)
+        if sampler.shortlist and group == 1 and sampler.shortlist < len(classes):
+            return self._shortlisted(image_latents, table, groups, sampler, seed)
+        jobs = _grid(len(images), len(groups), sampler.ensemble)
+        members = self._run(image_latents, table, groups, jobs, sampler, seed)
+        return _merge(members.reshape(len(images), len(groups), sampler.ensemble, *size), sampler)
+
+    def table(self, classes: Sequence[ClassEntry]) -> conditioning.PromptTable:
+        """Prompt embeddings, encoded the first time a vocabulary is seen."""
+        key = tuple(classes)
+        if key not in self._tables:
+            templates = self.config.prompts.templates
+            self._tables[key] = conditioning.encode_prompts(
+                self.text_encoder, self.tokenizer, key, templates
+            )
+        return self._tables[key]
+
+    def _shortlisted(self, image_latents, table, groups, sampler, seed):
+        """One cheap pass for every class, the full budget for the M most present per image."""
+        count, size = len(image_latents), self.config.data.image_size
+        cheap = dataclasses.replace(sampler, steps=1, ensemble=1)
+        jobs = _grid(count, len(groups), 1)
+        first = self._run(image_latents, table, groups, jobs, cheap, seed)
+        first = first.reshape(count, len(groups), *size)
+        presence = np.maximum(first, 0.0).mean((2, 3))  # [I, K]: area that is more yes than no
+        kept = np.sort(np.argsort(-presence, axis=1)[:, : sampler.shortlist], axis=1)
+        jobs = np.array(
+            [(i, p, m) for i in range(count) for p in kept[i] for m in range(sampler.ensemble)]
+        )
+        members = self._run(image_latents, table, groups, jobs, sampler, seed)
+        merged, spread = _merge(members.reshape(*kept.shape, sampler.ensemble, *size), sampler)
+        gray, all_spread = np.full_like(first, -1.0), np.zeros_like(first)
+        for i in range(count):
+            gray[i, kept[i]], all_spread[i, kept[i]] = merged[i], spread[i]
+        return gray, all_spread
+
+    def _run(self, image_latents, table, groups, jobs, sampler, seed) -> np.ndarray:
+        """Gray maps [J, H, W] of jobs (image, pass, member) int [J, 3]."""
+        chunk = min(sampler.batch_size, len(jobs))
+        padded = np.resize(jobs, (-(-len(jobs) // chunk) * chunk, 3))
+        results = [
+            _sample(
+                self._unet,
+                self._vae,
+                self.config.codec.context,
+                sampler.steps,
+                sampler.eta,
+                self._unet_params,
+                self._vae_params,
+                self._schedule,
+                table,
+                image_latents,
+                groups,
+                part,
+                jax.random.key(seed),
+            )
+            for part in padded.reshape(-1, chunk, 3)
+        ]
+        return np.concatenate([np.asarray(r) for r in results])[: len(jobs)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(vae: nnx.GraphDef, params: Any, images: jax.Array) -> jax.Array:
+    pixels = images.astype(jnp.float32) / 127.5 - 1.0  # [I, H, W, 3]
+    return encode_latents(nnx.merge(vae, params), pixels)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _sample(
+    unet: nnx.GraphDef,
+    vae: nnx.GraphDef,
+    context_kind: str,
+    steps: int,
+    eta: float,
+    unet_params: Any,
+    vae_params: Any,
+    schedule: Schedule,
+    table: conditioning.PromptTable,
+    image_latents: jax.Array,
+    groups: jax.Array,
+    jobs: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """Jobs (image, pass, member) int [J, 3] → gray maps [J, H, W] in [-1, 1]."""
+    network, decoder = nnx.merge(unet, unet_params), nnx.merge(vae, vae_params)
+    contexts, mask = conditioning.context(table, groups[jobs[:, 1]], context_kind)
+    latents = image_latents[jobs[:, 0]]  # [J, h, w, c]
+
+    def member(k, image_latent, context, context_mask):
+        def predict(noisy, t):
+            sample = jnp.concatenate([image_latent, noisy], axis=-1)[None]
+            used = None if context_mask is None else context_mask[None]
+            return network(sample, jnp.reshape(t, (1,)), context[None], used)[0]
+
+        # The noise of member k is the same for every image and pass.
+        member_key = jax.random.fold_in(key, k)
+        shape = image_latent.shape
+        return sampler_lib.sample_member(predict, schedule, member_key, shape, steps, eta)
+
+    in_axes = (0, 0, 0, None if mask is None else 0)
+    x0 = jax.vmap(member, in_axes)(jobs[:, 2], latents, contexts, mask)
+    return jnp.clip(decode_latents(decoder, x0).mean(-1), -1.0, 1.0)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _merge_members(members, align, reduce, uncertainty):
+    unit = (members + 1.0) / 2.0  # the ensemble's maths is for maps in [0, 1]
+    combine = lambda maps: ensemble_lib.ensemble(maps, align, reduce, uncertainty)  # noqa: E731
+    merged, spread = jax.vmap(jax.vmap(combine))(unit)
+    return merged * 2.0 - 1.0, spread
+
+
+def _merge(members: np.ndarray, sampler: SamplerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Members [I, P, N, H, W] → maps and spread [I, P, H, W]."""
+    if sampler.ensemble == 1:
+        return members[:, :, 0], np.zeros_like(members[:, :, 0])
+    merged, spread = _merge_members(members, sampler.align, sampler.reduce, sampler.uncertainty)
+    return np.asarray(merged), np.asarray(spread)
+
+
+def scores_of(gray: np.ndarray, num_classes: int, group: int) -> np.ndarray:
+    """Gray maps of the passes [P, H, W] → class scores [H, W, K]."""
+    per_pass = codec.scores(jnp.asarray(gray), group)  # [P, H, W, G]
+    return np.asarray(codec.join_passes(per_pass, num_classes))
+
+
+def decode(scores: np.ndarray, threshold: float, closed: bool) -> np.ndarray:
+    """Scores [H, W, K] → labels int32 [H, W]: `codec.decode` on the host, without a copy."""
+    labels = np.argmax(scores, -1).astype(np.int32)
+    if closed:
+        return labels
+    best = np.take_along_axis(scores, labels[..., None], -1)[..., 0]
+    return np.where(best < threshold, np.int32(codec.IGNORE), labels)
+
+
+def _grid(images: int, passes: int, members: int) -> np.ndarray:
+    """Every (image, pass, member), int [J, 3], members fastest."""
+    return np.indices((images, passes, members)).reshape(3, -1).T
+
+
+def _resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear resize of [h, w, C] to [H, W, C], half-pixel centres."""
+    rows, columns = _bilinear(maps.shape[0], size[0]), _bilinear(maps.shape[1], size[1])
+    tall = np.tensordot(rows, maps, axes=(1, 0))  # [H, w, C]
+    return np.moveaxis(np.tensordot(tall, columns, axes=(1, 1)), -1, 1)  # [H, W, C]
+
+
+def _bilinear(length: int, target: int) -> np.ndarray:
+    """Weights [target, length]; widened to a triangle of the source step when shrinking."""
+    scale = max(1.0, length / target)
+    centres = (np.arange(target) + 0.5) * length / target - 0.5
+    distance = np.abs(np.clip(centres, 0, length - 1)[:, None] - np.arange(length)) / scale
+    weights = np.maximum(0.0, 1.0 - distance)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _entries(classes: Sequence[str | ClassEntry]) -> tuple[ClassEntry, ...]:
+    if all(isinstance(c, ClassEntry) for c in classes) and classes:
+        return tuple(classes)  # type: ignore[arg-type]
+    return vocabulary.from_names([str(c) for c in classes]).classes

@@ -1,0 +1,99 @@
+"""The loop both stages share: batches to devices, steps, reports, checkpoints, a clean end."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from segdiff_jax.config import Config
+from segdiff_jax.errors import UserError
+from segdiff_jax.training import sharding
+from segdiff_jax.training.checkpoint import Checkpoints
+from segdiff_jax.training.step import Frozen, StepFunction, TrainState
+from segdiff_jax.training.telemetry import GracefulStop, Telemetry
+
+log = logging.getLogger(__name__)
+
+Validate = Callable[[int, TrainState, Telemetry], dict[str, float]]
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C asked for the end, and a checkpoint of this step is written."""
+
+
+def compile_step(step: StepFunction, state: TrainState, mesh: jax.sharding.Mesh) -> StepFunction:
+    """`step` under `jit`: the state keeps its sharding and its buffers are reused."""
+    shardings = sharding.state_sharding(state, mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+
+
+def run(
+    config: Config,
+    workdir: str,
+    step: StepFunction,
+    state: TrainState,
+    frozen: Frozen | None,
+    batches: Iterator[dict[str, np.ndarray]],
+    mesh: jax.sharding.Mesh,
+    checkpoints: Checkpoints,
+    metadata: dict[str, Any],
+    validate: Validate | None = None,
+) -> TrainState:
+    """Trains `state` to config.train.steps and returns it.
+
+    `batches` starts at the state's step. Raises `UserError` when the loss stops being finite (no
+    checkpoint of such a state is written) and `Stopped` after a signal.
+    """
+    first = int(state.step)
+    compiled = compile_step(step, state, mesh)
+    telemetry = Telemetry(
+        workdir,
+        config.train.steps,
+        config.train.batch_size,
+        enabled=jax.process_index() == 0,
+        log_every=config.train.log_every,
+        first_step=first,
+        stage=config.stage,
+    )
+    key = jax.random.key(config.seed)
+    place = sharding.batch_sharding(mesh)
+    saved = first
+
+    def check(values: dict[str, float] | None) -> None:
+        if values and not all(math.isfinite(values[k]) for k in ("loss", "gradient_norm")):
+            kept = f"checkpoint {saved} is kept" if saved else "no checkpoint was written yet"
+            raise UserError(
+                f"{workdir}: loss or gradient is not finite at step {values['step']:.0f}; {kept}: "
+                "lower config.optimizer.learning_rate, or config.optimizer.clip_norm"
+            )
+
+    with GracefulStop() as stop:
+        try:
+            for done in range(first + 1, config.train.steps + 1):
+                batch = {
+                    name: jax.make_array_from_process_local_data(place, value)
+                    for name, value in next(batches).items()
+                }
+                state, metrics = compiled(state, frozen, batch, key)
+                check(telemetry.step(done, metrics))
+                last = done == config.train.steps
+                every = config.train.eval_every
+                scores: dict[str, float] = {}
+                if validate is not None and every and (done % every == 0 or last):
+                    check(telemetry.fetch())
+                    with telemetry.paused():
+                        scores = validate(done, state, telemetry)
+                if done % config.train.checkpoint_every == 0 or last or stop.requested:
+                    check(telemetry.fetch())
+                    checkpoints.save(done, state, metadata, scores)
+                    saved = done
+                if stop.requested and not last:
+                    checkpoints.wait()
+                    raise Stopped(f"stopped at step {done}, checkpoint written")
+            checkpoints.wait()
+        finally:
+            telemetry.close()
+    return state

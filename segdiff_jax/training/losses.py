@@ -1,0 +1,116 @@
+"""What the two stages minimise, as functions of a batch and a key."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from segdiff_jax import codec, conditioning
+from segdiff_jax.config import CodecConfig, NoiseConfig
+from segdiff_jax.diffusion import noise as noise_lib
+from segdiff_jax.diffusion import schedule as schedule_lib
+from segdiff_jax.models.unet import UNet
+from segdiff_jax.models.vae import VAE, encode_latents
+
+Batch = dict[str, Any]
+
+
+class Corruption(NamedTuple):
+    """What a batch is trained on: drawn once for the whole batch, whatever the micro-batching."""
+
+    timesteps: jax.Array  # int [B]
+    noise: jax.Array  # [B, h, w, c]
+
+
+def to_pixels(image: jax.Array) -> jax.Array:
+    """uint8 [0, 255] → float32 [-1, 1], the VAE's range."""
+    return image.astype(jnp.float32) / 127.5 - 1.0
+
+
+def mask_images(labels: jax.Array, class_ids: jax.Array) -> jax.Array:
+    """labels [B, H, W], class_ids [B, G] → the gray mask as three equal channels [B, H, W, 3]."""
+    gray = jax.vmap(codec.encode)(labels, class_ids)
+    return jnp.broadcast_to(gray[..., None], (*gray.shape, 3))
+
+
+def corrupt(
+    key: jax.Array,
+    shape: tuple[int, int, int, int],
+    schedule: schedule_lib.Schedule,
+    config: NoiseConfig,
+    terminal_share: float = 0.0,
+) -> Corruption:
+    """Timesteps, uniform but for a share at T - 1, and noise of `shape` [B, h, w, c]."""
+    time_key, terminal_key, noise_key = jax.random.split(key, 3)
+    last = schedule.num_train_timesteps - 1
+    timesteps = jax.random.randint(time_key, shape[:1], 0, last + 1)
+    terminal = jax.random.uniform(terminal_key, shape[:1]) < terminal_share
+    timesteps = jnp.where(terminal, last, timesteps)
+    noise = noise_lib.training_noise(
+        noise_key, shape, timesteps, last + 1, config.kind, config.strength
+    )
+    return Corruption(timesteps, noise)
+
+
+def latents(vae: VAE, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Image and mask latents [B, h, w, c]: from the cache where the batch has them."""
+    if "image_latents" in batch:
+        return batch["image_latents"], batch["mask_latents"]
+    pixels = to_pixels(batch["image"])
+    masks = mask_images(batch["labels"], batch["class_ids"])
+    both = encode_latents(vae, jnp.concatenate([pixels, masks]))
+    image_latents, mask_latents = jnp.split(jax.lax.stop_gradient(both), 2)
+    return image_latents, mask_latents
+
+
+def latent_weights(batch: Batch, factor: int) -> jax.Array:
+    """[B, h, w], summing to 1: equal where labels are valid, 0 where a pixel is *ignore*."""
+    valid = batch["valid"] if "valid" in batch else codec.latent_valid(batch["labels"], factor)
+    valid = valid.astype(jnp.float32)
+    return valid / jnp.maximum(1.0, valid.sum())
+
+
+def diffusion_loss(
+    unet: UNet,
+    vae: VAE,
+    schedule: schedule_lib.Schedule,
+    table: conditioning.PromptTable,
+    batch: Batch,
+    corruption: Corruption,
+    weights: jax.Array,
+    config: CodecConfig,
+) -> jax.Array:
+    """Weighted squared error of the prediction (DESIGN: MSE where labels are valid).
+
+    Additive over micro-batches: `weights` [B, h, w] are normalised over the whole batch.
+    """
+    image_latents, mask_latents = latents(vae, batch)
+    noisy = schedule_lib.add_noise(schedule, mask_latents, corruption.noise, corruption.timesteps)
+    target = schedule_lib.target(schedule, mask_latents, corruption.noise, corruption.timesteps)
+    context, mask = conditioning.context(table, batch["class_ids"], config.context)
+    sample = jnp.concatenate([image_latents, noisy], axis=-1)  # [B, h, w, 2c]
+    prediction = unet(sample, corruption.timesteps, context, mask)
+    return jnp.sum(weights * jnp.square(prediction - target).mean(-1))
+
+
+def vae_loss(
+    vae: VAE, batch: Batch, noise: jax.Array, *, is_mask: jax.Array, kl_weight: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean absolute reconstruction error + KL to N(0, I) (arXiv 1312.6114, eq. 10), per element.
+
+    is_mask bool [B] says which rows show the mask image in place of the photo. noise
+    [B, h, w, c] reparametrises the posterior.
+    """
+    masks = mask_images(batch["labels"], batch["class_ids"])
+    pixels = jnp.where(is_mask[:, None, None, None], masks, to_pixels(batch["image"]))
+    mean, logvar = vae.encode(pixels)
+    decoded = vae.decode(mean + jnp.exp(0.5 * logvar) * noise)
+    reconstruction = jnp.abs(decoded - pixels).mean()
+    kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).mean()
+    return reconstruction + kl_weight * kl, {"reconstruction": reconstruction, "kl": kl}
+
+
+def mask_rows(count: int, share: float) -> jax.Array:
+    """bool [count]: a `share` of the rows, spread evenly."""
+    steps = jnp.arange(count + 1) * share
+    return jnp.floor(steps[1:]) > jnp.floor(steps[:-1])

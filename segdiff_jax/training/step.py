@@ -1,0 +1,136 @@
+"""The training step of each stage: a pure function of state, batch, key and frozen constants."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from segdiff_jax.conditioning import PromptTable
+from segdiff_jax.config import Config
+from segdiff_jax.diffusion.schedule import Schedule
+from segdiff_jax.models.unet import UNet
+from segdiff_jax.models.vae import VAE
+from segdiff_jax.training import losses
+from segdiff_jax.training.optimizer import ema_update, learning_rate, make_optimizer
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything a checkpoint holds. `ema` is empty when `optimizer.ema_decay` is 0."""
+
+    step: jax.Array  # int32, optimiser steps done
+    params: Any
+    opt_state: Any
+    ema: Any
+
+
+class Frozen(NamedTuple):
+    """What the diffusion stage reads and never changes; `vae` holds parameters only."""
+
+    vae: Any
+    schedule: Schedule
+    table: PromptTable
+
+
+StepFunction = Callable[[TrainState, Frozen | None, losses.Batch, jax.Array], Any]
+
+
+def init_state(params: Any, config: Config) -> TrainState:
+    """The state at step 0; works on arrays and, under `jax.eval_shape`, on their shapes."""
+    # Copies: the step donates its buffers, and EMA may not share them with the parameters.
+    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {}
+    opt_state = make_optimizer(config.optimizer).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
+
+
+def diffusion_step(
+    unet: nnx.GraphDef[UNet], vae: nnx.GraphDef[VAE], config: Config
+) -> StepFunction:
+    """`step(state, frozen, batch, key) -> (state, metrics)` for the diffusion stage.
+
+    `key` is the run's; the step's own is folded from it and `state.step`, so a resumed run draws
+    what an uninterrupted one would have drawn.
+    """
+    micro_batches = config.optimizer.accumulation
+
+    def step(state: TrainState, frozen: Frozen, batch: losses.Batch, key: jax.Array):
+        vae_module = nnx.merge(vae, frozen.vae)
+        factor, channels = vae_module.config.downsampling, vae_module.config.latent_channels
+        weights = losses.latent_weights(batch, factor)  # [B, h, w]
+        corruption = losses.corrupt(
+            jax.random.fold_in(key, state.step),
+            (*weights.shape, channels),
+            frozen.schedule,
+            config.noise,
+            config.train.terminal_share,
+        )
+
+        def loss_fn(params, micro):
+            return losses.diffusion_loss(
+                nnx.merge(unet, params), vae_module, frozen.schedule, frozen.table, *micro,
+                config.codec,
+            )  # fmt: skip
+
+        loss, grads = _accumulate(
+            loss_fn, state.params, (batch, corruption, weights), micro_batches
+        )
+        return _update(state, grads, {"loss": loss}, config)
+
+    return step
+
+
+def vae_step(vae: nnx.GraphDef[VAE], config: Config) -> StepFunction:
+    """`step(state, None, batch, key) -> (state, metrics)` for the VAE stage."""
+
+    def step(state: TrainState, frozen: None, batch: losses.Batch, key: jax.Array):
+        def loss_fn(params):
+            module = nnx.merge(vae, params)
+            factor, channels = module.config.downsampling, module.config.latent_channels
+            count, height, width = batch["labels"].shape
+            shape = (count, height // factor, width // factor, channels)
+            return losses.vae_loss(
+                module,
+                batch,
+                jax.random.normal(jax.random.fold_in(key, state.step), shape),
+                is_mask=losses.mask_rows(count, config.vae.mask_share),
+                kl_weight=config.vae.kl_weight,
+            )
+
+        (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        return _update(state, grads, {"loss": loss, **parts}, config)
+
+    return step
+
+
+def _accumulate(loss_fn: Callable, params: Any, batch: Any, count: int) -> tuple[jax.Array, Any]:
+    """Loss and gradient of the whole batch as the sum over `count` slices of it."""
+    grad_fn = jax.value_and_grad(loss_fn)
+    if count == 1:
+        return grad_fn(params, batch)
+    slices = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+
+    def add(total, micro):
+        return jax.tree.map(jnp.add, total, grad_fn(params, micro)), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zero, slices)[0]
+
+
+def _update(
+    state: TrainState, grads: Any, metrics: Metrics, config: Config
+) -> tuple[TrainState, Metrics]:
+    optimizer = make_optimizer(config.optimizer)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = config.optimizer.ema_decay
+    ema = ema_update(state.ema, params, decay, state.step) if decay else state.ema
+    metrics = {
+        **metrics,
+        "learning_rate": learning_rate(config.optimizer)(state.step),
+        "gradient_norm": optax.global_norm(grads),
+    }
+    return TrainState(state.step + 1, params, opt_state, ema), metrics

@@ -1,0 +1,115 @@
+"""What a training run leaves behind, and how to get networks back from it.
+
+W/config.json     the run's config
+W/vae/            the VAE stage, where the run began from nothing: a workdir of its own
+W/pretrained/     a Hugging Face folder with the frozen networks: VAE, text encoder, tokenizer
+W/checkpoints/    Orbax: parameters, optimiser, EMA; with the config and the UNet's architecture
+W/tensorboard/
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+
+from segdiff_jax.config import Config, from_dict, to_dict
+from segdiff_jax.errors import UserError
+from segdiff_jax.files import write_json
+from segdiff_jax.models import pretrained
+from segdiff_jax.models.clip_text import CLIPText
+from segdiff_jax.models.tokenizer import Tokenizer
+from segdiff_jax.models.unet import UNet, UNetConfig
+from segdiff_jax.models.vae import VAE
+from segdiff_jax.training.checkpoint import Checkpoints
+
+PRETRAINED, CHECKPOINTS, VAE_STAGE = "pretrained", "checkpoints", "vae"
+
+
+def is_workdir(path: str) -> bool:
+    return (epath.Path(path) / "config.json").exists()
+
+
+def write_config(workdir: str, config: Config) -> None:
+    write_json(epath.Path(workdir) / "config.json", to_dict(config))
+
+
+def read_config(workdir: str) -> Config:
+    """The config of a run. Raises `UserError` if `workdir` is none or its file is damaged."""
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise UserError(f"{workdir}: no config.json: not a training workdir, train one first")
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}): restore it or train again") from error
+
+
+def checkpoint_metadata(config: Config, unet: UNetConfig | None) -> dict[str, Any]:
+    """What a checkpoint says of itself beside the arrays."""
+    architecture = dataclasses.asdict(unet) if unet else {}
+    return {"config": to_dict(config), "unet": architecture}
+
+
+def load_networks(path: str) -> tuple[UNet, VAE, CLIPText, Tokenizer, Config]:
+    """Everything needed to segment, from a training workdir or an exported folder."""
+    if not is_workdir(path):
+        return _load_export(path)
+    config = read_config(path)
+    if config.stage != "diffusion":
+        raise UserError(
+            f"{path}: holds the {config.stage!r} stage, which cannot segment: "
+            "name the workdir of a diffusion stage"
+        )
+    dtype = jnp.dtype(config.model.dtype)
+    checkpoints = Checkpoints(epath.Path(path) / CHECKPOINTS, read_only=True)
+    try:
+        saved = checkpoints.metadata()
+        unet_config = unet_config_from(saved["unet"])
+        unet = nnx.eval_shape(lambda: UNet(unet_config, dtype=dtype, rngs=nnx.Rngs(0)))
+        graph, params = nnx.split(unet)
+        weights = "ema" if config.optimizer.ema_decay else "params"
+        restored, _ = checkpoints.restore({weights: params})
+    finally:
+        checkpoints.close()
+    frozen = load_frozen(str(epath.Path(path) / PRETRAINED), dtype)
+    return (nnx.merge(graph, restored[weights]), *frozen, config)
+
+
+def unet_config_from(values: dict[str, Any]) -> UNetConfig:
+    """The inverse of `dataclasses.asdict` after a trip through JSON."""
+    as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return UNetConfig(**as_tuples)
+
+
+def load_frozen(folder: str, dtype: Any) -> tuple[VAE, CLIPText, Tokenizer]:
+    """The networks that the diffusion stage does not train."""
+    loaded = pretrained.load(folder, components=("vae", "text_encoder", "tokenizer"), dtype=dtype)
+    missing = [
+        name for name in ("vae", "text_encoder", "tokenizer") if getattr(loaded, name) is None
+    ]
+    if missing:
+        raise UserError(f"{folder}: has no {missing[0]}/: name a complete folder")
+    return loaded.vae, loaded.text_encoder, loaded.tokenizer  # type: ignore[return-value]
+
+
+def _load_export(path: str) -> tuple[UNet, VAE, CLIPText, Tokenizer, Config]:
+    settings = epath.Path(path) / "segdiff.json"
+    if not settings.exists():
+        raise UserError(
+            f"{path}: neither a training workdir (config.json) nor an export (segdiff.json): "
+            "give the --workdir of a training run or the --output of an export"
+        )
+    config = from_dict(json.loads(settings.read_text()))
+    dtype = jnp.dtype(config.model.dtype)
+    loaded = pretrained.load(path, components=("unet",), dtype=dtype)
+    if loaded.unet is None:
+        raise UserError(f"{path}: has no unet/: export it again")
+    return (loaded.unet, *load_frozen(path, dtype), config)
+
+
+def parameter_count(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
