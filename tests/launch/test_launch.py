@@ -405,7 +405,11 @@ def pod(cloud, tmp_path):
     training(cloud, "exit 0")
     git(repo, "init", "-q", "-b", "main")
     commit(repo)
-    return cloud
+    yield cloud
+    for path in cloud.bin.glob("worker*/segdiff_runs/*/pid"):  # left behind by a failed test
+        pid = int(path.read_text())
+        if Path(f"/proc/{pid}/cwd").exists() and str(cloud.bin) in os.readlink(f"/proc/{pid}/cwd"):
+            os.killpg(pid, 9)
 
 
 def training(pod, body: str) -> None:
@@ -521,11 +525,11 @@ def test_running_is_not_started_twice_and_stop_is_not_finished(pod):
     pod.settings["WORKER_ENV"] = "('NOTE=two words')"
     # A training that checkpoints at SIGTERM and then exits with 0.
     training(
-        pod, "trap 'echo checkpoint >>../saved; exit 0' TERM\nwhile :; do read -t 1 <> <(:); done"
+        pod, "sleep 60 &\ntrap 'echo checkpoint >>../saved; kill $!; exit 0' TERM\n>../ready\nwait"
     )
     pod.run("setup.sh")
     assert pod.run("run.sh", "ade").returncode == 0
-    wait_until(lambda: (pod.bin / "worker1" / "arguments").exists())
+    wait_until(lambda: len(list(pod.bin.glob("worker*/ready"))) == 2)
     assert statuses(pod, *COMMAND) == ["running", "running"]
     again = pod.run("run.sh", "ade", START_SECONDS="0")
     assert again.returncode != 0 and "worker 0: ade is already running here" in again.stderr
@@ -544,10 +548,10 @@ def test_a_crash_is_reported_with_its_code(pod):
 
 def test_a_worker_that_lost_its_process_reports_stopped(pod):
     pod.settings["WORKER_ENV"] = "('NOTE=two words')"
-    training(pod, "while :; do read -t 1 <> <(:); done")
+    training(pod, ">../ready\nexec sleep 60")
     pod.run("setup.sh")
     pod.run("run.sh", "ade")
-    wait_until(lambda: (pod.bin / "worker1" / "arguments").exists())
+    wait_until(lambda: len(list(pod.bin.glob("worker*/ready"))) == 2)
     for number in range(2):  # a power cut: nobody gets to write an exit code
         pid = int((pod.bin / f"worker{number}" / "segdiff_runs" / "ade" / "pid").read_text())
         os.killpg(pid, 9)
