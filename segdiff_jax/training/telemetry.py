@@ -9,10 +9,11 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -36,7 +37,7 @@ class Telemetry:
     """The reports of one run.
 
     Args:
-      workdir: local or `gs://`; events go to `workdir/tensorboard`.
+      workdir: local or `gs://`; events go to `workdir/tensorboard/<stage>`.
       total_steps: where the run ends, for the bar and the ETA.
       batch_size: images per step over all devices.
       enabled: False writes nothing (every process but the first) and still returns metrics.
@@ -61,7 +62,9 @@ class Telemetry:
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._fetched_steps = 0
         self._interval: tuple[int, float] | None = None  # step and time where the rate starts
-        self._events = _Events(workdir, first_step) if enabled else None
+        # A folder per stage: where one starts over, TensorBoard drops only what that one reported.
+        folder = epath.Path(workdir) / "tensorboard" / stage
+        self._events = _Events(folder, first_step) if enabled else None
         on_terminal = enabled and sys.stderr.isatty()
         self._bar = (
             tqdm(total=total_steps, initial=first_step, desc=stage, unit="step", smoothing=0.1)
@@ -113,17 +116,19 @@ class Telemetry:
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Writes values under their own tags, e.g. {"validation/miou_present": 0.41}."""
         if self._events is not None:
-            for tag, value in values.items():
-                self._events.writer.add_scalar(tag, float(value), step)
-            self._events.written()
+            from tensorboardX import summary
+
+            self._events.add(step, [summary.scalar(tag, v) for tag, v in values.items()])
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """Writes uint8 images, [H, W, 3] or [N, H, W, 3], under the tag `name`."""
+        """Writes uint8 images, [H, W, 3] or [N, H, W, 3] side by side, under the tag `name`."""
         if self._events is not None:
+            from tensorboardX import summary
+
             batch = np.asarray(images, np.uint8)
             batch = batch[None] if batch.ndim == 3 else batch
-            self._events.writer.add_images(name, batch, step, dataformats="NHWC")
-            self._events.written()
+            row = np.concatenate(list(batch), axis=1)  # [H, N·W, 3]
+            self._events.add(step, [summary.image(name, row, dataformats="HWC")])
 
     def close(self) -> None:
         """Writes what is pending and waits for the last upload."""
@@ -157,54 +162,73 @@ class Telemetry:
 
 
 class _Events:
-    """A tensorboardX writer whose files also reach object stores.
+    """One TensorBoard event file, on local disk or on an object store.
 
-    There, objects cannot be appended to: the file grows in a local folder and a thread copies it
-    over now and then. A copy that fails is reported and tried again with the next.
+    Objects cannot be appended to: their file grows in a local folder and a thread copies it over
+    now and then. What cannot be written is a warning: losing a curve must not lose a run.
     """
 
-    def __init__(self, workdir: os.PathLike[str] | str, first_step: int):
-        from tensorboardX import SummaryWriter  # 2 s that prediction should not pay
+    def __init__(self, directory: epath.Path, first_step: int):
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter  # 2 s that prediction should not pay
 
-        self.target = epath.Path(workdir) / "tensorboard"
-        self._remote = is_remote(workdir)
-        self._local = tempfile.mkdtemp(prefix="segdiff_events_") if self._remote else None
-        self._copier = ThreadPoolExecutor(1, "event_upload") if self._remote else None
+        self._event = Event
+        self.directory = directory
+        remote = is_remote(directory)
+        self._local = Path(tempfile.mkdtemp(prefix="segdiff_events_")) if remote else None
+        self._copier = ThreadPoolExecutor(1, "event_upload") if remote else None
         self._copy: Future[None] | None = None
         self._copied = time.perf_counter()
+        self._failing: set[str] = set()
+        # TensorBoard reads the files of a folder in the order of their names.
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        folder = self._local or Path(directory)
         try:
-            self.writer = SummaryWriter(
-                self._local or str(self.target), purge_step=first_step + 1, flush_secs=10
-            )
+            folder.mkdir(parents=True, exist_ok=True)
+            self._records = RecordWriter(os.fspath(folder / name))
         except OSError as error:
             raise UserError(
-                f"{self.target}: cannot write TensorBoard events: {error.strerror}: "
+                f"{directory}: cannot write TensorBoard events: {error.strerror}: "
                 "choose another --workdir"
             ) from error
+        self._write(file_version="brain.Event:2")
+        self._write(session_log=SessionLog(status=SessionLog.START), step=first_step + 1)
 
-    def written(self) -> None:
-        """Starts a copy when the last one is done and old enough."""
+    def add(self, step: int, summaries: Iterable[Any]) -> None:
+        """Appends protocol buffers and starts a copy when the last one is done and old enough."""
+        for summary in summaries:
+            self._write(step=step, summary=summary)
+        self._attempt(self._records.flush)
         due = time.perf_counter() - self._copied > UPLOAD_SECONDS
         if self._copier is not None and due and (self._copy is None or self._copy.done()):
             self._copied = time.perf_counter()
-            self.writer.flush()
-            self._copy = self._copier.submit(self._upload)
+            self._copy = self._copier.submit(self._attempt, self._upload)
 
     def close(self) -> None:
-        self.writer.close()
+        self._attempt(self._records.close)
         if self._copier is not None and self._local is not None:
-            self._copier.submit(self._upload)
+            self._copier.submit(self._attempt, self._upload)
             self._copier.shutdown(wait=True)
             shutil.rmtree(self._local, ignore_errors=True)
 
+    def _write(self, **fields: Any) -> None:
+        data = self._event(wall_time=time.time(), **fields).SerializeToString()
+        self._attempt(self._records.write, data)
+
     def _upload(self) -> None:
         assert self._local is not None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for file in self._local.iterdir():
+            (self.directory / file.name).write_bytes(file.read_bytes())
+
+    def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
         try:
-            self.target.mkdir(parents=True, exist_ok=True)
-            for file in Path(self._local).iterdir():
-                (self.target / file.name).write_bytes(file.read_bytes())
-        except Exception as error:  # losing a curve must not lose a run
-            log.warning("%s: cannot copy TensorBoard events: %s", self.target, error)
+            action(*arguments)
+            self._failing.discard(action.__name__)
+        except Exception as error:
+            if action.__name__ not in self._failing:  # one warning per outage
+                log.warning("%s: cannot write TensorBoard events: %s", self.directory, error)
+            self._failing.add(action.__name__)
 
 
 class GracefulStop:

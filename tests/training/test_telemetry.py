@@ -1,0 +1,252 @@
+import io
+import logging
+import os
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+from segdiff_jax.errors import UserError
+from segdiff_jax.training import telemetry as module
+from segdiff_jax.training.telemetry import GracefulStop, Telemetry
+
+
+def read_events(directory):
+    """The events of all files: each record is length, checksum, bytes, checksum (TFRecord)."""
+    events = []
+    for path in sorted(directory.rglob("events.out.tfevents.*")):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            events.append(Event.FromString(data[at + 12 : at + 12 + length]))
+            at += length + 16
+    return events
+
+
+def read_scalars(workdir):
+    values = {}
+    for event in read_events(workdir / "tensorboard"):
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                values.setdefault(value.tag, {})[event.step] = value.simple_value
+    return values
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(module.time, "perf_counter", clock)
+    return clock
+
+
+def metrics(step):
+    return {"loss": jnp.asarray(1.0 / step), "learning_rate": jnp.asarray(0.5)}
+
+
+def run(telemetry, clock, seconds, first=1):
+    """Steps that take `seconds` each: the device is done with step n when n + 1 is dispatched."""
+    for step, duration in enumerate(seconds, first):
+        clock.now += duration
+        telemetry.step(step, metrics(step))
+    telemetry.close()
+
+
+def test_metrics_come_back_one_step_late_and_every_step_once(tmp_path):
+    telemetry = Telemetry(tmp_path, total_steps=5, batch_size=2, log_every=2)
+    assert telemetry.fetch() is None
+    assert telemetry.step(1, metrics(1)) is None
+    assert telemetry.step(2, metrics(2)) == {"step": 1, "loss": 1.0, "learning_rate": 0.5}
+    assert telemetry.step(3, {"loss": jnp.asarray(jnp.nan)})["step"] == 2
+    late = telemetry.fetch()  # as before a checkpoint
+    assert late["step"] == 3 and np.isnan(late["loss"])
+    assert telemetry.fetch() is None
+    assert telemetry.step(4, metrics(4)) is None
+    telemetry.close()
+
+
+def test_values_are_written_at_the_log_interval_and_at_the_end(tmp_path, clock):
+    run(Telemetry(tmp_path, total_steps=7, batch_size=2, log_every=3), clock, [1.0] * 7)
+    scalars = read_scalars(tmp_path)
+    assert scalars["train/loss"] == pytest.approx({3: 1 / 3, 6: 1 / 6, 7: 1 / 7})
+    assert scalars["train/learning_rate"] == {3: 0.5, 6: 0.5, 7: 0.5}
+
+
+def test_rates_leave_out_compilation_and_pauses(tmp_path, clock):
+    telemetry = Telemetry(tmp_path, total_steps=20, batch_size=16, log_every=5)
+    for step in range(1, 21):
+        clock.now += 300.0 if step <= 3 else 0.25  # steps 1 and 2 end when 2 and 3 are dispatched
+        telemetry.step(step, metrics(step))
+        if step == 12:
+            with telemetry.paused():
+                clock.now += 1000.0
+    telemetry.close()
+    scalars = read_scalars(tmp_path)
+    assert set(scalars["train/steps_per_second"]) == {5, 10, 15, 20}
+    for step in (5, 10, 15):
+        assert scalars["train/steps_per_second"][step] == pytest.approx(4.0)
+        assert scalars["train/images_per_second"][step] == pytest.approx(64.0)
+
+
+def test_a_log_line_per_interval_without_a_terminal(tmp_path, clock, caplog):
+    with caplog.at_level(logging.INFO, "segdiff_jax"):
+        telemetry = Telemetry(tmp_path, total_steps=3610, batch_size=4, log_every=5, stage="vae")
+        run(telemetry, clock, [2.0] * 11)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert "vae step 10/3610" in lines[1]
+    for part in ("loss 0.1", "steps_per_second 0.5", "images_per_second 2", "eta 2:00:00"):
+        assert part in lines[1]
+
+
+def test_a_progress_bar_on_a_terminal(tmp_path, clock, monkeypatch, caplog):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with caplog.at_level(logging.INFO, "segdiff_jax"):
+        telemetry = Telemetry(tmp_path, total_steps=8, batch_size=4, log_every=2, first_step=2)
+        run(telemetry, clock, [60.0] * 6, first=3)
+        shown = sys.stderr.getvalue()
+    assert "8/8" in shown and "loss=" in shown
+    assert not caplog.records
+
+
+def test_other_processes_write_nothing_and_see_the_same_values(tmp_path, clock, caplog):
+    with caplog.at_level(logging.INFO, "segdiff_jax"):
+        telemetry = Telemetry(tmp_path, total_steps=4, batch_size=4, enabled=False, log_every=1)
+        telemetry.step(1, metrics(1))
+        assert telemetry.step(2, metrics(2)) == {"step": 1, "loss": 1.0, "learning_rate": 0.5}
+        telemetry.scalars(2, {"x": 1.0})
+        telemetry.images(2, "y", np.zeros((2, 2, 3), np.uint8))
+        telemetry.close()
+    assert not list(tmp_path.iterdir()) and not caplog.records
+
+
+def test_scalars_and_images_read_back(tmp_path):
+    telemetry = Telemetry(tmp_path, total_steps=4, batch_size=4)
+    telemetry.scalars(3, {"validation/miou_present": 0.25})
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), dtype=np.uint8)
+    telemetry.images(3, "samples", pictures)
+    telemetry.images(4, "one", pictures[0])
+    telemetry.close()
+    assert read_scalars(tmp_path)["validation/miou_present"] == {3: 0.25}
+    images = {
+        (event.step, value.tag): np.asarray(
+            Image.open(io.BytesIO(value.image.encoded_image_string))
+        )
+        for event in read_events(tmp_path / "tensorboard")
+        for value in event.summary.value
+        if value.HasField("image")
+    }
+    assert {step for step, _ in images} == {3, 4}
+    side_by_side = next(image for (step, _), image in images.items() if step == 3)
+    np.testing.assert_array_equal(side_by_side, np.concatenate(list(pictures), axis=1))
+    np.testing.assert_array_equal(images[4, "one"], pictures[0])
+
+
+def test_a_restart_marks_where_it_takes_over(tmp_path, clock):
+    run(Telemetry(tmp_path, total_steps=9, batch_size=1, log_every=1), clock, [1.0] * 6)
+    again = Telemetry(tmp_path, total_steps=9, batch_size=1, log_every=1, first_step=4)
+    run(again, clock, [1.0] * 5, first=5)
+    starts = [e.step for e in read_events(tmp_path / "tensorboard") if e.session_log.status == 1]
+    assert starts == [1, 5]  # TensorBoard drops earlier events from that step on
+    assert sorted(read_scalars(tmp_path)["train/loss"]) == list(range(1, 10))
+
+
+def test_object_stores_get_whole_files(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(module, "is_remote", lambda _: True)
+    telemetry = Telemetry(tmp_path / "w", total_steps=99, batch_size=1, log_every=1)
+    telemetry.scalars(1, {"a": 1.0})
+    assert not (tmp_path / "w").exists()  # not yet due
+    clock.now += module.UPLOAD_SECONDS + 1
+    telemetry.scalars(2, {"a": 2.0})
+    telemetry._events._copy.result(timeout=10)
+    assert read_scalars(tmp_path / "w")["a"].keys() == {1, 2}
+    telemetry.scalars(3, {"a": 3.0})
+    local = telemetry._events._local
+    telemetry.close()
+    assert read_scalars(tmp_path / "w")["a"] == {1: 1.0, 2: 2.0, 3: 3.0}
+    assert not os.path.exists(local)
+
+
+def test_a_failing_upload_is_one_warning(tmp_path, clock, monkeypatch, caplog):
+    monkeypatch.setattr(module, "is_remote", lambda _: True)
+    (tmp_path / "w").write_text("")
+    telemetry = Telemetry(tmp_path / "w", total_steps=9, batch_size=1)
+    with caplog.at_level(logging.WARNING, "segdiff_jax"):
+        for step in (1, 2):
+            clock.now += module.UPLOAD_SECONDS + 1
+            telemetry.scalars(step, {"a": 1.0})
+            telemetry._events._copy.result(timeout=10)
+        telemetry.close()
+    assert caplog.text.count("cannot write TensorBoard events") == 1
+
+
+def test_a_workdir_that_cannot_be_written_is_a_user_error(tmp_path):
+    (tmp_path / "w").write_text("")
+    with pytest.raises(UserError, match=str(tmp_path / "w")):
+        Telemetry(tmp_path / "w", total_steps=9, batch_size=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_asks_and_the_second_interrupt_insists(number, capfd):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with GracefulStop() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)  # a supervisor that repeats itself
+        if number == signal.SIGTERM:
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert signal.Signals(number).name in capfd.readouterr().err
+
+
+def test_a_loop_finishes_its_step_on_sigterm():
+    loop = """
+        import time
+        from segdiff_jax.training.telemetry import GracefulStop
+        with GracefulStop() as stop:
+            print("ready", flush=True)
+            steps = 0
+            while not stop.requested:
+                time.sleep(0.05)
+                steps += 1
+        print("saved", flush=True)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(loop)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    rest, _ = process.communicate(timeout=30)
+    assert rest == "saved\n" and process.returncode == 0
+
+
+def test_a_full_disk_loses_the_curve_and_not_the_run(tmp_path, caplog):
+    telemetry = Telemetry(tmp_path, total_steps=9, batch_size=1, log_every=1)
+    telemetry._events._records._writer.close()  # every write fails from here on
+    with caplog.at_level(logging.WARNING, "segdiff_jax"):
+        for step in range(1, 9):
+            telemetry.step(step, metrics(step))
+        assert telemetry.fetch()["step"] == 8
+        telemetry.close()
+    warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert 1 <= len(warnings) <= 3  # writing, flushing and closing, once each
