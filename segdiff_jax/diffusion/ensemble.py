@@ -93,12 +93,13 @@ def align(maps: jax.Array, reduce: str = "median") -> tuple[jax.Array, jax.Array
         bottom, top = extremes(parameters)
         return disagreement(parameters) / jnp.maximum(top - bottom, 1e-6)
 
-    best = jnp.concatenate([jnp.ones(count), jnp.zeros(count)])
-    for _ in range(ROUNDS):  # a fresh Hessian gets past the kinks that median and min leave
+    def improve(_: int, best: jax.Array) -> jax.Array:
         found = minimize(gauge_free, best, method="BFGS", options={"maxiter": 50}).x
-        better = gauge_free(found) < gauge_free(best)
-        best = jnp.where(better, found, best)
+        return jnp.where(gauge_free(found) < gauge_free(best), found, best)
 
+    # A fresh Hessian in each round gets past the kinks that median, min and max leave.
+    start = jnp.concatenate([jnp.ones(count), jnp.zeros(count)])
+    best = jax.lax.fori_loop(0, ROUNDS, improve, start)
     bottom, top = extremes(best)
     extent = jnp.maximum(top - bottom, 1e-6)
     size = jnp.where(gauge_free(best) < REGULARIZER, 1.0, SHRINK) / extent

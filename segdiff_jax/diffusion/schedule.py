@@ -37,10 +37,15 @@ class Schedule:
 
 
 def make_schedule(config: DiffusionConfig) -> Schedule:
-    """The schedule that `config` describes. Computed in float64, stored in float32."""
-    alphas_cumprod = np.cumprod(1.0 - _betas(config))
+    """The schedule that `config` describes, float32.
+
+    Rounded to float32 where diffusers rounds: 1 - a_t is small at early timesteps, and dividing
+    by it turns the last bit of a_t into a difference of 1e-5 between the two.
+    """
+    betas = _betas(config)
     if config.rescale_betas_zero_snr:
-        alphas_cumprod = _rescale_zero_terminal_snr(alphas_cumprod)
+        betas = _rescale_zero_terminal_snr(betas)
+    alphas_cumprod = _cumprod(np.float32(1.0) - betas)
     final = 1.0 if config.set_alpha_to_one else alphas_cumprod[0]
     return Schedule(
         alphas_cumprod=jnp.asarray(alphas_cumprod, jnp.float32),
@@ -51,18 +56,24 @@ def make_schedule(config: DiffusionConfig) -> Schedule:
     )
 
 
+def _cumprod(alphas: np.ndarray) -> np.ndarray:
+    return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
+
+
 def _betas(config: DiffusionConfig) -> np.ndarray:
     start, end, count = config.beta_start, config.beta_end, config.num_train_timesteps
     if config.beta_schedule == "linear":
-        return np.linspace(start, end, count)
-    return np.linspace(start**0.5, end**0.5, count) ** 2
+        return np.linspace(start, end, count).astype(np.float32)
+    return np.linspace(start**0.5, end**0.5, count).astype(np.float32) ** 2
 
 
-def _rescale_zero_terminal_snr(alphas_cumprod: np.ndarray) -> np.ndarray:
+def _rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     """arXiv 2305.08891, algorithm 1: shift sqrt(a_t) to end at 0, scale it to start as before."""
-    root = np.sqrt(alphas_cumprod)
+    root = np.sqrt(_cumprod(np.float32(1.0) - betas))
     first, last = root[0], root[-1]
-    return ((root - last) * first / (first - last)) ** 2
+    alphas_cumprod = ((root - last) * (first / (first - last))) ** 2
+    alphas = np.append(alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1])
+    return np.float32(1.0) - alphas
 
 
 def _coefficients(
