@@ -71,7 +71,7 @@ def test_unknown_vocabulary_lists_the_packaged_ones():
     assert all(name in str(caught.value) for name in ("'ade20k'", *SIZES))
 
 
-def test_from_names_refuses_nothing_and_duplicates():
+def test_from_names_refuses_nothing_and_repeated_names():
     with pytest.raises(UserError, match="empty class list"):
         vocabulary.from_names([])
     with pytest.raises(UserError, match="duplicate class name 'sky'"):
