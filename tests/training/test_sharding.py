@@ -1,17 +1,24 @@
 """Placement needs several devices, so what runs on a mesh runs once in a process that forces 8."""
 
+import itertools
 import json
+import math
+import re
 import subprocess
 import sys
 import textwrap
 
 import jax
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from segdiff_jax.config import MeshConfig
 from segdiff_jax.errors import UserError
-from segdiff_jax.training.sharding import leaf_path, make_mesh, partition
+from segdiff_jax.models.presets import PRESETS
+from segdiff_jax.models.unet import UNet
+from segdiff_jax.models.vae import VAE
+from segdiff_jax.training.sharding import RULES, leaf_path, make_mesh, partition
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 ATTENTION = "down_blocks/0/attentions/0/transformer_blocks/0/attn1"
@@ -38,6 +45,35 @@ RESNET = "up_blocks/3/resnets/2"
 )
 def test_rules(path, shape, expected):
     assert partition(path, shape, SIZES) == expected
+
+
+@pytest.fixture(scope="module")
+def model_parameters():
+    unet, vae, _ = PRESETS["tiny"]
+    models = nnx.eval_shape(lambda: (UNet(unet, rngs=nnx.Rngs(0)), VAE(vae, rngs=nnx.Rngs(0))))
+    leaves = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(models, nnx.Param)))
+    return {"/".join(leaf_path(path)): leaf.shape for path, leaf in leaves[0]}
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (1, 8), (2, 2), (4, 4)])
+def test_rules_cut_the_real_models_to_ninety_percent_of_ideal(model_parameters, fsdp, tensor):
+    sizes = {"data": 2, "fsdp": fsdp, "tensor": tensor}
+
+    def on_device(path, shape):
+        cuts = [(c,) if isinstance(c, str) else c or () for c in partition(path, shape, sizes)]
+        axes = itertools.chain.from_iterable(cuts)
+        return math.prod(shape) // math.prod(sizes[a] for a in axes)
+
+    whole = sum(math.prod(shape) for shape in model_parameters.values())
+    assert whole / sum(itertools.starmap(on_device, model_parameters.items())) >= (
+        0.9 * fsdp * tensor
+    )
+
+
+def test_every_rule_applies_to_the_real_models(model_parameters):
+    for pattern, spec in RULES:
+        ranks = {len(s) for path, s in model_parameters.items() if re.search(pattern, path)}
+        assert ranks == {len(spec)}, pattern
 
 
 def test_axes_of_size_one_are_left_out():
