@@ -120,6 +120,11 @@ def load_config(path_or_spec: str, overrides: Sequence[str] = ()) -> Config:
     """
     config = _read_config_file(path_or_spec)
     _check_fields(config, "", path_or_spec)
+    return override_config(config, overrides)
+
+
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with `--config.a.b=v` strings applied, validated. Raises as `load_config` does."""
     by_key: dict[str, list[str]] = {}
     for override in overrides:
         key, separator, value = override.removeprefix(PREFIX).partition("=")

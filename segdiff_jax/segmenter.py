@@ -18,6 +18,7 @@ from segdiff_jax.data.vocabulary import ClassEntry
 from segdiff_jax.diffusion import ensemble as ensemble_lib
 from segdiff_jax.diffusion import sampler as sampler_lib
 from segdiff_jax.diffusion.schedule import Schedule, make_schedule
+from segdiff_jax.errors import UserError
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.tokenizer import Tokenizer
 from segdiff_jax.models.unet import UNet
@@ -28,15 +29,21 @@ from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
 class Segmentation:
     """What one image gave.
 
-    labels: int32 [H, W] at the image's own size; index into `classes`, 255 = *other*.
+    labels: int32 [H, W] at the image's own size; index into `classes`, or `other_label(K)`.
     scores: float32 [H, W, K] in [0, 1].
-    uncertainty: float32 [H, W], spread of the ensemble for the winning class; None for N = 1.
+    uncertainty: float32 [H, W], spread of the ensemble for the winning class, in units of the gray
+      map's range (0 = unanimous); None for N = 1.
     """
 
     labels: np.ndarray
-    scores: np.ndarray
     uncertainty: np.ndarray | None
     classes: tuple[str, ...]
+    network_scores: np.ndarray  # [h, w, K], at the network's size
+
+    @functools.cached_property
+    def scores(self) -> np.ndarray:
+        # Made when asked for: 150 classes of a 12-megapixel photo take 7 GB.
+        return _resize(self.network_scores, self.labels.shape)
 
 
 class Segmenter:
@@ -94,22 +101,46 @@ class Segmenter:
                 if value is not None
             },
         )  # fmt: skip
-        chosen = self.config.codec
         gray, spread = self.maps([image], entries, sampler, seed)
-        size = image.shape[:2]
-        group = codec.group_size(len(entries), chosen.classes_per_pass)
-        scores = _resize(scores_of(gray[0], len(entries), group), size)
-        labels = decode(
-            scores,
+        chosen = self.config.codec
+        return self.segmentation(
+            gray[0],
+            spread[0] if sampler.ensemble > 1 else None,
+            entries,
+            image.shape[:2],
             chosen.threshold if threshold is None else threshold,
             chosen.closed if closed is None else closed,
         )
-        uncertainty = None
-        if sampler.ensemble > 1:
-            per_pass = _resize(np.moveaxis(spread[0], 0, -1), size)  # [H, W, P]
-            winner = np.argmax(scores, -1)[..., None] // group
-            uncertainty = np.take_along_axis(per_pass, winner, -1)[..., 0]
-        return Segmentation(labels, scores, uncertainty, tuple(e.name for e in entries))
+
+    def segmentation(
+        self,
+        gray: np.ndarray,
+        spread: np.ndarray | None,
+        classes: Sequence[ClassEntry],
+        size: tuple[int, int],
+        threshold: float,
+        closed: bool,
+    ) -> Segmentation:
+        """What the maps [P, h, w] of one image say at `size` = (H, W).
+
+        Scores are enlarged before the argmax, a band of rows at a time: memory stays flat.
+        """
+        group = codec.group_size(len(classes), self.config.codec.classes_per_pass)
+        scores = scores_of(gray, len(classes), group)
+        labels = np.empty(size, np.int32)
+        uncertainty = None if spread is None else np.empty(size, np.float32)
+        for rows in _bands(size, len(classes)):
+            band = _resize(scores, size, rows)  # [b, W, K]
+            labels[rows] = decode(band, threshold, closed)
+            if spread is not None and uncertainty is not None:
+                passes = _resize(np.moveaxis(spread, 0, -1), size, rows)  # [b, W, P]
+                winner = np.argmax(band, -1)[..., None] // group
+                uncertainty[rows] = np.take_along_axis(passes, winner, -1)[..., 0]
+        return Segmentation(labels, uncertainty, tuple(e.name for e in classes), scores)
+
+    def reconstruct(self, gray: np.ndarray) -> np.ndarray:
+        """Gray maps [J, H, W] through the VAE and back: what a perfect sampler would return."""
+        return np.asarray(_reconstruct(self._vae, self._vae_params, gray))
 
     def maps(
         self,
@@ -129,7 +160,12 @@ class Segmenter:
         table = self.table(classes)
         group = codec.group_size(len(classes), self.config.codec.classes_per_pass)
         groups = codec.groups(len(classes), group)
-        if sampler.shortlist and group == 1 and sampler.shortlist < len(classes):
+        if sampler.shortlist and group > 1:
+            raise UserError(
+                f"a shortlist (sampler.shortlist={sampler.shortlist}) needs one class per pass, "
+                f"but this model paints {group} classes: set it to 0"
+            )
+        if 0 < sampler.shortlist < len(classes):
             return self._shortlisted(image_latents, table, groups, sampler, seed)
         jobs = _grid(len(images), len(groups), sampler.ensemble)
         members = self._run(image_latents, table, groups, jobs, sampler, seed)
@@ -195,6 +231,18 @@ def _encode(vae: nnx.GraphDef, params: Any, images: jax.Array) -> jax.Array:
     return encode_latents(nnx.merge(vae, params), pixels)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _reconstruct(vae: nnx.GraphDef, params: Any, gray: jax.Array) -> jax.Array:
+    network = nnx.merge(vae, params)
+    pixels = jnp.broadcast_to(gray[..., None], (*gray.shape, 3))
+    return _to_gray(decode_latents(network, encode_latents(network, pixels)))
+
+
+def _to_gray(pixels: jax.Array) -> jax.Array:
+    """Decoded [..., H, W, 3] → gray maps [..., H, W] in [-1, 1]."""
+    return jnp.clip(pixels.mean(-1), -1.0, 1.0)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _sample(
     unet: nnx.GraphDef,
@@ -229,7 +277,7 @@ def _sample(
 
     in_axes = (0, 0, 0, None if mask is None else 0)
     x0 = jax.vmap(member, in_axes)(jobs[:, 2], latents, contexts, mask)
-    return jnp.clip(decode_latents(decoder, x0).mean(-1), -1.0, 1.0)
+    return _to_gray(decode_latents(decoder, x0))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -254,13 +302,18 @@ def scores_of(gray: np.ndarray, num_classes: int, group: int) -> np.ndarray:
     return np.asarray(codec.join_passes(per_pass, num_classes))
 
 
+def other_label(num_classes: int) -> int:
+    """The label of *other*: 255, or 65535 where 255 is a class."""
+    return codec.IGNORE if num_classes <= codec.IGNORE else 65535
+
+
 def decode(scores: np.ndarray, threshold: float, closed: bool) -> np.ndarray:
     """Scores [H, W, K] → labels int32 [H, W]: `codec.decode` on the host, without a copy."""
     labels = np.argmax(scores, -1).astype(np.int32)
     if closed:
         return labels
     best = np.take_along_axis(scores, labels[..., None], -1)[..., 0]
-    return np.where(best < threshold, np.int32(codec.IGNORE), labels)
+    return np.where(best < threshold, np.int32(other_label(scores.shape[-1])), labels)
 
 
 def _grid(images: int, passes: int, members: int) -> np.ndarray:
@@ -268,11 +321,17 @@ def _grid(images: int, passes: int, members: int) -> np.ndarray:
     return np.indices((images, passes, members)).reshape(3, -1).T
 
 
-def _resize(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear resize of [h, w, C] to [H, W, C], half-pixel centres."""
-    rows, columns = _bilinear(maps.shape[0], size[0]), _bilinear(maps.shape[1], size[1])
-    tall = np.tensordot(rows, maps, axes=(1, 0))  # [H, w, C]
-    return np.moveaxis(np.tensordot(tall, columns, axes=(1, 1)), -1, 1)  # [H, W, C]
+def _bands(size: tuple[int, int], channels: int) -> list[slice]:
+    """Slices of rows that together cover `size`, each of at most 64 MB in float32 (or one row)."""
+    height = max(1, 16_000_000 // (size[1] * channels))
+    return [slice(top, min(top + height, size[0])) for top in range(0, size[0], height)]
+
+
+def _resize(maps: np.ndarray, size: tuple[int, ...], rows: slice = slice(None)) -> np.ndarray:
+    """Bilinear resize of [h, w, C] to [H, W, C], half-pixel centres; only `rows` of it."""
+    vertical, horizontal = _bilinear(maps.shape[0], size[0]), _bilinear(maps.shape[1], size[1])
+    tall = np.tensordot(vertical[rows], maps, axes=(1, 0))  # [H, w, C]
+    return horizontal @ tall  # [H, W, C]
 
 
 def _bilinear(length: int, target: int) -> np.ndarray:

@@ -27,6 +27,7 @@ from segdiff_jax.models.vae import VAE
 from segdiff_jax.training.checkpoint import Checkpoints
 
 PRETRAINED, CHECKPOINTS, VAE_STAGE = "pretrained", "checkpoints", "vae"
+EXPORT_SETTINGS = "segdiff.json"  # the config, in an exported folder
 
 
 def is_workdir(path: str) -> bool:
@@ -38,10 +39,13 @@ def write_config(workdir: str, config: Config) -> None:
 
 
 def read_config(workdir: str) -> Config:
-    """The config of a run. Raises `UserError` if `workdir` is none or its file is damaged."""
-    path = epath.Path(workdir) / "config.json"
+    """The config of a run or an export. `UserError` if `workdir` is neither or it is damaged."""
+    path = epath.Path(workdir) / ("config.json" if is_workdir(workdir) else EXPORT_SETTINGS)
     if not path.exists():
-        raise UserError(f"{workdir}: no config.json: not a training workdir, train one first")
+        raise UserError(
+            f"{workdir}: neither a training workdir (config.json) nor an export "
+            f"({EXPORT_SETTINGS}): give the --workdir of a training or the --output of an export"
+        )
     try:
         return from_dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
@@ -97,13 +101,7 @@ def load_frozen(folder: str, dtype: Any) -> tuple[VAE, CLIPText, Tokenizer]:
 
 
 def _load_export(path: str) -> tuple[UNet, VAE, CLIPText, Tokenizer, Config]:
-    settings = epath.Path(path) / "segdiff.json"
-    if not settings.exists():
-        raise UserError(
-            f"{path}: neither a training workdir (config.json) nor an export (segdiff.json): "
-            "give the --workdir of a training run or the --output of an export"
-        )
-    config = from_dict(json.loads(settings.read_text()))
+    config = read_config(path)
     dtype = jnp.dtype(config.model.dtype)
     loaded = pretrained.load(path, components=("unet",), dtype=dtype)
     if loaded.unet is None:

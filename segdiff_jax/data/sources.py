@@ -14,7 +14,10 @@ from segdiff_jax.errors import UserError
 
 IGNORE = 255
 _OUTSIDE = -1  # marks ids that are no class in a lookup table
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".bmp", ".webp"),
+    *(".tif", ".tiff", ".gif", ".ppm", ".pgm"),
+)
 # Of the 182 ids of COCO-Stuff's own PNGs (0-based), those that COCO never annotated.
 _COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 
@@ -232,7 +235,7 @@ def _by_stem(folder: epath.Path) -> dict[str, epath.Path]:
         raise UserError(f"{folder}: no such folder, check config.data.root and the split's name")
     files: dict[str, epath.Path] = {}
     for path in folder.iterdir():
-        if path.suffix.lower() not in _EXTENSIONS or path.name.startswith("."):
+        if path.suffix.lower() not in IMAGE_EXTENSIONS or path.name.startswith("."):
             continue
         if path.stem in files:
             raise UserError(

@@ -51,11 +51,11 @@ class Vocabulary:
         return tuple(entry.name for entry in self.classes)
 
     def palette(self) -> np.ndarray:
-        """uint8 [256, 3]: RGB of each id. Ids past the last class, 255 among them, are black."""
-        table = np.zeros((256, 3), np.uint8)
-        for i, entry in enumerate(self.classes[:255]):
-            table[i] = _fallback_color(i) if entry.color is None else entry.color
-        return table
+        """uint8 [K, 3]: RGB of each id, the class's own or one made up for its id."""
+        colors = [
+            _fallback_color(i) if e.color is None else e.color for i, e in enumerate(self.classes)
+        ]
+        return np.array(colors, np.uint8)
 
 
 def _fallback_color(i: int) -> tuple[int, int, int]:

@@ -82,13 +82,12 @@ def test_from_names_refuses_nothing_and_repeated_names():
 
 def test_palette_uses_the_given_colours_and_distinct_ones_where_none_are_given():
     camvid = vocabulary.load("camvid_11").palette()
-    assert camvid.shape == (256, 3) and camvid.dtype == np.uint8
+    assert camvid.shape == (11, 3) and camvid.dtype == np.uint8
     assert camvid[0].tolist() == [128, 128, 128] and camvid[1].tolist() == [128, 0, 0]
-    assert not camvid[11:].any()
 
     names = [f"class {i}" for i in range(40)]
     palette = vocabulary.from_names(names).palette()
     assert len({tuple(color) for color in palette[:40]}) == 40
-    assert palette[:40].max(axis=1).min() > 100, "no class is as dark as *other*"
-    assert (vocabulary.from_names(names[:7]).palette()[:7] == palette[:7]).all()
-    assert not vocabulary.load("ade20k_847").palette()[255].any()
+    assert palette.max(axis=1).min() > 100, "no class is as dark as *other*"
+    assert (vocabulary.from_names(names[:7]).palette() == palette[:7]).all()
+    assert vocabulary.load("ade20k_847").palette().shape == (847, 3)
