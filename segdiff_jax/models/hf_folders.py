@@ -1,0 +1,97 @@
+"""Where a Stable Diffusion folder is: on disk, in `gs://`, or on the Hugging Face hub."""
+
+import json
+import os
+import re
+from collections.abc import Collection
+from typing import Any
+
+import huggingface_hub
+from etils import epath
+
+from segdiff_jax import files
+from segdiff_jax.errors import UserError
+
+INDEX = "model_index.json"
+STEM = {  # names of the weight files, without variant and suffix
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+
+
+def folder_name(component: str) -> str:
+    """The folder of a component inside a Stable Diffusion folder."""
+    return "scheduler" if component == "schedule" else component
+
+
+def locate(
+    source: str, components: Collection[str], revision: str | None, variant: str | None
+) -> epath.Path:
+    """The folder that `source` means; a repository is downloaded, as far as `components` need it.
+
+    Raises `UserError` when there is no such folder or repository, or it lacks a component.
+    """
+    repository = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", source)
+    root = epath.Path(source)
+    if files.is_remote(source) or root.exists():
+        if revision:
+            raise UserError(f"{source}: a folder has no revision {revision!r}: leave it out")
+    elif repository:
+        root = _download(repository[1], repository[2] or revision, components, variant)
+    else:
+        raise UserError(f"{source}: no such folder, nor a Hugging Face repository: check the name")
+    if not (root / INDEX).exists():
+        raise UserError(f"{source}: no {INDEX}: give a Stable Diffusion folder (is it whole?)")
+    for name in components:
+        if not (root / folder_name(name)).exists():
+            raise UserError(f"{root / folder_name(name)}: no such folder: {source} has no {name}")
+    return root
+
+
+def _download(
+    repository: str, revision: str | None, components: Collection[str], variant: str | None
+) -> epath.Path:
+    folders = [folder_name(name) for name in components]
+    small = [INDEX, *(f"{folder}/*{end}" for folder in folders for end in (".json", ".txt"))]
+    stems = [f"{name}/{STEM[name]}" for name in components if name in STEM]
+    ends = (".safetensors", "-0*-of-0*.safetensors")
+    plain = [stem + end for stem in stems for end in ends]
+    variants = [f"{stem}.{variant or '*'}{end}" for stem in stems for end in ends]
+
+    def fetch(patterns: list[str]) -> epath.Path:
+        patterns = small + patterns
+        path = huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=patterns
+        )
+        return epath.Path(path)
+
+    def complete(root: epath.Path) -> bool:
+        weights = [root / name for name in components if name in STEM]
+        return all(any(folder.glob("*.safetensors")) for folder in weights)
+
+    try:
+        if variant:
+            return fetch(variants)
+        root = fetch(plain)  # not every variant: that would be twice the bytes or more
+        return root if complete(root) else fetch(plain + variants)
+    except Exception as error:  # the library raises its own, httpx's, OSError and ValueError
+        reason = " ".join(str(error).split())[:200] or repr(error)
+        where = f"{repository}@{revision}" if revision else repository
+        raise UserError(
+            f"{where}: no such folder, nor could it be had from Hugging Face ({reason}): "
+            "check the name, the network and HF_HUB_OFFLINE"
+        ) from error
+
+
+def read_json(path: epath.Path) -> tuple[dict[str, Any], str]:
+    """The object in a JSON file, and the file's name for messages about it."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file: fetch the folder again") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: fetch it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object: fetch it again")
+    return value, os.fspath(path)

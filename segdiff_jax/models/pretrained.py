@@ -1,0 +1,223 @@
+"""Stable Diffusion weights in, Stable Diffusion weights out: Hugging Face folders ⇄ NNX modules.
+
+A folder has `model_index.json`, `unet/`, `vae/`, `text_encoder/`, `tokenizer/` and `scheduler/`.
+Modules are built without arrays and filled straight from the files, tensor by tensor, so that
+memory holds the parameters once, or on each device its own part of them.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+
+from segdiff_jax import files
+from segdiff_jax.config import DiffusionConfig
+from segdiff_jax.errors import UserError
+from segdiff_jax.models import hf_config, hf_folders, safetensors_files, weights
+from segdiff_jax.models.clip_text import CLIPText
+from segdiff_jax.models.hf_folders import INDEX, read_json
+from segdiff_jax.models.layers import Dtype
+from segdiff_jax.models.tokenizer import Tokenizer
+from segdiff_jax.models.unet import UNet, UNetConfig
+from segdiff_jax.models.vae import VAE
+from segdiff_jax.models.weights import Place
+
+COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "schedule")
+
+
+class Pretrained(NamedTuple):
+    """The parts of a Stable Diffusion folder; None for those not asked for."""
+
+    unet: UNet | None = None
+    vae: VAE | None = None
+    text_encoder: CLIPText | None = None
+    tokenizer: Tokenizer | None = None
+    schedule: DiffusionConfig | None = None
+
+
+def load(
+    source: os.PathLike[str] | str,
+    components: Collection[str] = COMPONENTS,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    dtype: Dtype = jnp.float32,
+    remat: bool = False,
+    widen_conv_in: bool = False,
+    place: Place | None = None,
+) -> Pretrained:
+    """Reads the `components` of a Stable Diffusion folder; safetensors only.
+
+    Args:
+      source: a local folder, a `gs://` folder, or a Hugging Face repository `owner/name` or
+        `owner/name@revision`. Downloads go to the usual cache (`HF_HOME`); `HF_HUB_OFFLINE=1`
+        reads only that.
+      components: which of `COMPONENTS` to read; the others need not exist.
+      revision: branch, tag or commit of a repository.
+      variant: "fp16" reads `*.fp16.safetensors`. By default the plain files, or the only variant.
+      dtype: of activations. Parameters become float32 whatever the file holds.
+      remat: recompute the UNet's blocks in the backward pass.
+      widen_conv_in: make the UNet take image latent ⊕ noisy latent: an input one latent wide is
+        doubled by duplicating and halving `conv_in`, which keeps the scale of activations.
+      place: puts a host array on devices; gets its path, such as
+        "unet/down_blocks/0/resnets/0/conv1/kernel". By default the whole array goes to the
+        default device.
+
+    Raises:
+      UserError: no such folder, an architecture that our modules do not have, damaged files, or
+        tensors that are missing, unexpected or of the wrong shape (all of them in one error).
+    """
+    wrong = [name for name in components if name not in COMPONENTS]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is not one of {COMPONENTS}")
+    root = hf_folders.locate(os.fspath(source), components, revision, variant)
+    common = {"variant": variant, "place": place}
+    parts: dict[str, Any] = {}
+    if "unet" in components:
+        values, file = read_json(root / "unet" / "config.json")
+        config, widened = _two_latents(hf_config.read_unet(values, file), widen_conv_in, file)
+        unet = lambda: UNet(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))  # noqa: E731
+        parts["unet"] = weights.fill("unet", unet, root / "unet", widened=widened, **common)
+    if "vae" in components:
+        vae_config = hf_config.read_vae(*read_json(root / "vae" / "config.json"))
+        vae = lambda: VAE(vae_config, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+        parts["vae"] = weights.fill("vae", vae, root / "vae", **common)
+    if "text_encoder" in components:
+        folder = root / "text_encoder"
+        text_config = hf_config.read_text_encoder(*read_json(folder / "config.json"))
+        text = lambda: CLIPText(text_config, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+        parts["text_encoder"] = weights.fill("text_encoder", text, folder, **common)
+    if "tokenizer" in components:
+        parts["tokenizer"] = Tokenizer.load(root / "tokenizer")
+    if "schedule" in components:
+        values, file = read_json(root / "scheduler" / "scheduler_config.json")
+        parts["schedule"] = hf_config.read_schedule(values, file)
+    return Pretrained(**parts)
+
+
+def _two_latents(config: UNetConfig, wanted: bool, file: str) -> tuple[UNetConfig, bool]:
+    """The config with room for image latent ⊕ noisy latent, and whether that changed it."""
+    if not wanted or config.in_channels == 2 * config.out_channels:
+        return config, False
+    if config.in_channels != config.out_channels:
+        raise UserError(
+            f"{file}: in_channels={config.in_channels} is neither one latent nor two "
+            f"of out_channels={config.out_channels}: use a text-to-image model"
+        )
+    return dataclasses.replace(config, in_channels=2 * config.in_channels), True
+
+
+def save(
+    pretrained: Pretrained,
+    directory: os.PathLike[str] | str,
+    *,
+    dtype: str = "float32",
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the parts that are not None as a folder that diffusers, transformers and `load` read.
+
+    The folder appears whole or not at all: locally it is renamed into place, in `gs://` (which
+    cannot rename) `model_index.json`, without which `load` refuses a folder, comes last. An earlier
+    export is replaced, any other folder with content refused. The bytes depend only on the input.
+
+    Args:
+      pretrained: what to write.
+      directory: local or `gs://` folder.
+      dtype: of the stored weights: "float32", "bfloat16" or "float16".
+      extra_files: relative path → text, to appear together with the weights.
+
+    Raises:
+      UserError: the place cannot be written, or a weight overflows float16.
+    """
+    if dtype not in safetensors_files.FLOATS:
+        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(safetensors_files.FLOATS)}")
+    try:
+        with _appearing(directory) as folder:
+            for path, text in (extra_files or {}).items():
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_text(text)
+            _write_components(pretrained, folder, dtype)
+            _write_json(folder / INDEX, _model_index(pretrained))
+    except OSError as error:
+        raise files._explain(directory, error) from error
+
+
+def _write_components(pretrained: Pretrained, folder: epath.Path, dtype: str) -> None:
+    unet, vae, text, tokenizer, schedule = pretrained
+    if unet is not None:
+        _write_json(folder / "unet" / "config.json", hf_config.write_unet(unet.config))
+        weights.write("unet", unet, folder / "unet", dtype)
+    if vae is not None:
+        _write_json(folder / "vae" / "config.json", hf_config.write_vae(vae.config))
+        weights.write("vae", vae, folder / "vae", dtype)
+    if text is not None:
+        values = hf_config.write_text_encoder(text.config, dtype)
+        _write_json(folder / "text_encoder" / "config.json", values)
+        weights.write("text_encoder", text, folder / "text_encoder", dtype)
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer")
+    if schedule is not None:
+        path = folder / "scheduler" / "scheduler_config.json"
+        _write_json(path, hf_config.write_schedule(schedule))
+
+
+def _model_index(pretrained: Pretrained) -> dict[str, Any]:
+    classes = {
+        "scheduler": ("diffusers", "DDIMScheduler", pretrained.schedule),
+        "text_encoder": ("transformers", "CLIPTextModel", pretrained.text_encoder),
+        "tokenizer": ("transformers", "CLIPTokenizer", pretrained.tokenizer),
+        "unet": ("diffusers", "UNet2DConditionModel", pretrained.unet),
+        "vae": ("diffusers", "AutoencoderKL", pretrained.vae),
+    }
+    listed = {
+        name: [None, None] if part is None else [library, kind]
+        for name, (library, kind, part) in classes.items()
+    }
+    absent = {"feature_extractor": [None, None], "safety_checker": [None, None]}
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        **absent,
+        "requires_safety_checker": False,
+        **listed,
+    }
+
+
+def _write_json(path: epath.Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def _appearing(directory: os.PathLike[str] | str) -> Iterator[epath.Path]:
+    """A folder to write into that becomes `directory` only when the block ends without error."""
+    target = epath.Path(directory)
+    earlier = target.exists()
+    if earlier and not (target / INDEX).exists() and any(target.iterdir()):
+        raise UserError(f"{directory}: has other content: choose another place or empty it")
+    if files.is_remote(directory):
+        if earlier:
+            target.rmtree()
+        target.mkdir(parents=True, exist_ok=True)
+        yield target
+        return
+    final = Path(os.path.abspath(directory))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name[:100]}."))
+    try:
+        work = temporary / final.name
+        work.mkdir()  # not the temporary folder itself: mkdtemp makes it readable by us alone
+        yield epath.Path(work)
+        if final.exists():
+            os.rename(final, temporary / ".previous")
+        os.rename(work, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

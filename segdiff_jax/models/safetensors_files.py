@@ -1,0 +1,190 @@
+"""Reading and writing safetensors one tensor at a time, whole or sharded, local or `gs://`.
+
+The format: 8 bytes little-endian header length, a JSON header (name → dtype, shape, data_offsets),
+then the data. The safetensors library maps or copies whole files and reads no object store; here
+one tensor is in memory at a time, and every way a file can be broken is a `UserError` naming it.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from segdiff_jax.errors import UserError
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+}
+FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what `write` can write
+_MAX_HEADER = 100_000_000  # the library's own limit
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies. `begin` and `end` count bytes from the start of the file."""
+
+    file: epath.Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def find(folder: epath.Path, stem: str, variant: str | None) -> list[epath.Path]:
+    """The files that hold the weights `stem` of a component, in order.
+
+    Published names are `stem[.variant].safetensors`, or an index over shards
+    `stem.safetensors.index[.variant].json`. Without a variant the plain files are preferred, then
+    whichever single variant is there: all of them end up as float32. Raises `UserError` when there
+    are none, or only pickles.
+    """
+    if variant is None:
+        names = [p.name for p in folder.iterdir()]
+        pattern = rf"{stem}(?:\.(\w+))?\.safetensors|{stem}\.safetensors\.index(?:\.(\w+))?\.json"
+        matches = [m for m in map(re.compile(pattern).fullmatch, names) if m]
+        present = sorted({m[1] or m[2] or "" for m in matches})
+        if not present:
+            raise _no_weights(folder, names)
+        if present[0] and len(present) > 1:
+            raise UserError(
+                f"{folder}: there are only the variants {', '.join(present)}: choose one of them"
+            )
+        variant = present[0]
+    dot = f".{variant}" if variant else ""
+    whole = folder / f"{stem}{dot}.safetensors"
+    index = folder / f"{stem}.safetensors.index{dot}.json"
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        names = [p.name for p in folder.iterdir()]
+        if not any(name.endswith(".safetensors") for name in names):
+            raise _no_weights(folder, names)
+        raise UserError(f"{whole}: no such file: choose another variant or leave it out")
+    return _shards(index)
+
+
+def _no_weights(folder: epath.Path, names: list[str]) -> UserError:
+    pickles = [n for n in sorted(names) if n.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+    if pickles:
+        return UserError(
+            f"{folder / pickles[0]}: pickled weights can run code and are not read: "
+            "convert them to safetensors"
+        )
+    return UserError(f"{folder}: holds no .safetensors weights: fetch the folder again")
+
+
+def _shards(index: epath.Path) -> list[epath.Path]:
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        plain = all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in files)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not an index of safetensors shards: fetch it again") from error
+    if not plain or not files:
+        raise UserError(f"{index}: must name .safetensors files beside it: fetch it again")
+    for name in files:
+        if not (index.parent / name).exists():
+            raise UserError(f"{index.parent / name}: this shard is missing: fetch it again")
+    return [index.parent / name for name in files]
+
+
+def read_header(path: epath.Path) -> dict[str, Entry]:
+    """The tensors of one file by name. Raises `UserError` if it is damaged or cut short."""
+    try:
+        size = path.stat().length
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little") if len(start) == 8 else -1
+            if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise UserError(f"{path}: damaged or not a safetensors file: fetch it again")
+            header = json.loads(file.read(length))
+        data = 8 + length
+        entries = {
+            name: Entry(
+                path,
+                value["dtype"],
+                tuple(int(n) for n in value["shape"]),
+                *(data + int(offset) for offset in value["data_offsets"]),
+            )
+            for name, value in header.items()
+            if name != "__metadata__"
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors: fetch it again") from error
+    expected = data
+    for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
+        known = _DTYPES.get(entry.dtype)
+        bytes_ = entry.end - entry.begin
+        if entry.begin != expected or bytes_ < 0 or min(entry.shape, default=0) < 0:
+            raise UserError(f"{path}: damaged header (offsets do not join): fetch it again")
+        if known is not None and bytes_ != math.prod(entry.shape) * known.itemsize:
+            raise UserError(f"{path}: damaged header (sizes do not fit): fetch it again")
+        expected = entry.end
+    if expected != size:
+        raise UserError(f"{path}: {size} bytes, but {expected} were written: fetch it again")
+    return entries
+
+
+def read(entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of every entry, in the order of the files, one in memory at a time."""
+    by_file: dict[epath.Path, list[tuple[str, Entry]]] = {}
+    for name, entry in entries.items():
+        by_file.setdefault(entry.file, []).append((name, entry))
+    for path, members in by_file.items():
+        with path.open("rb") as file:
+            for name, entry in sorted(members, key=lambda member: member[1].begin):
+                if entry.dtype not in _DTYPES:
+                    raise UserError(
+                        f"{path}: {name} is {entry.dtype}, which is not supported: "
+                        f"use {', '.join(FLOATS.values())}"
+                    )
+                file.seek(entry.begin)
+                data = file.read(entry.end - entry.begin)
+                if len(data) != entry.end - entry.begin:
+                    raise UserError(f"{path}: ends in the middle of {name}: fetch it again")
+                yield name, np.frombuffer(data, _DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def write(
+    path: epath.Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]],
+    dtype: str,
+) -> None:
+    """Writes tensors (name → shape, function that makes the array) as `dtype`, one at a time.
+
+    The bytes depend on names and values only. Not atomic: the caller writes into a folder that
+    appears as a whole. Raises `UserError` when a finite value overflows `dtype`.
+    """
+    code = FLOATS[dtype]
+    names = sorted(tensors)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    offset = 0
+    for name in names:
+        end = offset + math.prod(tensors[name][0]) * _DTYPES[code].itemsize
+        shape = list(tensors[name][0])
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            shape, make = tensors[name]
+            array = make()
+            with np.errstate(over="ignore"):
+                stored = np.ascontiguousarray(array, dtype=_DTYPES[code])
+            if stored.shape != shape:
+                raise ValueError(f"{name}: shape {stored.shape}, announced as {shape}")
+            if code == "F16" and not np.isfinite(stored).all() and np.isfinite(array).all():
+                raise UserError(f"{path.name}: {name} overflows float16: write bfloat16 or float32")
+            file.write(stored.tobytes())
