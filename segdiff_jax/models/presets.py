@@ -35,7 +35,7 @@ def _small(
             latent_channels=latent_channels,
             block_out_channels=vae_widths,
             layers_per_block=1,
-            norm_groups=8,
+            norm_groups=4,
             mid_attention=False,
         ),
         CLIPTextConfig(
@@ -50,8 +50,8 @@ def _small(
 
 
 PRESETS = {
-    "tiny": _small((64, 128), (16, 32, 64, 64), 128),
-    "small": _small((96, 128), (16, 32, 64, 96), 128),
+    "tiny": _small((64, 128), (8, 16, 32, 64), 128),
+    "small": _small((96, 128), (8, 24, 48, 96), 128),
     # runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2: their config.json files.
     "sd15": Architecture(
         UNetConfig(heads=(8, 8, 8, 8), cross_attention_dim=768, use_linear_projection=False),

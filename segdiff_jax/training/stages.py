@@ -1,0 +1,241 @@
+"""The two stages of training, from a config to a finished workdir."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from segdiff_jax import conditioning
+from segdiff_jax import workdir as workdirs
+from segdiff_jax.config import Config
+from segdiff_jax.data import pipeline
+from segdiff_jax.data.prompts import prompts
+from segdiff_jax.data.sources import Source, open_source
+from segdiff_jax.data.vocabulary import Vocabulary
+from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.models import presets, pretrained
+from segdiff_jax.models.clip_text import CLIPText
+from segdiff_jax.models.pretrained import Pretrained
+from segdiff_jax.models.tokenizer import train_tokenizer
+from segdiff_jax.models.unet import UNet, UNetConfig
+from segdiff_jax.models.vae import VAE
+from segdiff_jax.training import loop, losses, sharding
+from segdiff_jax.training.checkpoint import Checkpoints, check_config
+from segdiff_jax.training.step import Frozen, TrainState, diffusion_step, init_state, vae_step
+
+log = logging.getLogger(__name__)
+
+_SCALING_EXAMPLES = 64
+
+
+def train(config: Config, workdir: str) -> None:
+    """Runs `config.stage` in `workdir`, the VAE stage before it where it is needed.
+
+    Continues from the newest checkpoint in `workdir`. Raises `UserError` for what a user can
+    mend and `loop.Stopped` after a signal.
+    """
+    if workdirs.is_workdir(workdir):
+        check_config(workdirs.to_dict(workdirs.read_config(workdir)), workdirs.to_dict(config))
+    workdirs.write_config(workdir, config)
+    source = open_source(config.data, config.data.train_split, config.seed)
+    if config.stage == "vae":
+        _train_vae(config, workdir, source)
+    else:
+        _train_diffusion(config, workdir, source)
+
+
+def _train_vae(config: Config, workdir: str, source: Source) -> None:
+    finished = epath.Path(workdir) / workdirs.PRETRAINED
+    if finished.exists():
+        log.info("%s: the VAE stage is done", workdir)
+        return
+    given = pretrained.load(config.init_from, ("vae",)).vae if config.init_from else None
+    vae = given or nnx.eval_shape(lambda: _new_vae(config))
+    graph, params = nnx.split(vae)
+    make = None if given else lambda: nnx.state(_new_vae(config))
+    state = _run(config, workdir, source, vae_step(graph, config), None, params, make, None)
+    vae = nnx.merge(graph, state.ema or state.params)
+    vae = _with_scaling(vae, config, source)
+    text_encoder, tokenizer = _new_text(config, source.vocabulary)
+    networks = Pretrained(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, schedule=config.diffusion
+    )
+    if jax.process_index() == 0:
+        pretrained.save(networks, str(finished))
+
+
+def _train_diffusion(config: Config, workdir: str, source: Source) -> None:
+    frozen_folder = epath.Path(workdir) / workdirs.PRETRAINED
+    dtype = jnp.dtype(config.model.dtype)
+    if not frozen_folder.exists():
+        start = _starting_point(config, workdir)
+        parts = pretrained.load(start, ("vae", "text_encoder", "tokenizer"))
+        pretrained.save(parts._replace(schedule=config.diffusion), str(frozen_folder))
+    vae, text_encoder, tokenizer = workdirs.load_frozen(str(frozen_folder), dtype)
+    entries = source.vocabulary.classes
+    table = conditioning.encode_prompts(text_encoder, tokenizer, entries, config.prompts.templates)
+    vae_graph, vae_params = nnx.split(vae)
+    frozen = Frozen(vae_params, make_schedule(config.diffusion), table)
+
+    given = _given_unet(config, dtype)
+    unet_config = given.config if given else _unet_config(config, vae, text_encoder)
+    build = lambda: UNet(  # noqa: E731
+        unet_config,
+        dtype=dtype,
+        remat=config.model.remat,
+        zero_init=config.model.zero_init,
+        rngs=nnx.Rngs(config.seed),
+    )
+    unet = given or nnx.eval_shape(build)
+    graph, params = nnx.split(unet)
+    make = None if given else lambda: nnx.state(build())
+    step = diffusion_step(graph, vae_graph, config)
+    validate = None
+    if config.train.eval_every:
+        from segdiff_jax.segmenter import Segmenter
+        from segdiff_jax.training.validation import validator
+
+        segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config)
+        validate = validator(segmenter, config)
+    _run(config, workdir, source, step, frozen, params, make, unet_config, validate)
+
+
+def _starting_point(config: Config, workdir: str) -> str:
+    """The folder with the frozen networks: given, or made by the VAE stage first."""
+    if config.init_from:
+        own = workdirs.is_workdir(config.init_from)
+        return str(epath.Path(config.init_from) / workdirs.PRETRAINED) if own else config.init_from
+    first = dataclasses.replace(
+        config,
+        stage="vae",
+        train=dataclasses.replace(
+            config.train, steps=config.vae.steps, batch_size=config.vae.batch_size, eval_every=0
+        ),
+        optimizer=dataclasses.replace(
+            config.optimizer,
+            learning_rate=config.vae.learning_rate,
+            decay_steps=config.vae.steps,
+            final_fraction=0.1,
+            accumulation=1,
+            weight_decay=0.0,
+            ema_decay=0.0,
+        ),
+        data=dataclasses.replace(config.data, cache_latents=False),
+    )
+    folder = str(epath.Path(workdir) / workdirs.VAE_STAGE)
+    train(first, folder)
+    return str(epath.Path(folder) / workdirs.PRETRAINED)
+
+
+def _given_unet(config: Config, dtype: Any) -> UNet | None:
+    """The UNet of `init_from`, if it has one: a workdir of this stage, or a pretrained folder."""
+    if not config.init_from:
+        return None
+    if not workdirs.is_workdir(config.init_from):
+        return pretrained.load(config.init_from, ("unet",), dtype=dtype, widen_conv_in=True).unet
+    if workdirs.read_config(config.init_from).stage != "diffusion":
+        return None
+    return workdirs.load_networks(config.init_from)[0]
+
+
+def _unet_config(config: Config, vae: VAE, text_encoder: CLIPText) -> UNetConfig:
+    """The preset's UNet, fitted to the networks at its two ends."""
+    return dataclasses.replace(
+        presets.architecture(config.model.preset).unet,
+        in_channels=2 * vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        cross_attention_dim=text_encoder.config.hidden_size,
+    )
+
+
+def _new_vae(config: Config) -> VAE:
+    architecture = presets.architecture(config.model.preset)
+    dtype = jnp.dtype(config.model.dtype)
+    return VAE(architecture.vae, dtype=dtype, rngs=nnx.Rngs(config.seed))
+
+
+def _new_text(config: Config, vocabulary: Vocabulary) -> tuple[CLIPText, Any]:
+    """A tokenizer that knows the vocabulary's words, and a random encoder for it."""
+    architecture = presets.architecture(config.model.preset).text_encoder
+    templates = config.prompts.templates
+    sentences = [text for entry in vocabulary.classes for text in prompts(entry, templates)]
+    tokenizer = train_tokenizer(
+        sentences, architecture.vocab_size, architecture.max_position_embeddings
+    )
+    fitted = dataclasses.replace(architecture, vocab_size=tokenizer.vocab_size)
+    build = nnx.jit(lambda: CLIPText(fitted, rngs=nnx.Rngs(config.seed)))
+    return build(), tokenizer
+
+
+def _with_scaling(vae: VAE, config: Config, source: Source) -> VAE:
+    """`vae` with the scaling factor that gives training latents unit variance."""
+    batch = next(pipeline.train_batches(source, config, config.seed, batch_size=_SCALING_EXAMPLES))
+    pixels = jnp.concatenate(
+        [losses.to_pixels(batch["image"]), losses.mask_images(batch["labels"], batch["class_ids"])]
+    )
+    graph, params = nnx.split(vae)
+    mean, _ = jax.jit(lambda p, x: nnx.merge(graph, p).encode(x))(params, pixels)
+    vae.config = dataclasses.replace(vae.config, scaling_factor=1.0 / float(np.std(mean)))
+    return vae
+
+
+def _run(
+    config: Config,
+    workdir: str,
+    source: Source,
+    step: Any,
+    frozen: Frozen | None,
+    params: Any,
+    make: Callable[[], Any] | None,
+    unet_config: UNetConfig | None,
+    validate: loop.Validate | None = None,
+) -> TrainState:
+    """Places the state on the mesh, newest checkpoint first, and trains it to the end.
+
+    `params` are arrays, or shapes that `make` fills.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    abstract = jax.eval_shape(lambda p: init_state(p, config), params)
+    shardings = sharding.state_sharding(abstract, mesh)
+    checkpoints = Checkpoints(
+        epath.Path(workdir) / workdirs.CHECKPOINTS,
+        keep=config.train.keep_checkpoints,
+        best_metric="miou_present" if validate else None,
+    )
+    try:
+        if checkpoints.latest_step() is not None:
+            placed = jax.tree.map(
+                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
+            )
+            state, _ = checkpoints.restore(placed)
+            log.info("%s: resuming at step %d", workdir, int(state.step))
+        elif make is not None:
+            create = jax.jit(lambda: init_state(make(), config), out_shardings=shardings)
+            state = create()
+        else:
+            state = jax.jit(lambda p: init_state(p, config), out_shardings=shardings)(params)
+        if int(state.step) >= config.train.steps:
+            return state
+        if frozen is not None:
+            frozen = jax.device_put(frozen, sharding.replicated(mesh))
+        log.info("%s: %.2f M parameters", config.stage, workdirs.parameter_count(params) / 1e6)
+        batches = pipeline.train_batches(
+            source,
+            config,
+            config.seed,
+            start_step=int(state.step),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        metadata = workdirs.checkpoint_metadata(config, unet_config)
+        return loop.run(
+            config, workdir, step, state, frozen, batches, mesh, checkpoints, metadata, validate
+        )
+    finally:
+        checkpoints.close()
