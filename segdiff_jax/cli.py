@@ -70,6 +70,28 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: see {self.prog} --help")
 
 
+def positive_int(text: str) -> int:
+    """For `type=` of an argument: 1, 2, …"""
+    return _int_from(text, 1)
+
+
+def natural_int(text: str) -> int:
+    """For `type=` of an argument: 0, 1, 2, …"""
+    return _int_from(text, 0)
+
+
+def _int_from(text: str, low: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if not low <= value < 2**31:  # JAX's own integers and seeds end there
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number from {low} to {2**31 - 1}"
+        )
+    return value
+
+
 def split_config_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separates `--config.a.b=v` from the other arguments.
 

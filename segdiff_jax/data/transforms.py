@@ -18,6 +18,12 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(target, Image.Resampling.BILINEAR))
 
 
+def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes uint8 [h, w] to `size`, nearest."""
+    target = (size[1], size[0])
+    return np.asarray(Image.fromarray(labels).resize(target, Image.Resampling.NEAREST))
+
+
 def resize_pair(
     image: np.ndarray, labels: np.ndarray, size: tuple[int, int], box: Box | None = None
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,186 @@
+"""Scores a model: `python -m segdiff_jax.evaluate --checkpoint W --output O`."""
+
+import argparse
+import logging
+import os
+from typing import Any
+
+from segdiff_jax import cli
+from segdiff_jax.config import Config
+from segdiff_jax.errors import UserError
+
+_DESCRIPTION = """Segment a labelled dataset and write O/metrics.json and O/index.html.
+
+The config names data, sampler and codec; networks come from the checkpoint. Predictions are scored
+at the labels' own resolution, and every pixel gets a class (closed vocabulary)."""
+
+# What the networks were trained for: asking for anything else gives numbers without meaning.
+_TRAINED_FOR = (
+    "codec.classes_per_pass",
+    "codec.context",
+    "model.preset",
+    "diffusion.prediction_type",
+    "diffusion.beta_schedule",
+    "diffusion.beta_start",
+    "diffusion.beta_end",
+    "diffusion.num_train_timesteps",
+    "diffusion.rescale_betas_zero_snr",
+)
+_FIGURES = {
+    "miou_trained": "mIoU, trained classes",
+    "miou_novel": "mIoU, never-trained classes",
+    "miou_harmonic": "mIoU, harmonic mean of both",
+    "miou_present": "mIoU, classes in the ground truth",
+    "miou_union": "mIoU, classes in truth or prediction",
+    "pixel_accuracy": "pixel accuracy",
+    "mean_accuracy": "mean accuracy",
+}
+
+
+def main(argv: list[str]) -> None:
+    overrides, rest = cli.split_config_flags(argv)
+    args = _parser().parse_args(rest)
+    if args.config:
+        config = cli.load_config(args.config, overrides)
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    from segdiff_jax import files, runtime, workdir
+    from segdiff_jax.data.sources import open_source
+    from segdiff_jax.evaluation.evaluator import evaluate
+    from segdiff_jax.progress import reporter
+    from segdiff_jax.segmenter import Segmenter
+
+    trained = workdir.read_config(args.checkpoint)
+    if not args.config:
+        config = cli.override_config(trained, overrides)
+    _check_trained_for(args.checkpoint, config, trained)
+    split = args.split or config.data.val_split
+    source = open_source(config.data, split, config.seed)
+    files.check_writable(args.output)
+    runtime.start()
+    *networks, _ = workdir.load_networks(args.checkpoint)
+    _check_image_size(config, networks[1].config.downsampling)
+    result = evaluate(
+        Segmenter(*networks, config),
+        source,
+        limit=args.limit,
+        seed=args.seed,
+        examples=args.rows,
+        ceiling=args.ceiling,
+        progress=reporter("evaluate"),
+    )
+    data = {"source": config.data.source, "root": config.data.root, "split": split}
+    summary = result.summary | {"checkpoint": args.checkpoint, "data": data}
+    files.write_json(os.path.join(args.output, "metrics.json"), summary)
+    _write_page(args.output, summary, result.examples, source)
+    print(_text_table(summary))
+    print(f"written: {os.path.join(args.output, 'metrics.json')} and index.html")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser("segdiff_jax.evaluate", _DESCRIPTION, cli.config_help())
+    add = parser.add_argument
+    add(
+        "--config",
+        metavar="FILE",
+        help="Python file with get_config(): data, sampler and codec; "
+        "default: the config that the checkpoint was trained with",
+    )
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="workdir of a training run, or an exported folder; local or gs://",
+    )
+    add("--output", required=True, metavar="DIR", help="folder for metrics.json and index.html")
+    add("--split", help="split of the dataset; default: config.data.val_split")
+    add(
+        "--limit",
+        type=cli.positive_int,
+        metavar="N",
+        help="evaluate N images, spread evenly over the split; default: all",
+    )
+    add("--seed", type=cli.natural_int, default=0, help="seed of the sampling noise; default: 0")
+    add(
+        "--rows",
+        type=cli.natural_int,
+        default=12,
+        metavar="N",
+        help="images shown on the page; default: 12",
+    )
+    add(
+        "--ceiling",
+        action="store_true",
+        help="score the ground truth after a trip through codec and VAE, in place of predictions: "
+        "the best that any UNet could do",
+    )
+    return parser
+
+
+def _check_trained_for(checkpoint: str, config: Config, trained: Config) -> None:
+    for key in _TRAINED_FOR:
+        group, name = key.split(".")
+        wanted, had = (getattr(getattr(c, group), name) for c in (config, trained))
+        if wanted != had:
+            raise UserError(
+                f"{checkpoint}: was trained with config.{key}={had!r}, but the config says "
+                f"{wanted!r}: use the config of the training, or another --checkpoint"
+            )
+
+
+def _check_image_size(config: Config, factor: int) -> None:
+    height, width = config.data.image_size
+    if height % factor or width % factor:
+        raise UserError(
+            f"config.data.image_size={height},{width}: must be multiples of {factor}, "
+            "the downsampling of this checkpoint's VAE"
+        )
+
+
+def _write_page(output: str, summary: dict[str, Any], examples: list[Any], source: Any) -> None:
+    from segdiff_jax.evaluation import report
+
+    settings, novel = summary["settings"], set(source.novel)
+    names, palette = source.vocabulary.names, source.vocabulary.palette()
+    what = "Ceiling: ground truth through codec and VAE" if settings["ceiling"] else "Evaluation"
+    groups = {n: "novel" if i in novel else "trained" for i, n in enumerate(names)}
+    rows = [
+        report.comparison(e.name, e.image, e.prediction, palette, e.labels, e.uncertainty)
+        for e in examples
+    ]
+    report.page(
+        os.path.join(output, "index.html"),
+        what,
+        {label: summary[key] for key, label in _FIGURES.items() if key in summary},
+        [
+            report.class_table(summary["per_class"], palette, groups if novel else None),
+            report.Table("Settings", ["setting", "value"], _settings_rows(summary)),
+        ],
+        rows,
+        f"{summary['images']} images of {summary['data']['split']!r}, {len(names)} classes, "
+        f"{summary['checkpoint']}",
+    )
+
+
+def _settings_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(name, str(value)) for name, value in summary["settings"].items()]
+
+
+def _text_table(summary: dict[str, Any]) -> str:
+    """The figures, then the classes, aligned for a terminal."""
+
+    def show(value: float | None) -> str:
+        return "    –" if value is None else f"{value:5.3f}"
+
+    figures = [(label, summary[key]) for key, label in _FIGURES.items() if key in summary]
+    classes = list(summary["per_class"].items())
+    width = max(len(name) for name, _ in figures + classes)
+    lines = [f"  {name:<{width}}  {show(iou)}" for name, iou in classes]
+    lines.append("-" * (width + 9))
+    lines += [f"  {label:<{width}}  {show(value)}" for label, value in figures]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
