@@ -56,13 +56,20 @@ def main(argv: list[str]) -> None:
         config = cli.override_config(trained, overrides)
     _check_trained_for(args.checkpoint, config, trained)
     split = args.split or config.data.val_split
+    if config.data.source == "scenes" and split not in (
+        config.data.train_split,
+        config.data.val_split,
+    ):
+        raise UserError(
+            f"--split {split}: scenes have {config.data.train_split} and {config.data.val_split}"
+        )
     source = open_source(config.data, split, config.seed)
     files.check_writable(args.output)
     runtime.start()
-    *networks, _ = workdir.load_networks(args.checkpoint)
-    _check_image_size(config, networks[1].config.downsampling)
+    unet, vae, text_encoder, tokenizer, _ = workdir.load_networks(args.checkpoint)
+    _check_image_size(config, vae.config.downsampling)
     result = evaluate(
-        Segmenter(*networks, config),
+        Segmenter(unet, vae, text_encoder, tokenizer, config),
         source,
         limit=args.limit,
         seed=args.seed,

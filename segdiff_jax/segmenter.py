@@ -91,16 +91,9 @@ class Segmenter:
         nothing else that is random. Raises `UserError` for no or duplicate classes.
         """
         entries = _entries(classes)
-        sampler = dataclasses.replace(
-            self.config.sampler,
-            **{
-                name: value
-                for name, value in (
-                    ("steps", steps), ("ensemble", ensemble), ("shortlist", shortlist)
-                )
-                if value is not None
-            },
-        )  # fmt: skip
+        given = {"steps": steps, "ensemble": ensemble, "shortlist": shortlist}
+        changes: dict[str, Any] = {name: v for name, v in given.items() if v is not None}
+        sampler = dataclasses.replace(self.config.sampler, **changes)
         gray, spread = self.maps([image], entries, sampler, seed)
         chosen = self.config.codec
         return self.segmentation(

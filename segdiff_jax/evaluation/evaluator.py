@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from segdiff_jax import codec
@@ -126,7 +127,7 @@ def _painted_and_back(
     config = segmenter.config
     height, width = config.data.image_size
     groups = codec.groups(num_classes, codec.group_size(num_classes, config.codec.classes_per_pass))
-    small = np.stack([transforms.resize_labels(one, (height, width)) for one in labels])
+    small = jnp.stack([transforms.resize_labels(one, (height, width)) for one in labels])
     painted = np.stack([np.asarray(codec.encode(small, ids)) for ids in groups], axis=1)
     jobs = painted.reshape(-1, height, width)  # [I * P, h, w]
     chunk = min(sampler.batch_size, len(jobs))
