@@ -72,14 +72,14 @@ def _check_unknown(values: Json, known: set[str], file: str) -> None:
             raise UserError(f"{file}: {key}={values[key]!r} is not supported: use another model")
 
 
-def _get(values: Json, key: str, kind: type, default: Any, file: str) -> Any:
+def _get(values: Json, key: str, kind: Any, default: Any, file: str, least: int = 1) -> Any:
     value = values.get(key, default)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         raise UserError(f"{file}: {key}={value!r} must be of type {kind.__name__}: mend the file")
-    if kind is int and value < 0:
-        raise UserError(f"{file}: {key}={value!r} must not be negative: mend the file")
+    if kind is int and value < least:
+        raise UserError(f"{file}: {key}={value!r} must be at least {least}: mend the file")
     return value
 
 
@@ -105,33 +105,46 @@ def _divides(groups: int, widths: tuple[int, ...], key: str, file: str) -> None:
         raise UserError(f"{file}: {key}={groups} does not divide {bad[0]} channels")
 
 
+def _cross_attention(values: Json, levels: int, file: str) -> tuple[bool, ...]:
+    """Which levels attend to the text, going down; the way up must mirror it."""
+    defaults = {"down_block_types": [True, True, True, False]}
+    defaults["up_block_types"] = defaults["down_block_types"][::-1]
+    attends = {}
+    for key, default in defaults.items():
+        side = "Down" if key.startswith("down") else "Up"
+        kinds = {f"{side}Block2D": False, f"CrossAttn{side}Block2D": True}
+        blocks = values.get(key)
+        unknown = [block for block in blocks or () if block not in kinds]
+        if unknown:
+            raise UserError(f"{file}: {key} holds {unknown[0]!r}: use one of {', '.join(kinds)}")
+        attends[key] = tuple(kinds[block] for block in blocks) if blocks else tuple(default)
+        if len(attends[key]) != levels:
+            raise UserError(f"{file}: {key} has {len(attends[key])} levels instead of {levels}")
+    if attends["up_block_types"] != attends["down_block_types"][::-1]:
+        raise UserError(f"{file}: up_block_types must mirror down_block_types: use another model")
+    return attends["down_block_types"]
+
+
+def _heads(values: Json, widths: tuple[int, ...], file: str) -> tuple[int, ...]:
+    """Attention heads per level. diffusers' `attention_head_dim` is their number, not size."""
+    key = "num_attention_heads" if values.get("num_attention_heads") else "attention_head_dim"
+    value = values.get(key, 8)
+    value = [value] * len(widths) if isinstance(value, int) else value
+    heads = _ints({key: value}, key, None, file)
+    if len(heads) != len(widths):
+        raise UserError(f"{file}: {key} has {len(heads)} levels instead of {len(widths)}")
+    return heads
+
+
 def read_unet(values: Json, file: str) -> UNetConfig:
     """`unet/config.json` → `UNetConfig`. Missing keys mean what they mean to diffusers."""
     _check(values, {"_class_name": ("UNet2DConditionModel",)} | _UNET_FIXED, file)
     widths = _ints(values, "block_out_channels", (320, 640, 1280, 1280), file)
-    plain, cross = "DownBlock2D", "CrossAttnDownBlock2D"
-    kinds = values.get("down_block_types", [cross] * 3 + [plain])
-    ups = values.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
-    for key, blocks in (("down_block_types", kinds), ("up_block_types", ups)):
-        side = ("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D")
-        odd = [b for b in blocks if b not in side[:2] + side[2:]]
-        if odd or len(blocks) != len(widths):
-            what = f"holds {odd[0]!r}" if odd else f"has {len(blocks)} levels, not {len(widths)}"
-            raise UserError(f"{file}: {key} {what}: use a Stable Diffusion UNet")
-    attends = tuple(kind == cross for kind in kinds)
-    if tuple(kind == "CrossAttnUpBlock2D" for kind in ups) != attends[::-1]:
-        raise UserError(f"{file}: up_block_types does not mirror down_block_types")
-    # diffusers' historical misnomer: attention_head_dim is the number of heads.
-    heads_key = "num_attention_heads" if values.get("num_attention_heads") else "attention_head_dim"
-    heads = values.get(heads_key, 8)
-    heads = _ints(
-        {heads_key: [heads] * len(widths) if type(heads) is int else heads}, heads_key, 0, file
-    )
-    if len(heads) != len(widths):
-        raise UserError(f"{file}: {heads_key} has {len(heads)} levels, not {len(widths)}")
-    for level, (width, count) in enumerate(zip(widths, heads, strict=True)):
-        if (attends[level] or level == len(widths) - 1) and width % count:
-            raise UserError(f"{file}: {heads_key}: {count} heads do not divide {width} channels")
+    attends = _cross_attention(values, len(widths), file)
+    heads = _heads(values, widths, file)
+    for width, count, used in zip(widths, heads, (*attends[:-1], True), strict=True):
+        if used:  # the middle block attends with the heads of the last level
+            _divides(count, (width,), "attention_head_dim", file)
     groups = _get(values, "norm_num_groups", int, 32, file)
     _divides(groups, widths, "norm_num_groups", file)
     config = UNetConfig(
@@ -278,7 +291,7 @@ def read_schedule(values: Json, file: str) -> DiffusionConfig:
         timestep_spacing=_get(values, "timestep_spacing", str, "leading", file),
         rescale_betas_zero_snr=_get(values, "rescale_betas_zero_snr", bool, False, file),
         set_alpha_to_one=_get(values, "set_alpha_to_one", bool, ddim, file),
-        steps_offset=_get(values, "steps_offset", int, 0, file),
+        steps_offset=_get(values, "steps_offset", int, 0, file, least=0),
     )
 
 

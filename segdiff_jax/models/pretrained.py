@@ -7,6 +7,7 @@ memory holds the parameters once, or on each device its own part of them.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -80,22 +81,22 @@ def load(
     if wrong:
         raise ValueError(f"{wrong[0]!r} is not one of {COMPONENTS}")
     root = hf_folders.locate(os.fspath(source), components, revision, variant)
-    common = {"variant": variant, "place": place}
+    fill = functools.partial(weights.fill, variant=variant, place=place)
     parts: dict[str, Any] = {}
     if "unet" in components:
         values, file = read_json(root / "unet" / "config.json")
         config, widened = _two_latents(hf_config.read_unet(values, file), widen_conv_in, file)
         unet = lambda: UNet(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))  # noqa: E731
-        parts["unet"] = weights.fill("unet", unet, root / "unet", widened=widened, **common)
+        parts["unet"] = fill("unet", unet, root / "unet", widened=widened)
     if "vae" in components:
         vae_config = hf_config.read_vae(*read_json(root / "vae" / "config.json"))
         vae = lambda: VAE(vae_config, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
-        parts["vae"] = weights.fill("vae", vae, root / "vae", **common)
+        parts["vae"] = fill("vae", vae, root / "vae")
     if "text_encoder" in components:
         folder = root / "text_encoder"
         text_config = hf_config.read_text_encoder(*read_json(folder / "config.json"))
         text = lambda: CLIPText(text_config, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
-        parts["text_encoder"] = weights.fill("text_encoder", text, folder, **common)
+        parts["text_encoder"] = fill("text_encoder", text, folder)
     if "tokenizer" in components:
         parts["tokenizer"] = Tokenizer.load(root / "tokenizer")
     if "schedule" in components:
@@ -127,7 +128,8 @@ def save(
 
     The folder appears whole or not at all: locally it is renamed into place, in `gs://` (which
     cannot rename) `model_index.json`, without which `load` refuses a folder, comes last. An earlier
-    export is replaced, any other folder with content refused. The bytes depend only on the input.
+    export is replaced; a folder with anything else in it is refused. The bytes depend only on the
+    input.
 
     Args:
       pretrained: what to write.
@@ -141,8 +143,9 @@ def save(
     if dtype not in safetensors_files.FLOATS:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(safetensors_files.FLOATS)}")
     try:
-        with _appearing(directory) as folder:
-            for path, text in (extra_files or {}).items():
+        extra = extra_files or {}
+        with _appearing(directory, {path.split("/")[0] for path in extra}) as folder:
+            for path, text in extra.items():
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 (folder / path).write_text(text)
             _write_components(pretrained, folder, dtype)
@@ -197,27 +200,50 @@ def _write_json(path: epath.Path, value: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _appearing(directory: os.PathLike[str] | str) -> Iterator[epath.Path]:
+def _appearing(directory: os.PathLike[str] | str, extra: Collection[str]) -> Iterator[epath.Path]:
     """A folder to write into that becomes `directory` only when the block ends without error."""
     target = epath.Path(directory)
     earlier = target.exists()
-    if earlier and not (target / INDEX).exists() and any(target.iterdir()):
-        raise UserError(f"{directory}: has other content: choose another place or empty it")
+    ours = {INDEX, *map(hf_folders.folder_name, COMPONENTS), *extra}
+    foreign = sorted({path.name for path in target.iterdir()} - ours) if earlier else []
+    if foreign:
+        raise UserError(f"{target / foreign[0]}: is no part of an export: choose another folder")
     if files.is_remote(directory):
         if earlier:
+            (target / INDEX).unlink(missing_ok=True)  # first, so that no half passes for a whole
             target.rmtree()
-        target.mkdir(parents=True, exist_ok=True)
         yield target
         return
     final = Path(os.path.abspath(directory))
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name[:100]}."))
     try:
-        work = temporary / final.name
+        work = temporary / "new"
         work.mkdir()  # not the temporary folder itself: mkdtemp makes it readable by us alone
         yield epath.Path(work)
-        if final.exists():
-            os.rename(final, temporary / ".previous")
-        os.rename(work, final)
+        for path in work.rglob("*"):
+            _sync(path)
+        _replace(final, work, temporary / "old")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)  # delayed allocation reports a full disk only here
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(final: Path, new: Path, old: Path) -> None:
+    """Puts the folder `new` in place of `final`, which moves to `old` if it exists."""
+    if not final.exists():
+        os.rename(new, final)
+        return
+    os.rename(final, old)
+    try:
+        os.rename(new, final)
+    except BaseException:
+        os.rename(old, final)
+        raise

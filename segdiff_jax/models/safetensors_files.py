@@ -171,8 +171,8 @@ def write(
     offset = 0
     for name in names:
         end = offset + math.prod(tensors[name][0]) * _DTYPES[code].itemsize
-        shape = list(tensors[name][0])
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
+        dims = list(tensors[name][0])
+        header[name] = {"dtype": code, "shape": dims, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)

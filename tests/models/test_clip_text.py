@@ -1,0 +1,54 @@
+"""The CLIP text encoder against transformers, on random weights that transformers wrote."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch_oracles import relative_error, text_encoder, write
+
+from segdiff_jax.models import pretrained
+
+# name: (transformers options, [B, L])
+CASES = {
+    "sd1_quick_gelu": ({"num_hidden_layers": 3, "num_attention_heads": 4}, (2, 77)),
+    "sd2_gelu": (
+        {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "gelu"},
+        (3, 77),
+    ),
+    "odd_width_short": (
+        {
+            "hidden_size": 21,
+            "intermediate_size": 30,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 3,
+            "max_position_embeddings": 16,
+            "layer_norm_eps": 1e-3,
+        },
+        (1, 9),
+    ),
+}
+
+
+def _ids(size: tuple[int, int]) -> np.ndarray:
+    """Start, words, end and padding by the end token, as a tokenizer makes them."""
+    ids = np.random.default_rng(0).integers(0, 97, size).astype(np.int32)
+    ids[:, 0], ids[:, size[1] // 2 :] = 97, 98
+    return ids
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "limit"), [(jnp.float32, 1e-4), (jnp.bfloat16, 2e-2)])
+def test_equals_transformers(name, dtype, limit, tmp_path):
+    options, size = CASES[name]
+    oracle = text_encoder(**options)
+    folder = write(tmp_path, text_encoder=oracle)
+    ours = pretrained.load(folder, ("text_encoder",), dtype=dtype).text_encoder
+    ids = _ids(size)
+    with torch.no_grad():
+        expected = oracle(torch.from_numpy(ids).long()).last_hidden_state.numpy()
+    actual = nnx.jit(lambda m, x: m(x))(ours, jnp.asarray(ids))
+    error = relative_error(actual, expected)
+    print(f"{name} {dtype.__name__}: {error:.1e}")
+    assert actual.dtype == jnp.float32
+    assert error <= limit

@@ -1,0 +1,145 @@
+"""The UNet against diffusers, on random weights that diffusers wrote."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch_oracles import from_torch, normal, relative_error, to_torch, unet, write
+
+from segdiff_jax.models import pretrained
+
+# name: (cross-attention per level, diffusers options, latent [B, h, w], tokens)
+CASES = {
+    "sd1": (
+        (True, True, False),
+        {"block_out_channels": (16, 32, 32), "norm_num_groups": 8, "attention_head_dim": 8},
+        (1, 8, 8),
+        7,
+    ),
+    "sd2_four_levels_nonsquare": (
+        (True, True, True, False),
+        {
+            "block_out_channels": (8, 16, 24, 24),
+            "norm_num_groups": 4,
+            "attention_head_dim": [1, 2, 3, 4],
+            "use_linear_projection": True,
+            "layers_per_block": 1,
+        },
+        (2, 8, 16),
+        77,
+    ),
+    "odd_channels_and_groups": (
+        (True, True),
+        {
+            "block_out_channels": (15, 35),
+            "norm_num_groups": 5,
+            "attention_head_dim": [3, 7],
+            "use_linear_projection": True,
+            "layers_per_block": 1,
+        },
+        (3, 6, 4),
+        5,
+    ),
+    "three_layers_attention_below_only": (
+        (False, True),
+        {
+            "block_out_channels": (8, 12),
+            "norm_num_groups": 2,
+            "attention_head_dim": 2,
+            "layers_per_block": 3,
+        },
+        (2, 4, 6),
+        3,
+    ),
+    "odd_latent_eight_channels": (
+        (True, False, True),
+        {
+            "in_channels": 8,
+            "block_out_channels": (8, 8, 16),
+            "norm_num_groups": 4,
+            "attention_head_dim": 2,
+            "layers_per_block": 1,
+        },
+        (2, 7, 5),
+        4,
+    ),
+    "deep_transformers_other_time_code": (
+        (True,),
+        {
+            "in_channels": 32,
+            "out_channels": 16,
+            "block_out_channels": (16,),
+            "norm_num_groups": 16,
+            "norm_eps": 1e-4,
+            "attention_head_dim": 4,
+            "layers_per_block": 1,
+            "transformer_layers_per_block": 2,
+            "flip_sin_to_cos": False,
+            "freq_shift": 1,
+        },
+        (2, 5, 4),
+        6,
+    ),
+}
+CONTEXT = 12
+
+
+def _inputs(config, latent, tokens):
+    sample = normal(*latent, config.in_channels)
+    timesteps = np.linspace(3, 997, latent[0]).astype(np.int32)
+    return sample, timesteps, normal(latent[0], tokens, CONTEXT, seed=1)
+
+
+def _expected(oracle, sample, timesteps, context, mask=None):
+    with torch.no_grad():
+        out = oracle(
+            to_torch(sample),
+            torch.from_numpy(timesteps),
+            torch.from_numpy(context),
+            encoder_attention_mask=None if mask is None else torch.from_numpy(mask),
+        )
+    return from_torch(out.sample)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_diffusers(name, tmp_path):
+    attends, options, latent, tokens = CASES[name]
+    oracle = unet(attends, cross_attention_dim=CONTEXT, **options)
+    ours = pretrained.load(write(tmp_path, unet=oracle), ("unet",)).unet
+    inputs = _inputs(oracle.config, latent, tokens)
+    actual = nnx.jit(lambda m, *args: m(*args))(ours, *map(jnp.asarray, inputs))
+    error = relative_error(actual, _expected(oracle, *inputs))
+    print(f"{name}: {error:.1e}")
+    assert error <= 1e-4
+
+
+def test_context_mask_and_bfloat16(tmp_path):
+    attends, options, latent, tokens = CASES["odd_channels_and_groups"]
+    oracle = unet(attends, cross_attention_dim=CONTEXT, **options)
+    folder = write(tmp_path, unet=oracle)
+    inputs = _inputs(oracle.config, latent, tokens)
+    mask = np.arange(tokens) < np.array([[1], [3], [5]])  # [B, L]
+    expected = _expected(oracle, *inputs, mask)
+    assert relative_error(_expected(oracle, *inputs), expected) > 1e-3  # the mask matters
+    for dtype, limit in ((jnp.float32, 1e-4), (jnp.bfloat16, 2e-2)):
+        ours = pretrained.load(folder, ("unet",), dtype=dtype).unet
+        actual = nnx.jit(lambda m, *args: m(*args))(ours, *map(jnp.asarray, (*inputs, mask)))
+        error = relative_error(actual, expected)
+        print(f"mask {dtype.__name__}: {error:.1e}")
+        assert actual.dtype == jnp.float32
+        assert error <= limit
+
+
+def test_recomputing_blocks_changes_no_gradient(tmp_path):
+    attends, options, latent, tokens = CASES["odd_channels_and_groups"]
+    folder = write(tmp_path, unet=unet(attends, cross_attention_dim=CONTEXT, **options))
+    gradients = []
+    for remat in (False, True):
+        ours = pretrained.load(folder, ("unet",), remat=remat).unet
+        inputs = _inputs(ours.config, latent, tokens)
+        loss = lambda m, *args: jnp.square(m(*args)).mean()  # noqa: E731
+        state = nnx.jit(nnx.grad(loss))(ours, *map(jnp.asarray, inputs))
+        gradients.append(dict(nnx.to_flat_state(state)))
+    for path, plain in gradients[0].items():
+        assert relative_error(gradients[1][path][...], plain[...]) <= 1e-4, path

@@ -1,0 +1,79 @@
+"""The VAE against diffusers, on random weights that diffusers wrote."""
+
+import jax.numpy as jnp
+import pytest
+import torch
+from flax import nnx
+from torch_oracles import from_torch, normal, relative_error, to_torch, vae, write
+
+from segdiff_jax.models import pretrained
+from segdiff_jax.models.vae import decode_latents, encode_latents
+
+# name: (widths, diffusers options, pixels [B, H, W])
+CASES = {
+    "sd": ((8, 16, 16), {"layers_per_block": 2, "norm_num_groups": 4}, (2, 16, 24)),
+    "odd_channels_three_layers": (
+        (9, 15),
+        {"layers_per_block": 3, "norm_num_groups": 3, "latent_channels": 5},
+        (1, 10, 14),
+    ),
+    "no_attention_wide_latent": (
+        (8, 12),
+        {
+            "layers_per_block": 1,
+            "norm_num_groups": 2,
+            "latent_channels": 16,
+            "mid_block_add_attention": False,
+            "scaling_factor": 0.5,
+        },
+        (3, 8, 8),
+    ),
+    "one_level_one_channel": (
+        (6,),
+        {"norm_num_groups": 6, "in_channels": 1, "out_channels": 2},
+        (1, 7, 5),
+    ),
+}
+
+
+def _moments(oracle, pixels):
+    with torch.no_grad():
+        posterior = oracle.encode(to_torch(pixels)).latent_dist
+    return from_torch(posterior.mean), from_torch(posterior.logvar)
+
+
+def _decoded(oracle, latents):
+    with torch.no_grad():
+        return from_torch(oracle.decode(to_torch(latents)).sample)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_diffusers(name, tmp_path):
+    widths, options, size = CASES[name]
+    oracle = vae(widths, **options)
+    ours = pretrained.load(write(tmp_path, vae=oracle), ("vae",)).vae
+    pixels = normal(*size, oracle.config.in_channels)
+    mean, logvar = nnx.jit(lambda m, x: m.encode(x))(ours, jnp.asarray(pixels))
+    expected_mean, expected_logvar = _moments(oracle, pixels)
+    latents = normal(*expected_mean.shape, seed=1)
+    decoded = nnx.jit(lambda m, z: m.decode(z))(ours, jnp.asarray(latents))
+    errors = (
+        relative_error(mean, expected_mean),
+        relative_error(logvar, expected_logvar),
+        relative_error(decoded, _decoded(oracle, latents)),
+    )
+    print(f"{name}: mean, logvar, decoded", *(f"{error:.1e}" for error in errors))
+    assert max(errors) <= 1e-4
+
+
+def test_bfloat16_and_scaling_factor(tmp_path):
+    widths, options, size = CASES["no_attention_wide_latent"]
+    oracle = vae(widths, **options)
+    ours = pretrained.load(write(tmp_path, vae=oracle), ("vae",), dtype=jnp.bfloat16).vae
+    pixels = normal(*size, 3)
+    latents = nnx.jit(encode_latents)(ours, jnp.asarray(pixels))
+    expected = _moments(oracle, pixels)[0] * 0.5
+    assert latents.dtype == jnp.float32
+    assert relative_error(latents, expected) <= 2e-2
+    decoded = nnx.jit(decode_latents)(ours, jnp.asarray(expected))
+    assert relative_error(decoded, _decoded(oracle, expected / 0.5)) <= 2e-2
