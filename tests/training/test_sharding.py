@@ -37,6 +37,7 @@ RESNET = "up_blocks/3/resnets/2"
         (f"0/1/mu/{RESNET}/conv2/kernel", (3, 3, 32, 32), P(None, None, "tensor", "fsdp")),
         ("conv_in/kernel", (3, 3, 8, 32), P(None, None, None, ("fsdp", "tensor"))),
         ("conv_out/kernel", (3, 3, 30, 3), P(None, None, "fsdp", None)),
+        ("square/kernel", (64, 64), P(None, ("fsdp", "tensor"))),
         (f"{RESNET}/conv1/bias", (32,), P("tensor")),
         (f"{RESNET}/norm1/scale", (32,), P()),
         ("step", (), P()),
