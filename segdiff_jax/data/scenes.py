@@ -6,12 +6,17 @@ validation measures whether the network reads the phrase or has memorised it. A 
 function of (seed, split, index).
 """
 
+import io
 import zlib
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from segdiff_jax import cli
 from segdiff_jax.config import ScenesConfig
 from segdiff_jax.data.vocabulary import ClassEntry, Vocabulary
+from segdiff_jax.files import write_bytes, write_text
 
 TEXTURES = ("plain", "striped", "dotted")
 COLORS = {
@@ -179,3 +184,28 @@ def _interpolation(length: int, points: int) -> np.ndarray:
     position = np.linspace(0, points - 1, length)[:, None]
     distance = np.minimum(np.abs(position - np.arange(points)), 1)
     return 0.5 + 0.5 * np.cos(np.pi * distance)
+
+
+def main(argv: list[str]) -> None:
+    """Writes validation scenes as a folder dataset: images/, masks/, classes.txt."""
+    parser = cli.parser("segdiff_jax.data.scenes", "Write procedural scenes as image files.")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--count", type=int, default=8, help="scenes to write (default 8)")
+    parser.add_argument("--size", type=int, default=64, help="height and width (default 64)")
+    parser.add_argument("--seed", type=int, default=0, help="which scenes (default 0)")
+    args = parser.parse_args(argv)
+    config = ScenesConfig(val_examples=args.count)
+    source = ScenesSource(config, (args.size, args.size), train=False, seed=args.seed)
+    for folder in ("images", "masks"):
+        (Path(args.output) / folder).mkdir(parents=True, exist_ok=True)
+    write_text(Path(args.output) / "classes.txt", "\n".join(source.vocabulary.names) + "\n")
+    for index in range(len(source)):
+        scene = source[index]
+        for folder, array in (("images", scene["image"]), ("masks", scene["labels"])):
+            buffer = io.BytesIO()
+            Image.fromarray(array).save(buffer, "PNG")
+            write_bytes(Path(args.output) / folder / f"{scene['name']}.png", buffer.getvalue())
+
+
+if __name__ == "__main__":
+    cli.run(main)
