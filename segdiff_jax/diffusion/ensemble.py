@@ -6,16 +6,18 @@ contrast. It destroys absolute gray levels, which is why `align="none"` exists.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.scipy.optimize import minimize
 
 REGULARIZER = 0.02
 # Tiny against the objective, large against float32: keeps sqrt and 1/x differentiable at 0.
 TINY = 1e-12
 SHRINK = 1e-6  # stands in for scale 0 where that is the optimum: see `align`
-ROUNDS = 3
+STEP, DESCENT = 0.03, 300  # first step and number of steps of the descent after BFGS
 
 
 def merge(
@@ -72,8 +74,8 @@ def align(maps: jax.Array, reduce: str = "median") -> tuple[jax.Array, jax.Array
     Starts where Marigold does, every map stretched to [0, 1]. The objective as written is hard on
     an optimiser: its optimum lies on the kinks of |min| and |1 - max|. But shrinking aligned maps
     whose merged map spans [0, 1] by a factor a makes it a R + 0.02 (1 - a), R being their mean
-    pairwise RMS. So BFGS minimises the gauge-free R = disagreement / extent, and a follows: 1 if
-    R < 0.02. Otherwise, which is the rule for noisy members, the infimum is at a = 0, where the
+    pairwise RMS. So BFGS, then Adam, minimise the gauge-free R = disagreement / extent, and a
+    follows: 1 if R < 0.02. Otherwise, which is the rule for noisy members, the infimum is at a = 0, where the
     maps are gone (Marigold stops after two iterations, before it gets there). There a = 1e-6:
     within 1e-6 R of the infimum, and nothing is lost, since `ensemble` stretches the result.
     """
@@ -93,13 +95,11 @@ def align(maps: jax.Array, reduce: str = "median") -> tuple[jax.Array, jax.Array
         bottom, top = extremes(parameters)
         return disagreement(parameters) / jnp.maximum(top - bottom, 1e-6)
 
-    def improve(_: int, best: jax.Array) -> jax.Array:
-        found = minimize(gauge_free, best, method="BFGS", options={"maxiter": 50}).x
-        return jnp.where(gauge_free(found) < gauge_free(best), found, best)
-
-    # A fresh Hessian in each round gets past the kinks that median, min and max leave.
     start = jnp.concatenate([jnp.ones(count), jnp.zeros(count)])
-    best = jax.lax.fori_loop(0, ROUNDS, improve, start)
+    smooth = minimize(gauge_free, start, method="BFGS", options={"maxiter": 50}).x
+    start = jnp.where(gauge_free(smooth) < gauge_free(start), smooth, start)
+    best = _descend(gauge_free, start)
+
     bottom, top = extremes(best)
     extent = jnp.maximum(top - bottom, 1e-6)
     size = jnp.where(gauge_free(best) < REGULARIZER, 1.0, SHRINK) / extent
@@ -108,7 +108,27 @@ def align(maps: jax.Array, reduce: str = "median") -> tuple[jax.Array, jax.Array
     return scale * scale0, scale * shift0 + shift
 
 
-def _pairwise_rms(flat: jax.Array):
+def _descend(function: Callable[[jax.Array], jax.Array], start: jax.Array) -> jax.Array:
+    """The best point on an Adam path from `start`, whose step shrinks to nothing.
+
+    Median, min and max make kinks at which the line search of BFGS finds no descent; the moving
+    average of Adam mixes the gradients of both sides and slides along them.
+    """
+    optimizer = optax.adam(optax.exponential_decay(STEP, DESCENT, 1e-3), b1=0.9, b2=0.99)
+
+    def step(carry, _):
+        point, state, best, lowest = carry
+        value, gradient = jax.value_and_grad(function)(point)
+        best = jnp.where(value < lowest, point, best)
+        updates, state = optimizer.update(gradient, state)
+        return (point + updates, state, best, jnp.minimum(value, lowest)), None
+
+    carry = (start, optimizer.init(start), start, jnp.asarray(jnp.inf, start.dtype))
+    (_, _, best, _), _ = jax.lax.scan(step, carry, length=DESCENT)
+    return best
+
+
+def _pairwise_rms(flat: jax.Array) -> Callable[[jax.Array], jax.Array]:
     """A function of [scale, shift] [2N]: the mean pairwise RMS of the aligned maps `flat` [N, P].
 
     The maps are replaced by their coordinates in the N-dimensional space they span (QR), where

@@ -1,0 +1,156 @@
+"""The scanned sampler against diffusers' Python loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from segdiff_jax.config import DiffusionConfig
+from segdiff_jax.diffusion import sampler as P
+from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.errors import UserError
+
+SHAPE = (6, 5, 4)
+MIX = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32) / 2
+
+
+def predict(x, t):
+    """A small nonlinear stand-in for the network, which depends on the time."""
+    return jnp.tanh(x @ MIX) * (0.5 + t / 2000.0) + 0.1 * jnp.sin(t / 100.0)
+
+
+def predict_torch(x, t):
+    wave = torch.sin(torch.tensor(t / 100.0))
+    return torch.tanh(x @ torch.tensor(MIX)) * (0.5 + t / 2000.0) + 0.1 * wave
+
+
+def setup(spacing="trailing", zero_snr=True, prediction="v_prediction"):
+    fields = {
+        "prediction_type": prediction,
+        "timestep_spacing": spacing,
+        "rescale_betas_zero_snr": zero_snr,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+    }
+    oracle = DDIMScheduler(**fields, clip_sample=False)
+    return make_schedule(DiffusionConfig(**fields)), oracle
+
+
+def diffusers_loop(oracle, latents, steps, eta, noises):
+    oracle.set_timesteps(steps)
+    x = torch.tensor(np.asarray(latents))
+    for i, t in enumerate(oracle.timesteps.tolist()):
+        noise = torch.tensor(np.asarray(noises[i])) if eta else None
+        x = oracle.step(predict_torch(x, t), t, x, eta=eta, variance_noise=noise).prev_sample
+    return x.numpy()
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10, 50])
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_equals_the_diffusers_loop(steps, eta, spacing, zero_snr):
+    schedule, oracle = setup(spacing, zero_snr)
+    key = jax.random.key(7)
+    latents = P.initial_noise(jax.random.key(1), SHAPE)
+    noises = [P.step_noise(key, i, SHAPE) for i in range(steps)]
+    found = jax.jit(lambda x: P.sample(predict, schedule, x, steps, eta, key))(latents)
+    expected = diffusers_loop(oracle, latents, steps, eta, noises)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample"])
+def test_equals_the_diffusers_loop_for_other_predictions(prediction):
+    schedule, oracle = setup(zero_snr=False, prediction=prediction)
+    latents = P.initial_noise(jax.random.key(1), SHAPE)
+    found = P.sample(predict, schedule, latents, 10)
+    expected = diffusers_loop(oracle, latents, 10, 0.0, [])
+    np.testing.assert_allclose(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_a_perfect_network_is_recovered_in_one_step_and_in_many():
+    schedule, _ = setup()
+    x0 = jax.random.normal(jax.random.key(3), SHAPE)
+
+    def perfect(x, t):
+        a = schedule.alphas_cumprod[t]
+        noise = (x - jnp.sqrt(a) * x0) / jnp.sqrt(1 - a)
+        return jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * x0
+
+    a0 = schedule.final_alpha_cumprod
+    latents = P.initial_noise(jax.random.key(1), SHAPE)
+    for steps in (1, 4, 50):
+        found = P.sample(perfect, schedule, latents, steps)
+        expected = jnp.sqrt(a0) * x0 + jnp.sqrt(1 - a0) * latents  # the final a_t is not quite 1
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_member_is_the_same_whatever_the_ensemble_size_and_batching(eta):
+    schedule, _ = setup()
+    key = jax.random.key(5)
+
+    def ensemble(n):
+        return P.sample_ensemble(predict, schedule, key, SHAPE, 4, n, eta)
+
+    whole = jax.jit(ensemble, static_argnums=0)
+    large, small = whole(7), whole(3)
+    np.testing.assert_allclose(small, large[:3], atol=1e-6)
+
+    @jax.jit
+    def member(k):
+        return P.sample_member(predict, schedule, k, SHAPE, 4, eta)
+
+    alone = jnp.stack([member(k) for k in P.member_keys(key, 7)])
+    np.testing.assert_allclose(alone, large, atol=1e-6)
+    tail = jax.vmap(member)(P.member_keys(key, 2, start=5))
+    np.testing.assert_allclose(tail, large[5:], atol=1e-6)
+
+
+def test_members_start_from_the_same_bits_whatever_the_batching():
+    key = jax.random.key(5)
+    many = jax.vmap(lambda k: P.initial_noise(k, SHAPE))(P.member_keys(key, 9))
+    few = jax.vmap(lambda k: P.initial_noise(k, SHAPE))(P.member_keys(key, 2, start=4))
+    np.testing.assert_array_equal(few, many[4:6])
+    folded = P.initial_noise(jax.random.fold_in(key, 4), SHAPE)
+    np.testing.assert_array_equal(folded, many[4])
+
+
+def test_members_differ_and_start_from_plain_gaussian_noise():
+    keys = P.member_keys(jax.random.key(0), 400)
+    noise = jax.vmap(lambda k: P.initial_noise(k, SHAPE))(keys)
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    correlation = np.corrcoef(np.asarray(noise).reshape(400, -1)) - np.eye(400)
+    assert np.abs(correlation).max() < 0.6  # 120 numbers each: 6 sigma
+
+
+def test_the_network_is_traced_once_whatever_the_steps():
+    schedule, _ = setup()
+    calls = []
+
+    def counted(x, t):
+        calls.append(1)
+        return predict(x, t)
+
+    # a loop unrolled in Python would call it `steps` times; scan may trace its body twice
+    jax.jit(lambda x: P.sample(counted, schedule, x, 50))(jnp.zeros(SHAPE))
+    assert len(calls) <= 2
+
+
+def test_dtype_of_the_latents_is_kept():
+    schedule, _ = setup()
+    latents = jnp.zeros(SHAPE, jnp.bfloat16)
+    assert P.sample(predict, schedule, latents, 4, 0.5, jax.random.key(0)).dtype == jnp.bfloat16
+
+
+def test_bad_arguments():
+    schedule, _ = setup()
+    with pytest.raises(UserError, match="sampler.steps=0"):
+        P.sample(predict, schedule, jnp.zeros(SHAPE), 0)
+    with pytest.raises(ValueError, match="key"):
+        P.sample(predict, schedule, jnp.zeros(SHAPE), 4, eta=1.0)

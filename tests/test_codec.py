@@ -1,0 +1,202 @@
+"""The mask codec: round trips, invariants, contexts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segdiff_jax import codec
+from segdiff_jax.errors import UserError
+
+SIZES = (1, 2, 7, 64, 255)  # few, since every size compiles anew
+
+
+def round_trip(labels, num_classes, size, **options):
+    """Labels -> the gray images of every pass -> scores -> labels."""
+    ids = jnp.asarray(codec.groups(num_classes, size))
+    gray = jax.vmap(lambda group: codec.encode(labels, group))(ids)  # [P, H, W]
+    scores = codec.join_passes(codec.scores(gray, size), num_classes)
+    assert scores.shape == (*labels.shape, num_classes)
+    return np.asarray(codec.decode(scores, **options))
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 11, 150, 255])
+@pytest.mark.parametrize("share", ["one", "some", "all"])
+def test_round_trip_is_exact_for_every_id(num_classes, share):
+    size = {"one": 1, "some": max(1, num_classes // 3), "all": num_classes}[share]
+    labels = np.append(np.arange(num_classes), [codec.IGNORE] * 2).astype(np.uint8)[None]
+    found = round_trip(jnp.asarray(labels), num_classes, size, threshold=0.99)
+    np.testing.assert_array_equal(found, labels)  # ignore comes back as *other*, the same 255
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_round_trip_of_random_labels(data):
+    num_classes = data.draw(st.sampled_from([1, 5, 13]))
+    size = data.draw(
+        st.sampled_from([1, 3, num_classes, num_classes + 2])
+    )  # G may exceed K: slots are padded
+    alphabet = st.sampled_from([*range(num_classes), codec.IGNORE])
+    pixels = data.draw(st.lists(alphabet, min_size=12, max_size=12))
+    labels = np.array(pixels, np.int32).reshape(3, 4)
+    found = round_trip(jnp.asarray(labels), num_classes, size)
+    np.testing.assert_array_equal(found, labels)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from(SIZES), st.integers(0, 2**31))
+def test_noise_below_half_a_level_does_not_change_the_label(size, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, size, (4, 4))
+    gray = codec.encode(jnp.asarray(labels), jnp.arange(size))
+    noisy = gray + rng.uniform(-0.49, 0.49, gray.shape) * 2 / size
+    found = codec.decode(codec.scores(noisy, size), threshold=0.5)
+    np.testing.assert_array_equal(found, labels)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.sampled_from(SIZES), st.integers(0, 2**31))
+def test_scores_follow_the_definition(size, seed):
+    gray = np.random.default_rng(seed).uniform(-1, 1, (5, 3)).astype(np.float32)
+    scores = np.asarray(codec.scores(jnp.asarray(gray), size))
+    for j in range(1, size + 1):
+        level = -1 + 2 * j / size
+        expected = np.maximum(0, 1 - np.abs(gray.astype(np.float64) - level) / (2 / size))
+        np.testing.assert_allclose(scores[..., j - 1], expected, atol=5e-5)
+    # a gray value lies between two levels, which share it; below the first, "none" has the rest
+    total = scores.sum(-1)
+    inside = gray >= -1 + 2 / size
+    np.testing.assert_allclose(total[inside], 1.0, atol=1e-4)
+    assert (total <= 1 + 1e-4).all()
+
+
+def test_one_class_per_pass_scores_the_gray_level_itself():
+    gray = jnp.linspace(-1, 1, 9)
+    np.testing.assert_allclose(codec.scores(gray, 1)[:, 0], (gray + 1) / 2, atol=1e-7)
+
+
+def test_levels_are_spread_over_the_open_range():
+    for size in (1, 2, 11, 255):
+        levels = np.asarray(codec.levels(size))
+        assert levels.dtype == np.float32 and levels.shape == (size,)
+        np.testing.assert_allclose(np.diff(np.append(-1, levels)), 2 / size, rtol=1e-4)
+        assert levels[-1] == 1
+
+
+def test_encode_follows_the_order_of_the_group():
+    labels = jnp.array([[0, 1, 2, 3, 255]], jnp.uint8)
+    gray = codec.encode(labels, jnp.array([3, codec.PAD, 1, codec.PAD]))
+    np.testing.assert_allclose(gray, [[-1, 0.5, -1, -0.5, -1]])
+    everything_padded = codec.encode(labels, jnp.full(4, codec.PAD))
+    np.testing.assert_array_equal(everything_padded, -np.ones((1, 5)))
+
+
+def test_ignored_pixels_are_never_painted():
+    # 255 stays *ignore* even where a group asks for it, and int labels of -1 never meet padding
+    labels = jnp.array([[255, -1, 7]])
+    gray = codec.encode(labels, jnp.array([255, codec.PAD, 7]))
+    np.testing.assert_allclose(gray, [[-1, -1, 1]])
+    np.testing.assert_array_equal(codec.valid_mask(labels), [[False, True, True]])
+    np.testing.assert_array_equal(codec.valid_mask(labels, 7), [[True, True, False]])
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 2, 4, 8]), st.integers(0, 2**31))
+def test_latent_pixel_is_valid_if_none_of_its_pixels_is_ignored(h, w, factor, seed):
+    rng = np.random.default_rng(seed)
+    ignored = rng.random((h * factor, w * factor)) < 0.1
+    labels = np.where(ignored, 255, 3)
+    found = codec.latent_valid(jnp.asarray(labels), factor)
+    assert found.shape == (h, w) and found.dtype == bool
+    for y in range(h):
+        for x in range(w):
+            block = ignored[y * factor : (y + 1) * factor, x * factor : (x + 1) * factor]
+            assert found[y, x] == (not block.any())
+
+
+def test_latent_valid_rejects_sizes_that_do_not_divide():
+    with pytest.raises(ValueError, match="6x8 labels do not divide by 4"):
+        codec.latent_valid(jnp.zeros((6, 8), int), 4)
+
+
+def test_decode_threshold_other_and_closed():
+    scores = jnp.array([[[0.2, 0.6], [0.4, 0.3], [0.5, 0.5], [0.0, 0.0]]])
+    np.testing.assert_array_equal(codec.decode(scores, 0.5), [[1, 255, 0, 255]])
+    np.testing.assert_array_equal(codec.decode(scores, 0.5, other=-1), [[1, -1, 0, -1]])
+    np.testing.assert_array_equal(codec.decode(scores, 0.5, closed=True), [[1, 0, 0, 0]])
+    assert codec.decode(scores).dtype == jnp.int32
+
+
+@settings(deadline=None)
+@given(st.integers(1, 900), st.integers(1, 255))
+def test_groups_hold_every_class_once_in_order(num_classes, size):
+    ids = codec.groups(num_classes, size)
+    assert ids.shape == (codec.num_groups(num_classes, size), size)
+    flat = ids.ravel()
+    np.testing.assert_array_equal(flat[flat != codec.PAD], np.arange(num_classes))
+    assert (flat[num_classes:] == codec.PAD).all() and len(flat) - num_classes < size
+
+
+def test_group_size_zero_means_all_and_too_many_is_one_line():
+    assert codec.group_size(11, 0) == 11
+    assert codec.group_size(847, 1) == 1
+    assert codec.group_size(3, 8) == 8
+    with pytest.raises(UserError, match="classes_per_pass=0: 256 classes do not fit") as error:
+        codec.group_size(256, 0)
+    assert "\n" not in str(error.value)
+
+
+def test_batches_under_jit_and_vmap():
+    rng = np.random.default_rng(0)
+    labels = jnp.asarray(rng.integers(0, 6, (3, 8, 8)).astype(np.uint8))
+    ids = jnp.array([[0, 1, 2, -1], [5, 3, -1, 1], [4, 0, 2, 5]])
+    gray = jax.jit(jax.vmap(codec.encode))(labels, ids)
+    scores = jax.jit(jax.vmap(lambda g: codec.scores(g, 4)))(gray)
+    valid = jax.jit(jax.vmap(lambda x: codec.latent_valid(x, 4)))(labels)
+    for b in range(3):
+        np.testing.assert_array_equal(gray[b], codec.encode(labels[b], ids[b]))
+        np.testing.assert_allclose(scores[b], codec.scores(gray[b], 4), atol=1e-6)
+        np.testing.assert_array_equal(valid[b], codec.latent_valid(labels[b], 4))
+        for j, k in enumerate(ids[b].tolist()):
+            painted = np.asarray(scores[b, ..., j]) > 0.99
+            np.testing.assert_array_equal(painted, np.asarray(labels[b]) == k)
+
+
+def test_mean_context_is_the_mean_over_the_classes_shown():
+    embeddings = np.random.default_rng(0).normal(size=(4, 5, 3)).astype(np.float32)
+    ids = jnp.array([7, codec.PAD, 2, codec.PAD])
+    found = codec.mean_context(jnp.asarray(embeddings), ids)
+    np.testing.assert_allclose(found, (embeddings[0] + embeddings[2]) / 2, atol=1e-6)
+    garbage = jnp.asarray(embeddings).at[1].set(jnp.nan)  # what lies in an empty slot is arbitrary
+    np.testing.assert_allclose(codec.mean_context(garbage, ids), found)
+    # the paper's weakness: the order of the classes, hence their gray level, is lost
+    swapped = codec.mean_context(jnp.asarray(embeddings)[::-1], ids[::-1])
+    np.testing.assert_allclose(swapped, found, atol=1e-6)
+
+
+def test_bound_context_binds_each_class_to_its_level():
+    pooled = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32))
+    ids = jnp.array([7, 3, codec.PAD, 2])
+    tokens, mask = codec.bound_context(pooled, ids)
+    np.testing.assert_array_equal(mask, [True, True, False, True])
+    np.testing.assert_array_equal(tokens[2], np.zeros(16))
+    code = codec.level_code(4, 16)
+    np.testing.assert_allclose(tokens[0], pooled[0] + code[0], atol=1e-6)
+    # the same class at another level is another token
+    swapped, _ = codec.bound_context(pooled[::-1], ids[::-1])
+    assert np.abs(swapped[3] - tokens[0]).max() > 0.1
+    batched_tokens, batched_mask = jax.vmap(codec.bound_context)(pooled[None], ids[None])
+    np.testing.assert_allclose(batched_tokens[0], tokens, atol=1e-6)
+    np.testing.assert_array_equal(batched_mask[0], mask)
+
+
+@pytest.mark.parametrize("dim", [8, 64, 65])
+def test_level_codes_tell_the_levels_apart_and_do_not_depend_on_the_group_size(dim):
+    code = np.asarray(codec.level_code(255, dim))
+    assert code.shape == (255, dim) and np.abs(code).max() <= 1
+    distance = np.linalg.norm(code[:, None] - code[None], axis=-1) + 10 * np.eye(255)
+    assert distance.min() > 0.1
+    # level 0 is slot 1 of 2 and slot 2 of 4
+    np.testing.assert_allclose(codec.level_code(2, dim)[0], codec.level_code(4, dim)[1], atol=1e-6)
