@@ -227,3 +227,54 @@ def test_shapes_that_do_not_divide_are_logged_once(eight):
     odd = [line for line in eight["lines"] if "(3, 5)" in line]
     assert len(odd) == len(set(odd)) == 3  # one for each of the three kinds of mesh that cut it
     assert any("fsdp=2, tensor=2" in line for line in odd)
+
+
+REAL_UNET = """
+    import jax
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    import jax.numpy as jnp, numpy as np
+    from flax import nnx
+    from segdiff_jax.config import MeshConfig
+    from segdiff_jax.models.presets import PRESETS
+    from segdiff_jax.models.unet import UNet
+    from segdiff_jax.training import sharding
+
+    config = PRESETS["tiny"].unet
+    graph, state = nnx.split(UNet(config, rngs=nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    def array(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+    batch = (array(8, 16, 16, config.in_channels), jnp.arange(8) * 100,
+             array(8, 7, config.cross_attention_dim), array(8, 16, 16, config.out_channels))
+
+    def loss(state, sample, timesteps, context, target):
+        return jnp.mean((nnx.merge(graph, state)(sample, timesteps, context) - target) ** 2)
+    def step(state, *batch):
+        value, grads = jax.value_and_grad(loss)(state, *batch)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, state, grads), value
+
+    for sizes, devices in [((1, 1, 1), jax.devices()[:1]), ((2, 2, 2), jax.devices())]:
+        mesh = sharding.make_mesh(MeshConfig(*sizes), devices)
+        placed = sharding.state_sharding(state, mesh)
+        run = jax.jit(step, out_shardings=(placed, sharding.replicated(mesh)))
+        current = jax.device_put(state, placed)
+        inputs = jax.device_put(batch, sharding.batch_sharding(mesh))
+        losses = []
+        for _ in range(4):
+            current, value = run(current, *inputs)
+            losses.append(float(value))
+        print(losses)
+"""
+
+
+@pytest.mark.slow
+def test_the_real_unet_learns_the_same_on_a_mesh_of_all_axes():
+    """Small stand-ins do not show it when the partitioner goes wrong; dozens of layers do."""
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(REAL_UNET)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    alone, cut = map(json.loads, run.stdout.splitlines())
+    assert alone[-1] < alone[0]
+    assert cut == pytest.approx(alone, rel=1e-5)
