@@ -8,8 +8,8 @@ on any process count sees the same examples as an uninterrupted run on one.
 import logging
 import os
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -22,6 +22,14 @@ from segdiff_jax.data.sources import Source
 from segdiff_jax.errors import UserError
 
 IGNORE = transforms.IGNORE
+
+
+class Records(Protocol):
+    """Random access to training pairs; `UnreadableError` for one that cannot be read."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
 
 def train_batches(
@@ -40,6 +48,27 @@ def train_batches(
     config.codec.classes_per_pass, or all K classes when that is 0. class_ids of -1 are empty
     slots. `batch_size` is config.train.batch_size unless given.
     """
+    example = _Example(source, config, seed)
+    return batches(
+        source, example, config, seed, start_step, process_index, process_count, batch_size
+    )
+
+
+def batches(
+    records: Records,
+    example: Callable[[int, dict[str, Any]], dict[str, Any]],
+    config: Config,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    batch_size: int | None = None,
+) -> "TrainBatches":
+    """`train_batches` of other records: the same order, epochs, processes and resumption.
+
+    `example(i, record)` makes row i from the record that falls to it, which also has the key
+    "unreadable", to be handed on. Both arguments must be picklable for data.workers > 0.
+    """
     size = batch_size or config.train.batch_size
     if size % process_count:
         raise UserError(
@@ -50,10 +79,10 @@ def train_batches(
         f"segdiff {seed}".encode()
     )  # Grain adds epochs to its seed: keep runs apart
     dataset = (
-        grain.MapDataset.source(_Substituting(source, config.data.max_unreadable))
+        grain.MapDataset.source(_Substituting(records, config.data.max_unreadable))
         .shuffle(salted)
         .repeat()
-        .map_with_index(_Example(source, config, seed))
+        .map_with_index(example)
         .slice(slice(start_step * size, None))
         .batch(rows, drop_remainder=True, batch_fn=_stack)
         .slice(slice(process_index, None, process_count))
@@ -68,7 +97,7 @@ def train_batches(
             num_workers=config.data.workers, per_worker_buffer_size=2
         )
         iterable = iterable.mp_prefetch(workers)
-    return TrainBatches(iter(iterable), len(source), config.data.max_unreadable)
+    return TrainBatches(iter(iterable), len(records), config.data.max_unreadable)
 
 
 class TrainBatches:
@@ -99,7 +128,7 @@ class TrainBatches:
                 self.unreadable[record] = message
                 logging.warning("skipped: %s", message)
         if self.unreadable_count > self._max_unreadable * self._length:
-            raise _too_many(self.unreadable, self._length, self._max_unreadable)
+            raise too_many_unreadable(self.unreadable, self._length, self._max_unreadable)
         return batch
 
 
@@ -117,7 +146,8 @@ def eval_examples(
         yield {"image": image, "labels": record["labels"], "name": record["name"]}
 
 
-def _too_many(unreadable: dict[int, str], length: int, share: float) -> UserError:
+def too_many_unreadable(unreadable: dict[int, str], length: int, share: float) -> UserError:
+    """The error for skipping more than config.data.max_unreadable = `share` of `length` pairs."""
     first = next(iter(unreadable.values()))
     return UserError(
         f"{first} ({len(unreadable)} of {length} pairs unreadable, more than "
@@ -128,7 +158,7 @@ def _too_many(unreadable: dict[int, str], length: int, share: float) -> UserErro
 class _Substituting:
     """A source that puts the next readable record in the place of one that cannot be read."""
 
-    def __init__(self, source: Source, max_unreadable: float):
+    def __init__(self, source: Records, max_unreadable: float):
         self.source = source
         self.max_unreadable = max_unreadable
 
@@ -144,7 +174,28 @@ class _Substituting:
                 return {**self.source[record], "unreadable": list(failures.items())}
             except UnreadableError as error:
                 failures[record] = str(error)
-        raise _too_many(failures, length, self.max_unreadable)
+        raise too_many_unreadable(failures, length, self.max_unreadable)
+
+
+class Draws:
+    """The random choices of training examples, the same whatever their pixels are made from."""
+
+    def __init__(self, source: Source, config: Config, seed: int):
+        self.classes_per_pass = config.codec.classes_per_pass
+        self.negatives = config.codec.negatives
+        self.num_classes = len(source.vocabulary)
+        self.trained = np.setdiff1d(np.arange(self.num_classes), source.novel)
+        self.seed = seed
+
+    def generator(self, index: int) -> np.random.Generator:
+        """The source of all that is random in example `index`: first augmentation, then classes."""
+        return np.random.default_rng((self.seed, index))
+
+    def class_ids(self, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """int32 [G]: the classes to ask of `labels`, as `draw_classes` takes them."""
+        if not self.classes_per_pass:
+            return np.arange(self.num_classes, dtype=np.int32)
+        return draw_classes(labels, self.trained, self.classes_per_pass, self.negatives, rng)
 
 
 class _Example:
@@ -153,26 +204,17 @@ class _Example:
     def __init__(self, source: Source, config: Config, seed: int):
         self.augment = config.data.augment
         self.size = (config.data.image_size[0], config.data.image_size[1])
-        self.classes_per_pass = config.codec.classes_per_pass
-        self.negatives = config.codec.negatives
-        self.num_classes = len(source.vocabulary)
-        self.trained = np.setdiff1d(np.arange(self.num_classes), source.novel)
-        self.seed = seed
+        self.draws = Draws(source, config, seed)
 
     def __call__(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
-        rng = np.random.default_rng((self.seed, index))
+        rng = self.draws.generator(index)
         image, labels = transforms.augment(
             record["image"], record["labels"], rng, self.augment, self.size
         )
-        class_ids = np.arange(self.num_classes, dtype=np.int32)
-        if self.classes_per_pass:
-            class_ids = draw_classes(
-                labels, self.trained, self.classes_per_pass, self.negatives, rng
-            )
         return {
             "image": image,
             "labels": labels,
-            "class_ids": class_ids,
+            "class_ids": self.draws.class_ids(labels, rng),
             "unreadable": record["unreadable"],
         }
 
@@ -184,8 +226,9 @@ def draw_classes(
     negatives: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """int32 [count]: which classes to ask of uint8 `labels` [H, W], in random order.
+    """int32 [count]: which classes to ask of uint8 `labels` [...], in random order.
 
+    Of the labels it only matters which ids occur.
     Each slot shows an absent class with probability `negatives`, else a present one; where one
     kind runs out the other fills in, and -1 where both do. Only ids in `trained` are drawn.
     """
@@ -209,7 +252,8 @@ def draw_classes(
 def _stack(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     batch: dict[str, Any] = {
         key: np.stack([example[key] for example in examples])
-        for key in ("image", "labels", "class_ids")
+        for key in examples[0]
+        if key != "unreadable"
     }
     batch["unreadable"] = [item for example in examples for item in example["unreadable"]]
     return batch

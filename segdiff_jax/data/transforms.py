@@ -62,11 +62,16 @@ def augment(
         image, labels = resize_pair(image, labels, size)
     else:
         image, labels = _scale_crop(image, labels, rng, config, size)
-    if config.flip and rng.random() < 0.5:
+    if draw_flip(rng, config):
         image, labels = image[:, ::-1], labels[:, ::-1]
     if config.color_jitter > 0:
         image = _color_jitter(image, rng, config.color_jitter)
     return np.ascontiguousarray(image), np.ascontiguousarray(labels)
+
+
+def draw_flip(rng: np.random.Generator, config: AugmentConfig) -> bool:
+    """Whether a view is mirrored. Without scale-crop it is the first draw from `rng`."""
+    return config.flip and rng.random() < 0.5
 
 
 def _scale_crop(
