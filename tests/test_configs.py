@@ -1,0 +1,120 @@
+"""The experiments in configs/: each loads, holds together, and is what its name promises."""
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from segdiff_jax import cli, codec, config, evaluate
+from segdiff_jax.config import Config
+from segdiff_jax.data import scenes, vocabulary
+from segdiff_jax.errors import UserError
+from segdiff_jax.models import presets
+from segdiff_jax.training import sharding
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+each_config = pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+
+
+def _load(name: str) -> Config:
+    return cli.load_config(str(ROOT / "configs" / f"{name}.py"), ["--config.data.root=/data"])
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        inside = _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        flat.update(inside or {f"{prefix}{key}": value})
+    return flat
+
+
+def _changed(first: Config, second: Config) -> set[str]:
+    a, b = _flat(config.to_dict(first)), _flat(config.to_dict(second))
+    return {key for key in a if a[key] != b[key]}
+
+
+def test_the_promised_configs_exist():
+    assert {p.stem for p in FILES} >= {"demo", "camvid", "ade", "coco_stuff", "ade_paper"}
+
+
+@each_config
+def test_loads_from_anywhere_and_survives_json(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = _load(path.stem)
+    assert config.from_dict(json.loads(json.dumps(config.to_dict(loaded)))) == loaded
+
+
+@each_config
+def test_a_dataset_on_disk_needs_its_root(path):
+    if _load(path.stem).data.source == "scenes":
+        assert cli.load_config(str(path)).data.root == ""
+    else:
+        with pytest.raises(UserError, match=r"--config\.data\.root=FOLDER"):
+            cli.load_config(str(path))
+
+
+@each_config
+def test_parts_fit(path):
+    c = _load(path.stem)
+    architecture = presets.architecture(c.model.preset)
+    height, width = c.data.image_size
+    factor = architecture.vae.downsampling
+    assert height % factor == width % factor == 0
+    assert c.optimizer.decay_steps == c.train.steps
+    for steps in (c.train.checkpoint_every, c.train.eval_every or 1):
+        assert c.train.steps % steps == 0
+    if c.data.source == "scenes":
+        classes = len(scenes.vocabulary())
+    else:
+        classes = len(vocabulary.load(c.data.vocabulary or "camvid_11"))
+    group = codec.group_size(classes, c.codec.classes_per_pass)
+    assert c.sampler.shortlist == 0 or (group == 1 and c.sampler.shortlist < classes)
+
+
+@each_config
+def test_mesh_takes_one_device_or_many(path):
+    mesh = _load(path.stem).mesh
+    assert sharding.make_mesh(mesh, jax.devices()[:1]).size == 1
+    assert (mesh.data, mesh.fsdp, mesh.tensor).count(-1) == 1
+
+
+@pytest.mark.parametrize("name", ["ade", "coco_stuff", "ade_paper"])
+def test_fine_tunes_sd2_as_the_paper_does(name):
+    c = _load(name)
+    assert re.fullmatch(r"[\w-]+/stable-diffusion-2", c.init_from)
+    assert not c.init_from.startswith("stabilityai/")  # taken down
+    assert (c.model.preset, c.diffusion.prediction_type) == ("sd2", "v_prediction")
+    assert (c.optimizer.learning_rate, c.train.batch_size) == (3e-5, 32)
+    assert (c.optimizer.warmup_steps, c.optimizer.final_fraction) == (100, 0.01)
+    assert (c.optimizer.clip_norm, c.noise.kind, c.noise.strength) == (1.0, "annealed", 0.9)
+
+
+def test_ade():
+    c = _load("ade")
+    assert (c.data.source, len(vocabulary.load(c.data.vocabulary))) == ("ade20k", 150)
+    assert (c.codec.classes_per_pass, c.train.steps, c.model.dtype) == (1, 25_000, "bfloat16")
+    assert c.train.eval_every > 0 and c.data.augment.flip
+    assert (c.data.augment.min_scale, c.data.augment.max_scale) == (0.5, 2.0)
+
+
+def test_coco_stuff_is_scored_on_ade():
+    coco, ade = _load("coco_stuff"), _load("ade")
+    assert (coco.data.source, len(vocabulary.load(coco.data.vocabulary))) == ("coco_stuff", 171)
+    assert (coco.codec.classes_per_pass, coco.train.steps) == (1, 80_000)
+    assert coco.codec.negatives > 0 and not coco.codec.closed
+    evaluate._check_trained_for("W", ade, coco)
+
+
+def test_ade_paper_differs_from_ade_where_the_paper_does():
+    paper, ade = _load("ade_paper"), _load("ade")
+    assert (paper.codec.classes_per_pass, paper.codec.context) == (0, "mean")
+    sampler = paper.sampler
+    assert (sampler.steps, sampler.ensemble, sampler.align) == (50, 10, "none")
+    assert {key.split(".")[0] for key in _changed(paper, ade)} == {
+        *("model", "codec", "diffusion", "train", "sampler")
+    }
+    with pytest.raises(UserError, match="classes_per_pass"):
+        evaluate._check_trained_for("W", ade, paper)
