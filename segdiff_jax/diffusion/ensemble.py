@@ -75,9 +75,10 @@ def align(maps: jax.Array, reduce: str = "median") -> tuple[jax.Array, jax.Array
     an optimiser: its optimum lies on the kinks of |min| and |1 - max|. But shrinking aligned maps
     whose merged map spans [0, 1] by a factor a makes it a R + 0.02 (1 - a), R being their mean
     pairwise RMS. So BFGS, then Adam, minimise the gauge-free R = disagreement / extent, and a
-    follows: 1 if R < 0.02. Otherwise, which is the rule for noisy members, the infimum is at a = 0, where the
-    maps are gone (Marigold stops after two iterations, before it gets there). There a = 1e-6:
-    within 1e-6 R of the infimum, and nothing is lost, since `ensemble` stretches the result.
+    follows: 1 if R < 0.02. Otherwise, which is the rule for noisy members, the infimum is at
+    a = 0, where the maps are gone (Marigold stops after two iterations, before it gets there).
+    There a = 1e-6: within 1e-6 of the infimum, and nothing is lost, since `ensemble` stretches
+    the result. A value of `objective` near 0.02 therefore says nothing about how well maps agree.
     """
     count = maps.shape[0]
     low, high = jnp.min(maps, axis=(1, 2)), jnp.max(maps, axis=(1, 2))

@@ -8,7 +8,6 @@ import torch
 
 from segdiff_jax.diffusion import noise as N
 
-
 draw_batch = jax.jit(N.training_noise, static_argnums=(1, 3, 4))
 
 
