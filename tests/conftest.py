@@ -1,0 +1,99 @@
+"""A whole model, random and small enough to compile in seconds."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+
+# Before anything imports jax: CPU unless told otherwise, and compilations kept between test runs.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+IMAGE_SIZE = (16, 16)
+
+
+@pytest.fixture(scope="session")
+def tiny_networks():
+    """(unet, vae, text_encoder, tokenizer): one level, 4 latent channels at f = 2, all random."""
+    from flax import nnx
+
+    from segdiff_jax.models import presets
+    from segdiff_jax.models.clip_text import CLIPText
+    from segdiff_jax.models.tokenizer import train_tokenizer
+    from segdiff_jax.models.unet import UNet
+    from segdiff_jax.models.vae import VAE
+
+    tiny = presets.architecture("tiny")
+    tokenizer = train_tokenizer(["a photo of a sky, building, road"], 600, 16)
+    unet_config = dataclasses.replace(
+        tiny.unet,
+        in_channels=8,
+        out_channels=4,
+        block_out_channels=(16,),
+        cross_attention=(True,),
+        heads=(2,),
+        norm_groups=8,
+        cross_attention_dim=32,
+    )
+    vae_config = dataclasses.replace(
+        tiny.vae, latent_channels=4, block_out_channels=(8, 8), scaling_factor=1.0
+    )
+    text_config = dataclasses.replace(
+        tiny.text_encoder, vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64
+    )
+    unet = _filled(lambda: UNet(unet_config, rngs=nnx.Rngs(0)))
+    vae = _filled(lambda: VAE(vae_config, rngs=nnx.Rngs(0)))
+    text_encoder = _filled(lambda: CLIPText(text_config, rngs=nnx.Rngs(0)))
+    return unet, vae, text_encoder, tokenizer
+
+
+def _filled(build):
+    """A module whose weights come from numpy: compiling the real initialisers takes a minute."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    graph, shapes = nnx.split(nnx.eval_shape(build))
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        if leaf.ndim > 1:
+            fan_in = np.prod(leaf.shape[:-1]) if "embed" not in str(path) else 1
+            return jnp.asarray(rng.normal(0, fan_in**-0.5, leaf.shape), leaf.dtype)
+        return jnp.ones(leaf.shape) if "scale" in str(path) else jnp.zeros(leaf.shape)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, shapes))
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """A function of codec fields that makes the Config of `tiny_networks`: one step, N = 1."""
+    from segdiff_jax.config import CodecConfig, Config, DataConfig, SamplerConfig, VAEConfig
+
+    return lambda **codec: Config(
+        data=DataConfig(source="scenes", image_size=IMAGE_SIZE),
+        codec=CodecConfig(**codec),
+        sampler=SamplerConfig(steps=1, batch_size=4),
+        vae=VAEConfig(steps=1),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_segmenter(tiny_networks, tiny_config):
+    """A function of a `Config` (default: one class per pass) that makes a Segmenter."""
+    from segdiff_jax.segmenter import Segmenter
+
+    return lambda config=None: Segmenter(*tiny_networks, config or tiny_config())
+
+
+@pytest.fixture(scope="module")
+def fast_compile():
+    """XLA without its slow passes: for tests that compile much and compute little."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -1,0 +1,210 @@
+"""The Python API, on a small random model: what the result depends on, and what not."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from segdiff_jax import segmenter as segmenter_lib
+from segdiff_jax.data import vocabulary
+from segdiff_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+CLASSES = ("sky", "building, edifice", "road")
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model(make_segmenter):
+    return make_segmenter()
+
+
+def test_result_has_the_shapes_and_ranges_of_the_contract(model, image):
+    found = model(image, CLASSES)
+    assert found.labels.shape == (40, 56) and found.labels.dtype == np.int32
+    assert found.scores.shape == (40, 56, 3) and found.scores.dtype == np.float32
+    assert found.scores.min() >= 0 and found.scores.max() <= 1
+    assert found.classes == ("sky", "building", "road") and found.uncertainty is None
+    assert len(np.unique(found.scores)) > 1000, "a constant map would pass everything below"
+
+
+def test_seed_decides_everything(model, image):
+    first, again = (model(image, CLASSES, seed=3, ensemble=2) for _ in range(2))
+    assert first.labels.tobytes() == again.labels.tobytes()
+    assert first.scores.tobytes() == again.scores.tobytes()
+    assert first.uncertainty.tobytes() == again.uncertainty.tobytes()
+    assert np.abs(first.scores - model(image, CLASSES, seed=4, ensemble=2).scores).max() > 1e-3
+
+
+def test_closed_and_threshold(model, image):
+    closed = model(image, CLASSES, closed=True, threshold=1.0)
+    assert (closed.labels == closed.scores.argmax(-1)).all()
+    cut = float(np.median(closed.scores.max(-1)))
+    found = model(image, CLASSES, threshold=cut)
+    expected = np.where(found.scores.max(-1) < cut, 255, found.scores.argmax(-1))
+    assert (found.labels == expected).all()
+    assert 0.2 < (found.labels == 255).mean() < 0.8
+    assert (model(image, CLASSES, threshold=0.0).labels < 3).all()
+
+
+def _entries(*names):
+    return vocabulary.from_names(names).classes
+
+
+def test_member_is_the_same_whatever_the_ensemble_and_the_chunks(model, image):
+    sampler = dataclasses.replace(model.config.sampler, reduce="mean", ensemble=1)
+    images, classes = [image, image[::-1]], _entries("sky", "road")
+
+    def maps(ensemble, batch_size):
+        changed = dataclasses.replace(sampler, ensemble=ensemble, batch_size=batch_size)
+        return model.maps(images, classes, changed, seed=1)[0]
+
+    alone, pair = maps(1, 4), maps(2, 4)
+    assert np.abs(alone - pair).max() > 1e-3, "members differ"
+    for chunk in (3, 64):
+        np.testing.assert_allclose(maps(2, chunk), pair, atol=1e-5)
+    # The mean of N members, times N, is a sum: its differences are the members.
+    second, third = 2 * pair - alone, 3 * maps(3, 4) - 2 * pair
+    jobs = np.array([(i, p, m) for m in (2, 1) for i in (0, 1) for p in (0, 1)])
+    latents = segmenter_lib._encode(
+        model._vae,
+        model._vae_params,
+        np.stack([segmenter_lib.transforms.resize_image(i, (16, 16)) for i in images]),
+    )
+    run = model._run(latents, model.table(classes), np.array([[0], [1]]), jobs, sampler, 1)
+    np.testing.assert_allclose(run[:4].reshape(third.shape), third, atol=1e-4)
+    np.testing.assert_allclose(run[4:].reshape(second.shape), second, atol=1e-4)
+
+
+def test_images_of_one_call_do_not_see_each_other(model, image):
+    other = np.ascontiguousarray(image[:, ::-1])
+    classes, sampler = _entries(*CLASSES), model.config.sampler
+    together, _ = model.maps([image, other], classes, sampler, 0)
+    alone, _ = model.maps([other], classes, sampler, 0)
+    np.testing.assert_allclose(together[1], alone[0], atol=1e-5)
+
+
+def test_more_steps_use_more_of_the_schedule(model, image):
+    one, two = (model(image, CLASSES, steps=n).scores for n in (1, 2))
+    assert np.abs(one - two).max() > 1e-3
+
+
+def test_classes_are_scored_one_by_one_when_alone_in_a_pass(model, image):
+    scores = model(image, CLASSES).scores
+    turned = model(image, CLASSES[::-1]).scores
+    np.testing.assert_allclose(turned[..., ::-1], scores, atol=1e-5)
+    np.testing.assert_allclose(model(image, CLASSES[1:2]).scores, scores[..., 1:2], atol=1e-5)
+
+
+def test_synonyms_are_averaged(model, image):
+    both = model.table(_entries("building, edifice"))
+    apart = model.table(_entries("building", "edifice"))
+    np.testing.assert_allclose(both.hidden[0], apart.hidden.mean(0), atol=1e-6)
+    assert np.abs(apart.hidden[0] - apart.hidden[1]).max() > 1e-2
+    with_synonym = model(image, ["building, edifice"]).scores
+    assert np.abs(with_synonym - model(image, ["building"]).scores).max() > 0
+
+
+def test_shortlist_spends_the_full_budget_on_the_most_present(model, image):
+    classes = ("sky", "building", "road", "red tree")
+    full = model(image, classes, steps=2, ensemble=2, seed=5)
+    same = model(image, classes, steps=2, ensemble=2, seed=5, shortlist=4)
+    assert (same.scores == full.scores).all() and (same.uncertainty == full.uncertainty).all()
+    short = model(image, classes, steps=2, ensemble=2, seed=5, shortlist=2)
+    kept = np.flatnonzero(short.network_scores.max((0, 1)) > 0)
+    assert len(kept) == 2
+    np.testing.assert_allclose(short.scores[..., kept], full.scores[..., kept], atol=1e-5)
+    cheap = model(image, classes, steps=1, ensemble=1, seed=5).network_scores
+    presence = np.maximum(2 * cheap - 1, 0).mean((0, 1))
+    assert set(kept) == set(np.argsort(-presence)[:2])
+
+
+def test_uncertainty_is_the_spread_of_the_winning_class(model, image):
+    found = model(image, CLASSES, ensemble=3)
+    assert found.uncertainty.shape == (40, 56) and found.uncertainty.dtype == np.float32
+    sampler = dataclasses.replace(model.config.sampler, ensemble=3)
+    _, spread = model.maps([image], _entries(*CLASSES), sampler, 0)
+    resized = segmenter_lib._resize(np.moveaxis(spread[0], 0, -1), (40, 56))
+    winner = found.scores.argmax(-1)[..., None]
+    np.testing.assert_allclose(
+        found.uncertainty, np.take_along_axis(resized, winner, -1)[..., 0], atol=1e-6
+    )
+    assert 0 <= found.uncertainty.min() < found.uncertainty.max() <= 0.5
+
+
+@pytest.mark.parametrize("context", ["mean", "bound"])
+@pytest.mark.parametrize("group", [0, 2])
+def test_several_classes_per_pass(make_segmenter, tiny_config, image, group, context):
+    model = make_segmenter(tiny_config(classes_per_pass=group, context=context))
+    found = model(image, CLASSES, ensemble=2)
+    assert found.scores.shape == (40, 56, 3) and found.uncertainty.shape == (40, 56)
+    sampler = dataclasses.replace(model.config.sampler, ensemble=2)
+    gray, _ = model.maps([image], _entries(*CLASSES), sampler, 0)
+    assert gray.shape == (1, 1 if group == 0 else 2, 16, 16)
+    with pytest.raises(UserError, match="shortlist=1"):
+        model(image, CLASSES, shortlist=1)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [([], "empty class list"), (["sky", "Sky"], "duplicate class name"), ([""], "empty name")],
+)
+def test_bad_classes(model, image, classes, message):
+    with pytest.raises(UserError, match=message):
+        model(image, classes)
+
+
+def test_too_many_classes_for_one_gray_image(make_segmenter, tiny_config, image):
+    model = make_segmenter(tiny_config(classes_per_pass=0))
+    with pytest.raises(UserError, match="256 classes do not fit"):
+        model(image, [f"class {i}" for i in range(256)])
+
+
+def test_other_is_no_class():
+    scores = np.zeros((1, 2, 300), np.float32)
+    scores[0, 0, 255] = 1.0
+    assert segmenter_lib.decode(scores, 0.5, closed=False).tolist() == [[255, 65535]]
+    assert segmenter_lib.decode(scores[..., :200], 0.5, closed=False).tolist() == [[255, 255]]
+    assert segmenter_lib.decode(scores, 0.5, closed=True).tolist() == [[255, 0]]
+
+
+def test_bands_do_not_show(model, monkeypatch, image):
+    whole = model(image, CLASSES, ensemble=2)
+    monkeypatch.setattr(
+        segmenter_lib, "_bands", lambda size, channels: [slice(0, 7), slice(7, 39), slice(39, 40)]
+    )
+    cut = model(image, CLASSES, ensemble=2)
+    assert (cut.labels == whole.labels).all()
+    np.testing.assert_allclose(cut.uncertainty, whole.uncertainty, atol=1e-6)
+
+
+def test_bands_cover_the_image_and_bound_memory():
+    for size, channels in (((2000, 3000), 150), ((5, 7), 3), ((3, 4_000_000), 150)):
+        bands = segmenter_lib._bands(size, channels)
+        rows = np.concatenate([np.arange(size[0])[band] for band in bands])
+        assert rows.tolist() == list(range(size[0]))
+        highest = max(band.stop - band.start for band in bands)
+        assert highest == 1 or highest * size[1] * channels * 4 <= 64e6
+
+
+@pytest.mark.parametrize("size", [(40, 56), (9, 200), (16, 24), (5, 6)])
+def test_resize_is_bilinear(size):
+    maps = np.random.default_rng(1).random((16, 24, 2), np.float32)
+    ours = segmenter_lib._resize(maps, size)
+    theirs = jax.image.resize(maps, (*size, 2), "linear")
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    pil = Image.fromarray(maps[..., 0]).resize(size[::-1], Image.Resampling.BILINEAR)
+    np.testing.assert_allclose(ours[..., 0], np.asarray(pil), atol=1e-5)
+
+
+def test_with_params_swaps_the_unet_only(model, image):
+    zeros = jax.tree.map(lambda x: x * 0, model._unet_params)
+    other = model.with_params(zeros)
+    assert np.abs(other(image, CLASSES).scores - model(image, CLASSES).scores).max() > 1e-3
+    assert other.config is model.config
