@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from etils import epath
-from flax import nnx
 
 from segdiff_jax import files
 from segdiff_jax.config import DiffusionConfig
@@ -86,16 +85,16 @@ def load(
     if "unet" in components:
         values, file = read_json(root / "unet" / "config.json")
         config, widened = _two_latents(hf_config.read_unet(values, file), widen_conv_in, file)
-        unet = lambda: UNet(config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0))  # noqa: E731
+        unet = lambda rngs: UNet(config, dtype=dtype, remat=remat, rngs=rngs)  # noqa: E731
         parts["unet"] = fill("unet", unet, root / "unet", widened=widened)
     if "vae" in components:
         vae_config = hf_config.read_vae(*read_json(root / "vae" / "config.json"))
-        vae = lambda: VAE(vae_config, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+        vae = lambda rngs: VAE(vae_config, dtype=dtype, rngs=rngs)  # noqa: E731
         parts["vae"] = fill("vae", vae, root / "vae")
     if "text_encoder" in components:
         folder = root / "text_encoder"
         text_config = hf_config.read_text_encoder(*read_json(folder / "config.json"))
-        text = lambda: CLIPText(text_config, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+        text = lambda rngs: CLIPText(text_config, dtype=dtype, rngs=rngs)  # noqa: E731
         parts["text_encoder"] = fill("text_encoder", text, folder)
     if "tokenizer" in components:
         parts["tokenizer"] = Tokenizer.load(root / "tokenizer")

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
-from torch_oracles import relative_error, text_encoder, write
+from torch_oracles import relative_error, run, text_encoder, write
 
 from segdiff_jax.models import pretrained
+from segdiff_jax.models.clip_text import CLIPText
 
 # name: (transformers options, [B, L])
 CASES = {
@@ -47,7 +47,7 @@ def test_equals_transformers(name, dtype, limit, tmp_path):
     ids = _ids(size)
     with torch.no_grad():
         expected = oracle(torch.from_numpy(ids).long()).last_hidden_state.numpy()
-    actual = nnx.jit(lambda m, x: m(x))(ours, jnp.asarray(ids))
+    actual = run(CLIPText.__call__, ours, ids)
     error = relative_error(actual, expected)
     print(f"{name} {dtype.__name__}: {error:.1e}")
     assert actual.dtype == jnp.float32

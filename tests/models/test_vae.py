@@ -3,11 +3,10 @@
 import jax.numpy as jnp
 import pytest
 import torch
-from flax import nnx
-from torch_oracles import from_torch, normal, relative_error, to_torch, vae, write
+from torch_oracles import from_torch, normal, relative_error, run, to_torch, vae, write
 
 from segdiff_jax.models import pretrained
-from segdiff_jax.models.vae import decode_latents, encode_latents
+from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
 
 # name: (widths, diffusers options, pixels [B, H, W])
 CASES = {
@@ -53,10 +52,10 @@ def test_equals_diffusers(name, tmp_path):
     oracle = vae(widths, **options)
     ours = pretrained.load(write(tmp_path, vae=oracle), ("vae",)).vae
     pixels = normal(*size, oracle.config.in_channels)
-    mean, logvar = nnx.jit(lambda m, x: m.encode(x))(ours, jnp.asarray(pixels))
+    mean, logvar = run(VAE.encode, ours, pixels)
     expected_mean, expected_logvar = _moments(oracle, pixels)
     latents = normal(*expected_mean.shape, seed=1)
-    decoded = nnx.jit(lambda m, z: m.decode(z))(ours, jnp.asarray(latents))
+    decoded = run(VAE.decode, ours, latents)
     errors = (
         relative_error(mean, expected_mean),
         relative_error(logvar, expected_logvar),
@@ -71,9 +70,9 @@ def test_bfloat16_and_scaling_factor(tmp_path):
     oracle = vae(widths, **options)
     ours = pretrained.load(write(tmp_path, vae=oracle), ("vae",), dtype=jnp.bfloat16).vae
     pixels = normal(*size, 3)
-    latents = nnx.jit(encode_latents)(ours, jnp.asarray(pixels))
+    latents = run(encode_latents, ours, pixels)
     expected = _moments(oracle, pixels)[0] * 0.5
     assert latents.dtype == jnp.float32
     assert relative_error(latents, expected) <= 2e-2
-    decoded = nnx.jit(decode_latents)(ours, jnp.asarray(expected))
+    decoded = run(decode_latents, ours, expected)
     assert relative_error(decoded, _decoded(oracle, expected / 0.5)) <= 2e-2
