@@ -3,6 +3,7 @@
 W/config.json     the run's config
 W/vae/            the VAE stage, where the run began from nothing: a workdir of its own
 W/pretrained/     a Hugging Face folder with the frozen networks: VAE, text encoder, tokenizer
+W/latents/        VAE latents of the training pairs, where data.cache_latents is on
 W/checkpoints/    Orbax: parameters, optimiser, EMA; with the config and the UNet's architecture
 W/tensorboard/
 """
@@ -26,7 +27,7 @@ from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.training.checkpoint import Checkpoints
 
-PRETRAINED, CHECKPOINTS, VAE_STAGE = "pretrained", "checkpoints", "vae"
+PRETRAINED, CHECKPOINTS, VAE_STAGE, LATENTS = "pretrained", "checkpoints", "vae", "latents"
 EXPORT_SETTINGS = "segdiff.json"  # the config, in an exported folder
 
 

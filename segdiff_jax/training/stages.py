@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from flax import nnx
 from segdiff_jax import conditioning
 from segdiff_jax import workdir as workdirs
 from segdiff_jax.config import Config
-from segdiff_jax.data import pipeline
+from segdiff_jax.data import latents, pipeline
 from segdiff_jax.data.prompts import prompts
 from segdiff_jax.data.sources import Source, open_source
 from segdiff_jax.data.vocabulary import Vocabulary
@@ -25,13 +25,15 @@ from segdiff_jax.models.pretrained import Pretrained
 from segdiff_jax.models.tokenizer import train_tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.training import loop, losses, sharding
+from segdiff_jax.training import latent_cache, loop, losses, sharding
 from segdiff_jax.training.checkpoint import Checkpoints, check_config
 from segdiff_jax.training.step import Frozen, TrainState, diffusion_step, init_state, vae_step
 
 log = logging.getLogger(__name__)
 
 _SCALING_EXAMPLES = 64
+
+Batches = Callable[[int], Iterator[dict[str, np.ndarray]]]  # step -> batches from there on
 
 
 def train(config: Config, workdir: str) -> None:
@@ -59,7 +61,8 @@ def _train_vae(config: Config, workdir: str, source: Source) -> None:
     vae = given or nnx.eval_shape(lambda: _new_vae(config))
     graph, params = nnx.split(vae)
     make = None if given else lambda: nnx.state(_new_vae(config))
-    state = _run(config, workdir, source, vae_step(graph, config), None, params, make, None)
+    batches = _batches(config, source)
+    state = _run(config, workdir, batches, vae_step(graph, config), None, params, make, None)
     vae = nnx.merge(graph, state.ema or state.params)
     vae = _with_scaling(vae, config, source)
     text_encoder, tokenizer = _new_text(config, source.vocabulary)
@@ -103,7 +106,8 @@ def _train_diffusion(config: Config, workdir: str, source: Source) -> None:
 
         segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config)
         validate = validator(segmenter, config)
-    _run(config, workdir, source, step, frozen, params, make, unet_config, validate)
+    batches = _batches(config, source, (vae, workdir) if config.data.cache_latents else None)
+    _run(config, workdir, batches, step, frozen, params, make, unet_config, validate)
 
 
 def _starting_point(config: Config, workdir: str) -> str:
@@ -185,10 +189,24 @@ def _with_scaling(vae: VAE, config: Config, source: Source) -> VAE:
     return vae
 
 
+def _batches(config: Config, source: Source, cached: tuple[VAE, str] | None = None) -> Batches:
+    """A function that starts the batches at a step; `cached`: the VAE and workdir of a cache."""
+    mine = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+    def start(step: int) -> Iterator[dict[str, np.ndarray]]:
+        if cached is None:
+            return pipeline.train_batches(source, config, config.seed, step, **mine)
+        folder = str(epath.Path(cached[1]) / workdirs.LATENTS)
+        stored = latent_cache.open_or_build(source, cached[0], config, folder)
+        return latents.train_batches(stored, config, config.seed, step, **mine)
+
+    return start
+
+
 def _run(
     config: Config,
     workdir: str,
-    source: Source,
+    batches: Batches,
     step: Any,
     frozen: Frozen | None,
     params: Any,
@@ -225,17 +243,18 @@ def _run(
         if frozen is not None:
             frozen = jax.device_put(frozen, sharding.replicated(mesh))
         log.info("%s: %.2f M parameters", config.stage, workdirs.parameter_count(params) / 1e6)
-        batches = pipeline.train_batches(
-            source,
-            config,
-            config.seed,
-            start_step=int(state.step),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
         metadata = workdirs.checkpoint_metadata(config, unet_config)
         return loop.run(
-            config, workdir, step, state, frozen, batches, mesh, checkpoints, metadata, validate
+            config,
+            workdir,
+            step,
+            state,
+            frozen,
+            batches(int(state.step)),
+            mesh,
+            checkpoints,
+            metadata,
+            validate,
         )
     finally:
         checkpoints.close()

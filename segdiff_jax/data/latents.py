@@ -1,0 +1,158 @@
+"""The latent cache: VAE latents of the training pairs in place of their pixels.
+
+cache.json                  what the latents were made from, their shape, the number of shards
+classes-00000.json          of each pair: the classes it shows, or why it could not be read
+latents-00000.array_record  float32 latents; a shard per process that wrote, pairs in order
+
+The first record is the latent of an empty mask. Then each pair has, for each of its views (as it
+is, then mirrored where the config flips), the image latent with its valid mask and one latent per
+mask: of each class that it shows, or one of all classes where one pass paints them all.
+A folder without `cache.json` is no cache. `training/latent_cache.py` writes all this.
+"""
+
+import atexit
+import json
+import os
+import shutil
+import tempfile
+from typing import Any
+
+import grain
+import numpy as np
+from etils import epath
+
+from segdiff_jax.config import Config
+from segdiff_jax.data import pipeline, transforms
+from segdiff_jax.data.images import UnreadableError
+from segdiff_jax.data.sources import Source
+from segdiff_jax.errors import UserError
+from segdiff_jax.files import is_remote
+
+
+def train_batches(
+    latents: "Latents",
+    config: Config,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    batch_size: int | None = None,
+) -> pipeline.TrainBatches:
+    """The batches of `pipeline.train_batches`, example for example, with latents for pixels.
+
+    Each is {"image_latents": float32 [b, h, w, c], "mask_latents": float32 [b, h, w, c],
+    "valid": bool [b, h, w], "class_ids": int32 [b, G]}.
+    """
+    example = _Example(latents, config, seed)
+    return pipeline.batches(
+        latents, example, config, seed, start_step, process_index, process_count, batch_size
+    )
+
+
+class Latents:
+    """An open cache: which classes each pair shows, and latents by pair, view and class.
+
+    Opening damaged files raises what they lead the readers to: `OSError`, `ValueError`, ...
+    """
+
+    def __init__(self, folder: str, source: Source):
+        self.folder, root = folder, epath.Path(folder)
+        description = json.loads((root / "cache.json").read_text())
+        self.shape = tuple(description["latent"])  # (h, w, c)
+        self.vocabulary, self.novel = source.vocabulary, source.novel
+        self._in_one_image = description["made_from"]["all_in_one_image"]
+        shards = range(description["shards"])
+        texts = [(root / f"classes-{shard:05d}.json").read_text() for shard in shards]
+        self._contents = [pair for text in texts for pair in json.loads(text)]
+        views = 2 if description["made_from"]["flip"] else 1
+        sizes = [views * (1 + self._masks(pair)) for pair in range(len(self))]
+        self._start = 1 + np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # [N + 1]
+        local = _local_copy(root) if is_remote(folder) else folder
+        paths = [os.path.join(local, f"latents-{shard:05d}.array_record") for shard in shards]
+        self._records = grain.sources.ArrayRecordDataSource(paths)
+        if len(self._records) != self._start[-1]:
+            raise ValueError(f"{len(self._records)} records, not {self._start[-1]}")
+        self.empty_mask = self._latent(self._read(0))
+
+    def __len__(self) -> int:
+        return len(self._contents)
+
+    def __getitem__(self, pair: int) -> dict[str, Any]:
+        if isinstance(self._contents[pair], str):
+            raise UnreadableError(self._contents[pair])
+        return {"pair": pair}
+
+    def classes(self, pair: int) -> np.ndarray:
+        """The ids [n] of trained classes that a pair shows."""
+        return np.array(self._contents[pair], np.uint8)
+
+    def image(self, pair: int, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Image latent [h, w, c] and valid mask bool [h, w]."""
+        height, width, _ = self.shape
+        data = self._read(self._view(pair, flip), -(-height * width // 8))
+        bits = np.frombuffer(data, np.uint8, offset=4 * int(np.prod(self.shape)))
+        valid = np.unpackbits(bits, count=height * width).astype(bool)
+        return self._latent(data), valid.reshape(height, width)
+
+    def mask(self, pair: int, flip: bool, class_id: int) -> np.ndarray:
+        """Mask latent [h, w, c] of a class, shown or not; of all of them if they share an image."""
+        slots = [0] if self._in_one_image else np.flatnonzero(self.classes(pair) == class_id)
+        if not len(slots):
+            return self.empty_mask
+        return self._latent(self._read(self._view(pair, flip) + 1 + int(slots[0])))
+
+    def _masks(self, pair: int) -> int:
+        """Mask latents per view; -1 makes an unreadable pair take no records."""
+        if isinstance(self._contents[pair], str):
+            return -1
+        return 1 if self._in_one_image else len(self._contents[pair])
+
+    def _view(self, pair: int, flip: bool) -> int:
+        return int(self._start[pair]) + flip * (1 + self._masks(pair))
+
+    def _read(self, record: int, more: int = 0) -> bytes:
+        """A record: a latent, and `more` bytes."""
+        error, data = None, b""
+        try:
+            data = self._records[record]  # empty where the file was cut off
+        except RuntimeError as caught:  # its chunks have checksums
+            error = caught
+        if len(data) != 4 * int(np.prod(self.shape)) + more:
+            raise UserError(
+                f"{self.folder}: damaged latent cache: remove it and run again"
+            ) from error
+        return data
+
+    def _latent(self, data: bytes) -> np.ndarray:
+        count = int(np.prod(self.shape))
+        return np.frombuffer(data, np.float32, count).reshape(self.shape)
+
+
+class _Example:
+    """Pair -> training example number `index`. A class because worker processes pickle it."""
+
+    def __init__(self, latents: Latents, config: Config, seed: int):
+        self.latents, self.augment = latents, config.data.augment
+        self.draws = pipeline.Draws(latents, config, seed)
+
+    def __call__(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
+        pair, rng = record["pair"], self.draws.generator(index)
+        flip = transforms.draw_flip(rng, self.augment)
+        class_ids = self.draws.class_ids(self.latents.classes(pair), rng)
+        image, valid = self.latents.image(pair, flip)
+        return {
+            "image_latents": image,
+            "mask_latents": self.latents.mask(pair, flip, class_ids[0]),
+            "valid": valid,
+            "class_ids": class_ids,
+            "unreadable": record["unreadable"],
+        }
+
+
+def _local_copy(root: epath.Path) -> str:
+    """array_record reads local files only: those of a store are copied for this process."""
+    folder = tempfile.mkdtemp(prefix="segdiff_latents_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for path in root.glob("*.array_record"):
+        path.copy(os.path.join(folder, path.name))
+    return folder
