@@ -1,0 +1,112 @@
+"""The evaluator against a plain loop over images, and the ceiling against its definition."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from segdiff_jax.data import vocabulary
+from segdiff_jax.evaluation import metrics
+from segdiff_jax.evaluation.evaluator import evaluate
+from segdiff_jax.segmenter import Segmenter
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+class MemorySource:
+    """Random photos of several sizes; labels with some 255."""
+
+    def __init__(self, count=5, novel=(), sizes=((20, 28), (24, 16))):
+        self.vocabulary = vocabulary.from_names(["sky", "building, edifice", "road"])
+        self.novel = novel
+        rng = np.random.default_rng(0)
+        self.records = []
+        for i in range(count):
+            size = sizes[i % len(sizes)]
+            labels = rng.choice(np.array([0, 1, 2, 255], np.uint8), size)
+            image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+            self.records.append({"image": image, "labels": labels, "name": f"photo_{i}"})
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        return self.records[index]
+
+
+@pytest.fixture(scope="module")
+def model(make_segmenter):
+    return make_segmenter()
+
+
+def test_same_counts_as_one_image_at_a_time(model):
+    source = MemorySource()
+    sampler = dataclasses.replace(model.config.sampler, batch_size=6)  # two images a call
+    calls = []
+    result = evaluate(
+        model, source, seed=2, sampler=sampler, examples=2, progress=lambda *a: calls.append(a)
+    )
+    expected = np.zeros((3, 4), np.int64)
+    for record in source.records:
+        found = model(record["image"], source.vocabulary.classes, seed=2, closed=True)
+        expected += metrics.confusion(record["labels"], found.labels, 3)
+    # Batches change the last bits of the maps: a pixel or two may be a tie.
+    assert np.abs(result.confusion - expected).sum() <= 6
+    assert result.confusion.sum() == sum((r["labels"] != 255).sum() for r in source.records)
+    assert not result.confusion[:, 3].any(), "closed: nothing is *other*"
+    assert calls == [(0, 5), (2, 5), (4, 5), (5, 5)]
+    assert [e.name for e in result.examples] == ["photo_0", "photo_2"]
+    example, record = result.examples[1], source.records[2]
+    assert (example.image == record["image"]).all() and (example.labels == record["labels"]).all()
+    assert example.prediction.shape == record["labels"].shape and example.uncertainty is None
+
+
+def test_summary(model):
+    result = evaluate(model, MemorySource(novel=(1,)), limit=2, seed=7)
+    summary, iou = result.summary, metrics.class_iou(result.confusion)
+    assert summary["images"] == 2 and summary["settings"]["seed"] == 7
+    assert summary["settings"]["steps"] == 1 and summary["settings"]["ensemble"] == 1
+    assert summary["miou_novel"] == pytest.approx(iou[1])
+    assert summary["miou_trained"] == pytest.approx((iou[0] + iou[2]) / 2)
+    assert summary["per_class"]["building"] == pytest.approx(iou[1])
+    assert "miou_novel" not in evaluate(model, MemorySource(), limit=1).summary
+
+
+def test_limit_spreads_over_the_source(model):
+    read = []
+
+    class Watched(MemorySource):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    evaluate(model, Watched(count=10), limit=4)
+    assert read == [0, 2, 5, 7]
+    read.clear()
+    evaluate(model, Watched(count=3), limit=99)
+    assert read == [0, 1, 2]
+
+
+def test_ensemble_gives_uncertainty(model):
+    sampler = dataclasses.replace(model.config.sampler, ensemble=2)
+    result = evaluate(model, MemorySource(2), sampler=sampler, examples=5)
+    assert [e.name for e in result.examples] == ["photo_0", "photo_1"]
+    for example in result.examples:
+        assert example.uncertainty.shape == example.labels.shape
+        assert example.uncertainty.max() > 0
+
+
+@pytest.mark.parametrize("group", [1, 2, 0])
+def test_ceiling_of_a_perfect_vae_is_one(make_segmenter, tiny_config, monkeypatch, group):
+    model = make_segmenter(tiny_config(classes_per_pass=group))
+    monkeypatch.setattr(Segmenter, "reconstruct", lambda self, gray: np.asarray(gray))
+    source = MemorySource(sizes=((16, 16),))  # the networks' own size: nothing to resize
+    summary = evaluate(model, source, ceiling=True).summary
+    assert summary["miou_present"] == summary["pixel_accuracy"] == 1.0
+    assert summary["settings"]["ceiling"]
+
+
+def test_ceiling_goes_through_the_vae_and_not_the_unet(model, monkeypatch):
+    monkeypatch.setattr(Segmenter, "maps", lambda *a: pytest.fail("the ceiling needs no UNet"))
+    summary = evaluate(model, MemorySource(), ceiling=True).summary
+    assert summary["miou_present"] < 0.9, "a random VAE keeps little"
