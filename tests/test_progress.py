@@ -1,0 +1,27 @@
+"""Progress lines where stderr is no terminal."""
+
+from segdiff_jax import progress
+
+
+def test_lines_show_rate_and_remaining_time(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    report = progress.reporter("evaluate")
+    report(0, 100)
+    clock[0] = 60.0  # compilation: no part of the rate
+    for done in range(1, 101):
+        report(done, 100)
+        clock[0] += 0.5
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "evaluate: 1/100 images"
+    assert lines[1] == "evaluate: 21/100 images, 2.00 images/s, ETA 00:39"
+    assert lines[-1] == "evaluate: 100/100 images, 2.00 images/s, ETA 00:00"
+    assert len(lines) == 6
+
+
+def test_short_work_is_one_line(capsys):
+    report = progress.reporter("predict")
+    report(0, 2)
+    report(1, 2)
+    report(2, 2)
+    assert capsys.readouterr().err.startswith("predict: 2/2 images")
