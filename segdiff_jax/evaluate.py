@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
         config = cli.load_config(args.config, overrides)
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax: "directory is read only"
     from segdiff_jax import files, runtime, workdir
     from segdiff_jax.data.sources import open_source
     from segdiff_jax.evaluation.evaluator import evaluate

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     paths = requests.find_images(args.images)
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax: "directory is read only"
     from segdiff_jax import runtime, workdir
     from segdiff_jax.evaluation import results
     from segdiff_jax.segmenter import Segmenter
