@@ -21,13 +21,17 @@ def get_config() -> Config:
             scenes=ScenesConfig(train_examples=8192, val_examples=48),
         ),
         model=ModelConfig(preset="tiny"),
-        codec=CodecConfig(classes_per_pass=1, negatives=0.5),
+        codec=CodecConfig(classes_per_pass=1, negatives=0.3),
         optimizer=OptimizerConfig(
-            learning_rate=1e-3, decay_steps=4000, final_fraction=0.05, ema_decay=0.998
+            learning_rate=1.5e-3,
+            warmup_steps=50,
+            decay_steps=900,
+            final_fraction=0.05,
+            ema_decay=0.99,
         ),
         train=TrainConfig(
-            steps=4000, batch_size=32, terminal_share=0.5, checkpoint_every=1000, log_every=100
+            steps=900, batch_size=32, terminal_share=0.75, checkpoint_every=300, log_every=50
         ),
-        vae=VAEConfig(steps=600, batch_size=16, learning_rate=2e-3),
+        vae=VAEConfig(steps=400, batch_size=16, learning_rate=2e-3),
         sampler=SamplerConfig(steps=1, ensemble=1, batch_size=64),
     )

@@ -86,7 +86,9 @@ def load_networks(path: str) -> tuple[UNet, VAE, CLIPText, Tokenizer, Config]:
 
 def unet_config_from(values: dict[str, Any]) -> UNetConfig:
     """The inverse of `dataclasses.asdict` after a trip through JSON."""
-    as_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    as_tuples: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+    }
     return UNetConfig(**as_tuples)
 
 

@@ -1,6 +1,7 @@
 """The CLIP text transformer (arXiv 2103.00020), as far as Stable Diffusion uses it."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ def _activation(name: str, x: jax.Array) -> jax.Array:
 
 class EncoderLayer(nnx.Module):
     def __init__(self, config: CLIPTextConfig, *, dtype: Dtype, rngs: nnx.Rngs):
-        width, kw = config.hidden_size, {"dtype": dtype, "rngs": rngs}
+        width = config.hidden_size
+        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         norm = lambda: nnx.LayerNorm(width, epsilon=config.layer_norm_eps, **kw)  # noqa: E731
         self.layer_norm1, self.layer_norm2 = norm(), norm()
         self.q_proj = nnx.Linear(width, width, **kw)
@@ -54,7 +56,8 @@ class CLIPText(nnx.Module):
     """Causal transformer over token ids; returns the last hidden state after the final norm."""
 
     def __init__(self, config: CLIPTextConfig, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs):
-        width, kw = config.hidden_size, {"dtype": dtype, "rngs": rngs}
+        width = config.hidden_size
+        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         # Without pre-trained weights the encoder stays random and frozen. Unit-variance tokens
         # keep the words apart then; CLIP's own 0.02 would leave only positions to see.
         tokens, positions = nnx.initializers.normal(1.0), nnx.initializers.normal(0.3)

@@ -1,6 +1,7 @@
 """The conditional UNet of Stable Diffusion (`UNet2DConditionModel`), channel-last."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,9 +49,9 @@ class UNetConfig:
 class FeedForward(nnx.Module):
     """GEGLU (arXiv 2002.05202): proj_out(a · gelu(b)) with a, b = split(proj_in(x))."""
 
-    def __init__(self, channels: int, *, zero: bool, dtype: Dtype, rngs: nnx.Rngs):
+    def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
         self.proj_in = linear(channels, 8 * channels, dtype=dtype, rngs=rngs)
-        self.proj_out = linear(4 * channels, channels, zero=zero, dtype=dtype, rngs=rngs)
+        self.proj_out = linear(4 * channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden, gate = jnp.split(self.proj_in(x), 2, axis=-1)
@@ -64,11 +65,10 @@ class TransformerBlock(nnx.Module):
         heads: int,
         context_dim: int,
         *,
-        zero: bool,
         dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        kw = {"zero": zero, "dtype": dtype, "rngs": rngs}
+        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         norm = lambda: nnx.LayerNorm(channels, epsilon=1e-5, dtype=dtype, rngs=rngs)  # noqa: E731
         self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
         self.attn1 = Attention(channels, heads, **kw)
@@ -94,12 +94,12 @@ class SpatialTransformer(nnx.Module):
         dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        kw = {"dtype": dtype, "rngs": rngs}
+        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         project = linear if config.use_linear_projection else lambda i, o, **k: conv(i, o, 1, **k)
         self.norm = GroupNorm(channels, config.norm_groups, 1e-6, dtype=dtype)
         self.proj_in = project(channels, channels, **kw)
         self.transformer_blocks = nnx.List(
-            TransformerBlock(channels, heads, config.cross_attention_dim, zero=zero, **kw)
+            TransformerBlock(channels, heads, config.cross_attention_dim, **kw)
             for _ in range(config.transformer_layers)
         )
         self.proj_out = project(channels, channels, zero=zero, **kw)
@@ -128,7 +128,7 @@ class Level(nnx.Module):
         dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        kw = {"zero": zero, "dtype": dtype, "rngs": rngs}
+        kw: dict[str, Any] = {"zero": zero, "dtype": dtype, "rngs": rngs}
         self.resnets = nnx.List(
             ResnetBlock(
                 width,
@@ -141,10 +141,13 @@ class Level(nnx.Module):
             for width in widths_in
         )
         count = len(widths_in) if resample != "middle" else len(widths_in) - 1
-        self.attentions = nnx.List(
-            SpatialTransformer(config, channels, heads, **kw) for _ in range(count if heads else 0)
+        attentions = (
+            [SpatialTransformer(config, channels, heads, **kw) for _ in range(count)]
+            if heads
+            else []
         )
-        plain = {"dtype": dtype, "rngs": rngs}
+        self.attentions = nnx.List(attentions)
+        plain: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         down, up = resample == "down", resample == "up"
         self.downsample = Downsample(channels, padding=(1, 1), **plain) if down else None
         self.upsample = Upsample(channels, **plain) if up else None
@@ -169,8 +172,8 @@ class UNet(nnx.Module):
         zero_init: bool = False,
         rngs: nnx.Rngs,
     ):
-        kw = {"dtype": dtype, "rngs": rngs}
-        level_kw = {"zero": zero_init, **kw}
+        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        level_kw: dict[str, Any] = {"zero": zero_init, **kw}
         widths, layers = config.block_out_channels, config.layers_per_block
         last = len(widths) - 1
         self.config, self.dtype, self.remat = config, dtype, remat
@@ -237,7 +240,8 @@ class UNet(nnx.Module):
                 x = layer(level, i, jnp.concatenate([x, skips.pop()], axis=-1), time, context, mask)
             if level.upsample is not None:
                 # The next skip's size, not twice this one: odd sizes were rounded on the way down.
-                x = level.upsample(x, skips[-1].shape[1:3])
+                _, height, width, _ = skips[-1].shape
+                x = level.upsample(x, (height, width))
         x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
         return x.astype(jnp.float32)
 

@@ -1,6 +1,7 @@
 """The VAE of Stable Diffusion (`AutoencoderKL`), channel-last."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +52,8 @@ class SpatialAttention(nnx.Module):
 
 class MidBlock(nnx.Module):
     def __init__(self, channels: int, config: VAEConfig, *, dtype: Dtype, rngs: nnx.Rngs):
-        kw = {"dtype": dtype, "rngs": rngs}
-        norm = {"groups": config.norm_groups, "epsilon": _EPSILON}
+        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        norm: dict[str, Any] = {"groups": config.norm_groups, "epsilon": _EPSILON}
         self.resnets = nnx.List(ResnetBlock(channels, channels, **norm, **kw) for _ in range(2))
         attend = config.mid_attention
         self.attention = SpatialAttention(channels, config.norm_groups, **kw) if attend else None
@@ -77,8 +78,8 @@ class Level(nnx.Module):
         dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        kw = {"dtype": dtype, "rngs": rngs}
-        norm = {"groups": config.norm_groups, "epsilon": _EPSILON}
+        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        norm: dict[str, Any] = {"groups": config.norm_groups, "epsilon": _EPSILON}
         self.resnets = nnx.List(ResnetBlock(w, channels, **norm, **kw) for w in widths_in)
         down, up = resample == "down", resample == "up"
         self.downsample = Downsample(channels, padding=(0, 1), **kw) if down else None
@@ -94,7 +95,7 @@ class Level(nnx.Module):
 
 class Encoder(nnx.Module):
     def __init__(self, config: VAEConfig, *, dtype: Dtype, rngs: nnx.Rngs):
-        kw = {"dtype": dtype, "rngs": rngs}
+        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         widths, last = config.block_out_channels, len(config.block_out_channels) - 1
         self.conv_in = conv(config.in_channels, widths[0], **kw)
         self.down_blocks = nnx.List(
@@ -120,7 +121,7 @@ class Encoder(nnx.Module):
 
 class Decoder(nnx.Module):
     def __init__(self, config: VAEConfig, *, dtype: Dtype, rngs: nnx.Rngs):
-        kw = {"dtype": dtype, "rngs": rngs}
+        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         widths = config.block_out_channels[::-1]
         self.conv_in = conv(config.latent_channels, widths[0], **kw)
         self.mid_block = MidBlock(widths[0], config, **kw)
@@ -148,7 +149,7 @@ class VAE(nnx.Module):
     """Images in [-1, 1] ⇄ Gaussian posteriors over latents, f times smaller."""
 
     def __init__(self, config: VAEConfig, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs):
-        kw = {"dtype": dtype, "rngs": rngs}
+        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         latent = config.latent_channels
         self.config, self.dtype = config, dtype
         self.encoder = Encoder(config, **kw)
