@@ -49,14 +49,14 @@ def test_scenes_have_the_asked_size(size):
 
 
 def test_training_never_shows_a_novel_class_and_validation_shows_every_class(train, validation):
-    assert len(train.vocabulary) == 49 and len(train.novel) == 12
+    assert len(train.vocabulary) == 25 and len(train.novel) == 6
     seen_in_training, seen_in_validation = occurring(train), occurring(validation)
     novel = set(train.novel)
-    trained = [i for i in range(49) if i not in novel]
+    trained = [i for i in range(25) if i not in novel]
     assert not seen_in_training[list(novel)].any()
     assert (seen_in_training[trained] >= 10).all()
-    assert (seen_in_validation[:49] >= 3).all(), "an IoU needs a few examples of every class"
-    assert not seen_in_training[49:].any() and not seen_in_validation[49:].any()
+    assert (seen_in_validation[:25] >= 3).all(), "an IoU needs a few examples of every class"
+    assert not seen_in_training[25:].any() and not seen_in_validation[25:].any()
 
 
 def test_every_pair_of_words_of_a_novel_phrase_is_trained_on():
@@ -66,7 +66,7 @@ def test_every_pair_of_words_of_a_novel_phrase_is_trained_on():
     for phrase in novel:
         words = phrase.split()
         for a, b in ((0, 1), (0, 2), (1, 2)):
-            assert sum(t[a] == words[a] and t[b] == words[b] for t in trained) >= 2, phrase
+            assert sum(t[a] == words[a] and t[b] == words[b] for t in trained) >= 1, phrase
 
 
 def test_class_ids_and_phrases_agree():
@@ -81,7 +81,7 @@ def test_class_ids_and_phrases_agree():
 def test_pixels_show_what_the_phrase_says():
     """Colour from the hue of the bright pixels, texture from the contrast inside, per shape."""
     order = {"red": (0, 1, 2), "green": (1, 0, 2), "blue": (2, 0, 1)}
-    for class_id in range(1, 49):
+    for class_id in range(1, 25):
         texture, color, _ = scenes.class_parts(class_id)
         image, labels = scenes.render(np.random.default_rng(class_id), [class_id], (64, 64))
         inside = image[labels == class_id].astype(float)  # [n, 3]
@@ -99,7 +99,7 @@ def test_pixels_show_what_the_phrase_says():
 
 def test_background_is_muted_and_mostly_visible(train):
     share = np.mean([(train[i]["labels"] == 0).mean() for i in range(40)])
-    assert 0.4 < share < 0.85
+    assert 0.35 < share < 0.85
     chroma = []
     for i in range(40):
         record = train[i]
