@@ -24,11 +24,15 @@ def get_config() -> Config:
         model=ModelConfig(preset="small"),
         codec=CodecConfig(classes_per_pass=1, negatives=0.15, closed=True),
         optimizer=OptimizerConfig(
-            learning_rate=6e-4, decay_steps=3000, final_fraction=0.05, ema_decay=0.998
+            learning_rate=1e-3,
+            warmup_steps=50,
+            decay_steps=2600,
+            final_fraction=0.05,
+            ema_decay=0.995,
         ),
         train=TrainConfig(
-            steps=3000, batch_size=16, terminal_share=0.5, checkpoint_every=500, log_every=50
+            steps=2600, batch_size=16, terminal_share=0.6, checkpoint_every=200, log_every=50
         ),
-        vae=VAEConfig(steps=800, batch_size=8, learning_rate=1.5e-3),
+        vae=VAEConfig(steps=500, batch_size=8, learning_rate=2e-3),
         sampler=SamplerConfig(steps=1, ensemble=1, batch_size=66),
     )

@@ -51,7 +51,7 @@ def _small(
 
 PRESETS = {
     "tiny": _small((64, 128), (8, 16, 32, 64), 128),
-    "small": _small((96, 128), (8, 24, 48, 96), 128),
+    "small": _small((64, 128), (8, 24, 48, 96), 128),
     # runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2: their config.json files.
     "sd15": Architecture(
         UNetConfig(heads=(8, 8, 8, 8), cross_attention_dim=768, use_linear_projection=False),
