@@ -63,10 +63,13 @@ def run(
     saved = first
 
     def check(values: dict[str, float] | None) -> None:
-        if values and not all(math.isfinite(values[k]) for k in ("loss", "gradient_norm")):
+        # All three: a finite gradient may still make an update that is not.
+        finite = ("loss", "gradient_norm", "update_norm")
+        if values and not all(math.isfinite(values[k]) for k in finite):
             kept = f"checkpoint {saved} is kept" if saved else "no checkpoint was written yet"
             raise UserError(
-                f"{workdir}: loss or gradient is not finite at step {values['step']:.0f}; {kept}: "
+                f"{workdir}: loss, gradient or update is not finite at step "
+                f"{values['step']:.0f}; {kept}: "
                 "lower config.optimizer.learning_rate, or config.optimizer.clip_norm"
             )
 

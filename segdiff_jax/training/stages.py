@@ -179,7 +179,8 @@ def _new_text(config: Config, vocabulary: Vocabulary) -> tuple[CLIPText, Any]:
 
 def _with_scaling(vae: VAE, config: Config, source: Source) -> VAE:
     """`vae` with the scaling factor that gives training latents unit variance."""
-    batch = next(pipeline.train_batches(source, config, config.seed, batch_size=_SCALING_EXAMPLES))
+    rows = next(pipeline.train_batches(source, config, config.seed, batch_size=_SCALING_EXAMPLES))
+    batch = {name: jnp.asarray(values) for name, values in rows.items()}
     pixels = jnp.concatenate(
         [losses.to_pixels(batch["image"]), losses.mask_images(batch["labels"], batch["class_ids"])]
     )

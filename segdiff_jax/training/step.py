@@ -36,7 +36,7 @@ class Frozen(NamedTuple):
     table: PromptTable
 
 
-StepFunction = Callable[[TrainState, Frozen | None, losses.Batch, jax.Array], Any]
+StepFunction = Callable[[TrainState, Any, losses.Batch, jax.Array], Any]  # Any: Frozen or None
 
 
 def init_state(params: Any, config: Config) -> TrainState:
@@ -61,23 +61,30 @@ def diffusion_step(
         vae_module = nnx.merge(vae, frozen.vae)
         factor, channels = vae_module.config.downsampling, vae_module.config.latent_channels
         weights = losses.latent_weights(batch, factor)  # [B, h, w]
+        count, height, width = weights.shape
         corruption = losses.corrupt(
             jax.random.fold_in(key, state.step),
-            (*weights.shape, channels),
+            (count, height, width, channels),
             frozen.schedule,
             config.noise,
             config.train.terminal_share,
         )
 
         def loss_fn(params, micro):
+            module, (rows, drawn, row_weights) = nnx.merge(unet, params), micro
             return losses.diffusion_loss(
-                nnx.merge(unet, params), vae_module, frozen.schedule, frozen.table, *micro,
+                module,
+                vae_module,
+                frozen.schedule,
+                frozen.table,
+                rows,
+                drawn,
+                row_weights,
                 config.codec,
-            )  # fmt: skip
+            )
 
-        loss, grads = _accumulate(
-            loss_fn, state.params, (batch, corruption, weights), micro_batches
-        )
+        everything = (batch, corruption, weights)
+        loss, grads = _accumulate(loss_fn, state.params, everything, micro_batches)
         return _update(state, grads, {"loss": loss}, config)
 
     return step
@@ -132,5 +139,6 @@ def _update(
         **metrics,
         "learning_rate": learning_rate(config.optimizer)(state.step),
         "gradient_norm": optax.global_norm(grads),
+        "update_norm": optax.global_norm(updates),
     }
     return TrainState(state.step + 1, params, opt_state, ema), metrics

@@ -1,0 +1,264 @@
+"""Both losses against torch and diffusers; where labels count; what a batch is trained on."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from segdiff_jax import conditioning
+from segdiff_jax.config import CodecConfig, DiffusionConfig, NoiseConfig
+from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.training import losses
+
+FACTOR, CHANNELS, K = 4, 2, 5
+PLAIN = NoiseConfig(kind="gaussian")
+MIX = np.random.default_rng(0).normal(size=(3, CHANNELS)).astype(np.float32)
+
+
+class PoolingVAE:
+    """A VAE that anyone can recompute: mean colour of 4×4 blocks, mixed into two channels."""
+
+    config = SimpleNamespace(scaling_factor=0.7, downsampling=FACTOR, latent_channels=CHANNELS)
+
+    def encode(self, pixels):
+        n, height, width, _ = pixels.shape
+        blocks = pixels.reshape(n, height // FACTOR, FACTOR, width // FACTOR, FACTOR, 3)
+        mean = blocks.mean((2, 4)) @ MIX
+        return mean, 0.1 * mean - 0.3
+
+    def decode(self, latents):
+        flat = latents @ jnp.asarray(MIX.T)
+        return jnp.repeat(jnp.repeat(flat, FACTOR, 1), FACTOR, 2)
+
+
+def unet(sample, timesteps, context, context_mask):
+    """Depends on each of its inputs."""
+    noisy, image = sample[..., CHANNELS:], sample[..., :CHANNELS]
+    text = context.mean((1, 2)) if context_mask is None else context.sum((1, 2))
+    return jnp.tanh(noisy * 0.5 + image) + (timesteps / 1000 + text)[:, None, None, None]
+
+
+def make_batch(classes_per_pass=1, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.kron(rng.integers(0, K, (3, 4, 4)), np.ones((1, 2, 3))).astype(np.uint8)
+    labels[:, :3, :5] = 255
+    labels[2] = 255
+    return {
+        "image": rng.integers(0, 256, (3, 8, 12, 3), dtype=np.uint8),
+        "labels": labels,
+        "class_ids": rng.permuted(np.tile(np.arange(K), (3, 1)), axis=1)[:, :classes_per_pass],
+    }
+
+
+def make_table(seed=0):
+    rng = np.random.default_rng(seed)
+    return conditioning.PromptTable(
+        jnp.asarray(rng.normal(size=(K, 7, 6)), jnp.float32),
+        jnp.asarray(rng.normal(size=(K, 6)), jnp.float32),
+    )
+
+
+def torch_encode(pixels):
+    """[B, H, W, 3] in [-1, 1] → scaled latents, by torch's own pooling."""
+    pooled = torch.nn.functional.avg_pool2d(torch.tensor(pixels).permute(0, 3, 1, 2), FACTOR)
+    return (pooled.permute(0, 2, 3, 1) @ torch.tensor(MIX)) * 0.7
+
+
+def painted(labels, class_ids):
+    """The gray masks of the design: class j of G at -1 + 2j/G, everything else at -1."""
+    gray = np.full(labels.shape, -1.0, np.float32)
+    for row, ids in enumerate(class_ids):
+        for j, class_id in enumerate(ids, 1):
+            gray[row][labels[row] == class_id] = -1 + 2 * j / len(ids)
+    return np.repeat(gray[..., None], 3, -1)
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "epsilon", "sample"])
+@pytest.mark.parametrize("group", [1, 3])
+def test_diffusion_loss_is_the_masked_error_of_the_scheduler_target(prediction, group):
+    batch, table = make_batch(group), make_table()
+    zero_snr = prediction != "epsilon"
+    config = DiffusionConfig(prediction_type=prediction, rescale_betas_zero_snr=zero_snr)
+    rng = np.random.default_rng(1)
+    noise = rng.normal(size=(3, 2, 3, CHANNELS)).astype(np.float32)
+    timesteps = np.array([3, 999, 500])
+
+    weights = losses.latent_weights(batch, FACTOR)
+    found = losses.diffusion_loss(
+        unet,
+        PoolingVAE(),
+        make_schedule(config),
+        table,
+        batch,
+        losses.Corruption(jnp.asarray(timesteps), jnp.asarray(noise)),
+        weights,
+        CodecConfig(classes_per_pass=group),
+    )
+
+    theirs = DDIMScheduler(
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction,
+        rescale_betas_zero_snr=zero_snr,
+    )
+    image = torch_encode(batch["image"].astype(np.float32) / 127.5 - 1)
+    mask = torch_encode(painted(batch["labels"], batch["class_ids"]))
+    eps, t = torch.tensor(noise), torch.tensor(timesteps)
+    noisy = theirs.add_noise(mask, eps, t)
+    target = {
+        "v_prediction": theirs.get_velocity(mask, eps, t),
+        "epsilon": eps,
+        "sample": mask,
+    }[prediction]
+    text = table.hidden[batch["class_ids"]].mean(1)  # [B, L, D]
+    sample = np.concatenate([image, noisy], -1)
+    error = (np.asarray(unet(sample, timesteps, text, None)) - target.numpy()) ** 2
+    ignored = torch.nn.functional.max_pool2d(
+        torch.tensor((batch["labels"] == 255).astype(np.float32))[:, None], FACTOR
+    )[:, 0]
+    valid = ignored.numpy() == 0
+    assert 0 < valid.sum() < valid[:2].size
+    np.testing.assert_allclose(found, error[valid].mean(), rtol=2e-5)
+
+
+def test_pixels_that_are_ignored_do_not_matter():
+    batch, table = make_batch(), make_table()
+    schedule = make_schedule(DiffusionConfig())
+    corruption = losses.corrupt(jax.random.key(0), (3, 2, 3, CHANNELS), schedule, PLAIN)
+    weights = losses.latent_weights(batch, FACTOR)
+
+    def loss(noise):
+        changed = corruption._replace(noise=noise)
+        config = CodecConfig()
+        return losses.diffusion_loss(
+            unet, PoolingVAE(), schedule, table, batch, changed, weights, config
+        )
+
+    gradient = np.abs(jax.grad(loss)(corruption.noise)).max(-1)
+    assert (gradient[np.asarray(weights) == 0] == 0).all() and gradient.max() > 0
+
+
+def test_weights_of_a_batch_without_valid_labels_are_zero():
+    batch = make_batch()
+    batch["labels"] = np.full_like(batch["labels"], 255)
+    assert (np.asarray(losses.latent_weights(batch, FACTOR)) == 0).all()
+
+
+def test_weights_from_the_cache_are_those_of_the_labels():
+    batch = make_batch()
+    from_labels = np.asarray(losses.latent_weights(batch, FACTOR))
+    np.testing.assert_allclose(from_labels.sum(), 1, rtol=1e-6)
+    cached = {"valid": from_labels > 0}
+    assert (np.asarray(losses.latent_weights(cached, FACTOR)) == from_labels).all()
+
+
+def test_bound_context_reaches_the_network():
+    batch, table = make_batch(3), make_table()
+    schedule = make_schedule(DiffusionConfig())
+    corruption = losses.corrupt(jax.random.key(0), (3, 2, 3, CHANNELS), schedule, PLAIN)
+    seen = []
+
+    def recording(sample, timesteps, context, context_mask):
+        seen.append((context, context_mask))
+        return unet(sample, timesteps, context, context_mask)
+
+    losses.diffusion_loss(
+        recording,
+        PoolingVAE(),
+        schedule,
+        table,
+        batch,
+        corruption,
+        losses.latent_weights(batch, FACTOR),
+        CodecConfig(classes_per_pass=3, context="bound"),
+    )
+    assert seen[0][0].shape == (3, 3, 6) and seen[0][1].shape == (3, 3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_terminal_share_of_samples_starts_where_one_step_sampling_does(share):
+    schedule = make_schedule(DiffusionConfig())
+    drawn = losses.corrupt(jax.random.key(1), (20_000, 1, 1, 1), schedule, PLAIN, share)
+    timesteps = np.asarray(drawn.timesteps)
+    assert abs((timesteps == 999).mean() - (share + (1 - share) / 1000)) < 0.015
+    assert timesteps.min() >= 0 and timesteps.max() == 999
+    others = timesteps[timesteps < 999]
+    if share < 1:
+        counts = np.bincount(others // 100, minlength=10)
+        assert len(others) / 10 * 0.85 < counts.min() <= counts.max() < len(others) / 10 * 1.15
+    np.testing.assert_allclose(np.std(drawn.noise), 1, atol=0.03)
+
+
+def test_corruption_is_drawn_for_each_sample_and_by_the_key():
+    schedule, shape = make_schedule(DiffusionConfig()), (4, 8, 8, 2)
+    first, again, other = (
+        losses.corrupt(jax.random.key(k), shape, schedule, PLAIN) for k in (0, 0, 1)
+    )
+    assert (first.noise == again.noise).all() and (first.timesteps == again.timesteps).all()
+    assert np.abs(first.noise - other.noise).max() > 0.1
+    assert np.abs(first.noise[0] - first.noise[1]).max() > 0.1
+    assert len(set(np.asarray(first.timesteps).tolist())) > 1
+
+
+def test_noise_is_annealed_by_the_timesteps_drawn(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        losses.noise_lib, "training_noise", lambda *args: given.append(args) or jnp.zeros(args[1])
+    )
+    schedule, shape = make_schedule(DiffusionConfig()), (4, 8, 8, 2)
+    drawn = losses.corrupt(jax.random.key(0), shape, schedule, NoiseConfig(strength=0.4), 0.5)
+    ((_, asked, timesteps, total, kind, strength),) = given
+    assert (asked, total, kind, strength) == (shape, 1000, "annealed", 0.4)
+    assert (timesteps == drawn.timesteps).all()
+
+
+def test_vae_loss_is_the_reconstruction_error_and_the_divergence():
+    batch = make_batch()
+    noise = np.random.default_rng(2).normal(size=(3, 2, 3, CHANNELS)).astype(np.float32)
+    is_mask = np.array([False, True, False])
+    loss, parts = losses.vae_loss(
+        PoolingVAE(), batch, jnp.asarray(noise), is_mask=jnp.asarray(is_mask), kl_weight=0.01
+    )
+
+    masks = painted(batch["labels"], batch["class_ids"])
+    pixels = batch["image"].astype(np.float32) / 127.5 - 1
+    pixels[is_mask] = masks[is_mask]
+    mean = torch_encode(pixels) / 0.7
+    posterior = torch.distributions.Normal(mean, torch.exp(0.5 * (0.1 * mean - 0.3)))
+    kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
+    drawn = posterior.mean + posterior.stddev * torch.tensor(noise)
+    decoded = np.kron((drawn @ torch.tensor(MIX.T)).numpy(), np.ones((1, FACTOR, FACTOR, 1)))
+    reconstruction = np.abs(decoded - pixels).mean()
+    np.testing.assert_allclose(parts["kl"], kl, rtol=1e-5)
+    np.testing.assert_allclose(parts["reconstruction"], reconstruction, rtol=1e-5)
+    np.testing.assert_allclose(loss, reconstruction + 0.01 * kl.item(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "share"), [(8, 0.5), (16, 0.25), (7, 0.0), (5, 1.0), (10, 0.33)])
+def test_mask_rows_are_the_share_spread_evenly(count, share):
+    rows = np.asarray(losses.mask_rows(count, share))
+    assert rows.shape == (count,) and abs(rows.sum() - count * share) < 1
+    running = np.cumsum(rows) - share * np.arange(1, count + 1)
+    assert np.abs(running).max() <= 1
+
+
+def test_cached_latents_are_used_as_they_are():
+    image, mask = np.ones((1, 2, 3, 2)), np.zeros((1, 2, 3, 2))
+    found = losses.latents(None, {"image_latents": image, "mask_latents": mask})
+    assert found[0] is image and found[1] is mask
+
+
+def test_latents_of_pixels_carry_no_gradient():
+    batch = make_batch()
+
+    def total(scale):
+        vae = PoolingVAE()
+        vae.encode = lambda pixels: (PoolingVAE().encode(pixels)[0] * scale, None)
+        return sum(x.sum() for x in losses.latents(vae, batch))
+
+    assert jax.grad(total)(1.0) == 0 and total(1.0) != total(2.0)
