@@ -33,6 +33,6 @@ def get_config() -> Config:
         train=TrainConfig(
             steps=2600, batch_size=16, terminal_share=0.6, checkpoint_every=200, log_every=50
         ),
-        vae=VAEConfig(steps=500, batch_size=8, learning_rate=2e-3),
+        vae=VAEConfig(steps=450, batch_size=8, learning_rate=2.5e-3, mask_share=0.3),
         sampler=SamplerConfig(steps=1, ensemble=1, batch_size=66),
     )

@@ -20,6 +20,14 @@ from segdiff_jax.models.layers import (
 _EPSILON = 1e-6
 
 
+def _narrow_posterior(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
+    """Zero for the means, -6 for the log-variances.
+
+    A new VAE that starts at unit variance first has to learn to whisper louder than its own noise.
+    """
+    return jnp.where(jnp.arange(shape[0]) < shape[0] // 2, 0.0, -6.0).astype(dtype)
+
+
 @dataclass(frozen=True)
 class VAEConfig:
     """The fields of diffusers' `vae/config.json` that change the network or its use."""
@@ -53,7 +61,8 @@ class SpatialAttention(nnx.Module):
 class MidBlock(nnx.Module):
     def __init__(self, channels: int, config: VAEConfig, *, dtype: Dtype, rngs: nnx.Rngs):
         kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        norm: dict[str, Any] = {"groups": config.norm_groups, "epsilon": _EPSILON}
+        # A new VAE starts as a linear map, which learns colours first and fast.
+        norm: dict[str, Any] = {"groups": config.norm_groups, "epsilon": _EPSILON, "zero": True}
         self.resnets = nnx.List(ResnetBlock(channels, channels, **norm, **kw) for _ in range(2))
         attend = config.mid_attention
         self.attention = SpatialAttention(channels, config.norm_groups, **kw) if attend else None
@@ -79,7 +88,8 @@ class Level(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        norm: dict[str, Any] = {"groups": config.norm_groups, "epsilon": _EPSILON}
+        # A new VAE starts as a linear map, which learns colours first and fast.
+        norm: dict[str, Any] = {"groups": config.norm_groups, "epsilon": _EPSILON, "zero": True}
         self.resnets = nnx.List(ResnetBlock(w, channels, **norm, **kw) for w in widths_in)
         down, up = resample == "down", resample == "up"
         self.downsample = Downsample(channels, padding=(0, 1), **kw) if down else None
@@ -153,7 +163,7 @@ class VAE(nnx.Module):
         latent = config.latent_channels
         self.config, self.dtype = config, dtype
         self.encoder = Encoder(config, **kw)
-        self.quant_conv = conv(2 * latent, 2 * latent, 1, **kw)
+        self.quant_conv = conv(2 * latent, 2 * latent, 1, bias_init=_narrow_posterior, **kw)
         self.post_quant_conv = conv(latent, latent, 1, **kw)
         self.decoder = Decoder(config, **kw)
 
