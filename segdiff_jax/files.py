@@ -4,10 +4,13 @@ Local files are written beside their target and renamed into place. An object in
 only when its upload is complete, so it is written directly.
 """
 
+import contextlib
 import errno
 import json
 import os
+import shutil
 import tempfile
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,69 @@ def check_writable(directory: os.PathLike[str] | str) -> None:
                 file.write(b"x")
     except OSError as error:
         raise _explain(directory, error) from error
+
+
+@contextlib.contextmanager
+def whole_folder(
+    directory: os.PathLike[str] | str, last: str, others: Collection[str]
+) -> Iterator[epath.Path]:
+    """A folder to write into that becomes `directory` only when the block ends without error.
+
+    Locally it is renamed into place. An object store cannot rename: there the block must write the
+    file `last` last, and readers must refuse a folder without it. An earlier `directory` that
+    holds nothing but `last` and `others` is replaced.
+
+    Raises `UserError` if it holds anything else, or the place cannot be written.
+    """
+    try:
+        target = epath.Path(directory)
+        earlier = target.exists()
+        foreign = {path.name for path in target.iterdir()} - {last, *others} if earlier else set()
+        if foreign:
+            raise UserError(
+                f"{target / min(foreign)}: is no part of an export: choose another folder"
+            )
+        if is_remote(directory):
+            if earlier:
+                (target / last).unlink(missing_ok=True)  # first: no half passes for a whole
+                target.rmtree()
+            yield target
+            return
+        final = Path(os.path.abspath(directory))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name[:100]}."))
+        try:
+            work = temporary / "new"
+            work.mkdir()  # not the temporary folder: mkdtemp makes it readable by us alone
+            yield epath.Path(work)
+            for path in work.rglob("*"):
+                _sync(path)
+            _replace(final, work, temporary / "old")
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise _explain(directory, error) from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)  # delayed allocation reports a full disk only here
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(final: Path, new: Path, old: Path) -> None:
+    """Puts the folder `new` in place of `final`, which moves to `old` if it exists."""
+    if not final.exists():
+        os.rename(new, final)
+        return
+    os.rename(final, old)
+    try:
+        os.rename(new, final)
+    except BaseException:
+        os.rename(old, final)
+        raise
 
 
 def _write_local(path: Path, data: bytes) -> None:

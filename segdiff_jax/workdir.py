@@ -59,9 +59,16 @@ def checkpoint_metadata(config: Config, unet: UNetConfig | None) -> dict[str, An
     return {"config": to_dict(config), "unet": architecture}
 
 
-def load_networks(path: str) -> tuple[UNet, VAE, CLIPText, Tokenizer, Config]:
-    """Everything needed to segment, from a training workdir or an exported folder."""
+def load_networks(
+    path: str, weights: str | None = None
+) -> tuple[UNet, VAE, CLIPText, Tokenizer, Config]:
+    """Everything needed to segment, from a training workdir or an exported folder.
+
+    weights: "ema" | "raw" of a training; by default the EMA where the training kept one.
+    """
     if not is_workdir(path):
+        if weights:
+            raise UserError(f"{path}: an export has one set of weights: leave --weights out")
         return _load_export(path)
     config = read_config(path)
     if config.stage != "diffusion":
@@ -69,6 +76,9 @@ def load_networks(path: str) -> tuple[UNet, VAE, CLIPText, Tokenizer, Config]:
             f"{path}: holds the {config.stage!r} stage, which cannot segment: "
             "name the workdir of a diffusion stage"
         )
+    if weights == "ema" and not config.optimizer.ema_decay:
+        raise UserError(f"{path}: was trained without EMA: use --weights raw")
+    kept = "ema" if config.optimizer.ema_decay and weights != "raw" else "params"
     dtype = jnp.dtype(config.model.dtype)
     checkpoints = Checkpoints(epath.Path(path) / CHECKPOINTS, read_only=True)
     try:
@@ -76,12 +86,11 @@ def load_networks(path: str) -> tuple[UNet, VAE, CLIPText, Tokenizer, Config]:
         unet_config = unet_config_from(saved["unet"])
         unet = nnx.eval_shape(lambda: UNet(unet_config, dtype=dtype, rngs=nnx.Rngs(0)))
         graph, params = nnx.split(unet)
-        weights = "ema" if config.optimizer.ema_decay else "params"
-        restored, _ = checkpoints.restore({weights: params})
+        restored, _ = checkpoints.restore({kept: params})
     finally:
         checkpoints.close()
     frozen = load_frozen(str(epath.Path(path) / PRETRAINED), dtype)
-    return (nnx.merge(graph, restored[weights]), *frozen, config)
+    return (nnx.merge(graph, restored[kept]), *frozen, config)
 
 
 def unet_config_from(values: dict[str, Any]) -> UNetConfig:

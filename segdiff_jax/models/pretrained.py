@@ -5,15 +5,11 @@ Modules are built without arrays and filled straight from the files, tensor by t
 memory holds the parameters once, or on each device its own part of them.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -141,16 +137,16 @@ def save(
     """
     if dtype not in safetensors_files.FLOATS:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(safetensors_files.FLOATS)}")
-    try:
-        extra = extra_files or {}
-        with _appearing(directory, {path.split("/")[0] for path in extra}) as folder:
-            for path, text in extra.items():
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                (folder / path).write_text(text)
-            _write_components(pretrained, folder, dtype)
-            _write_json(folder / INDEX, _model_index(pretrained))
-    except OSError as error:
-        raise files._explain(directory, error) from error
+    extra = extra_files or {}
+    folders = map(hf_folders.folder_name, COMPONENTS)
+    with files.whole_folder(
+        directory, last=INDEX, others={*folders, *(path.split("/")[0] for path in extra)}
+    ) as folder:
+        for path, text in extra.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(text)
+        _write_components(pretrained, folder, dtype)
+        _write_json(folder / INDEX, _model_index(pretrained))
 
 
 def _write_components(pretrained: Pretrained, folder: epath.Path, dtype: str) -> None:
@@ -196,53 +192,3 @@ def _model_index(pretrained: Pretrained) -> dict[str, Any]:
 def _write_json(path: epath.Path, value: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def _appearing(directory: os.PathLike[str] | str, extra: Collection[str]) -> Iterator[epath.Path]:
-    """A folder to write into that becomes `directory` only when the block ends without error."""
-    target = epath.Path(directory)
-    earlier = target.exists()
-    ours = {INDEX, *map(hf_folders.folder_name, COMPONENTS), *extra}
-    foreign = sorted({path.name for path in target.iterdir()} - ours) if earlier else []
-    if foreign:
-        raise UserError(f"{target / foreign[0]}: is no part of an export: choose another folder")
-    if files.is_remote(directory):
-        if earlier:
-            (target / INDEX).unlink(missing_ok=True)  # first, so that no half passes for a whole
-            target.rmtree()
-        yield target
-        return
-    final = Path(os.path.abspath(directory))
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name[:100]}."))
-    try:
-        work = temporary / "new"
-        work.mkdir()  # not the temporary folder itself: mkdtemp makes it readable by us alone
-        yield epath.Path(work)
-        for path in work.rglob("*"):
-            _sync(path)
-        _replace(final, work, temporary / "old")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)  # delayed allocation reports a full disk only here
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace(final: Path, new: Path, old: Path) -> None:
-    """Puts the folder `new` in place of `final`, which moves to `old` if it exists."""
-    if not final.exists():
-        os.rename(new, final)
-        return
-    os.rename(final, old)
-    try:
-        os.rename(new, final)
-    except BaseException:
-        os.rename(old, final)
-        raise

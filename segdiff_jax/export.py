@@ -1,0 +1,199 @@
+"""Exports a model: `python -m segdiff_jax.export --checkpoint W --output D --format diffusers`."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
+
+from segdiff_jax import cli, files
+from segdiff_jax.config import Config, SamplerConfig, to_dict
+from segdiff_jax.data import vocabulary
+from segdiff_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from segdiff_jax.models.clip_text import CLIPText
+    from segdiff_jax.models.tokenizer import Tokenizer
+    from segdiff_jax.models.unet import UNet
+    from segdiff_jax.models.vae import VAE
+
+_DESCRIPTION = """Export a trained model. The output appears whole or not at all.
+
+diffusers: a folder in Stable Diffusion's layout, for diffusers and transformers (docs/pytorch.md)
+and for --checkpoint of predict, evaluate and export, with a model card and the config.
+stablehlo: the sampler (image, prompt embeddings, key -> map) as one file for jax.export, weights
+included, which runs on CPU, CUDA and TPU without this package; sampler.json describes it."""
+
+
+def main(argv: list[str]) -> None:
+    args = _parser().parse_args(argv)
+    _check_arguments(args)
+    if args.push_to_hub:
+        _check_hub(args.push_to_hub, args.output)
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax: "directory is read only"
+    from segdiff_jax import runtime, workdir
+
+    runtime.start()
+    networks = workdir.load_networks(args.checkpoint, args.weights)
+    if args.format == "diffusers":
+        write_folder(*networks, args.output, args.dtype)
+    else:
+        from segdiff_jax import stablehlo
+        from segdiff_jax.segmenter import Segmenter
+
+        sampler = _sampler(args, networks[-1])
+        stablehlo.write(Segmenter(*networks), args.output, sampler, args.dtype)
+    print(f"exported: {args.output}")
+    if args.push_to_hub:
+        print(f"pushed: {_push(args.push_to_hub, args.output)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser("segdiff_jax.export", _DESCRIPTION)
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="workdir of a training run, or an exported folder; local or gs://",
+    )
+    add(
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="the folder to make, local or gs://; an earlier export there is replaced",
+    )
+    add("--format", required=True, choices=("diffusers", "stablehlo"), help="see above")
+    add(
+        "--weights",
+        choices=("ema", "raw"),
+        help="the moving average or the last weights; default: ema where the training kept one",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the stored weights; default: float32. One StableHLO file holds up to 2 GiB: for "
+        "Stable Diffusion's sizes that takes bfloat16 or float16",
+    )
+    add(
+        "--steps",
+        type=cli.positive_int,
+        metavar="T",
+        help="stablehlo: denoising steps; default: as the checkpoint's config says",
+    )
+    add(
+        "--ensemble",
+        type=cli.positive_int,
+        metavar="N",
+        help="stablehlo: samples to merge; default likewise",
+    )
+    add(
+        "--push-to-hub",
+        metavar="REPO",
+        help="also upload the folder to this Hugging Face repository, OWNER/NAME, in one commit; "
+        "made private if it does not exist",
+    )
+    return parser
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if args.format == "diffusers":
+        for name in ("steps", "ensemble"):
+            if getattr(args, name):
+                raise UserError(
+                    f"--{name}: only --format stablehlo fixes the sampler: leave it out"
+                )
+
+
+def _sampler(args: argparse.Namespace, config: Config) -> SamplerConfig:
+    total = config.diffusion.num_train_timesteps
+    if args.steps and args.steps > total:
+        raise UserError(f"--steps {args.steps}: this model has {total} steps, ask for 1 to {total}")
+    return dataclasses.replace(
+        config.sampler,
+        steps=args.steps or config.sampler.steps,
+        ensemble=args.ensemble or config.sampler.ensemble,
+    )
+
+
+def write_folder(
+    unet: "UNet",
+    vae: "VAE",
+    text_encoder: "CLIPText",
+    tokenizer: "Tokenizer",
+    config: Config,
+    directory: os.PathLike[str] | str,
+    dtype: str = "float32",
+) -> None:
+    """Writes everything that `workdir.load_networks` returns as a Stable Diffusion folder.
+
+    The bytes depend on the arguments only, and loading the folder gives the arguments back (but
+    for `portable`). Raises `UserError` as `models.pretrained.save` does.
+    """
+    from segdiff_jax import workdir
+    from segdiff_jax.model_card import model_card
+    from segdiff_jax.models import pretrained
+
+    config = portable(config)
+    settings = json.dumps(to_dict(config), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    card = model_card(config, unet.config, vae.config)
+    parts = pretrained.Pretrained(unet, vae, text_encoder, tokenizer, config.diffusion)
+    extra = {"README.md": card, workdir.EXPORT_SETTINGS: settings}
+    pretrained.save(parts, directory, dtype=dtype, extra_files=extra)
+
+
+def portable(config: Config) -> Config:
+    """`config` without the paths of the machine that trained: nobody else has them."""
+    data, start = config.data, config.init_from
+    own = data.vocabulary not in vocabulary.packaged()
+    data = dataclasses.replace(data, root="", vocabulary="" if own else data.vocabulary)
+    # A repository stays: it says whose licence the weights carry. "runs/x" only looks like one.
+    repository = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", start)
+    keep = repository and not epath.Path(start).exists()
+    return dataclasses.replace(config, data=data, init_from=start if keep else "")
+
+
+def _check_hub(repository: str, output: str) -> None:
+    """Raises `UserError` before the work if the upload after it cannot succeed."""
+    import huggingface_hub
+
+    if files.is_remote(output):
+        raise UserError(f"--output {output}: only a local folder can be pushed: push from there")
+    try:
+        huggingface_hub.utils.validate_repo_id(repository)
+        huggingface_hub.HfApi().whoami()
+    except Exception as error:  # the library raises its own, httpx's, OSError and ValueError
+        raise _hub_error(repository, error) from error
+
+
+def _push(repository: str, folder: str) -> Any:
+    """Uploads a folder in one commit. Returns the repository's address."""
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    try:
+        url = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="Export from segdiff_jax"
+        )
+    except Exception as error:
+        raise _hub_error(repository, error) from error
+    return url
+
+
+def _hub_error(repository: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200] or repr(error)
+    return UserError(
+        f"--push-to-hub {repository}: {reason}: check the name, the network and `hf auth login`"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,192 @@
+"""`python -m segdiff_jax.export --format diffusers`: a folder that loads in torch and back here."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import diffusers
+import huggingface_hub
+import numpy as np
+import pytest
+import safetensors.numpy
+import transformers
+
+from segdiff_jax import cli, export, workdir
+from segdiff_jax.config import Config, DataConfig
+from segdiff_jax.errors import UserError
+from segdiff_jax.models import pretrained
+from segdiff_jax.segmenter import Segmenter
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+CLASSES = ("plain red circle", "striped blue triangle", "background")
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    monkeypatch.setattr("segdiff_jax.runtime.start", lambda: None)
+
+
+def run(checkpoint, output, *more):
+    argv = ["--checkpoint", str(checkpoint), "--output", str(output), "--format", "diffusers"]
+    export.main([*argv, *more])
+    return Path(output)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    networks = workdir.load_networks(trained)
+    folder = tmp_path_factory.mktemp("export") / "model"
+    export.write_folder(*networks, folder)
+    return folder
+
+
+def test_torch_libraries_load_every_component_without_a_complaint(exported):
+    index = json.loads((exported / "model_index.json").read_text())
+    listed = {name for name, value in index.items() if isinstance(value, list) and value[0]}
+    assert listed == {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    for library, kind, name in (
+        (diffusers, "UNet2DConditionModel", "unet"),
+        (diffusers, "AutoencoderKL", "vae"),
+        (transformers, "CLIPTextModel", "text_encoder"),
+    ):
+        part, info = getattr(library, kind).from_pretrained(
+            exported / name, output_loading_info=True
+        )
+        assert not any(info.values()), (name, info)
+        assert part.training is False
+    scheduler = diffusers.DDIMScheduler.from_pretrained(exported / "scheduler")
+    assert scheduler.config.prediction_type == "v_prediction"
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(exported / "tokenizer")
+    text = "a photo of a striped blue triangle"
+    ids = tokenizer([text], padding="max_length", truncation=True)["input_ids"]
+    assert ids == pretrained.load(exported, ("tokenizer",)).tokenizer([text]).tolist()
+
+
+def test_the_export_segments_like_the_run(trained, exported):
+    photo = np.random.default_rng(0).integers(0, 256, (20, 28, 3), dtype=np.uint8)
+    before, after = (Segmenter.load(str(p)) for p in (trained, exported))
+    expected, found = before(photo, CLASSES, seed=3), after(photo, CLASSES, seed=3)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    assert after.config.codec == before.config.codec
+    assert after.config.prompts == before.config.prompts
+    assert after.config == export.portable(before.config)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_export_of_the_export_is_byte_identical(trained, exported, dtype, tmp_path):
+    first = run(trained, tmp_path / "first", "--dtype", dtype)
+    if dtype == "float32":
+        assert contents(first) == contents(exported)
+    stored = {t.dtype.name for t in safetensors.numpy.load_file(first / UNET).values()}
+    assert stored == {dtype}
+    assert contents(run(first, tmp_path / "second", "--dtype", dtype)) == contents(first)
+
+
+def test_ema_or_raw_weights(trained, exported, tmp_path):
+    assert contents(run(trained, tmp_path / "ema", "--weights", "ema")) == contents(exported)
+    raw = contents(run(trained, tmp_path / "raw", "--weights", "raw"))
+    different = {name for name in raw if raw[name] != contents(exported)[name]}
+    assert different == {UNET}
+    with pytest.raises(UserError, match="an export has one set of weights: leave --weights out"):
+        run(exported, tmp_path / "x", "--weights", "raw")
+    assert not (tmp_path / "x").exists()
+
+
+def test_ema_of_a_run_without(trained, tmp_path):
+    config = workdir.read_config(trained)
+    config.optimizer.ema_decay = 0.0
+    workdir.write_config(str(tmp_path / "w"), config)
+    with pytest.raises(UserError, match="trained without EMA: use --weights raw"):
+        run(tmp_path / "w", tmp_path / "x", "--weights", "ema")
+
+
+def test_paths_of_the_training_machine_stay_there():
+    data = DataConfig(source="folder", root="/home/me/photos", vocabulary="/home/me/classes.txt")
+    config = export.portable(Config(data=data, init_from="/home/me/run"))
+    assert "/home/me" not in json.dumps(dataclasses.asdict(config))
+    known = Config(
+        data=DataConfig(root="gs://b/x", vocabulary="ade20k_150"), init_from="a/sd-2@fp16"
+    )
+    kept = export.portable(known)
+    assert kept.data.root == "" and kept.data.vocabulary == "ade20k_150"
+    assert kept.init_from == "a/sd-2@fp16"
+    assert export.portable(kept) == kept
+
+
+def test_model_card_says_what_the_model_is(tiny_networks, tiny_config, tmp_path):
+    unet, vae, *_ = tiny_networks
+    config = tiny_config(classes_per_pass=0, context="bound")
+    config.init_from, config.data.vocabulary = "someone/sd-2@main", "ade20k_150"
+    export.write_folder(*tiny_networks, config, tmp_path / "m")
+    card = (tmp_path / "m" / "README.md").read_text()
+    header = card.split("---\n")[1]
+    assert "base_model: someone/sd-2\n" in header and "pipeline_tag: image-segm" in header
+    for text in ("ade20k_150", "16 × 16", "all of them", "bound", "`a photo of a {class}`"):
+        assert text in card
+    assert f"takes {unet.config.in_channels} channels" in card
+    assert f"× {vae.config.scaling_factor:.6g}" in card
+
+
+class Hub:
+    """Stands in for `huggingface_hub.HfApi`."""
+
+    uploads: dict = {}
+    token = True
+
+    def whoami(self):
+        if not self.token:
+            raise huggingface_hub.errors.LocalTokenNotFoundError("no token:\nlog in")
+
+    def create_repo(self, repository, private, exist_ok):
+        assert private and exist_ok
+        return f"https://hub/{repository}"
+
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        self.uploads[repo_id] = contents(Path(folder_path))
+
+
+def test_push_to_hub(trained, exported, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    run(trained, tmp_path / "m", "--push-to-hub", "me/model")
+    assert Hub.uploads == {"me/model": contents(exported)}
+    assert "pushed: https://hub/me/model" in capsys.readouterr().out
+    for repository, output, message in (
+        ("me/mo del", tmp_path / "n", "--push-to-hub me/mo del: Repo id"),
+        ("me/model", "gs://b/n", "only a local folder can be pushed"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(trained, output, "--push-to-hub", repository)
+    monkeypatch.setattr(Hub, "token", False)
+    with pytest.raises(UserError, match="no token: log in: check .* `hf auth login`") as error:
+        run(trained, tmp_path / "n", "--push-to-hub", "me/model")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "n").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "2"], "--steps: only --format stablehlo"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--checkpoint", "/no/such/run"], "/no/such/run: neither a training workdir"),
+    ],
+)
+def test_bad_arguments_leave_nothing(arguments, message, exported, tmp_path, capsys):
+    argv = ["--checkpoint", str(exported), "--output", str(tmp_path / "o")]
+    with pytest.raises(SystemExit) as caught:
+        cli.run(export.main, [*argv, "--format", "diffusers", *arguments])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and message in error and error.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_workdir_is_never_overwritten(trained, tmp_path):
+    before = sorted(p.name for p in Path(trained).iterdir())
+    with pytest.raises(UserError, match="is no part of an export: choose another folder"):
+        run(trained, trained)
+    assert sorted(p.name for p in Path(trained).iterdir()) == before
