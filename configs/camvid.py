@@ -26,12 +26,12 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
             warmup_steps=50,
-            decay_steps=2600,
-            final_fraction=0.05,
+            decay_steps=2000,
+            final_fraction=0.1,
             ema_decay=0.995,
         ),
         train=TrainConfig(
-            steps=2600, batch_size=16, terminal_share=0.6, checkpoint_every=200, log_every=50
+            steps=2000, batch_size=16, terminal_share=0.6, checkpoint_every=200, log_every=50
         ),
         vae=VAEConfig(steps=450, batch_size=8, learning_rate=2.5e-3, mask_share=0.3),
         sampler=SamplerConfig(steps=1, ensemble=1, batch_size=66),

@@ -23,15 +23,15 @@ def get_config() -> Config:
         model=ModelConfig(preset="tiny"),
         codec=CodecConfig(classes_per_pass=1, negatives=0.3),
         optimizer=OptimizerConfig(
-            learning_rate=1.2e-3,
+            learning_rate=1e-3,
             warmup_steps=50,
-            decay_steps=800,
+            decay_steps=1500,
             final_fraction=0.1,
             ema_decay=0.99,
         ),
         train=TrainConfig(
-            steps=800, batch_size=32, terminal_share=0.75, checkpoint_every=400, log_every=50
+            steps=1500, batch_size=16, terminal_share=0.8, checkpoint_every=500, log_every=50
         ),
-        vae=VAEConfig(steps=500, batch_size=16, learning_rate=2.5e-3, mask_share=0.25),
+        vae=VAEConfig(steps=450, batch_size=16, learning_rate=2.5e-3, mask_share=0.25),
         sampler=SamplerConfig(steps=1, ensemble=1, batch_size=64),
     )

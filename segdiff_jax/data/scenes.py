@@ -102,7 +102,7 @@ def render(
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     image = _background(rng, height, width)  # [H, W, 3]
     labels = np.full(size, BACKGROUND, np.uint8)
-    radii = rng.uniform(0.19, 0.3, len(class_ids)) * min(size)
+    radii = rng.uniform(0.22, 0.31, len(class_ids)) * min(size)
     for class_id, radius, center in zip(class_ids, radii, _centers(rng, radii, size), strict=True):
         texture, color, shape = class_parts(class_id)
         angle = rng.uniform(-0.3, 0.3)
@@ -148,8 +148,8 @@ def _inside(shape: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def _texture(
     rng: np.random.Generator, texture: int, u: np.ndarray, v: np.ndarray, scale: int
 ) -> np.ndarray:
-    """float [n]: brightness of the pattern at pixel offsets (u, v); one period is scale / 9."""
-    period = scale / 9 * rng.uniform(0.9, 1.15)
+    """float [n]: brightness of the pattern at pixel offsets (u, v); one period is about scale / 6."""
+    period = scale / 6 * rng.uniform(0.9, 1.1)
     phase = rng.uniform(0, period)
     name = TEXTURES[texture]
     if name == "plain":

@@ -87,6 +87,8 @@ def _train_diffusion(config: Config, workdir: str, source: Source) -> None:
     frozen = Frozen(vae_params, make_schedule(config.diffusion), table)
 
     given = _given_unet(config, dtype)
+    if given is not None:
+        given.remat = config.model.remat
     unet_config = given.config if given else _unet_config(config, vae, text_encoder)
     build = lambda: UNet(  # noqa: E731
         unet_config,
