@@ -33,5 +33,5 @@ def get_config() -> Config:
             steps=1500, batch_size=16, terminal_share=0.8, checkpoint_every=500, log_every=50
         ),
         vae=VAEConfig(steps=450, batch_size=16, learning_rate=2.5e-3, mask_share=0.25),
-        sampler=SamplerConfig(steps=1, ensemble=1, batch_size=64),
+        sampler=SamplerConfig(steps=1, ensemble=4, batch_size=100),
     )

@@ -85,6 +85,9 @@ def main(argv: list[str]) -> None:
     print(f"written: {os.path.join(args.output, 'metrics.json')} and index.html")
 
 
+_SHEET_ROWS = 4  # of examples.png
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("segdiff_jax.evaluate", _DESCRIPTION, cli.config_help())
     add = parser.add_argument
@@ -156,6 +159,9 @@ def _write_page(output: str, summary: dict[str, Any], examples: list[Any], sourc
         report.comparison(e.name, e.image, e.prediction, palette, e.labels, e.uncertainty)
         for e in examples
     ]
+    if rows:
+        sheet = report.encode(report.contact_sheet(rows[:_SHEET_ROWS]))
+        files.write_bytes(os.path.join(output, "examples.png"), sheet)
     report.page(
         os.path.join(output, "index.html"),
         what,

@@ -148,7 +148,7 @@ def _inside(shape: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def _texture(
     rng: np.random.Generator, texture: int, u: np.ndarray, v: np.ndarray, scale: int
 ) -> np.ndarray:
-    """float [n]: brightness of the pattern at pixel offsets (u, v); one period is about scale / 6."""
+    """float [n]: brightness of the pattern at pixel offsets (u, v)."""
     period = scale / 6 * rng.uniform(0.9, 1.1)
     phase = rng.uniform(0, period)
     name = TEXTURES[texture]

@@ -144,6 +144,29 @@ def comparison(
     return Row(caption, images)
 
 
+def contact_sheet(rows: Sequence[Row], height: int = 160, gap: int = 6) -> Image.Image:
+    """The embedded images of comparison rows in one picture, each scaled to `height`."""
+    strips = []
+    for row in rows:
+        pictures = [
+            Image.open(io.BytesIO(data)).convert("RGB")
+            for data in row.images.values()
+            if isinstance(data, bytes)
+        ]
+        sizes = [(round(p.width * height / p.height), height) for p in pictures]
+        strip = Image.new("RGB", (sum(w + gap for w, _ in sizes) - gap, height), "white")
+        left = 0
+        for picture, size in zip(pictures, sizes, strict=True):
+            strip.paste(picture.resize(size, Image.Resampling.NEAREST), (left, 0))
+            left += size[0] + gap
+        strips.append(strip)
+    width = max(strip.width for strip in strips)
+    sheet = Image.new("RGB", (width, len(strips) * (height + gap) - gap), "white")
+    for index, strip in enumerate(strips):
+        sheet.paste(strip, (0, index * (height + gap)))
+    return sheet
+
+
 def class_table(
     per_class: Mapping[str, float | None],
     palette: np.ndarray | None = None,

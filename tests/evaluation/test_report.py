@@ -208,3 +208,14 @@ def test_page_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="not a directory"):
         report.page(tmp_path / "file" / "index.html", "t")
+
+
+def test_contact_sheet_shows_every_image_at_the_same_height():
+    image = np.zeros((8, 16, 3), np.uint8)
+    labels = np.ones((8, 16), np.uint8)
+    palette = np.array([[10, 20, 30], [200, 100, 50]], np.uint8)
+    row = report.comparison("a", image, labels, palette, truth=labels)
+    sheet = np.asarray(report.contact_sheet([row, row], height=16, gap=4))
+    assert sheet.shape == (2 * 16 + 4, 3 * 32 + 2 * 4, 3)
+    assert (sheet[:16, 32:36] == 255).all() and (sheet[16:20] == 255).all()
+    assert (sheet[2:14, 38:66] == (200, 100, 50)).all()
