@@ -149,6 +149,7 @@ def _check_image_size(config: Config, factor: int) -> None:
 
 
 def _write_page(output: str, summary: dict[str, Any], examples: list[Any], source: Any) -> None:
+    from segdiff_jax import files
     from segdiff_jax.evaluation import report
 
     settings, novel = summary["settings"], set(source.novel)
