@@ -72,7 +72,11 @@ def test_writes_metrics_and_page(files, capsys):
     assert values["settings"]["ensemble"] == 2 and values["data"]["split"] == "val"
     page = (files / "o" / "index.html").read_text()
     assert page.count("<figcaption>truth") == page.count("<figcaption>uncertainty") == 2
-    assert sorted(p.name for p in (files / "o").iterdir()) == ["index.html", "metrics.json"]
+    assert sorted(p.name for p in (files / "o").iterdir()) == [
+        "examples.png",
+        "index.html",
+        "metrics.json",
+    ]
     for name in ("sky", "building", "road", "pixel accuracy"):
         assert name in output.out
     assert f"{values['miou_present']:.3f}" in output.out

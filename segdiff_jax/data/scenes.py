@@ -7,6 +7,7 @@ function of (seed, split, index).
 """
 
 import io
+import itertools
 import zlib
 from pathlib import Path
 
@@ -30,6 +31,7 @@ BACKGROUND = 0  # its class id; it is a trained class like any other
 
 _COLOR_VALUES = np.array(list(COLORS.values()), np.float32)  # [4, 3]
 _NUM_COLORS, _NUM_SHAPES = len(COLORS), len(SHAPES)
+_COLOR_PAIRS = tuple(itertools.combinations(range(_NUM_COLORS), 2))
 
 
 def class_parts(class_id: int) -> tuple[int, int, int]:
@@ -84,13 +86,17 @@ class ScenesSource:
         return np.random.default_rng((self.seed, zlib.crc32(self.split.encode()), stream, index))
 
     def _classes(self, rng: np.random.Generator, index: int) -> list[int]:
-        # Cards dealt from reshuffled decks, so that each class occurs about equally often even in
-        # a small validation split.
+        # Two colours a scene, so that colour alone does not tell its shapes apart. Their phrases
+        # are cards dealt from reshuffled decks, so that each class occurs about equally often
+        # even in a small validation split.
+        turn, pair = divmod(index, len(_COLOR_PAIRS))
+        cards = [i for i in self.drawn if class_parts(i)[1] in _COLOR_PAIRS[pair]]
         count = int(rng.integers(min(2, self.max_shapes), self.max_shapes + 1))
         result = []
-        for slot in range(index * self.max_shapes, index * self.max_shapes + count):
-            deck, card = divmod(slot, len(self.drawn))
-            result.append(int(self._rng(1, deck).permutation(self.drawn)[card]))
+        for slot in range(turn * self.max_shapes, turn * self.max_shapes + count):
+            deck, card = divmod(slot, len(cards))
+            stream = 1 + pair + len(_COLOR_PAIRS) * deck
+            result.append(int(self._rng(stream, 0).permutation(cards)[card]))
         return result
 
 
