@@ -97,3 +97,55 @@ def fast_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def micro_config():
+    """A function that makes the Config of `trained`: both stages, from nothing, in seconds."""
+    from segdiff_jax.config import (
+        Config,
+        DataConfig,
+        ModelConfig,
+        OptimizerConfig,
+        SamplerConfig,
+        ScenesConfig,
+        TrainConfig,
+        VAEConfig,
+        validate,
+    )
+    from segdiff_jax.models import presets
+
+    presets.PRESETS["micro"] = presets._small((32,), (4, 8), 32)
+    return lambda: validate(
+        Config(
+            data=DataConfig(
+                source="scenes",
+                image_size=IMAGE_SIZE,
+                scenes=ScenesConfig(train_examples=32, val_examples=4),
+            ),
+            model=ModelConfig(preset="micro"),
+            optimizer=OptimizerConfig(
+                learning_rate=1e-3, warmup_steps=2, decay_steps=50, ema_decay=0.9
+            ),
+            train=TrainConfig(
+                steps=6,
+                batch_size=4,
+                checkpoint_every=2,
+                log_every=1,
+                eval_every=6,
+                eval_examples=2,
+            ),
+            vae=VAEConfig(steps=3, batch_size=4),
+            sampler=SamplerConfig(steps=1, batch_size=49),
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(micro_config, tmp_path_factory):
+    """The workdir of a finished training with `micro_config`. Not to be written to."""
+    from segdiff_jax.training import stages
+
+    workdir = str(tmp_path_factory.mktemp("trained") / "run")
+    stages.train(micro_config(), workdir)
+    return workdir

@@ -1,0 +1,182 @@
+"""The loop around the step: what is saved when, and how a run ends."""
+
+import logging
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from segdiff_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig
+from segdiff_jax.errors import UserError
+from segdiff_jax.training import loop, sharding
+from segdiff_jax.training.checkpoint import Checkpoints
+from segdiff_jax.training.step import TrainState, init_state
+
+
+def step(state: TrainState, frozen, batch, key):
+    """Adds up what it sees; the loss is the first row of the batch."""
+    seen = batch["rows"].sum() + 0 * frozen
+    params = {"total": state.params["total"] + seen}
+    draw = jax.random.uniform(jax.random.fold_in(key, state.step))
+    loss = batch["rows"][0]
+    metrics = {
+        "loss": loss,
+        "gradient_norm": jnp.where(loss == -1, jnp.nan, 1.0),
+        "update_norm": jnp.where(loss == -2, jnp.inf, 1.0),
+        "draw": draw,
+    }
+    return state._replace(step=state.step + 1, params=params), metrics
+
+
+class Run:
+    """One call of `loop.run` over batches 1, 2, 3, …, as often as wanted in one workdir."""
+
+    def __init__(self, workdir, **train):
+        self.workdir = str(workdir)
+        self.config = Config(
+            optimizer=OptimizerConfig(),
+            train=TrainConfig(**{"steps": 6, "batch_size": 2, "checkpoint_every": 2} | train),
+        )
+        self.taken = []
+
+    def __call__(self, losses=None, validate=None, before=None):
+        losses = losses or {}
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        best = "score" if validate else None
+        checkpoints = Checkpoints(f"{self.workdir}/checkpoints", keep=2, best_metric=best)
+        state = init_state({"total": jnp.zeros(())}, self.config)
+        state = jax.device_put(state, sharding.state_sharding(state, mesh))
+        try:
+            if checkpoints.latest_step() is not None:
+                state, _ = checkpoints.restore(state)
+            first = int(state.step)
+
+            def batches():
+                for number in range(first + 1, 1000):
+                    if before is not None:
+                        before(number)
+                    self.taken.append(number)
+                    yield {"rows": np.array([losses.get(number, 0.5), number], np.float32)}
+
+            state = loop.run(
+                self.config, self.workdir, step, state, jnp.ones(()), batches(), mesh,
+                checkpoints, {"note": "x"}, validate,
+            )  # fmt: skip
+        finally:
+            checkpoints.close()
+        return state
+
+    def saved(self, best=None):
+        checkpoints = Checkpoints(f"{self.workdir}/checkpoints", best_metric=best, read_only=True)
+        steps = checkpoints.steps()
+        restored = checkpoints.restore({"params": {"total": jax.ShapeDtypeStruct((), "float32")}})
+        checkpoints.close()
+        return steps, float(restored[0]["params"]["total"]), restored[1]
+
+
+def total(steps):
+    return sum(0.5 + number for number in range(1, steps + 1))
+
+
+def test_a_run_takes_each_batch_once_and_keeps_the_newest_checkpoints(tmp_path):
+    run = Run(tmp_path)
+    state = run()
+    assert run.taken == [1, 2, 3, 4, 5, 6] and int(state.step) == 6
+    assert float(state.params["total"]) == total(6)
+    assert run.saved() == ([4, 6], total(6), {"note": "x"})
+
+
+def test_the_last_step_is_saved_whatever_the_interval(tmp_path):
+    run = Run(tmp_path, steps=5, checkpoint_every=3)
+    run()
+    assert run.saved()[:2] == ([3, 5], total(5))
+
+
+def test_the_step_is_compiled_once(tmp_path, monkeypatch):
+    compiled, original = [], loop.compile_step
+    monkeypatch.setattr(
+        loop, "compile_step", lambda *args: compiled.append(original(*args)) or compiled[-1]
+    )
+    Run(tmp_path)()
+    assert [function._cache_size() for function in compiled] == [1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_checkpoint_and_the_same_call_continues(tmp_path, number, capfd):
+    run = Run(tmp_path, checkpoint_every=100)
+
+    def interrupt(batch):
+        if batch == 3:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(loop.Stopped, match="stopped at step 3, checkpoint written"):
+        run(before=interrupt)
+    assert signal.getsignal(number) is before
+    assert run.saved()[:2] == ([3], total(3))
+    state = run()
+    assert run.taken == [1, 2, 3, 4, 5, 6]
+    assert float(state.params["total"]) == total(6) and run.saved()[0] == [3, 6]
+
+
+def test_a_signal_in_the_last_step_is_the_end_anyway(tmp_path):
+    run = Run(tmp_path)
+    state = run(before=lambda batch: batch == 6 and os.kill(os.getpid(), signal.SIGTERM))
+    assert int(state.step) == 6 and run.saved()[0] == [4, 6]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, -2.0])
+@pytest.mark.parametrize(("at", "kept"), [(3, [2]), (4, [2]), (6, [2, 4])])
+def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, value, at, kept):
+    run = Run(tmp_path)
+    with pytest.raises(UserError) as caught:
+        run(losses={at: value})
+    message = str(caught.value)
+    assert f"not finite at step {at}; checkpoint {kept[-1]} is kept" in message
+    assert "config.optimizer.learning_rate" in message and "\n" not in message
+    assert run.saved()[:2] == (kept, total(kept[-1]))
+
+
+def test_not_finite_before_the_first_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint was written yet"):
+        Run(tmp_path)(losses={1: math.nan})
+
+
+def test_validation_comes_at_its_interval_and_at_the_end_and_picks_the_best(tmp_path):
+    run, seen = Run(tmp_path, steps=9, eval_every=2, checkpoint_every=2), []
+
+    def validate(done, state, telemetry):
+        assert float(state.params["total"]) == total(done)
+        telemetry.scalars(done, {"validation/score": 0.1 * done})
+        seen.append(done)
+        return {"score": 0.9 if done == 4 else 0.1}
+
+    run(validate=validate)
+    assert seen == [2, 4, 6, 8, 9]
+    checkpoints = Checkpoints(f"{tmp_path}/checkpoints", best_metric="score", read_only=True)
+    assert checkpoints.steps() == [4, 8, 9] and checkpoints.best_step() == 4
+    checkpoints.close()
+
+
+def test_validation_is_never_shown_a_state_that_is_not_finite(tmp_path):
+    run = Run(tmp_path, eval_every=3, checkpoint_every=100)
+    with pytest.raises(UserError, match="step 3"):
+        run(losses={3: math.nan}, validate=lambda *_: pytest.fail("called"))
+
+
+def test_resumed_steps_draw_what_an_uninterrupted_run_would(tmp_path, caplog):
+    def draws(*runs):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "segdiff_jax"):
+            for run in runs:
+                run()
+        lines = [r.getMessage() for r in caplog.records if " draw " in r.getMessage()]
+        return [line.split(" draw ")[1].split()[0] for line in lines]
+
+    straight = draws(Run(tmp_path / "a", log_every=1))
+    parts = draws(Run(tmp_path / "b", steps=3, log_every=1), Run(tmp_path / "b", log_every=1))
+    assert len(set(straight)) == 6 and parts == straight

@@ -1,0 +1,226 @@
+"""The training step on a network small enough to follow: gradients, averages, randomness."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from segdiff_jax.conditioning import PromptTable
+from segdiff_jax.config import Config, NoiseConfig, OptimizerConfig, TrainConfig, VAEConfig
+from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.training import losses
+from segdiff_jax.training.optimizer import make_optimizer
+from segdiff_jax.training.step import Frozen, diffusion_step, init_state, vae_step
+
+B, H, W, C, K = 8, 4, 6, 4, 3
+
+
+class SmallUNet(nnx.Module):
+    """One linear layer over the sample, moved by time and text."""
+
+    def __init__(self, rngs):
+        self.mix = nnx.Linear(2 * C, C, rngs=rngs)
+        self.text = nnx.Linear(5, C, rngs=rngs)
+
+    def __call__(self, sample, timesteps, context, context_mask):
+        text = self.text(context.mean(1))[:, None, None]  # [B, 1, 1, C]
+        return jnp.tanh(self.mix(sample)) + text * (timesteps / 1000)[:, None, None, None]
+
+
+def make_config(**optimizer):
+    defaults = {"learning_rate": 1e-2, "warmup_steps": 1, "clip_norm": 1e9}
+    return Config(
+        noise=NoiseConfig(kind="gaussian"),
+        optimizer=OptimizerConfig(**defaults | optimizer),
+        train=TrainConfig(batch_size=B),
+    )
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_networks):
+    """(unet graph, parameters, vae graph, frozen)."""
+    vae_graph, vae_params = nnx.split(tiny_networks[1])
+    graph, params = nnx.split(SmallUNet(nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    table = PromptTable(
+        jnp.asarray(rng.normal(size=(K, 7, 5)), jnp.float32), jnp.zeros((K, 5), jnp.float32)
+    )
+    return graph, params, vae_graph, Frozen(vae_params, make_schedule(Config().diffusion), table)
+
+
+def make_batch(seed=0):
+    """Cached latents, whose valid pixels are spread unevenly over the rows."""
+    rng = np.random.default_rng(seed)
+    share = np.linspace(0, 1, B)[:, None, None]
+    return {
+        "image_latents": rng.normal(size=(B, H, W, C)).astype(np.float32),
+        "mask_latents": rng.normal(size=(B, H, W, C)).astype(np.float32),
+        "valid": rng.random((B, H, W)) < share,
+        "class_ids": rng.integers(0, K, (B, 1)).astype(np.int32),
+    }
+
+
+def run(setup, config, batches, key=0, state=None):
+    """The states after each batch and the metrics."""
+    graph, params, vae_graph, frozen = setup
+    step = jax.jit(diffusion_step(graph, vae_graph, config))
+    state = state or init_state(params, config)
+    found = []
+    for batch in batches:
+        state, metrics = step(state, frozen, batch, jax.random.key(key))
+        found.append((state, {name: float(value) for name, value in metrics.items()}))
+    return found
+
+
+def close(a, b, **tolerance):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_micro_batches_add_up_to_the_batch(setup, count):
+    batch = make_batch()
+    ((whole, metrics),) = run(setup, make_config(), [batch])
+    ((parts, part_metrics),) = run(setup, make_config(accumulation=count), [batch])
+    np.testing.assert_allclose(part_metrics["loss"], metrics["loss"], rtol=1e-5)
+    np.testing.assert_allclose(part_metrics["gradient_norm"], metrics["gradient_norm"], rtol=1e-5)
+    close(parts.opt_state, whole.opt_state, rtol=1e-4, atol=1e-7)  # the moments are the gradient
+    close(parts.params, whole.params, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_is_one_update_of_the_optimiser_on_the_gradient_of_the_loss(setup):
+    graph, params, vae_graph, frozen = setup
+    config, batch = make_config(clip_norm=0.01), make_batch()
+    ((state, metrics),) = run(setup, config, [batch])
+
+    valid = batch["valid"].astype(np.float32)
+    corruption = losses.corrupt(
+        jax.random.fold_in(jax.random.key(0), 0), (B, H, W, C), frozen.schedule, config.noise
+    )
+
+    def loss(p):
+        noisy = jnp.sqrt(frozen.schedule.alphas_cumprod)[corruption.timesteps]
+        alpha = noisy[:, None, None, None]
+        sigma = jnp.sqrt(1 - alpha**2)
+        clean, noise = batch["mask_latents"], corruption.noise
+        sample = jnp.concatenate([batch["image_latents"], alpha * clean + sigma * noise], -1)
+        text = frozen.table.hidden[batch["class_ids"][:, 0]]
+        output = nnx.merge(graph, p)(sample, corruption.timesteps, text, None)
+        error = jnp.square(output - (alpha * noise - sigma * clean)).mean(-1)
+        return (error * valid).sum() / valid.sum()
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    optimizer = make_optimizer(config.optimizer)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], optax.global_norm(gradient), rtol=1e-4)
+    np.testing.assert_allclose(metrics["update_norm"], optax.global_norm(updates), rtol=1e-4)
+    np.testing.assert_allclose(metrics["learning_rate"], 1e-2, rtol=1e-6)
+    close(state.params, optax.apply_updates(params, updates), rtol=1e-4, atol=1e-6)
+    assert int(state.step) == 1
+
+
+def test_training_lowers_the_loss(setup):
+    found = run(setup, make_config(learning_rate=0.05), [make_batch()] * 60)
+    values = [metrics["loss"] for _, metrics in found]
+    assert np.mean(values[-10:]) < 0.8 * np.mean(values[:10])
+
+
+def test_moving_average_follows_the_parameters(setup):
+    params, decay = setup[1], 0.15
+    found = run(setup, make_config(ema_decay=decay), [make_batch(s) for s in range(3)])
+    expected = params
+    for step, (state, _) in enumerate(found):
+        keep = min(decay, (1 + step) / (10 + step))
+        expected = jax.tree.map(
+            lambda e, p, keep=keep: keep * e + (1 - keep) * p, expected, state.params
+        )
+        close(state.ema, expected, rtol=1e-5, atol=1e-6)
+    assert keep == decay, "both branches of the schedule"
+
+
+def test_without_moving_average_there_is_none(setup):
+    ((state, _),) = run(setup, make_config(), [make_batch()])
+    assert not jax.tree.leaves(state.ema)
+
+
+def test_the_state_owns_its_buffers(setup):
+    """The step donates them: parameters and moving average must not be one array."""
+    graph, params, vae_graph, frozen = setup
+    config = make_config(ema_decay=0.9)
+    state = jax.tree.map(jnp.copy, init_state(params, config))
+    step = jax.jit(diffusion_step(graph, vae_graph, config), donate_argnums=0)
+    state = init_state(state.params, config)
+    for _ in range(2):
+        state, _ = step(state, frozen, make_batch(), jax.random.key(0))
+    assert np.isfinite(jax.tree.leaves(state.params)[0]).all()
+
+
+def test_randomness_is_that_of_the_step_number_and_the_key(setup):
+    config, batch = make_config(learning_rate=0.0), make_batch()
+    straight = [m["loss"] for _, m in run(setup, config, [batch] * 4)]
+    assert len(set(straight)) == 4
+    later = init_state(setup[1], config)._replace(step=jnp.asarray(2, jnp.int32))
+    resumed = [m["loss"] for _, m in run(setup, config, [batch] * 2, state=later)]
+    assert resumed == straight[2:]
+    other = [m["loss"] for _, m in run(setup, config, [batch] * 4, key=1)]
+    assert not set(other) & set(straight)
+
+
+def test_all_ignored_is_no_step_in_any_direction(setup):
+    batch = make_batch()
+    batch["valid"] = np.zeros_like(batch["valid"])
+    ((state, metrics),) = run(setup, make_config(weight_decay=0.0), [batch])
+    assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0
+    close(state.params, setup[1], rtol=0)
+
+
+def test_from_pixels_and_from_their_latents_are_the_same_step(setup, tiny_networks):
+    vae = tiny_networks[1]
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, K, (B, 2 * H, 2 * W)).astype(np.uint8)
+    labels[:, :3, :3] = 255
+    pixels = {
+        "image": rng.integers(0, 256, (B, 2 * H, 2 * W, 3), dtype=np.uint8),
+        "labels": labels,
+        "class_ids": rng.integers(0, K, (B, 1)).astype(np.int32),
+    }
+    image, mask = losses.latents(vae, pixels)
+    cached = {
+        "image_latents": image,
+        "mask_latents": mask,
+        "valid": np.asarray(losses.latent_weights(pixels, vae.config.downsampling)) > 0,
+        "class_ids": pixels["class_ids"],
+    }
+    a, b = (run(setup, make_config(), [batch])[0][1] for batch in (pixels, cached))
+    np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+
+
+def test_vae_stage_lowers_its_loss(tiny_networks):
+    graph, params = nnx.split(tiny_networks[1])
+    config = dataclasses.replace(
+        make_config(learning_rate=5e-3, clip_norm=1.0), vae=VAEConfig(mask_share=0.5)
+    )
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": np.kron(rng.integers(0, 256, (4, 2, 2, 3)), np.ones((1, 4, 4, 1))).astype(
+            np.uint8
+        ),
+        "labels": np.kron(rng.integers(0, K, (4, 2, 2)), np.ones((1, 4, 4))).astype(np.uint8),
+        "class_ids": rng.integers(0, K, (4, 1)).astype(np.int32),
+    }
+    step = jax.jit(vae_step(graph, config))
+    state, found = init_state(params, config), []
+    for _ in range(12):
+        state, metrics = step(state, None, batch, jax.random.key(0))
+        found.append({name: float(value) for name, value in metrics.items()})
+    assert found[-1]["loss"] < 0.7 * found[0]["loss"]
+    first = found[0]
+    np.testing.assert_allclose(
+        first["loss"], first["reconstruction"] + config.vae.kl_weight * first["kl"], rtol=1e-5
+    )
