@@ -7,6 +7,7 @@ from segdiff_jax.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    PromptsConfig,
     SamplerConfig,
     TrainConfig,
     VAEConfig,
@@ -23,6 +24,8 @@ def get_config() -> Config:
         ),
         model=ModelConfig(preset="small"),
         codec=CodecConfig(classes_per_pass=1, negatives=0.15, closed=True),
+        # To a random text encoder the words of a sentence around the class are only dilution.
+        prompts=PromptsConfig(templates=("{class}",)),
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
             warmup_steps=50,

@@ -6,6 +6,7 @@ from segdiff_jax.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    PromptsConfig,
     SamplerConfig,
     ScenesConfig,
     TrainConfig,
@@ -22,6 +23,8 @@ def get_config() -> Config:
         ),
         model=ModelConfig(preset="tiny"),
         codec=CodecConfig(classes_per_pass=1, negatives=0.3),
+        # To a random text encoder the words of a sentence around the class are only dilution.
+        prompts=PromptsConfig(templates=("{class}",)),
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
             warmup_steps=50,

@@ -39,7 +39,10 @@ class EncoderLayer(nnx.Module):
         self.q_proj = nnx.Linear(width, width, **kw)
         self.k_proj = nnx.Linear(width, width, **kw)
         self.v_proj = nnx.Linear(width, width, **kw)
-        self.out_proj = nnx.Linear(width, width, **kw)
+        # A new encoder stays random: this lets the tokens after a word speak of it as loudly as the
+        # word itself, where a plain start would leave them near copies of the padding.
+        mixing = nnx.initializers.variance_scaling(16.0, "fan_in", "normal")
+        self.out_proj = nnx.Linear(width, width, kernel_init=mixing, **kw)
         self.fc1 = nnx.Linear(width, config.intermediate_size, **kw)
         self.fc2 = nnx.Linear(config.intermediate_size, width, **kw)
         self.heads, self.act = config.num_attention_heads, config.hidden_act

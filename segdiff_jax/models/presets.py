@@ -44,7 +44,7 @@ def _small(
             intermediate_size=2 * text_width,
             num_hidden_layers=1,
             num_attention_heads=4,
-            max_position_embeddings=16,
+            max_position_embeddings=10,
         ),
     )
 
