@@ -41,7 +41,11 @@ def tiny_networks():
         tiny.vae, latent_channels=4, block_out_channels=(8, 8), scaling_factor=1.0
     )
     text_config = dataclasses.replace(
-        tiny.text_encoder, vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64
+        tiny.text_encoder,
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        max_position_embeddings=tokenizer.model_max_length,
     )
     unet = _filled(lambda: UNet(unet_config, rngs=nnx.Rngs(0)))
     vae = _filled(lambda: VAE(vae_config, rngs=nnx.Rngs(0)))

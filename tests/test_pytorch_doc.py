@@ -1,0 +1,92 @@
+"""The code in docs/pytorch.md, run as it stands on exports, gives the masks of the Segmenter."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segdiff_jax import export, workdir
+from segdiff_jax.diffusion import sampler as sampler_lib
+from segdiff_jax.segmenter import Segmenter, decode
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+DOC = Path(__file__).parents[1] / "docs" / "pytorch.md"
+CLASSES = ["sky", "building, edifice", "road"]
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    """The document's Python: functions, their use, and the StableHLO sampler."""
+    found = re.findall(r"^```python\n(.*?)^```", DOC.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(found) == 3
+    return found
+
+
+def compare(blocks, networks, tmp_path, ensemble=1, classes=CLASSES):
+    """Exports `networks`, runs the document on it and returns both sides' labels and scores."""
+    *modules, config = networks
+    export.write_folder(*modules, config, tmp_path / "model")
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 26, 3), np.uint8))
+    photo.save(tmp_path / "photo.png")
+    names: dict = {}
+    exec(blocks[0], names)
+    exec(blocks[1], names)
+    written = np.asarray(Image.open(tmp_path / "labels.png"))
+    assert written.shape == (40, 26) and set(np.unique(written)) <= {0, 1, 2, 255}
+
+    segmenter = Segmenter(*networks)
+    channels, factor = modules[1].config.latent_channels, modules[1].config.downsampling
+    shape = (*(n // factor for n in config.data.image_size), channels)
+    keys = sampler_lib.member_keys(jax.random.key(4), ensemble)
+    noise = np.stack([sampler_lib.initial_noise(key, shape) for key in keys])
+    noise = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
+    ours = segmenter(np.asarray(photo), classes, ensemble=ensemble, seed=4)
+    labels, scores = names["segment"](names["model"], photo, classes, noise)
+    return ours, labels.numpy(), scores.numpy().transpose(1, 2, 0)
+
+
+def check(ours, labels, scores, config):
+    error = np.linalg.norm(scores - ours.scores) / np.linalg.norm(ours.scores)
+    print(f"scores {error:.1e}, labels differ at {(labels != ours.labels).mean():.4f}")
+    assert error <= 1e-3
+    assert (labels == ours.labels).mean() > 0.999, "more than a pixel at a tie"
+    np.testing.assert_array_equal(
+        labels, decode(scores, config.codec.threshold, config.codec.closed)
+    )
+    assert len(np.unique(labels)) > 1, "a constant mask would pass"
+
+
+def test_a_trained_model_paints_the_same_masks_in_torch(trained, blocks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    *modules, config = workdir.load_networks(trained)
+    steps = dataclasses.replace(config.sampler, steps=4)
+    # Training was short: the best of three bad scores, or else every pixel would be *other*.
+    codec = dataclasses.replace(config.codec, closed=True)
+    config = dataclasses.replace(config, sampler=steps, codec=codec)
+    check(*compare(blocks, (*modules, config), tmp_path, ensemble=2), config)
+
+
+@pytest.mark.parametrize(("group", "context"), [(0, "mean"), (2, "bound")])
+def test_several_classes_per_pass(
+    group, context, blocks, tiny_networks, tiny_config, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(classes_per_pass=group, context=context, threshold=0.4)
+    check(*compare(blocks, (*tiny_networks, config), tmp_path), config)
+
+
+def test_the_stablehlo_sampler(blocks, make_segmenter, tmp_path, monkeypatch):
+    from segdiff_jax import stablehlo
+
+    monkeypatch.chdir(tmp_path)
+    model = make_segmenter()
+    stablehlo.write(model, "sampler", model.config.sampler)
+    np.save("context.npy", np.ones((2, 16, 32), np.float32))
+    names: dict = {}
+    exec(blocks[2], names)
+    assert names["maps"].shape == (2, 16, 16) and np.abs(names["maps"]).max() <= 1
