@@ -230,8 +230,10 @@ def test_a_bug_keeps_its_traceback():
 
 
 def test_interrupt_of_a_real_process():
+    # A process started in the background of a script inherits an ignored SIGINT.
     code = (
-        "import time\nfrom segdiff_jax.cli import run\n"
+        "import signal, time\nfrom segdiff_jax.cli import run\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def main(argv):\n    print('ready', flush=True)\n    time.sleep(60)\nrun(main, [])\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
