@@ -19,8 +19,9 @@ def get_config() -> Config:
         data=DataConfig(
             source="folder",
             image_size=(96, 128),
-            augment=AugmentConfig(min_scale=1.0, max_scale=1.6, color_jitter=0.2),
-            cache_images=True,
+            augment=AugmentConfig(flip=True),
+            cache_images=True,  # for the VAE stage
+            cache_latents=True,
         ),
         model=ModelConfig(preset="small"),
         codec=CodecConfig(classes_per_pass=1, negatives=0.15, closed=True),
@@ -29,12 +30,12 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
             warmup_steps=50,
-            decay_steps=2000,
+            decay_steps=3000,
             final_fraction=0.1,
             ema_decay=0.995,
         ),
         train=TrainConfig(
-            steps=2000, batch_size=16, terminal_share=0.6, checkpoint_every=200, log_every=50
+            steps=3000, batch_size=16, terminal_share=0.8, checkpoint_every=500, log_every=50
         ),
         vae=VAEConfig(steps=450, batch_size=8, learning_rate=2.5e-3, mask_share=0.3),
         sampler=SamplerConfig(steps=1, ensemble=1, batch_size=66),
