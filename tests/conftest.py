@@ -140,7 +140,7 @@ def micro_config():
                 eval_examples=2,
             ),
             vae=VAEConfig(steps=3, batch_size=4),
-            sampler=SamplerConfig(steps=1, batch_size=49),
+            sampler=SamplerConfig(steps=1, batch_size=25),
         )
     )
 

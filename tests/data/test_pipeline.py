@@ -65,7 +65,8 @@ def scene_source():
 
 
 def test_shapes_and_types(scene_source):
-    for classes_per_pass, slots in ((1, 1), (5, 5), (0, 49)):
+    count = len(scene_source.vocabulary)
+    for classes_per_pass, slots in ((1, 1), (5, 5), (0, count)):
         config = make_config(classes_per_pass=classes_per_pass)
         batch = next(train_batches(scene_source, config, seed=0))
         assert {k: (v.shape, v.dtype.name) for k, v in batch.items()} == {
@@ -73,7 +74,7 @@ def test_shapes_and_types(scene_source):
             "labels": ((4, *SIZE), "uint8"),
             "class_ids": ((4, slots), "int32"),
         }
-    assert (batch["class_ids"] == np.arange(49)).all()
+    assert (batch["class_ids"] == np.arange(count)).all()
     assert (
         next(train_batches(scene_source, make_config(), 0, batch_size=10))["image"].shape[0] == 10
     )
@@ -216,7 +217,8 @@ def test_novel_classes_are_never_asked_in_training(scene_source):
             ]
         )
         assert not np.isin(asked, scene_source.novel).any()
-        assert len(np.unique(asked)) > 30
+        trained = len(scene_source.vocabulary) - len(scene_source.novel)
+        assert len(np.unique(asked)) > 0.8 * trained
 
 
 @pytest.mark.parametrize("negatives", [0.0, 0.25, 0.6, 1.0])

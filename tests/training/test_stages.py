@@ -98,7 +98,7 @@ def test_the_vae_stage_scales_its_latents_to_unit_variance(trained, micro_config
 
 def test_the_trained_model_segments(model):
     photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    # All 49 classes, as in validation: that is compiled already.
+    # All classes, as in validation: that is compiled already.
     found = model(photo, vocabulary().classes, closed=True)
     assert found.labels.shape == (20, 30) and len(np.unique(found.labels)) > 1
     assert np.isfinite(found.scores).all() and found.scores.std() > 0

@@ -32,7 +32,7 @@ def config(tiny_config):
     config = tiny_config()
     config.data.scenes.val_examples = 5
     config.train.eval_examples = 3
-    config.sampler.batch_size = 49
+    config.sampler.batch_size = 25
     return config
 
 
