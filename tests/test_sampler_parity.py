@@ -1,5 +1,7 @@
 """The whole sampler against a loop over diffusers' and transformers' modules in torch."""
 
+import itertools
+
 import diffusers
 import jax
 import numpy as np
@@ -90,8 +92,10 @@ def torch_maps(folder, config, image, noise, steps):
     return from_torch(decoded).mean(-1).clip(-1, 1)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 10])
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize(
+    ("kind", "steps"),
+    [*itertools.product(("zero_snr", "trailing"), (1, 4, 10)), ("epsilon_leading", 4)],
+)
 def test_maps_equal_torchs(kind, steps, folder, ours):
     config = Config(
         data=DataConfig(source="scenes", image_size=SIZE),
@@ -110,5 +114,4 @@ def test_maps_equal_torchs(kind, steps, folder, ours):
     print(f"{kind}, T = {steps}: {error:.1e}, {(np.abs(expected) < 1).mean():.2f} inside (-1, 1)")
     assert error <= 1e-3
     assert (np.abs(expected) < 1).mean() > 0.5, "clipping hides what is compared"
-    late = kind == "epsilon_leading" and steps == 1  # its only step is at t = 1
-    assert late or relative_error(expected[1], expected[0]) > 1e-2, "the text does nothing"
+    assert relative_error(expected[1], expected[0]) > 1e-2, "the text does nothing"

@@ -18,23 +18,22 @@ from segdiff_jax.training.optimizer import learning_rate
 from segdiff_jax.training.step import Frozen, diffusion_step, init_state
 
 B, SIZE, K, TOKENS, WIDTH = 4, 16, 3, 5, 12
-FAST = {"xla_backend_optimization_level": 0}
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory):
+def make_networks(folder, attends, widths):
     """(diffusers' UNet and VAE, ours): random, the same weights, read from disk."""
     their_unet = unet(
-        (True, False),
+        attends,
         in_channels=8,
-        block_out_channels=(8, 16),
+        block_out_channels=widths,
         norm_num_groups=4,
         attention_head_dim=2,
         cross_attention_dim=WIDTH,
         layers_per_block=1,
     )
     their_vae = vae((8, 8), norm_num_groups=4, layers_per_block=1, scaling_factor=0.9)
-    folder = write(tmp_path_factory.mktemp("parity"), unet=their_unet, vae=their_vae)
+    write(folder, unet=their_unet, vae=their_vae)
     return their_unet, their_vae, pretrained.load(folder, ("unet", "vae"))
 
 
@@ -53,22 +52,26 @@ def table():
     return PromptTable(jnp.asarray(normal(K, TOKENS, WIDTH)), jnp.zeros((K, WIDTH)))
 
 
-def torch_loss(network, autoencoder, config, batch, drawn):
-    """The loss as a PyTorch user would write it. `drawn`: timesteps and noise."""
-    scheduler = diffusers.DDIMScheduler.from_config(hf_config.write_schedule(config))
+@torch.no_grad()
+def torch_latents(autoencoder, batch):
+    """Latents of photos and mask images, and which latent pixels count."""
     labels, ids = torch.tensor(batch["labels"]), torch.tensor(batch["class_ids"])
     pixels = to_torch(batch["image"]).float() / 127.5 - 1
     masks = torch.where(labels == ids[:, :, None], 1.0, -1.0)[:, None].expand(-1, 3, -1, -1)
-    with torch.no_grad():
-        encode = lambda x: autoencoder.encode(x).latent_dist.mean * 0.9  # noqa: E731
-        photo, mask = encode(pixels), encode(masks)
+    encode = lambda x: autoencoder.encode(x).latent_dist.mean * 0.9  # noqa: E731
+    ignored = torch.nn.functional.max_pool2d((labels == 255).float()[:, None], 2)[:, 0]
+    return encode(pixels), encode(masks), 1 - ignored
+
+
+def torch_loss(network, latents, config, class_ids, drawn):
+    """The loss as a PyTorch user would write it. `drawn`: timesteps and noise."""
+    scheduler = diffusers.DDIMScheduler.from_config(hf_config.write_schedule(config))
+    photo, mask, valid = latents
     noise, timesteps = to_torch(np.asarray(drawn.noise)), torch.tensor(np.asarray(drawn.timesteps))
     noisy = scheduler.add_noise(mask, noise, timesteps)
     target = scheduler.get_velocity(mask, noise, timesteps)
-    context = torch.tensor(np.asarray(table().hidden))[ids[:, 0]]
+    context = torch.tensor(np.asarray(table().hidden))[class_ids[:, 0]]
     prediction = network(torch.cat([photo, noisy], 1), timesteps, context).sample
-    ignored = torch.nn.functional.max_pool2d((labels == 255).float()[:, None], 2)[:, 0]
-    valid = 1 - ignored
     return ((prediction - target).square().mean(1) * valid).sum() / valid.sum()
 
 
@@ -89,12 +92,12 @@ def compare(tree, expected):
     return {name: relative_error(found[name], expected[name]) for name in expected}, found
 
 
-def test_gradients_of_the_loss(networks):
-    their_unet, their_vae, ours = networks
+def test_gradients_of_the_loss(tmp_path):
+    their_unet, their_vae, ours = make_networks(tmp_path, (True, False), (8, 16))
     config = Config()
     batch, drawn = make_batch(0), draw(jax.random.key(3), config)
-    their_unet.zero_grad()
-    loss = torch_loss(their_unet, their_vae, config.diffusion, batch, drawn)
+    latents = torch_latents(their_vae, batch)
+    loss = torch_loss(their_unet, latents, config.diffusion, batch["class_ids"], drawn)
     loss.backward()
     loss = loss.item()
     expected = {name: p.grad.numpy() for name, p in their_unet.named_parameters()}
@@ -115,7 +118,7 @@ def test_gradients_of_the_loss(networks):
             CodecConfig(),
         )
 
-    value, gradients = jax.jit(jax.value_and_grad(our_loss), compiler_options=FAST)(params)
+    value, gradients = jax.jit(jax.value_and_grad(our_loss))(params)
     errors, _ = compare(gradients, expected)
     worst = max(errors, key=errors.get)
     print(f"loss {loss:.3f}, gradients {errors[worst]:.1e} ({worst})")
@@ -123,9 +126,12 @@ def test_gradients_of_the_loss(networks):
     assert errors[worst] <= 1e-3
 
 
-def test_three_steps_of_the_recipe(networks):
-    """Warm-up, decay, clipping, weight decay, two micro-batches, EMA: the change of parameters."""
-    their_unet, their_vae, ours = networks
+def test_three_steps_of_the_recipe(tmp_path):
+    """Warm-up, decay, clipping, weight decay, two micro-batches, EMA: the change of parameters.
+
+    From cached latents, where the gradients above are from pixels.
+    """
+    their_unet, their_vae, ours = make_networks(tmp_path, (True,), (8,))
     config = Config(
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
@@ -140,7 +146,7 @@ def test_three_steps_of_the_recipe(networks):
     graph, start = nnx.split(ours.unet)
     vae_graph, vae_params = nnx.split(ours.vae)
     frozen = Frozen(vae_params, make_schedule(config.diffusion), table())
-    step = jax.jit(diffusion_step(graph, vae_graph, config), compiler_options=FAST)
+    step = jax.jit(diffusion_step(graph, vae_graph, config))
     state, key = init_state(start, config), jax.random.key(7)
 
     before = {name: p.detach().clone() for name, p in their_unet.named_parameters()}
@@ -152,29 +158,32 @@ def test_three_steps_of_the_recipe(networks):
     rates = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: 1e-3 * min(1, (i + 1) / 2) * 0.01 ** min(i / 4, 1)
     )
-    try:
-        for i in range(3):
-            batch = make_batch(i)
-            state, metrics = step(state, frozen, batch, key)
-            optimizer.zero_grad()
-            drawn = draw(jax.random.fold_in(key, i), config)
-            loss = torch_loss(their_unet, their_vae, config.diffusion, batch, drawn)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(their_unet.parameters(), o.clip_norm)
-            assert norm > 1, "nothing is clipped"
-            assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-4)
-            assert float(metrics["gradient_norm"]) == pytest.approx(float(norm), rel=1e-4)
-            assert float(learning_rate(o)(i)) == pytest.approx(rates.get_last_lr()[0])
-            optimizer.step()
-            rates.step()
-            keep = min(o.ema_decay, (1 + i) / (10 + i))
-            for name, p in their_unet.named_parameters():
-                average[name] = keep * average[name] + (1 - keep) * p.detach()
-        after = {name: p.detach().clone() for name, p in their_unet.named_parameters()}
-    finally:
-        with torch.no_grad():
-            for name, p in their_unet.named_parameters():
-                p.copy_(before[name])
+    for i in range(3):
+        batch = make_batch(i)
+        latents = torch_latents(their_vae, batch)
+        photo, mask, valid = (np.asarray(x) for x in latents)
+        cached = {
+            "image_latents": photo.transpose(0, 2, 3, 1),
+            "mask_latents": mask.transpose(0, 2, 3, 1),
+            "valid": valid,
+            "class_ids": batch["class_ids"],
+        }
+        state, metrics = step(state, frozen, cached, key)
+        optimizer.zero_grad()
+        drawn = draw(jax.random.fold_in(key, i), config)
+        loss = torch_loss(their_unet, latents, config.diffusion, batch["class_ids"], drawn)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(their_unet.parameters(), o.clip_norm)
+        assert norm > 1, "nothing is clipped"
+        assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-4)
+        assert float(metrics["gradient_norm"]) == pytest.approx(float(norm), rel=1e-4)
+        assert float(learning_rate(o)(i)) == pytest.approx(rates.get_last_lr()[0])
+        optimizer.step()
+        rates.step()
+        keep = min(o.ema_decay, (1 + i) / (10 + i))
+        for name, p in their_unet.named_parameters():
+            average[name] = keep * average[name] + (1 - keep) * p.detach()
+    after = {name: p.detach().clone() for name, p in their_unet.named_parameters()}
 
     for name, tree, end in (("raw", state.params, after), ("ema", state.ema, average)):
         change = {n: (end[n] - before[n]).numpy() for n in before}
