@@ -210,6 +210,8 @@ def validate(config: Config) -> Config:
     _range("sampler.ensemble", c.sampler.ensemble, 1)
     _range("sampler.eta", c.sampler.eta, 0.0, 1.0)
     _range("sampler.batch_size", c.sampler.batch_size, 1)
+    _range("optimizer.learning_rate", c.optimizer.learning_rate, 0.0, 1e3)
+    _range("vae.learning_rate", c.vae.learning_rate, 0.0, 1e3)
     _range("optimizer.accumulation", c.optimizer.accumulation, 1)
     _range("optimizer.ema_decay", c.optimizer.ema_decay, 0.0, 0.999999)
     _range("vae.mask_share", c.vae.mask_share, 0.0, 1.0)

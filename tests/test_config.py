@@ -1,0 +1,64 @@
+"""What `validate` refuses, and that the stored form of a config comes back as it was."""
+
+import json
+import math
+
+import pytest
+
+from segdiff_jax.config import Config, from_dict, to_dict, validate
+from segdiff_jax.errors import UserError
+
+
+def valid() -> Config:
+    config = Config()
+    config.data.source = "scenes"
+    config.vae.steps = 1
+    return config
+
+
+def test_the_base_of_these_tests_is_valid():
+    assert validate(valid()) == valid()
+
+
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_a_learning_rate_that_is_no_number_to_step_with(value):
+    config = valid()
+    config.optimizer.learning_rate = value
+    with pytest.raises(UserError, match=r"config\.optimizer\.learning_rate"):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value", "says"),
+    [
+        ("codec", "context", "sum", "mean, bound"),
+        ("diffusion", "prediction_type", "epsilon", "rescale_betas_zero_snr"),
+        ("sampler", "steps", 1001, "between 1 and 1000"),
+        ("optimizer", "accumulation", 5, "train.batch_size"),
+        ("data", "source", "folder", "data.root"),
+        ("vae", "steps", 0, "init_from"),
+    ],
+)
+def test_bad_values_name_the_key_and_the_mend_in_one_line(group, key, value, says):
+    config = valid()
+    setattr(getattr(config, group), key, value)
+    with pytest.raises(UserError) as error:
+        validate(config)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_latent_cache_goes_with_flips_only():
+    config = valid()
+    config.data.cache_latents = True
+    assert validate(config)
+    config.data.augment.color_jitter = 0.2
+    with pytest.raises(UserError, match="cache_latents"):
+        validate(config)
+
+
+def test_stored_configs_come_back():
+    config = valid()
+    config.data.image_size = (64, 80)
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    with pytest.raises(UserError, match=r"config\.data\.colour"):
+        from_dict({"data": {"colour": 1}})
