@@ -1,12 +1,14 @@
 """Writing results: a reader never meets half a file, and a failure is one clear line.
 
 Local files are written beside their target and renamed into place. An object in `gs://` appears
-only when its upload is complete, so it is written directly.
+only when its upload is complete, so it is written directly. What a store refuses, its client
+(gcsfs) tries again for half a minute; what fails then is a `UserError` that names the object.
 """
 
 import contextlib
 import errno
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -14,14 +16,59 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from etils import epath
 
 from segdiff_jax.errors import UserError
+
+# gcsfs, which epath uses, reads these when it is first needed. It would ask for the kind of bucket
+# over gRPC, which loses minutes where only HTTP gets through, and remember listings, although other
+# processes of a run write to the same folders. Its errors reach the user as ours, not as log lines.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+_STORE_CLIENTS = ("gcsfs", "aiohttp", "requests", "google")  # whose own exceptions may come through
 
 
 def is_remote(path: os.PathLike[str] | str) -> bool:
     """Whether `path` is an object store URI such as `gs://bucket/x`, not a local file."""
     return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def writing(path: os.PathLike[str] | str) -> Iterator[None]:
+    """Turns what goes wrong with a disk or an object store into a `UserError` that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and not _from_store(error):
+            raise
+        raise _explain(path, error) from error
+
+
+@contextlib.contextmanager
+def reading(path: os.PathLike[str] | str) -> Iterator[None]:
+    """Turns an object store's refusal to read `path` into a `UserError` that names it.
+
+    A missing object still is a `FileNotFoundError`, and errors of local files pass as they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_remote(path) or isinstance(error, FileNotFoundError):
+            raise
+        if not isinstance(error, OSError) and not _from_store(error):
+            raise
+        raise UserError(f"cannot read {os.fspath(path)}: {_store_reason(error)}") from error
+
+
+def _from_store(error: Exception) -> bool:
+    return type(error).__module__.split(".")[0] in _STORE_CLIENTS
+
+
+def _store_reason(error: Exception) -> str:
+    return f"{_one_line(error)}: check the network and your access to the bucket, then try again"
 
 
 def write_bytes(path: os.PathLike[str] | str, data: bytes) -> None:
@@ -30,13 +77,11 @@ def write_bytes(path: os.PathLike[str] | str, data: bytes) -> None:
     Raises `UserError` when the disk is full or the place cannot be written. The previous file, if
     any, is then untouched and nothing else is left behind.
     """
-    try:
+    with writing(path):
         if is_remote(path):
             epath.Path(path).write_bytes(data)
         else:
             _write_local(Path(path), data)
-    except OSError as error:
-        raise _explain(path, error) from error
 
 
 def write_text(path: os.PathLike[str] | str, text: str) -> None:
@@ -54,8 +99,7 @@ def check_writable(directory: os.PathLike[str] | str) -> None:
 
     Raises `UserError` otherwise. Existing files are not touched.
     """
-    probe = None
-    try:
+    with writing(directory):
         if is_remote(directory):
             folder = epath.Path(directory)
             folder.mkdir(parents=True, exist_ok=True)
@@ -66,8 +110,6 @@ def check_writable(directory: os.PathLike[str] | str) -> None:
             Path(directory).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory) as file:
                 file.write(b"x")
-    except OSError as error:
-        raise _explain(directory, error) from error
 
 
 @contextlib.contextmanager
@@ -82,7 +124,7 @@ def whole_folder(
 
     Raises `UserError` if it holds anything else, or the place cannot be written.
     """
-    try:
+    with writing(directory):
         target = epath.Path(directory)
         earlier = target.exists()
         foreign = {path.name for path in target.iterdir()} - {last, *others} if earlier else set()
@@ -108,8 +150,6 @@ def whole_folder(
             _replace(final, work, temporary / "old")
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except OSError as error:
-        raise _explain(directory, error) from error
 
 
 def _sync(path: Path) -> None:
@@ -158,8 +198,10 @@ def _umask() -> int:
     return current
 
 
-def _explain(path: os.PathLike[str] | str, error: OSError) -> UserError:
+def _explain(path: os.PathLike[str] | str, error: Exception) -> UserError:
     place = os.fspath(path)
+    if is_remote(path):
+        return UserError(f"cannot write {place}: {_store_reason(error)}")
     mends = {
         errno.ENOSPC: "the disk is full: free some space or choose another place",
         errno.EDQUOT: "the disk quota is used up: free some space or choose another place",
@@ -171,7 +213,9 @@ def _explain(path: os.PathLike[str] | str, error: OSError) -> UserError:
         errno.EEXIST: "it is a file, not a directory: choose another name or remove it",
         errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
     }
-    reason = mends.get(error.errno or 0) or f"{_one_line(error)}: choose another place"
+    reason = (
+        mends.get(getattr(error, "errno", None) or 0) or f"{_one_line(error)}: choose another place"
+    )
     return UserError(f"cannot write {place}: {reason}")
 
 

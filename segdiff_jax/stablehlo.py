@@ -57,8 +57,8 @@ def write(
     data = exported.serialize()
     with files.whole_folder(directory, last=FUNCTION, others=(DESCRIPTION,)) as folder:
         text = json.dumps(describe(model, sampler, dtype), indent=2, ensure_ascii=False)
-        (folder / DESCRIPTION).write_text(text + "\n")
-        (folder / FUNCTION).write_bytes(bytes(data))
+        files.write_text(folder / DESCRIPTION, text + "\n")
+        files.write_bytes(folder / FUNCTION, bytes(data))
 
 
 def sampler_function(model: Segmenter, sampler: SamplerConfig, dtype: str = "float32") -> Sampler:

@@ -19,7 +19,7 @@ from flax import nnx
 
 from segdiff_jax.config import Config, from_dict, to_dict
 from segdiff_jax.errors import UserError
-from segdiff_jax.files import write_json
+from segdiff_jax.files import reading, write_json
 from segdiff_jax.models import pretrained
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.tokenizer import Tokenizer
@@ -32,7 +32,8 @@ EXPORT_SETTINGS = "segdiff.json"  # the config, in an exported folder
 
 
 def is_workdir(path: str) -> bool:
-    return (epath.Path(path) / "config.json").exists()
+    with reading(path):
+        return (epath.Path(path) / "config.json").exists()
 
 
 def write_config(workdir: str, config: Config) -> None:
@@ -41,14 +42,16 @@ def write_config(workdir: str, config: Config) -> None:
 
 def read_config(workdir: str) -> Config:
     """The config of a run or an export. `UserError` if `workdir` is neither or it is damaged."""
-    path = epath.Path(workdir) / ("config.json" if is_workdir(workdir) else EXPORT_SETTINGS)
-    if not path.exists():
+    with reading(workdir):
+        path = epath.Path(workdir) / ("config.json" if is_workdir(workdir) else EXPORT_SETTINGS)
+        data = path.read_bytes() if path.exists() else None
+    if data is None:
         raise UserError(
             f"{workdir}: neither a training workdir (config.json) nor an export "
             f"({EXPORT_SETTINGS}): give the --workdir of a training or the --output of an export"
         )
     try:
-        return from_dict(json.loads(path.read_text()))
+        return from_dict(json.loads(data))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}): restore it or train again") from error
 

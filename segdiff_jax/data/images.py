@@ -7,6 +7,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageOps
 
+from segdiff_jax import files
 from segdiff_jax.errors import UserError
 
 MAX_PIXELS = 89_478_485  # PIL's own limit for decompression bombs: a 256 MB RGB image
@@ -65,7 +66,8 @@ def read_labels(path: epath.PathLike, max_pixels: int = MAX_PIXELS) -> np.ndarra
 def _open(path: epath.PathLike, max_pixels: int) -> Image.Image:
     """The decoded image, upright. `format` survives."""
     try:
-        data = epath.Path(path).read_bytes()
+        with files.reading(path):
+            data = epath.Path(path).read_bytes()
     except FileNotFoundError as error:
         raise UnreadableError(f"{path}: no such file, check the path") from error
     except OSError as error:

@@ -32,6 +32,13 @@ def locate(
 
     Raises `UserError` when there is no such folder or repository, or it lacks a component.
     """
+    with files.reading(source):
+        return _locate(source, components, revision, variant)
+
+
+def _locate(
+    source: str, components: Collection[str], revision: str | None, variant: str | None
+) -> epath.Path:
     repository = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", source)
     root = epath.Path(source)
     if files.is_remote(source) or root.exists():
@@ -87,7 +94,8 @@ def _download(
 def read_json(path: epath.Path) -> tuple[dict[str, Any], str]:
     """The object in a JSON file, and the file's name for messages about it."""
     try:
-        value = json.loads(path.read_text())
+        with files.reading(path):
+            value = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file: fetch the folder again") from error
     except (OSError, ValueError) as error:

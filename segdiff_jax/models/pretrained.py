@@ -7,7 +7,6 @@ memory holds the parameters once, or on each device its own part of them.
 
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
@@ -143,29 +142,28 @@ def save(
         directory, last=INDEX, others={*folders, *(path.split("/")[0] for path in extra)}
     ) as folder:
         for path, text in extra.items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_text(text)
+            files.write_text(folder / path, text)
         _write_components(pretrained, folder, dtype)
-        _write_json(folder / INDEX, _model_index(pretrained))
+        files.write_json(folder / INDEX, _model_index(pretrained))
 
 
 def _write_components(pretrained: Pretrained, folder: epath.Path, dtype: str) -> None:
     unet, vae, text, tokenizer, schedule = pretrained
     if unet is not None:
-        _write_json(folder / "unet" / "config.json", hf_config.write_unet(unet.config))
+        files.write_json(folder / "unet" / "config.json", hf_config.write_unet(unet.config))
         weights.write("unet", unet, folder / "unet", dtype)
     if vae is not None:
-        _write_json(folder / "vae" / "config.json", hf_config.write_vae(vae.config))
+        files.write_json(folder / "vae" / "config.json", hf_config.write_vae(vae.config))
         weights.write("vae", vae, folder / "vae", dtype)
     if text is not None:
         values = hf_config.write_text_encoder(text.config, dtype)
-        _write_json(folder / "text_encoder" / "config.json", values)
+        files.write_json(folder / "text_encoder" / "config.json", values)
         weights.write("text_encoder", text, folder / "text_encoder", dtype)
     if tokenizer is not None:
         tokenizer.save(folder / "tokenizer")
     if schedule is not None:
         path = folder / "scheduler" / "scheduler_config.json"
-        _write_json(path, hf_config.write_schedule(schedule))
+        files.write_json(path, hf_config.write_schedule(schedule))
 
 
 def _model_index(pretrained: Pretrained) -> dict[str, Any]:
@@ -187,8 +185,3 @@ def _model_index(pretrained: Pretrained) -> dict[str, Any]:
         "requires_safety_checker": False,
         **listed,
     }
-
-
-def _write_json(path: epath.Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from segdiff_jax import files
 from segdiff_jax.errors import UserError
 
 _DTYPES = {
@@ -49,6 +50,11 @@ def find(folder: epath.Path, stem: str, variant: str | None) -> list[epath.Path]
     whichever single variant is there: all of them end up as float32. Raises `UserError` when there
     are none, or only pickles.
     """
+    with files.reading(folder):
+        return _find(folder, stem, variant)
+
+
+def _find(folder: epath.Path, stem: str, variant: str | None) -> list[epath.Path]:
     if variant is None:
         names = [p.name for p in folder.iterdir()]
         pattern = rf"{stem}(?:\.(\w+))?\.safetensors|{stem}\.safetensors\.index(?:\.(\w+))?\.json"
@@ -86,28 +92,29 @@ def _no_weights(folder: epath.Path, names: list[str]) -> UserError:
 
 def _shards(index: epath.Path) -> list[epath.Path]:
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        plain = all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in files)
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        plain = all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in shards)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not an index of safetensors shards: fetch it again") from error
-    if not plain or not files:
+    if not plain or not shards:
         raise UserError(f"{index}: must name .safetensors files beside it: fetch it again")
-    for name in files:
+    for name in shards:
         if not (index.parent / name).exists():
             raise UserError(f"{index.parent / name}: this shard is missing: fetch it again")
-    return [index.parent / name for name in files]
+    return [index.parent / name for name in shards]
 
 
 def read_header(path: epath.Path) -> dict[str, Entry]:
     """The tensors of one file by name. Raises `UserError` if it is damaged or cut short."""
     try:
-        size = path.stat().length
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little") if len(start) == 8 else -1
-            if not 2 <= length <= min(_MAX_HEADER, size - 8):
-                raise UserError(f"{path}: damaged or not a safetensors file: fetch it again")
-            header = json.loads(file.read(length))
+        with files.reading(path):
+            size = path.stat().length
+            with path.open("rb") as file:
+                start = file.read(8)
+                length = int.from_bytes(start, "little") if len(start) == 8 else -1
+                if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                    raise UserError(f"{path}: damaged or not a safetensors file: fetch it again")
+                header = json.loads(file.read(length))
         data = 8 + length
         entries = {
             name: Entry(
@@ -141,7 +148,7 @@ def read(entries: Mapping[str, Entry]) -> Iterator[tuple[str, np.ndarray]]:
     for name, entry in entries.items():
         by_file.setdefault(entry.file, []).append((name, entry))
     for path, members in by_file.items():
-        with path.open("rb") as file:
+        with files.reading(path), path.open("rb") as file:
             for name, entry in sorted(members, key=lambda member: member[1].begin):
                 if entry.dtype not in _DTYPES:
                     raise UserError(
@@ -176,7 +183,7 @@ def write(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    with path.open("wb") as file:
+    with files.writing(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             shape, make = tensors[name]

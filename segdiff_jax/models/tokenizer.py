@@ -230,7 +230,8 @@ def _backend(
 
 def _read_text(path: epath.Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with files.reading(path):
+            return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file: give a CLIP tokenizer folder") from error
     except (OSError, UnicodeDecodeError) as error:

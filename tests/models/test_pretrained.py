@@ -21,7 +21,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch_oracles import normal, random_ours, relative_error, run, text_encoder, unet, vae, write
 
-from segdiff_jax import files
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import hf_config, pretrained
@@ -172,20 +171,6 @@ def test_failure_in_the_middle_keeps_the_earlier_export(ours, exported, tmp_path
         save(ours, target, extra_files={"README.md": "new"})
     assert contents(target) == before
     assert os.listdir(tmp_path) == ["model"]
-
-
-def test_unfinished_remote_export_cannot_be_loaded(ours, tmp_path, monkeypatch):
-    """An object store has no rename: the index is what makes the folder a whole."""
-    monkeypatch.setattr(files, "is_remote", lambda _: True)
-
-    def dies(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pretrained.weights, "write", dies)
-    with pytest.raises(KeyboardInterrupt):
-        save(ours, tmp_path / "x")
-    with pytest.raises(UserError, match="no model_index.json"):
-        load(tmp_path / "x", ("unet",))
 
 
 def test_reads_shards_and_variants(tmp_path):

@@ -1,0 +1,150 @@
+"""Exports and pretrained folders on `gs://`: whole or not at all, and through faults."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from emulator import Fault
+from flax import nnx
+
+from segdiff_jax import export
+from segdiff_jax.errors import UserError
+from segdiff_jax.models import pretrained
+
+pytestmark = pytest.mark.usefixtures("impatient")
+
+
+@pytest.fixture
+def write(tiny_networks, tiny_config):
+    return lambda directory: export.write_folder(*tiny_networks, tiny_config(), str(directory))
+
+
+def leaves(module):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(module))]
+
+
+def assert_loads(source, unet):
+    loaded = pretrained.load(source)
+    for found, wanted in zip(leaves(loaded.unet), leaves(unet), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert None not in loaded
+
+
+def uploads(part):
+    return lambda method, path: method in ("POST", "PUT") and part in path
+
+
+def test_diffusers_export_is_that_of_a_local_folder(gcs, bucket, write, tiny_networks, tmp_path):
+    write(tmp_path / "local")
+    export.main(
+        ["--checkpoint", str(tmp_path / "local"), "--output", f"{bucket}/a/model"]
+        + ["--format", "diffusers"]
+    )
+    local = {
+        os.path.relpath(os.path.join(root, name), tmp_path / "local"): os.path.join(root, name)
+        for root, _, names in os.walk(tmp_path / "local")
+        for name in names
+    }
+    stored = gcs.objects("a/model/")
+    assert {name.removeprefix("a/model/") for name in stored} == set(local)
+    for name, path in local.items():
+        with open(path, "rb") as file:
+            assert stored[f"a/model/{name}"] == file.read()
+    assert_loads(f"{bucket}/a/model", tiny_networks[0])
+    # Export of the export, from and to the store, over an earlier one.
+    export.main(
+        ["--checkpoint", f"{bucket}/a/model", "--output", f"{bucket}/b", "--format", "diffusers"]
+    )
+    export.main(["--checkpoint", f"{bucket}/b", "--output", f"{bucket}/b2", "--format=diffusers"])
+    export.main(["--checkpoint", f"{bucket}/b", "--output", f"{bucket}/b2", "--format=diffusers"])
+    assert [v for _, v in sorted(gcs.objects("b2/").items())] == [
+        v for _, v in sorted(stored.items())
+    ]
+
+
+def test_stablehlo_export(gcs, bucket, write, tmp_path):
+    write(tmp_path / "model")
+    export.main(
+        ["--checkpoint", str(tmp_path / "model"), "--output", f"{bucket}/hlo"]
+        + ["--format", "stablehlo", "--dtype", "bfloat16"]
+    )
+    stored = gcs.objects("hlo/")
+    assert set(stored) == {"hlo/sampler.stablehlo", "hlo/sampler.json"}
+    assert json.loads(stored["hlo/sampler.json"])["weights_dtype"] == "bfloat16"
+    function = jax.export.deserialize(bytearray(stored["hlo/sampler.stablehlo"]))
+    assert set(function.platforms) == {"cpu", "cuda", "tpu"}
+
+
+def test_a_folder_that_is_no_export_is_left_alone(gcs, bucket, write):
+    from etils import epath
+
+    epath.Path(f"{bucket}/mine/thesis.txt").write_text("years")
+    with pytest.raises(UserError, match="gs://bucket/mine/thesis.txt: is no part of an export"):
+        write(f"{bucket}/mine")
+    assert gcs.objects() == {"mine/thesis.txt": b"years"}
+
+
+@pytest.mark.parametrize("kind", ["503", "drop", "lost", "cut"])
+def test_short_faults_are_overcome(kind, gcs, bucket, write, tiny_networks):
+    faults = [
+        Fault(kind, uploads("o"), times=3),
+        Fault("slow", lambda method, path: True, times=3, seconds=0.3),
+    ]
+    with gcs.failing(*faults):
+        write(f"{bucket}/model")
+    assert all(len(fault.seen) == 3 for fault in faults)
+    reading = Fault(kind, lambda method, path: method == "GET", times=3)
+    with gcs.failing(reading, Fault("slow", times=3, seconds=0.3)):
+        assert_loads(f"{bucket}/model", tiny_networks[0])
+    assert len(reading.seen) == 3
+
+
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "merges.txt", "model_index.json"])
+def test_a_store_that_refuses_is_named_and_nothing_passes_for_an_export(
+    part, gcs, bucket, write, tiny_networks
+):
+    write(f"{bucket}/model")  # an earlier one must not show through
+    refuse = Fault("503", uploads(part), times=float("inf"))
+    with gcs.failing(refuse), pytest.raises(UserError) as caught:
+        write(f"{bucket}/model")
+    assert str(caught.value).startswith("cannot write gs://bucket/model/")
+    assert part in str(caught.value) and "503" in str(caught.value)
+    with pytest.raises(UserError, match="gs://bucket/model: no model_index.json"):
+        pretrained.load(f"{bucket}/model")
+    write(f"{bucket}/model")
+    assert_loads(f"{bucket}/model", tiny_networks[0])
+
+
+@pytest.mark.parametrize(
+    "part", ["model_index.json", "vae/config.json", "unet/diffusion_pytorch_model", "merges.txt"]
+)
+def test_an_object_that_cannot_be_read_is_named(part, gcs, bucket, write):
+    write(f"{bucket}/model")
+    refuse = Fault("503", lambda method, path: part in path, times=float("inf"))
+    with gcs.failing(refuse), pytest.raises(UserError) as caught:
+        pretrained.load(f"{bucket}/model")
+    message = str(caught.value)
+    assert message.startswith("cannot read gs://bucket/model") and "503" in message
+    assert "try again" in message and "\n" not in message
+
+
+def test_a_killed_export_is_no_export(gcs, bucket, write, tiny_networks, tmp_path):
+    write(tmp_path / "model")
+    command = [sys.executable, "-m", "segdiff_jax.export", "--checkpoint", str(tmp_path / "model")]
+    command += ["--output", f"{bucket}/out", "--format", "diffusers"]
+    hang = Fault("hang", uploads("vae/diffusion_pytorch_model"))
+    with gcs.failing(hang):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        hang.wait_until_seen(120)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert "out/unet/diffusion_pytorch_model.safetensors" in gcs.objects()
+    with pytest.raises(UserError, match="gs://bucket/out: no model_index.json"):
+        pretrained.load(f"{bucket}/out")
+    subprocess.run(command, check=True, capture_output=True)
+    assert_loads(f"{bucket}/out", tiny_networks[0])

@@ -1,0 +1,69 @@
+"""Single objects: large ones go up in chunks, of which any can fail."""
+
+import logging
+
+import numpy as np
+import pytest
+from emulator import Fault
+from etils import epath
+
+from segdiff_jax import files
+from segdiff_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("impatient")
+
+LARGE = np.random.default_rng(0).bytes(12 << 20)  # gcsfs sends chunks of 5 MiB
+
+
+def chunks(method, path):
+    return "upload_id=" in path
+
+
+@pytest.mark.parametrize("kind", ["503", "drop"])
+def test_a_chunk_that_fails_is_sent_again(kind, gcs, bucket):
+    fault = Fault(kind, chunks, times=2)
+    with gcs.failing(fault):
+        files.write_bytes(f"{bucket}/x/large", LARGE)
+    assert len(fault.seen) == 2
+    assert gcs.objects() == {"x/large": LARGE}
+    assert epath.Path(f"{bucket}/x/large").read_bytes() == LARGE
+
+
+@pytest.mark.parametrize("kind", ["lost", "cut"])
+def test_a_chunk_whose_receipt_is_lost(kind, gcs, bucket):
+    """The emulator refuses a chunk it has; Google's store ignores bytes that it has."""
+    fault = Fault(kind, chunks)
+    with gcs.failing(fault), pytest.raises(UserError, match="cannot write gs://bucket/x/large: "):
+        files.write_bytes(f"{bucket}/x/large", LARGE)
+    assert len(fault.seen) == 1
+    assert gcs.objects() in ({}, {"x/large": LARGE})
+    files.write_bytes(f"{bucket}/x/large", LARGE)
+    assert gcs.objects() == {"x/large": LARGE}
+
+
+def test_an_upload_that_fails_leaves_the_object_as_it_was(gcs, bucket, caplog):
+    files.write_bytes(f"{bucket}/large", b"earlier")
+    refuse = Fault("503", chunks, times=float("inf"))
+    caplog.set_level(logging.WARNING)
+    with gcs.failing(refuse), pytest.raises(UserError) as caught:
+        files.write_bytes(f"{bucket}/large", LARGE)
+    assert str(caught.value).startswith("cannot write gs://bucket/large: ")
+    assert gcs.objects() == {"large": b"earlier"}
+    assert not caplog.records  # one line for the user, no traceback beside it
+
+
+def test_check_writable_names_the_bucket(gcs, bucket):
+    files.check_writable(f"{bucket}/run")
+    assert gcs.objects() == {}
+    with pytest.raises(UserError, match="cannot write gs://no-such-bucket/run"):
+        files.check_writable("gs://no-such-bucket/run")
+
+
+def test_what_another_process_writes_is_seen(gcs, bucket):
+    folder = epath.Path(f"{bucket}/folder")
+    files.write_text(folder / "a", "1")
+    assert [p.name for p in folder.iterdir()] == ["a"]
+    gcs.put("folder/b", b"2")
+    assert sorted(p.name for p in folder.iterdir()) == ["a", "b"]
+    gcs.delete("folder/a")
+    assert not (folder / "a").exists()
