@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 
 from segdiff_jax.config import Config, from_dict, to_dict
 from segdiff_jax.errors import UserError
@@ -25,6 +26,7 @@ from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.tokenizer import Tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
+from segdiff_jax.training import sharding
 from segdiff_jax.training.checkpoint import Checkpoints
 
 PRETRAINED, CHECKPOINTS, VAE_STAGE, LATENTS = "pretrained", "checkpoints", "vae", "latents"
@@ -73,6 +75,18 @@ def load_networks(
         if weights:
             raise UserError(f"{path}: an export has one set of weights: leave --weights out")
         return _load_export(path)
+    unet, config = load_unet(path, weights)
+    frozen = load_frozen(str(epath.Path(path) / PRETRAINED), jnp.dtype(config.model.dtype))
+    return (unet, *frozen, config)
+
+
+def load_unet(
+    path: str, weights: str | None = None, mesh: Mesh | None = None
+) -> tuple[UNet, Config]:
+    """The UNet of a training workdir, and the config it was trained with.
+
+    weights: as of `load_networks`. With `mesh`, each device reads its own part of the arrays.
+    """
     config = read_config(path)
     if config.stage != "diffusion":
         raise UserError(
@@ -89,11 +103,16 @@ def load_networks(
         unet_config = unet_config_from(saved["unet"])
         unet = nnx.eval_shape(lambda: UNet(unet_config, dtype=dtype, rngs=nnx.Rngs(0)))
         graph, params = nnx.split(unet)
+        if mesh is not None:
+            params = jax.tree.map(
+                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+                params,
+                sharding.state_sharding(params, mesh),
+            )
         restored, _ = checkpoints.restore({kept: params})
     finally:
         checkpoints.close()
-    frozen = load_frozen(str(epath.Path(path) / PRETRAINED), dtype)
-    return (nnx.merge(graph, restored[kept]), *frozen, config)
+    return nnx.merge(graph, restored[kept]), config
 
 
 def unet_config_from(values: dict[str, Any]) -> UNetConfig:
