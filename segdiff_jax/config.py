@@ -144,9 +144,14 @@ class SamplerConfig:
 
 @dataclass
 class MeshConfig:
-    data: int = -1  # -1 = all remaining devices
+    """Sizes of the axes within a TPU slice (over ICI) and, times those, across slices (DCN)."""
+
+    data: int = -1  # -1 = all remaining devices of a slice
     fsdp: int = 1
     tensor: int = 1
+    dcn_data: int = -1  # -1 = all remaining slices
+    dcn_fsdp: int = 1
+    dcn_tensor: int = 1
 
 
 @dataclass

@@ -7,7 +7,11 @@ from segdiff_jax import cli
 
 _DESCRIPTION = """Train a model. The same command again continues from the newest checkpoint.
 
-SIGTERM and Ctrl-C write a checkpoint and exit 0. Any key of the config can be overridden."""
+SIGTERM and Ctrl-C write a checkpoint and exit 0. Any key of the config can be overridden.
+
+On a TPU pod run the same command on every worker: they find each other. Elsewhere, several
+processes need JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+JAX_PROCESS_ID in their environment."""
 
 
 def main(argv: list[str]) -> None:
@@ -25,18 +29,29 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(rest)
     config = cli.load_config(args.config, overrides)
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("absl").setLevel(logging.WARNING)
     from segdiff_jax.files import check_writable
     from segdiff_jax.runtime import start
-    from segdiff_jax.training import loop, stages
+    from segdiff_jax.training import loop, processes, stages
 
-    check_writable(args.workdir)
     start()
-    try:
-        stages.train(config, os.fspath(args.workdir))
-    except loop.Stopped as stopped:
-        logging.info("%s; run the same command to continue", stopped)
+    processes.join()
+    _start_logging(processes.is_first(), processes.index())
+    with processes.together():
+        if processes.is_first():
+            check_writable(args.workdir)
+        try:
+            stages.train(config, os.fspath(args.workdir))
+        except loop.Stopped as stopped:
+            logging.info("%s; run the same command to continue", stopped)
+
+
+def _start_logging(first: bool, process: int) -> None:
+    """The first process tells how the run goes, the others only what goes wrong with them."""
+    level, name = (logging.INFO, "") if first else (logging.WARNING, f"[process {process}] ")
+    form = f"%(asctime)s {name}%(message)s"
+    # Imports may have set up a handler of their own.
+    logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S", force=True)
+    logging.getLogger("absl").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -33,9 +34,8 @@ def train_batches(
     latents: "Latents",
     config: Config,
     seed: int,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    start: int = 0,
+    rows: Sequence[int] | None = None,
     batch_size: int | None = None,
 ) -> pipeline.TrainBatches:
     """The batches of `pipeline.train_batches`, example for example, with latents for pixels.
@@ -44,9 +44,7 @@ def train_batches(
     "valid": bool [b, h, w], "class_ids": int32 [b, G]}.
     """
     example = _Example(latents, config, seed)
-    return pipeline.batches(
-        latents, example, config, seed, start_step, process_index, process_count, batch_size
-    )
+    return pipeline.batches(latents, example, config, seed, start, rows, batch_size)
 
 
 class Latents:

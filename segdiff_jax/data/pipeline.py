@@ -1,8 +1,8 @@
 """From a source to training batches, with Grain, and to evaluation examples.
 
 Example i of training is a function of (seed, i) alone: which record it shows, how that record is
-augmented and which classes are asked of it. Batch s holds examples s*B … (s+1)*B - 1, so any step
-on any process count sees the same examples as an uninterrupted run on one.
+augmented and which classes are asked of it. Batches hold B successive examples, so a run that goes
+on from any example on any process count sees the same batches as an uninterrupted run on one.
 """
 
 import logging
@@ -36,22 +36,19 @@ def train_batches(
     source: Source,
     config: Config,
     seed: int,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    start: int = 0,
+    rows: Sequence[int] | None = None,
     batch_size: int | None = None,
 ) -> "TrainBatches":
-    """Endless batches from step `start_step` on.
+    """Endless batches from example `start` on.
 
     Each is {"image": uint8 [b, H, W, 3], "labels": uint8 [b, H, W], "class_ids": int32 [b, G]},
-    b = batch_size / process_count rows of the global batch, in global order; G is
+    the b `rows` of the global batch that this process feeds, by default all; G is
     config.codec.classes_per_pass, or all K classes when that is 0. class_ids of -1 are empty
-    slots. `batch_size` is config.train.batch_size unless given.
+    slots. `batch_size`, of the global batch, is config.train.batch_size unless given.
     """
     example = _Example(source, config, seed)
-    return batches(
-        source, example, config, seed, start_step, process_index, process_count, batch_size
-    )
+    return batches(source, example, config, seed, start, rows, batch_size)
 
 
 def batches(
@@ -59,9 +56,8 @@ def batches(
     example: Callable[[int, dict[str, Any]], dict[str, Any]],
     config: Config,
     seed: int,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    start: int = 0,
+    rows: Sequence[int] | None = None,
     batch_size: int | None = None,
 ) -> "TrainBatches":
     """`train_batches` of other records: the same order, epochs, processes and resumption.
@@ -70,23 +66,18 @@ def batches(
     "unreadable", to be handed on. Both arguments must be picklable for data.workers > 0.
     """
     size = batch_size or config.train.batch_size
-    if size % process_count:
-        raise UserError(
-            f"config.train.batch_size={size} does not divide over {process_count} processes"
-        )
-    rows = size // process_count
+    rows = range(size) if rows is None else rows
     salted = zlib.crc32(
         f"segdiff {seed}".encode()
     )  # Grain adds epochs to its seed: keep runs apart
-    dataset = (
+    examples = (
         grain.MapDataset.source(_Substituting(records, config.data.max_unreadable))
         .shuffle(salted)
         .repeat()
         .map_with_index(example)
-        .slice(slice(start_step * size, None))
-        .batch(rows, drop_remainder=True, batch_fn=_stack)
-        .slice(slice(process_index, None, process_count))
     )
+    mine = grain.MapDataset.source(_Rows(examples, start, size, rows))
+    dataset = mine.batch(len(rows), drop_remainder=True, batch_fn=_stack)
     threads = min(16, 2 * (os.cpu_count() or 1))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     iterable = dataset.to_iter_dataset(options)
@@ -175,6 +166,20 @@ class _Substituting:
             except UnreadableError as error:
                 failures[record] = str(error)
         raise too_many_unreadable(failures, length, self.max_unreadable)
+
+
+class _Rows:
+    """Of each batch of `size` examples from `start` on, those at `rows`."""
+
+    def __init__(self, examples: Records, start: int, size: int, rows: Sequence[int]):
+        self.examples, self.start, self.size, self.rows = examples, start, size, rows
+
+    def __len__(self) -> int:
+        return (len(self.examples) - self.start) // self.size * len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        batch, place = divmod(index, len(self.rows))
+        return self.examples[self.start + batch * self.size + self.rows[place]]
 
 
 class Draws:

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from etils import epath
 
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote
+from segdiff_jax.training import processes
 from segdiff_jax.training.sharding import leaf_path
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,9 @@ _UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTH
 class Checkpoints:
     """The checkpoints of one run: the last `keep`, and the best by `best_metric` when it is given.
 
+    Every process of a run makes one and calls its methods in the same order. As a context it closes
+    at the end, but not after an error among several processes: the others may never come to close.
+
     Args:
       directory: local or `gs://` folder that holds one folder per step.
       keep: how many of the newest to keep.
@@ -72,10 +76,11 @@ class Checkpoints:
         self.directory = path if is_remote(directory) else path.absolute()
         self._damaged: list[int] = []
         with self._writing():
-            if not read_only:
+            if processes.is_first() and not read_only:
                 self.directory.mkdir(parents=True, exist_ok=True)
-            if best_metric:
+            if processes.is_first() and best_metric:
                 _drop_damaged_metrics(self.directory, read_only)
+            processes.barrier()
             self._manager = ocp.CheckpointManager(
                 self.directory,
                 options=_options(keep, best_metric, read_only),
@@ -85,6 +90,13 @@ class Checkpoints:
                     "metadata": ocp.JsonCheckpointHandler(),
                 },
             )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or processes.count() == 1:
+            self.close()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first, without those found damaged."""
@@ -111,8 +123,8 @@ class Checkpoints:
         """Starts saving `state` (a tree of arrays) and `metadata` (JSON values) as `step`.
 
         Returns when the arrays are copied off the device, which may then reuse them; files are
-        written in the background. A step that is already saved is left as it is. Every process
-        calls this. Raises `UserError` when this or the previous save cannot be written.
+        written in the background. A step that is already saved is left as it is. Raises `UserError`
+        when this or the previous save cannot be written.
         """
         with self._writing():
             for damaged in self._damaged:  # newer than what we resumed from: they would mask it
@@ -167,7 +179,7 @@ class Checkpoints:
             where = self.directory / str(candidate)
             try:
                 return read(candidate)
-            except UserError:
+            except (UserError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:  # Orbax and TensorStore raise whatever the file led them to
                 reason = _first_line(error)
@@ -175,7 +187,8 @@ class Checkpoints:
                     raise UserError(f"{where}: cannot be read now: {reason}") from error
                 if step is not None:
                     raise UserError(f"{where}: damaged checkpoint: {reason}") from error
-                log.warning("%s: damaged checkpoint, trying the one before: %s", where, reason)
+                if processes.is_first():
+                    log.warning("%s: damaged checkpoint, trying the one before: %s", where, reason)
                 self._damaged.append(candidate)
         raise UserError(
             f"{self.directory}: every checkpoint is damaged: restore them from a copy, "
@@ -185,34 +198,37 @@ class Checkpoints:
     def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         wanted = jax.tree.map(_with_sharding, abstract)
         tree = _by_name(wanted)
-        stored = self._manager.item_metadata(step)["state"]
-        _check_architecture(self.directory / str(step), stored.tree, tree)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    tree,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
-                    partial_restore=True,
-                ),
-                metadata=ocp.args.JsonRestore(),
-            ),
+        folder = self.directory / str(step)
+        args = ocp.args.PyTreeRestore(
+            tree,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+            partial_restore=True,
         )
-        arrays = _flat(restored["state"])
-        _verify(restored["state"], restored["metadata"]["checksums"], stored.tree)
+
+        def read() -> tuple[Any, Any, Any]:
+            stored = self._manager.item_metadata(step)["state"].tree
+            _check_architecture(folder, stored, tree)
+            # Not through the manager, which waits for the other processes when it has read.
+            restored = ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args)
+            return stored, restored, _read_json(folder)
+
+        stored, restored, metadata = _in_all(read)
+        _verify(restored, metadata["checksums"], stored)
+        arrays = _flat(restored)
         leaves, structure = jax.tree_util.tree_flatten_with_path(wanted)
         in_order = [arrays[leaf_path(path)] for path, _ in leaves]
-        return jax.tree_util.tree_unflatten(structure, in_order), restored["metadata"]["user"]
+        return jax.tree_util.tree_unflatten(structure, in_order), metadata["user"]
 
     def _read_metadata(self, step: int) -> dict[str, Any]:
-        args = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["metadata"]["user"]
+        return _in_all(lambda: _read_json(self.directory / str(step)))["user"]
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Turns a full disk and a forbidden place, however they surface, into a `UserError`."""
         try:
             yield
+        except jax.errors.JaxRuntimeError:
+            raise  # of the devices, or of another process that is gone
         except Exception as error:
             # The writer thread's failure arrives as a ValueError with the system's words in it.
             system = re.search(r"([^:]+?) \[os_error_code", str(error))
@@ -224,6 +240,25 @@ class Checkpoints:
                     "free some space, or choose a --workdir that can be written"
                 ) from error
             raise
+
+
+def _in_all(read: Callable[[], Any]) -> Any:
+    """`read()`; raises in every process where it raises in one, so that all try the same step."""
+    result, damage = None, None
+    try:
+        result = read()
+    except (UserError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        damage = error
+    if not processes.all_agree(damage is None):
+        raise damage or ValueError("another process cannot read its part")
+    return result
+
+
+def _read_json(folder: epath.Path) -> dict[str, Any]:
+    args = ocp.args.JsonRestore()
+    return ocp.JsonCheckpointHandler().restore(folder / "metadata", args=args)
 
 
 def check_config(stored: dict[str, Any], current: dict[str, Any]) -> None:

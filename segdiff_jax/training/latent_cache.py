@@ -20,7 +20,6 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from segdiff_jax import codec
@@ -33,7 +32,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.files import check_writable, is_remote, write_json
 from segdiff_jax.models.vae import VAE, encode_latents
 from segdiff_jax.progress import reporter
-from segdiff_jax.training import losses
+from segdiff_jax.training import losses, processes
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +57,11 @@ def open_or_build(source: Source, vae: VAE, config: Config, folder: str) -> Late
             latents = Latents(folder, source)
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserError) as error:
             reason = f"cannot be read ({str(error).splitlines()[0]})"
-    if _all_processes(latents is not None):
+    if processes.all_agree(latents is not None):
         assert latents is not None
         return latents
     log.info("%s: latent cache %s: building it", folder, reason)
-    build(source, vae, config, folder, jax.process_index(), jax.process_count())
+    build(source, vae, config, folder, processes.index(), processes.count())
     return Latents(folder, source)
 
 
@@ -84,9 +83,9 @@ def build(
             if partial.exists():
                 partial.rmtree()
             check_writable(partial)
-        _barrier("started")
+        processes.barrier()
         _write_shard(source, vae, config, partial, process_index, process_count)
-        _barrier("written")
+        processes.barrier()
         if process_index == 0:
             description = {"made_from": fingerprint(source, vae, config), "shards": process_count}
             shape = _latent_shape(vae, config)
@@ -95,7 +94,7 @@ def build(
                 if target.exists():
                     target.rmtree()
                 partial.rename(target)
-        _barrier("finished")
+        processes.barrier()
     except BaseException as error:
         if process_index == 0 and partial.exists():
             partial.rmtree()
@@ -280,14 +279,3 @@ def _in_one_image(config: Config) -> bool:
 def _latent_shape(vae: VAE, config: Config) -> tuple[int, int, int]:
     height, width = (size // vae.config.downsampling for size in config.data.image_size)
     return height, width, vae.config.latent_channels
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"latent_cache_{name}")
-
-
-def _all_processes(flag: bool) -> bool:
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.array(flag)).all())

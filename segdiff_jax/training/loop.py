@@ -10,7 +10,7 @@ import numpy as np
 
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
-from segdiff_jax.training import sharding
+from segdiff_jax.training import processes, sharding
 from segdiff_jax.training.checkpoint import Checkpoints
 from segdiff_jax.training.step import Frozen, StepFunction, TrainState
 from segdiff_jax.training.telemetry import GracefulStop, Telemetry
@@ -44,16 +44,21 @@ def run(
 ) -> TrainState:
     """Trains `state` to config.train.steps and returns it.
 
-    `batches` starts at the state's step. Raises `UserError` when the loss stops being finite (no
-    checkpoint of such a state is written) and `Stopped` after a signal.
+    `batches` starts at the state's step, with the rows that this process feeds. `metadata` goes
+    into every checkpoint; its "next_example" is the data position at the start and moves on.
+
+    Raises `UserError` when the loss stops being finite (no checkpoint of such a state is written)
+    and `Stopped` after a signal. All processes then do so at the same step: they see the same loss,
+    and they agree on the signal, which may have come to one of them.
     """
     first = int(state.step)
+    first_example, batch_size = metadata["next_example"], config.train.batch_size
     compiled = compile_step(step, state, mesh)
     telemetry = Telemetry(
         workdir,
         config.train.steps,
-        config.train.batch_size,
-        enabled=jax.process_index() == 0,
+        batch_size,
+        enabled=processes.is_first(),
         log_every=config.train.log_every,
         first_step=first,
         stage=config.stage,
@@ -66,6 +71,7 @@ def run(
         # All three: a finite gradient may still make an update that is not.
         finite = ("loss", "gradient_norm", "update_norm")
         if values and not all(math.isfinite(values[k]) for k in finite):
+            checkpoints.wait()
             kept = f"checkpoint {saved} is kept" if saved else "no checkpoint was written yet"
             raise UserError(
                 f"{workdir}: loss, gradient or update is not finite at step "
@@ -77,11 +83,15 @@ def run(
         try:
             for done in range(first + 1, config.train.steps + 1):
                 batch = {
-                    name: jax.make_array_from_process_local_data(place, value)
+                    name: jax.make_array_from_process_local_data(
+                        place, value, (batch_size, *value.shape[1:])
+                    )
                     for name, value in next(batches).items()
                 }
+                signalled = processes.any_raised(stop.requested)
                 state, metrics = compiled(state, frozen, batch, key)
-                check(telemetry.step(done, metrics))
+                check(telemetry.step(done, metrics))  # of the step before, as is the answer here:
+                stopping = stop.requested if processes.count() == 1 else signalled()
                 last = done == config.train.steps
                 every = config.train.eval_every
                 scores: dict[str, float] = {}
@@ -89,11 +99,12 @@ def run(
                     check(telemetry.fetch())
                     with telemetry.paused():
                         scores = validate(done, state, telemetry)
-                if done % config.train.checkpoint_every == 0 or last or stop.requested:
+                if done % config.train.checkpoint_every == 0 or last or stopping:
                     check(telemetry.fetch())
-                    checkpoints.save(done, state, metadata, scores)
+                    position = first_example + (done - first) * batch_size
+                    checkpoints.save(done, state, metadata | {"next_example": position}, scores)
                     saved = done
-                if stop.requested and not last:
+                if stopping and not last:
                     checkpoints.wait()
                     raise Stopped(f"stopped at step {done}, checkpoint written")
             checkpoints.wait()

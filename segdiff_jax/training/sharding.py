@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -40,41 +42,54 @@ RULES: tuple[tuple[str, P], ...] = (
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh with axes ("data", "fsdp", "tensor") over `devices` (all of them by default).
 
-    One size may be -1: all devices that the other two leave. Raises `UserError` when the sizes do
-    not multiply to the number of devices.
+    An axis is as long as its size within a slice (ICI: config.mesh.data, ...) times its size across
+    slices (DCN: config.mesh.dcn_data, ...); a machine that is no TPU is one slice. One size of each
+    kind may be -1: all that the other two leave. Raises `UserError` when sizes do not multiply to
+    the number of devices in a slice, or of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {axis: getattr(config, axis) for axis in AXES}
-    for axis, size in sizes.items():
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    across = _sizes(config, "dcn_", slices, "slices")
+    within = _sizes(config, "", len(devices) // slices, "devices")
+    # Explicit axes (the default of make_mesh) refuse convolutions with sharded kernels.
+    kinds = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(within, AXES, axis_types=kinds, devices=devices)
+    placed = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    return Mesh(placed, AXES, axis_types=kinds)
+
+
+def _sizes(config: MeshConfig, prefix: str, count: int, things: str) -> tuple[int, ...]:
+    """The sizes of the axes in `config`, -1 replaced, which must multiply to `count` things."""
+    names = [f"{prefix}{axis}" for axis in AXES]
+    sizes = {name: getattr(config, name) for name in names}
+    for name, size in sizes.items():
         if size < 1 and size != -1:
             raise UserError(
-                f"config.mesh.{axis}={size}: must be at least 1, or -1 for all remaining devices"
+                f"config.mesh.{name}={size}: must be at least 1, or -1 for all remaining {things}"
             )
-    free = [axis for axis in AXES if sizes[axis] == -1]
+    free = [name for name in names if sizes[name] == -1]
     if len(free) > 1:
         raise UserError(
             f"config.mesh.{free[0]} and config.mesh.{free[1]} are both -1: "
-            "only one axis can take the remaining devices"
+            f"only one axis can take the remaining {things}"
         )
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    asked = " × ".join(f"{axis}={sizes[axis]}" for axis in AXES)
+    asked = " × ".join(f"{name}={sizes[name]}" for name in names)
     if free:
-        if len(devices) % fixed:
-            culprits = ", ".join(f"config.mesh.{axis}" for axis in AXES if sizes[axis] > 1)
+        if count % fixed:
+            culprits = ", ".join(f"config.mesh.{name}" for name in names if sizes[name] > 1)
             raise UserError(
-                f"{culprits}: {asked} does not divide {len(devices)} devices: "
-                "choose sizes whose product divides the number of devices"
+                f"{culprits}: {asked} does not divide {count} {things}: "
+                f"choose sizes whose product divides the number of {things}"
             )
-        sizes[free[0]] = len(devices) // fixed
-    elif fixed != len(devices):
+        sizes[free[0]] = count // fixed
+    elif fixed != count:
         raise UserError(
-            f"config.mesh.data: {asked} makes {fixed} devices, but there are {len(devices)}: "
+            f"config.mesh.{names[0]}: {asked} makes {fixed} {things}, but there are {count}: "
             "set it to -1 or correct the sizes"
         )
-    # Explicit axes (the default of make_mesh) refuse convolutions with sharded kernels.
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return tuple(sizes.values())
 
 
 def leaf_path(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -150,9 +165,40 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that this process feeds to its devices, in ascending order.
+
+    Processes whose devices differ only along `tensor` feed the same rows. Raises `UserError` when
+    the batch cannot be cut evenly.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % parts:
+        raise UserError(
+            f"a batch of {batch_size} does not divide over the {parts} devices along the axes data "
+            "and fsdp: correct config.train.batch_size, config.vae.batch_size or config.mesh.data"
+        )
+    cuts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for cut in cuts if cut for row in range(*cut[0].indices(batch_size))})
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, P())
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process holds whole, as arrays on the devices of all.
+
+    shardings: a tree like `tree`, or one sharding for all of it.
+    """
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda cut: whole[cut])
+
+    return jax.tree.map(put, tree, shardings)
 
 
 @functools.cache  # one line per distinct shape, however many layers, moments and averages share it

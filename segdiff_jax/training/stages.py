@@ -2,7 +2,9 @@
 
 import dataclasses
 import logging
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from segdiff_jax import conditioning
+from segdiff_jax import __version__, conditioning
 from segdiff_jax import workdir as workdirs
 from segdiff_jax.config import Config
 from segdiff_jax.data import latents, pipeline
@@ -19,13 +21,14 @@ from segdiff_jax.data.prompts import prompts
 from segdiff_jax.data.sources import Source, open_source
 from segdiff_jax.data.vocabulary import Vocabulary
 from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.errors import UserError
 from segdiff_jax.models import presets, pretrained
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.pretrained import Pretrained
 from segdiff_jax.models.tokenizer import train_tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.training import latent_cache, loop, losses, sharding
+from segdiff_jax.training import latent_cache, loop, losses, processes, sharding
 from segdiff_jax.training.checkpoint import Checkpoints, check_config
 from segdiff_jax.training.step import Frozen, TrainState, diffusion_step, init_state, vae_step
 
@@ -33,18 +36,27 @@ log = logging.getLogger(__name__)
 
 _SCALING_EXAMPLES = 64
 
-Batches = Callable[[int], Iterator[dict[str, np.ndarray]]]  # step -> batches from there on
+# (first example, rows that this process feeds) -> batches from there on
+Batches = Callable[[int, list[int]], Iterator[dict[str, np.ndarray]]]
 
 
 def train(config: Config, workdir: str) -> None:
     """Runs `config.stage` in `workdir`, the VAE stage before it where it is needed.
 
-    Continues from the newest checkpoint in `workdir`. Raises `UserError` for what a user can
-    mend and `loop.Stopped` after a signal.
+    Continues from the newest checkpoint in `workdir`. Every process of the run calls this, and all
+    see the same `workdir`. Raises `UserError` for what a user can mend and `loop.Stopped` after a
+    signal.
     """
     if workdirs.is_workdir(workdir):
         check_config(workdirs.to_dict(workdirs.read_config(workdir)), workdirs.to_dict(config))
-    workdirs.write_config(workdir, config)
+    if processes.is_first():
+        workdirs.write_config(workdir, config)
+    processes.barrier()
+    if not workdirs.is_workdir(workdir):
+        raise UserError(
+            f"{workdir}: process {processes.index()} does not see what process 0 wrote there: "
+            "choose a --workdir that all machines share, such as gs://..."
+        )
     source = open_source(config.data, config.data.train_split, config.seed)
     if config.stage == "vae":
         _train_vae(config, workdir, source)
@@ -63,33 +75,38 @@ def _train_vae(config: Config, workdir: str, source: Source) -> None:
     make = None if given else lambda: nnx.state(_new_vae(config))
     batches = _batches(config, source)
     state = _run(config, workdir, batches, vae_step(graph, config), None, params, make, None)
-    vae = nnx.merge(graph, state.ema or state.params)
-    vae = _with_scaling(vae, config, source)
-    text_encoder, tokenizer = _new_text(config, source.vocabulary)
-    networks = Pretrained(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, schedule=config.diffusion
-    )
-    if jax.process_index() == 0:
+    params = processes.gathered(state.ema or state.params)
+    if processes.is_first():
+        vae = _with_scaling(nnx.merge(graph, params), config, source)
+        text_encoder, tokenizer = _new_text(config, source.vocabulary)
+        networks = Pretrained(
+            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, schedule=config.diffusion
+        )
         pretrained.save(networks, str(finished))
+    processes.barrier()
 
 
 def _train_diffusion(config: Config, workdir: str, source: Source) -> None:
     frozen_folder = epath.Path(workdir) / workdirs.PRETRAINED
     dtype = jnp.dtype(config.model.dtype)
-    if not frozen_folder.exists():
+    missing = not frozen_folder.exists()
+    processes.barrier()  # all have looked
+    if missing:
         start = _starting_point(config, workdir)
-        parts = pretrained.load(start, ("vae", "text_encoder", "tokenizer"))
-        pretrained.save(parts._replace(schedule=config.diffusion), str(frozen_folder))
+        if processes.is_first():
+            parts = pretrained.load(start, ("vae", "text_encoder", "tokenizer"))
+            pretrained.save(parts._replace(schedule=config.diffusion), str(frozen_folder))
+        processes.barrier()
     vae, text_encoder, tokenizer = workdirs.load_frozen(str(frozen_folder), dtype)
     entries = source.vocabulary.classes
     table = conditioning.encode_prompts(text_encoder, tokenizer, entries, config.prompts.templates)
     vae_graph, vae_params = nnx.split(vae)
     frozen = Frozen(vae_params, make_schedule(config.diffusion), table)
 
-    given = _given_unet(config, dtype)
-    if given is not None:
-        given.remat = config.model.remat
-    unet_config = given.config if given else _unet_config(config, vae, text_encoder)
+    # What a checkpoint of this run replaces need not be read.
+    saved = _saved_unet_config(config, workdir)
+    given = None if saved else _given_unet(config, dtype)
+    unet_config = saved or (given.config if given else _unet_config(config, vae, text_encoder))
     build = lambda: UNet(  # noqa: E731
         unet_config,
         dtype=dtype,
@@ -97,9 +114,12 @@ def _train_diffusion(config: Config, workdir: str, source: Source) -> None:
         zero_init=config.model.zero_init,
         rngs=nnx.Rngs(config.seed),
     )
-    unet = given or nnx.eval_shape(build)
+    unet = nnx.eval_shape(build)
     graph, params = nnx.split(unet)
     make = None if given else lambda: nnx.state(build())
+    if given is not None:
+        params = jax.device_get(nnx.state(given))  # and off the device, where the state will be
+        del given
     step = diffusion_step(graph, vae_graph, config)
     validate = None
     if config.train.eval_every:
@@ -137,6 +157,17 @@ def _starting_point(config: Config, workdir: str) -> str:
     folder = str(epath.Path(workdir) / workdirs.VAE_STAGE)
     train(first, folder)
     return str(epath.Path(folder) / workdirs.PRETRAINED)
+
+
+def _saved_unet_config(config: Config, workdir: str) -> UNetConfig | None:
+    """The architecture in the checkpoints of a run that began from `init_from`, if it has any."""
+    folder = epath.Path(workdir) / workdirs.CHECKPOINTS
+    if not config.init_from or not processes.all_agree(folder.exists()):
+        return None
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        if checkpoints.latest_step() is None:
+            return None
+        return workdirs.unet_config_from(checkpoints.metadata()["unet"])
 
 
 def _given_unet(config: Config, dtype: Any) -> UNet | None:
@@ -193,15 +224,14 @@ def _with_scaling(vae: VAE, config: Config, source: Source) -> VAE:
 
 
 def _batches(config: Config, source: Source, cached: tuple[VAE, str] | None = None) -> Batches:
-    """A function that starts the batches at a step; `cached`: the VAE and workdir of a cache."""
-    mine = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    """A function that starts the batches; `cached`: the VAE and workdir of a latent cache."""
 
-    def start(step: int) -> Iterator[dict[str, np.ndarray]]:
+    def start(example: int, rows: list[int]) -> Iterator[dict[str, np.ndarray]]:
         if cached is None:
-            return pipeline.train_batches(source, config, config.seed, step, **mine)
+            return pipeline.train_batches(source, config, config.seed, example, rows)
         folder = str(epath.Path(cached[1]) / workdirs.LATENTS)
         stored = latent_cache.open_or_build(source, cached[0], config, folder)
-        return latents.train_batches(stored, config, config.seed, step, **mine)
+        return latents.train_batches(stored, config, config.seed, example, rows)
 
     return start
 
@@ -222,42 +252,64 @@ def _run(
     `params` are arrays, or shapes that `make` fills.
     """
     mesh = sharding.make_mesh(config.mesh)
+    rows = sharding.local_rows(mesh, config.train.batch_size)
     abstract = jax.eval_shape(lambda p: init_state(p, config), params)
     shardings = sharding.state_sharding(abstract, mesh)
-    checkpoints = Checkpoints(
+    metadata = {
+        **workdirs.checkpoint_metadata(config, unet_config),
+        "next_example": 0,  # moves on with each checkpoint
+        "code": code_version(),
+    }
+    with Checkpoints(
         epath.Path(workdir) / workdirs.CHECKPOINTS,
         keep=config.train.keep_checkpoints,
         best_metric="miou_present" if validate else None,
-    )
-    try:
+    ) as checkpoints:
         if checkpoints.latest_step() is not None:
             placed = jax.tree.map(
                 lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
             )
-            state, _ = checkpoints.restore(placed)
-            log.info("%s: resuming at step %d", workdir, int(state.step))
+            state, stored = checkpoints.restore(placed)
+            done, written_by = int(state.step), stored.get("code", "unknown")
+            # Without one, it is a checkpoint of the first version.
+            position = stored.get("next_example", done * config.train.batch_size)
+            metadata["next_example"] = position
+            log.info("%s: resuming at step %d, example %d", workdir, done, position)
+            if written_by != metadata["code"]:
+                log.info("the checkpoint is of code %s, this is %s", written_by, metadata["code"])
         elif make is not None:
             create = jax.jit(lambda: init_state(make(), config), out_shardings=shardings)
             state = create()
         else:
+            params = sharding.place(params, shardings.params)
             state = jax.jit(lambda p: init_state(p, config), out_shardings=shardings)(params)
         if int(state.step) >= config.train.steps:
             return state
         if frozen is not None:
-            frozen = jax.device_put(frozen, sharding.replicated(mesh))
+            frozen = sharding.place(frozen, sharding.replicated(mesh))
         log.info("%s: %.2f M parameters", config.stage, workdirs.parameter_count(params) / 1e6)
-        metadata = workdirs.checkpoint_metadata(config, unet_config)
         return loop.run(
             config,
             workdir,
             step,
             state,
             frozen,
-            batches(int(state.step)),
+            batches(metadata["next_example"], rows),
             mesh,
             checkpoints,
             metadata,
             validate,
         )
-    finally:
-        checkpoints.close()
+
+
+def code_version() -> str:
+    """The package's version, and its commit where it runs from a checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return __version__
+    try:
+        command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__}+{found.stdout.strip()}"

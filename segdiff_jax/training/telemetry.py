@@ -132,11 +132,13 @@ class Telemetry:
 
     def close(self) -> None:
         """Writes what is pending and waits for the last upload."""
-        self.fetch()
-        if self._bar is not None:
-            self._bar.close()
-        if self._events is not None:
-            self._events.close()
+        try:
+            self.fetch()
+        finally:
+            if self._bar is not None:
+                self._bar.close()
+            if self._events is not None:
+                self._events.close()
 
     def _report(self, step: int, values: dict[str, float]) -> None:
         now = time.perf_counter()

@@ -64,7 +64,7 @@ class Run:
 
             state = loop.run(
                 self.config, self.workdir, step, state, jnp.ones(()), batches(), mesh,
-                checkpoints, {"note": "x"}, validate,
+                checkpoints, {"note": "x", "next_example": 100 + 2 * first}, validate,
             )  # fmt: skip
         finally:
             checkpoints.close()
@@ -87,7 +87,7 @@ def test_a_run_takes_each_batch_once_and_keeps_the_newest_checkpoints(tmp_path):
     state = run()
     assert run.taken == [1, 2, 3, 4, 5, 6] and int(state.step) == 6
     assert float(state.params["total"]) == total(6)
-    assert run.saved() == ([4, 6], total(6), {"note": "x"})
+    assert run.saved() == ([4, 6], total(6), {"note": "x", "next_example": 112})
 
 
 def test_the_last_step_is_saved_whatever_the_interval(tmp_path):

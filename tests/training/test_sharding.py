@@ -3,12 +3,14 @@
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
 import textwrap
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -18,7 +20,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.models.presets import PRESETS
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.training.sharding import RULES, leaf_path, make_mesh, partition
+from segdiff_jax.training.sharding import RULES, leaf_path, local_rows, make_mesh, partition
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 ATTENTION = "down_blocks/0/attentions/0/transformer_blocks/0/attn1"
@@ -102,12 +104,74 @@ def test_paths_of_optimizer_state_end_in_the_path_of_the_parameter():
         (MeshConfig(data=-1, fsdp=-1), "config.mesh.fsdp"),
         (MeshConfig(data=1, fsdp=0), "config.mesh.fsdp"),
         (MeshConfig(data=-2), "config.mesh.data"),
+        (MeshConfig(dcn_fsdp=2), "config.mesh.dcn_fsdp"),
+        (MeshConfig(dcn_data=2), "config.mesh.dcn_data"),
+        (MeshConfig(dcn_data=0), "config.mesh.dcn_data"),
     ],
 )
 def test_impossible_meshes_name_the_key(config, key):
     with pytest.raises(UserError, match=key) as error:
         make_mesh(config, jax.devices()[:1])
     assert "\n" not in str(error.value)
+
+
+TWO_SLICES = """
+    import json
+    import numpy as np
+    from jax.experimental import topologies
+    from segdiff_jax.config import MeshConfig
+    from segdiff_jax.errors import UserError
+    from segdiff_jax.training.sharding import make_mesh
+
+    found = topologies.get_topology_desc(
+        platform="tpu", topology_name="v5e:2x2", num_slices=2
+    ).devices
+    meshes = {}
+    for name, config in {
+        "data": MeshConfig(),
+        "ici": MeshConfig(data=1, fsdp=2, tensor=2),
+        "fsdp": MeshConfig(data=2, fsdp=2, dcn_data=1, dcn_fsdp=2),
+    }.items():
+        mesh = make_mesh(config, found)
+        slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+        meshes[name] = [dict(mesh.shape), slices.tolist()]
+    try:
+        make_mesh(MeshConfig(dcn_data=3), found)
+    except UserError as error:
+        meshes["error"] = str(error)
+    print(json.dumps(meshes))
+"""
+
+
+def test_slices_are_told_apart_from_the_devices_within_them():
+    """On descriptions of two TPU slices of four chips each."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(TWO_SLICES)],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    meshes = json.loads(run.stdout.splitlines()[-1])
+    # All chips of a slice next to each other: gradients cross the slow network once.
+    shape, slices = meshes["data"]
+    assert shape == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert np.ravel(slices).tolist() == [0] * 4 + [1] * 4
+    shape, slices = meshes["ici"]
+    assert shape == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert slices == [[[0, 0], [0, 0]], [[1, 1], [1, 1]]]
+    shape, slices = meshes["fsdp"]
+    assert shape == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert np.squeeze(slices).tolist() == [[0, 0, 1, 1]] * 2
+    assert "config.mesh.dcn_data" in meshes["error"] and "there are 2" in meshes["error"]
+
+
+@pytest.mark.parametrize("size", [1, 5, 8])
+def test_one_process_feeds_all_rows(size):
+    assert local_rows(make_mesh(MeshConfig(), jax.devices()[:1]), size) == list(range(size))
 
 
 EIGHT_DEVICES = """
@@ -117,6 +181,7 @@ EIGHT_DEVICES = """
     jax.config.update("jax_num_cpu_devices", 8)
     import jax.numpy as jnp, numpy as np, optax
     from segdiff_jax.config import MeshConfig
+    from segdiff_jax.errors import UserError
     from segdiff_jax.training import sharding
 
     lines = []
@@ -180,7 +245,17 @@ EIGHT_DEVICES = """
     for sizes in [(-1, 1, 1), (2, -1, 1), (2, 2, 2), (1, 2, 4)]:
         config = MeshConfig(*sizes)
         runs[",".join(map(str, sizes))] = train(config, jax.devices())
-    json.dump({"runs": runs, "lines": lines}, sys.stdout)
+    mesh = sharding.make_mesh(MeshConfig(2, 4, 1))
+    try:
+        sharding.local_rows(mesh, 12)
+    except UserError as error:
+        refused = str(error)
+    whole = {"a": np.arange(48).reshape(8, 6), "b": np.float32(3)}
+    placed = sharding.place(whole, sharding.state_sharding(whole, mesh))
+    json.dump({"runs": runs, "lines": lines, "refused": refused,
+               "placed": [np.asarray(placed["a"]).tolist(), float(placed["b"]),
+                          [list(s.data.shape) for s in placed["a"].addressable_shards]]},
+              sys.stdout)
 """
 
 
@@ -227,6 +302,17 @@ def test_shapes_that_do_not_divide_are_logged_once(eight):
     odd = [line for line in eight["lines"] if "(3, 5)" in line]
     assert len(odd) == len(set(odd)) == 3  # one for each of the three kinds of mesh that cut it
     assert any("fsdp=2, tensor=2" in line for line in odd)
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(eight):
+    assert "a batch of 12" in eight["refused"] and "8 devices" in eight["refused"]
+    assert "config.train.batch_size" in eight["refused"]
+
+
+def test_place_puts_each_part_where_it_belongs(eight):
+    values, scalar, shapes = eight["placed"]
+    assert values == np.arange(48).reshape(8, 6).tolist() and scalar == 3
+    assert shapes == [[2, 6]] * 8
 
 
 REAL_UNET = """

@@ -1,0 +1,226 @@
+"""Several processes that run one training: joining, waiting, agreeing, and going down together.
+
+Barriers and messages go through the service that process 0 runs for JAX, not through devices: a
+device collective that one process never enters is waited for without end on a TPU.
+"""
+
+import contextlib
+import functools
+import itertools
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import distributed  # its client has no public name; Orbax takes the same way
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from segdiff_jax.errors import UserError
+
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+LONGEST_WAIT = 4 * 3600  # seconds at a barrier: one process may have a long file to write
+
+_FAILED = "segdiff_jax/failed"  # key of the first failure: "code message"
+_SECONDS_BETWEEN_LOOKS = 1.0  # at that key; also how long a failing process 0 stays to be read
+# The words of the CPU's collectives, of RPCs and of the service when another process is gone.
+_GONE = re.compile(r"gloo|UNAVAILABLE|DEADLINE_EXCEEDED|heartbeat|coordination|socket", re.I)
+_numbers = itertools.count()  # barriers are numbered: every process passes them in one order
+
+
+def join() -> None:
+    """Connects this process to the others of its run; before anything asks JAX for devices.
+
+    On Cloud TPU (Compute Engine, GKE) JAX finds the others by itself. Elsewhere the environment
+    names them: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID. Without either this process is alone. Raises `UserError` for half of them.
+    """
+    # JAX's own service would take SIGTERM, also before the loop can act on it.
+    jax.config.update("jax_enable_preemption_service", False)
+    given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
+    if len(given) == len(VARIABLES):
+        address, *numbers = given.values()
+        if not all(n.isdecimal() for n in numbers) or ":" not in address:
+            raise UserError(
+                f"{', '.join(f'{k}={v}' for k, v in given.items())}: "
+                "give host:port, a number of processes and this one's number from 0"
+            )
+        size, number = map(int, numbers)
+        jax.distributed.initialize(address, size, number, cluster_detection_method="deactivate")
+    elif find_spec("libtpu") and "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu"):
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            if "coordinator_address" not in str(error):  # the sign of a machine without a cluster
+                raise
+    elif given:
+        missing = [name for name in VARIABLES if name not in given]
+        raise UserError(f"{next(iter(given))} is set, but {missing[0]} is not: set all or none")
+
+
+def count() -> int:
+    return jax.process_count()
+
+
+def index() -> int:
+    return jax.process_index()
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what is written once."""
+    return index() == 0
+
+
+def barrier() -> None:
+    """Returns when every process has come here."""
+    if count() > 1:
+        name = f"segdiff_jax/barrier/{next(_numbers)}"
+        _client().wait_at_barrier(name, LONGEST_WAIT * 1000)
+
+
+def _client() -> Any:
+    return distributed.global_state.client
+
+
+def all_agree(flag: bool) -> bool:
+    """Whether `flag` is true in every process. All call this."""
+    if count() == 1:
+        return flag
+    barrier()  # collectives of the CPU wait half a minute only
+    return bool(multihost_utils.process_allgather(np.array(flag)).all())
+
+
+def any_raised(flag: bool) -> Callable[[], bool]:
+    """Starts asking whether `flag` is true in some process; the function returned gives the answer.
+
+    It comes from the devices behind the steps dispatched so far, and all processes get the same.
+    """
+    if count() == 1:
+        return lambda: flag
+    place, combine = _agreement()
+    local = np.full(jax.local_device_count(), flag)
+    answer = combine(jax.make_array_from_process_local_data(place, local, (jax.device_count(),)))
+    return lambda: bool(answer)
+
+
+@functools.cache
+def _agreement() -> tuple[NamedSharding, Any]:
+    mesh = Mesh(np.array(jax.devices()), ("device",))
+    combine = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
+    return NamedSharding(mesh, P("device")), combine
+
+
+def gathered(tree: Any) -> Any:
+    """The arrays of `tree`, wherever their parts are, whole in the memory of every host."""
+    if count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Ends all processes, with a clear line each, when the block raises in one or one dies.
+
+    The exit code is that of the process that failed: 2 for a `UserError`, 130 for Ctrl-C, else 1.
+    A process that dies without a word is noticed by its broken connections, and where collectives
+    do not notice (TPU) after JAX's 100 seconds without a heartbeat.
+    """
+    if count() == 1:
+        yield
+        return
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(over,), daemon=True)
+    watcher.start()
+    try:
+        yield
+    except BaseException as error:
+        over.set()
+        _leave(error)
+    over.set()
+    watcher.join()
+    jax.distributed.shutdown()
+
+
+def _leave(error: BaseException) -> None:
+    """Tells the others, prints why and exits at once: atexit would wait for them for minutes."""
+    notice = None
+    if _is_loss(error):
+        time.sleep(2 * _SECONDS_BETWEEN_LOOKS)  # the one that failed may be about to say why
+        notice = _notice() or (1, _lost(error))
+    elif isinstance(error, UserError | KeyboardInterrupt):
+        code = 2 if isinstance(error, UserError) else 130
+        _tell(code, f"process {index()} stopped: {str(error) or 'interrupted'}")
+        notice = (code, f"error: {error}" if code == 2 else "interrupted")
+    else:
+        _tell(1, f"process {index()} failed: {type(error).__name__}: {error}")
+        traceback.print_exception(error)
+        notice = (1, "")
+    _exit(*notice)
+
+
+def _is_loss(error: BaseException | None) -> bool:
+    """Whether the error, or one it came from, says that another process is gone."""
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError) and _GONE.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _lost(error: object) -> str:
+    reason = str(error).strip().splitlines()[0][:200]
+    return (
+        f"error: process {index()} lost another process of this run ({reason}): see "
+        "the logs of the others, then run the same command in all to continue"
+    )
+
+
+def _watch(over: threading.Event) -> None:
+    """Looks for the failure of another process while this one may be waiting for it."""
+    unanswered = 0
+    while not over.wait(_SECONDS_BETWEEN_LOOKS):
+        try:
+            notice = _notice()
+        except jax.errors.JaxRuntimeError as error:
+            unanswered += 1  # process 0, which would answer, may be gone
+            if unanswered < 10 or over.is_set():
+                continue
+            notice = (1, _lost(error))
+        if notice is not None and not over.is_set():
+            _exit(*notice)
+
+
+def _notice() -> tuple[int, str] | None:
+    """Exit code and message of the first failure that some process told of."""
+    try:
+        told = _client().key_value_try_get(_FAILED)
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" in str(error):
+            return None
+        raise
+    code, message = told.split(" ", 1)
+    return int(code), f"error: {message}"
+
+
+def _tell(code: int, message: str) -> None:
+    line = " ".join(message.split())
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # told already, or nobody there
+        _client().key_value_set(_FAILED, f"{code} {line}")
+        if is_first():
+            time.sleep(2 * _SECONDS_BETWEEN_LOOKS)  # the message goes with this process
+
+
+def _exit(code: int, message: str) -> None:
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)
