@@ -99,6 +99,12 @@ def load(
     return Pretrained(**parts)
 
 
+def is_whole(directory: os.PathLike[str] | str) -> bool:
+    """Whether `save` finished there. In `gs://` a killed one leaves a folder without its index."""
+    with files.reading(directory):
+        return (epath.Path(directory) / INDEX).exists()
+
+
 def _two_latents(config: UNetConfig, wanted: bool, file: str) -> tuple[UNetConfig, bool]:
     """The config with room for image latent ⊕ noisy latent, and whether that changed it."""
     if not wanted or config.in_channels == 2 * config.out_channels:

@@ -30,6 +30,7 @@ from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.training import latent_cache, loop, losses, processes, sharding
 from segdiff_jax.training.checkpoint import Checkpoints, check_config
+from segdiff_jax.training.placement import placer
 from segdiff_jax.training.step import Frozen, TrainState, diffusion_step, init_state, vae_step
 
 log = logging.getLogger(__name__)
@@ -66,10 +67,13 @@ def train(config: Config, workdir: str) -> None:
 
 def _train_vae(config: Config, workdir: str, source: Source) -> None:
     finished = epath.Path(workdir) / workdirs.PRETRAINED
-    if finished.exists():
+    if pretrained.is_whole(finished):
         log.info("%s: the VAE stage is done", workdir)
         return
-    given = pretrained.load(config.init_from, ("vae",)).vae if config.init_from else None
+    given = None
+    if config.init_from:
+        put = placer(sharding.make_mesh(config.mesh))
+        given = pretrained.load(config.init_from, ("vae",), place=put).vae
     vae = given or nnx.eval_shape(lambda: _new_vae(config))
     graph, params = nnx.split(vae)
     make = None if given else lambda: nnx.state(_new_vae(config))
@@ -89,7 +93,7 @@ def _train_vae(config: Config, workdir: str, source: Source) -> None:
 def _train_diffusion(config: Config, workdir: str, source: Source) -> None:
     frozen_folder = epath.Path(workdir) / workdirs.PRETRAINED
     dtype = jnp.dtype(config.model.dtype)
-    missing = not frozen_folder.exists()
+    missing = not pretrained.is_whole(frozen_folder)
     processes.barrier()  # all have looked
     if missing:
         start = _starting_point(config, workdir)
@@ -118,7 +122,7 @@ def _train_diffusion(config: Config, workdir: str, source: Source) -> None:
     graph, params = nnx.split(unet)
     make = None if given else lambda: nnx.state(build())
     if given is not None:
-        params = jax.device_get(nnx.state(given))  # and off the device, where the state will be
+        params = nnx.state(given)
         del given
     step = diffusion_step(graph, vae_graph, config)
     validate = None
@@ -171,14 +175,20 @@ def _saved_unet_config(config: Config, workdir: str) -> UNetConfig | None:
 
 
 def _given_unet(config: Config, dtype: Any) -> UNet | None:
-    """The UNet of `init_from`, if it has one: a workdir of this stage, or a pretrained folder."""
+    """The UNet of `init_from`, if it has one: a workdir of this stage, or a pretrained folder.
+
+    Its arrays are read straight to where the mesh wants them.
+    """
     if not config.init_from:
         return None
+    mesh = sharding.make_mesh(config.mesh)
     if not workdirs.is_workdir(config.init_from):
-        return pretrained.load(config.init_from, ("unet",), dtype=dtype, widen_conv_in=True).unet
+        return pretrained.load(
+            config.init_from, ("unet",), dtype=dtype, widen_conv_in=True, place=placer(mesh)
+        ).unet
     if workdirs.read_config(config.init_from).stage != "diffusion":
         return None
-    return workdirs.load_networks(config.init_from)[0]
+    return workdirs.load_unet(config.init_from, mesh=mesh)[0]
 
 
 def _unet_config(config: Config, vae: VAE, text_encoder: CLIPText) -> UNetConfig:
@@ -249,7 +259,7 @@ def _run(
 ) -> TrainState:
     """Places the state on the mesh, newest checkpoint first, and trains it to the end.
 
-    `params` are arrays, or shapes that `make` fills.
+    `params` are arrays on the mesh, or shapes that `make` fills.
     """
     mesh = sharding.make_mesh(config.mesh)
     rows = sharding.local_rows(mesh, config.train.batch_size)
@@ -281,7 +291,6 @@ def _run(
             create = jax.jit(lambda: init_state(make(), config), out_shardings=shardings)
             state = create()
         else:
-            params = sharding.place(params, shardings.params)
             state = jax.jit(lambda p: init_state(p, config), out_shardings=shardings)(params)
         if int(state.step) >= config.train.steps:
             return state
