@@ -72,8 +72,17 @@ class CLIPText(nnx.Module):
         self.layers = nnx.List(EncoderLayer(config, **kw) for _ in range(config.num_hidden_layers))
         self.final_layer_norm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, **kw)
 
-    def __call__(self, token_ids: jax.Array) -> jax.Array:  # [B, L] -> [B, L, D]
+    def __call__(self, token_ids: jax.Array) -> jax.Array:
+        """token_ids [B, L] → float32 [B, L, D].
+
+        Raises `ValueError` for more tokens than positions: JAX would not say so by itself.
+        """
         length = token_ids.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{length} tokens, but this encoder has "
+                f"{self.config.max_position_embeddings} positions: truncate the prompts"
+            )
         x = self.token_embedding(token_ids) + self.position_embedding(jnp.arange(length))
         causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
         for layer in self.layers:

@@ -93,10 +93,21 @@ def load(
         parts["text_encoder"] = fill("text_encoder", text, folder)
     if "tokenizer" in components:
         parts["tokenizer"] = Tokenizer.load(root / "tokenizer")
+        if "text_encoder" in components:
+            _check_length(parts["tokenizer"], text_config.max_position_embeddings, root)
     if "schedule" in components:
         values, file = read_json(root / "scheduler" / "scheduler_config.json")
         parts["schedule"] = hf_config.read_schedule(values, file)
     return Pretrained(**parts)
+
+
+def _check_length(tokenizer: Tokenizer, positions: int, root: epath.Path) -> None:
+    if tokenizer.model_max_length > positions:
+        raise UserError(
+            f"{root / 'tokenizer' / 'tokenizer_config.json'}: model_max_length is "
+            f"{tokenizer.model_max_length}, but the text encoder has {positions} positions: "
+            "use the tokenizer of this encoder"
+        )
 
 
 def is_whole(directory: os.PathLike[str] | str) -> bool:

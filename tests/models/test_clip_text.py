@@ -52,3 +52,11 @@ def test_equals_transformers(name, dtype, limit, tmp_path):
     print(f"{name} {dtype.__name__}: {error:.1e}")
     assert actual.dtype == jnp.float32
     assert error <= limit
+
+
+def test_more_tokens_than_positions_are_refused(tmp_path):
+    folder = write(tmp_path, text_encoder=text_encoder(max_position_embeddings=16))
+    ours = pretrained.load(folder, ("text_encoder",)).text_encoder
+    assert run(CLIPText.__call__, ours, _ids((1, 16))).shape[1] == 16
+    with pytest.raises(ValueError, match="17 tokens, but this encoder has 16 positions"):
+        ours(_ids((1, 17)))

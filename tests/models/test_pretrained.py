@@ -286,6 +286,14 @@ def test_damaged_weights_name_the_file(exported, tmp_path):
         assert "\n" not in str(error.value), name
 
 
+def test_a_tokenizer_with_more_tokens_than_the_encoder_has_positions(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 77}))
+    with pytest.raises(UserError, match="tokenizer_config.json: model_max_length is 77, but"):
+        load(tmp_path / "m", ("text_encoder", "tokenizer"))
+
+
 def test_pickles_are_refused(tmp_path):
     root = write(tmp_path)
     tiny_unet().save_pretrained(root / "unet", safe_serialization=False)
