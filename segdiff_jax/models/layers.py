@@ -1,6 +1,7 @@
 """Building blocks shared by the UNet and the VAE. Channel-last; float32 where rounding matters."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,9 +22,51 @@ def linear(
     bias: bool = True,
     zero: bool = False,
     **kw,
-) -> nnx.Linear:
+) -> "Linear":
     init = nnx.initializers.zeros if zero else _kernel_init
-    return nnx.Linear(features_in, features_out, use_bias=bias, kernel_init=init, **kw)
+    return Linear(features_in, features_out, use_bias=bias, kernel_init=init, **kw)
+
+
+class Linear(nnx.Linear):
+    """x @ kernel + bias, summed in float32 and rounded once, to `dtype`."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # [..., in] -> [..., out]
+        return self.unrounded(x).astype(self.dtype)
+
+    def unrounded(self, x: jax.Array) -> jax.Array:
+        """The float32 result, for a caller that adds to it before the one rounding."""
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        y = x @ kernel if x.dtype == jnp.float32 else _product(x, kernel)
+        return y if self.bias is None else y + self.bias[...]
+
+
+def unrounded(layer: "Linear | nnx.Conv", x: jax.Array) -> jax.Array:
+    """`layer(x)`, in float32 where the layer has it: convolutions round by themselves."""
+    return layer.unrounded(x) if isinstance(layer, Linear) else layer(x)
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., in] @ kernel [in, out] in float32, whose gradients are products in x's own dtype."""
+    return jax.lax.dot_general(
+        x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _product_forward(x, kernel):
+    return _product(x, kernel), (x, kernel)
+
+
+def _product_backward(saved, gradient):
+    # Without this JAX would multiply float32 by bfloat16, at twice the memory traffic.
+    x, kernel = saved
+    gradient = gradient.astype(x.dtype)
+    rows = tuple(range(x.ndim - 1))
+    to_x = jax.lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+    return to_x, jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())))
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def conv(
@@ -58,7 +101,9 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((channels,)))
         self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # [B, ..., C]
+    def __call__(
+        self, x: jax.Array, activation: Callable[[jax.Array], jax.Array] = lambda y: y
+    ) -> jax.Array:  # [B, ..., C], the activation applied before rounding
         batch, channels = x.shape[0], x.shape[-1]
         grouped = x.reshape(batch, -1, self.groups, channels // self.groups).astype(jnp.float32)
         mean = grouped.mean((1, 3))  # [B, groups]
@@ -70,7 +115,7 @@ class GroupNorm(nnx.Module):
         shift = self.bias[...] - jnp.repeat(mean, per_channel, axis=1) * scale
         broadcast = (batch,) + (1,) * (x.ndim - 2) + (channels,)
         y = x.astype(jnp.float32) * scale.reshape(broadcast) + shift.reshape(broadcast)
-        return y.astype(self.dtype)
+        return activation(y).astype(self.dtype)
 
 
 def attention(
@@ -112,13 +157,13 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
-    ) -> jax.Array:  # [B, S, C] -> [B, S, C]
+    ) -> jax.Array:  # [B, S, C] -> float32 [B, S, C], for a sum with x before it is rounded
         context = x if context is None else context
         split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
         out = attention(
             split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)), mask
         )
-        return self.to_out(out.reshape(x.shape))
+        return self.to_out.unrounded(out.reshape(x.shape))
 
 
 class ResnetBlock(nnx.Module):
@@ -146,10 +191,11 @@ class ResnetBlock(nnx.Module):
         self.conv_shortcut = conv(channels_in, channels_out, 1, **kw) if changes_width else None
 
     def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
-        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x, jax.nn.silu))
         if self.time_emb_proj is not None and time is not None:
-            h = h + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
-        h = self.conv2(jax.nn.silu(self.norm2(h)))
+            shift = self.time_emb_proj.unrounded(jax.nn.silu(time))
+            h = (h + shift[:, None, None, :]).astype(h.dtype)
+        h = self.conv2(self.norm2(h, jax.nn.silu))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 

@@ -17,6 +17,7 @@ from segdiff_jax.models.layers import (
     conv,
     linear,
     sinusoidal_embedding,
+    unrounded,
 )
 
 
@@ -47,15 +48,15 @@ class UNetConfig:
 
 
 class FeedForward(nnx.Module):
-    """GEGLU (arXiv 2002.05202): proj_out(a · gelu(b)) with a, b = split(proj_in(x))."""
+    """GEGLU (arXiv 2002.05202): proj_out(a · gelu(b)) with a, b = split(proj_in(x)), in float32."""
 
     def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
         self.proj_in = linear(channels, 8 * channels, dtype=dtype, rngs=rngs)
         self.proj_out = linear(4 * channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden, gate = jnp.split(self.proj_in(x), 2, axis=-1)
-        return self.proj_out(hidden * jax.nn.gelu(gate, approximate=False))
+        hidden, gate = jnp.split(self.proj_in(x).astype(jnp.float32), 2, axis=-1)
+        return self.proj_out.unrounded(hidden * jax.nn.gelu(gate, approximate=False))
 
 
 class TransformerBlock(nnx.Module):
@@ -76,9 +77,10 @@ class TransformerBlock(nnx.Module):
         self.ff = FeedForward(channels, **kw)
 
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context, mask)
-        return x + self.ff(self.norm3(x))
+        # The branches come in float32: each sum is rounded once.
+        x = (x + self.attn1(self.norm1(x))).astype(x.dtype)
+        x = (x + self.attn2(self.norm2(x), context, mask)).astype(x.dtype)
+        return (x + self.ff(self.norm3(x))).astype(x.dtype)
 
 
 class SpatialTransformer(nnx.Module):
@@ -110,7 +112,8 @@ class SpatialTransformer(nnx.Module):
         h = self.proj_in(self.norm(x)).reshape(batch, height * width, channels)
         for block in self.transformer_blocks:
             h = block(h, context, mask)
-        return x + self.proj_out(h.reshape(batch, height, width, channels))
+        h = unrounded(self.proj_out, h.reshape(batch, height, width, channels))
+        return (x + h).astype(x.dtype)
 
 
 class Level(nnx.Module):

@@ -55,7 +55,7 @@ class SpatialAttention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         tokens = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        return x + self.attention(tokens).reshape(x.shape)
+        return (x + self.attention(tokens).reshape(x.shape)).astype(x.dtype)
 
 
 class MidBlock(nnx.Module):
