@@ -1,0 +1,158 @@
+"""One config on one topology: compiled, measured, searched for the largest batch that fits."""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from segdiff_jax.config import Config, to_dict
+from segdiff_jax.errors import UserError
+from segdiff_jax.roofline import chips, compile, report, steps
+from segdiff_jax.training import sharding
+
+STEPS = ("train", "sample", "evaluate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What to compile for: `topology` as in "v5e:4x4", `step` one of STEPS.
+
+    `images` and `classes` are of one sampler call; classes of None are the config's vocabulary.
+    """
+
+    topology: str
+    slices: int = 1
+    step: str = "train"
+    images: int = 1
+    classes: int | None = None
+
+
+def measure(config: Config, target: Target) -> dict[str, Any]:
+    """The report, as JSON values. Raises `UserError` for what the config or topology cannot be."""
+    chip, topology = chips.parse_topology(target.topology)
+    mesh = sharding.make_mesh(config.mesh, compile.devices(chip, topology, target.slices))
+    step = _step(config, target, mesh)
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = config.train.batch_size if target.step == "train" else step.arguments[-2].shape[0]
+    made: dict[str, Any] = {
+        "topology": topology,
+        "slices": target.slices,
+        "chips": mesh.size,
+        "step": target.step,
+        "mesh": " ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+        "batch_per_chip": batch / replicas,
+        "hbm_of_chip": chip.hbm,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        "config_values": to_dict(config),
+    }
+    compiled = compile.compile_step(step)
+    made |= {"compile_seconds": compiled.seconds, "fits": isinstance(compiled, compile.Compiled)}
+    if isinstance(compiled, compile.OutOfMemory):
+        return made | {"why": compiled.message, "largest_buffers": list(compiled.buffers)}
+    figures = report.per_chip(
+        compiled,
+        mesh.size,
+        target.slices,
+        model_flops=step.model_flops / mesh.size,
+        loop=_outside(step.loop),
+    )
+    line = report.roofline(figures, chip, step.images)
+    return made | {"per_chip": figures, "roofline": line}
+
+
+def _step(config: Config, target: Target, mesh: jax.sharding.Mesh) -> steps.Step:
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    key, size = {
+        "train": ("train.batch_size", config.train.batch_size),
+        "sample": ("sampler.batch_size", replicas),
+        "evaluate": ("sampler.batch_size", config.sampler.batch_size),
+    }[target.step]
+    if size % replicas:
+        raise UserError(
+            f"config.{key}={size} does not divide over {replicas} replicas (data × fsdp): "
+            f"set --config.{key} to a multiple of {replicas}"
+        )
+    if target.step == "train":
+        if config.optimizer.accumulation > 1:
+            raise UserError(
+                "config.optimizer.accumulation: XLA counts a loop's body once: set it to 1 and "
+                "config.train.batch_size to the micro-batch"
+            )
+        return steps.train_step(config, mesh)
+    if target.step == "evaluate":
+        return steps.evaluate_step(config, mesh)
+    classes = target.classes or steps.class_count(config)
+    return steps.sample_step(config, mesh, target.images, classes)
+
+
+def _outside(loop: tuple[int, steps.Step] | None) -> tuple[float, compile.Compiled] | None:
+    if loop is None:
+        return None
+    compiled = compile.compile_step(loop[1])
+    # It is a part of what was just compiled, so it fits.
+    return (loop[0], compiled) if isinstance(compiled, compile.Compiled) else None
+
+
+def search(
+    config: Config, target: Target, log: Callable[[str], None] = print
+) -> tuple[Config, dict[str, Any]]:
+    """The config with the largest batch per chip that fits, and its report.
+
+    Starts from the config's own batch. Raises `UserError` if not even one example per chip fits.
+    """
+    chip, topology = chips.parse_topology(target.topology)
+    mesh = sharding.make_mesh(config.mesh, compile.devices(chip, topology, target.slices))
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    made: dict[int, tuple[Config, dict[str, Any]]] = {}
+
+    def total(batch: int) -> float | None:
+        resized = _with_batch(config, target, batch * replicas)
+        found = measure(resized, target)
+        log(f"batch {batch} per chip: {'fits' if found['fits'] else found['why']}")
+        made[batch] = resized, found
+        return found["per_chip"]["hbm"]["total"] if found["fits"] else None
+
+    size = config.train.batch_size if target.step == "train" else config.sampler.batch_size
+    best = largest_that_fits(total, max(1, size // replicas), chip.hbm)
+    if best == 0:
+        raise UserError(
+            f"{target.topology}: not even a batch of 1 per chip fits ({made[1][1]['why']}): "
+            "use more chips with config.mesh.fsdp=-1, or config.model.remat=true"
+        )
+    return made[best]
+
+
+def _with_batch(config: Config, target: Target, size: int) -> Config:
+    if target.step == "train":
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
+    return dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, batch_size=size))
+
+
+def largest_that_fits(total: Callable[[int], float | None], start: int, capacity: float) -> int:
+    """The largest n for which `total(n)` is not None; 0 if it is None for 1.
+
+    `total` is the memory that n takes and grows about linearly, so two sizes that fit predict the
+    limit: few evaluations, each of which compiles.
+    """
+    fitting: dict[int, float] = {}
+    low, high, guess = 0, 0, start  # the largest that fits, the smallest that does not (0: unknown)
+    while high == 0 or high - low > 1:
+        used = total(guess)
+        if used is None:
+            high = guess
+        else:
+            low, fitting[guess] = guess, used
+        guess = _next(fitting, low, high, capacity)
+    return low
+
+
+def _next(fitting: dict[int, float], low: int, high: int, capacity: float) -> int:
+    guess = (low + high) // 2 if high else 2 * low
+    if len(fitting) >= 2:
+        (a, at_a), (b, at_b) = sorted(fitting.items())[-2:]
+        slope = max((at_b - at_a) / (b - a), 1.0)
+        predicted = b + int((capacity - at_b) / slope)
+        guess = min(max(predicted, low + 1), 4 * low)
+    return min(max(guess, low + 1), high - 1) if high else guess

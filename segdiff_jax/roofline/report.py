@@ -1,0 +1,136 @@
+"""From a compiled step to the figures a user rents by: fit, roofline, MFU, images per second."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from segdiff_jax.roofline import hlo
+from segdiff_jax.roofline.chips import Chip
+from segdiff_jax.roofline.compile import Compiled
+
+GIB = 2**30
+
+
+def per_chip(
+    compiled: Compiled,
+    chips: int,
+    slices: int,
+    *,
+    model_flops: float,
+    loop: tuple[float, Compiled] | None = None,
+) -> dict[str, Any]:
+    """The figures of one chip and one call.
+
+    XLA counts the body of a loop once. `loop` = (its length, the same program without it) tells
+    the body's costs: the difference of the two.
+    model_flops: what the networks need (`flops.py`) for this chip's share of the call.
+    """
+    kernels = hlo.kernel_flops(compiled.text)
+    flops, accessed = compiled.flops, compiled.bytes_accessed
+    if loop is not None:
+        length, outside = loop
+        flops = outside.flops + length * (flops - outside.flops)
+        accessed = outside.bytes_accessed + length * (accessed - outside.bytes_accessed)
+    exchanged = hlo.collectives(compiled.text, chips, slices)
+    total = compiled.arguments + compiled.outputs - compiled.aliased + compiled.temporaries
+    return {
+        "hbm": {
+            "arguments": compiled.arguments,
+            "temporaries": compiled.temporaries,
+            "outputs": compiled.outputs,
+            "reused": compiled.aliased,
+            "code": compiled.code,
+            "total": total + compiled.code,
+        },
+        "flops": {"xla": flops, "kernels": kernels, "total": flops + kernels, "model": model_flops},
+        "bytes_accessed": accessed,
+        "collectives": [
+            {
+                "kind": c.kind,
+                "network": c.network,
+                "count": c.count,
+                "payload": c.payload,
+                "moved": c.moved,
+            }
+            for c in exchanged
+        ],
+    }
+
+
+def roofline(figures: dict[str, Any], chip: Chip, images: float) -> dict[str, Any]:
+    """Seconds per call if compute, memory and network overlapped perfectly: the slowest of them.
+
+    A lower bound on time: no step is faster, real ones are slower.
+    """
+    moved = {"ici": 0.0, "dcn": 0.0}
+    for exchange in figures["collectives"]:
+        moved[exchange["network"]] += exchange["moved"]
+    times = {
+        "compute": figures["flops"]["total"] / chip.flops,
+        "memory": figures["bytes_accessed"] / chip.hbm_bandwidth,
+        "network": moved["ici"] / chip.ici_bandwidth + moved["dcn"] / chip.dcn_bandwidth,
+    }
+    bound = max(times, key=lambda name: times[name])
+    step = times[bound]
+    return {
+        **{f"{name}_seconds": seconds for name, seconds in times.items()},
+        "step_seconds": step,
+        "bound": bound,
+        "mfu": figures["flops"]["model"] / (step * chip.flops),
+        "images_per_second": images / step,
+    }
+
+
+def text(report: dict[str, Any]) -> str:
+    """A report for people."""
+    return table([report])
+
+
+def table(reports: Sequence[dict[str, Any]]) -> str:
+    """Reports side by side, a column each; with two, a third column of ratios."""
+    columns = [rows(report) for report in reports]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    lines = []
+    for name in names:
+        cells = [column.get(name, ("", None)) for column in columns]
+        line = f"{name:<34}" + "".join(f"{shown:>22}" for shown, _ in cells)
+        if len(cells) == 2 and all(cells[i][1] for i in (0, 1)):
+            line += f"{cells[1][1] / cells[0][1]:>9.2f}×"
+        lines.append(line.rstrip())
+    for report in reports:
+        for buffer in report.get("largest_buffers", []):
+            lines.append(f"  {buffer}")
+    return "\n".join(lines)
+
+
+def rows(report: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Name → (what to print, the number to compare or None)."""
+    slices = f" × {report['slices']}" if report["slices"] > 1 else ""
+    shown: dict[str, tuple[str, Any]] = {
+        "topology": (f"{report['topology']}{slices}", None),
+        "step": (report["step"], None),
+        "mesh": (report["mesh"], None),
+        "batch per chip": (f"{report['batch_per_chip']:g}", report["batch_per_chip"]),
+        "fits": ("yes" if report["fits"] else "NO", None),
+    }
+    if not report["fits"]:
+        return shown | {"why": (report["why"], None)}
+    figures, line = report["per_chip"], report["roofline"]
+    for name, size in figures["hbm"].items():
+        shown[f"HBM {name}, GiB"] = (f"{size / GIB:.2f}", size)
+    shown["HBM of the chip, GiB"] = (f"{report['hbm_of_chip'] / GIB:.0f}", None)
+    for name, count in figures["flops"].items():
+        shown[f"FLOPs {name}, T"] = (f"{count / 1e12:.3f}", count)
+    accessed = figures["bytes_accessed"]
+    shown["bytes accessed, GB"] = (f"{accessed / 1e9:.2f}", accessed)
+    for exchange in figures["collectives"]:
+        name = f"{exchange['kind']} ({exchange['network']})"
+        shown[f"{name}, count"] = (f"{exchange['count']:g}", exchange["count"])
+        shown[f"{name}, GB"] = (f"{exchange['payload'] / 1e9:.3f}", exchange["payload"])
+    for name in ("compute", "memory", "network", "step"):
+        seconds = line[f"{name}_seconds"]
+        shown[f"{name}, ms"] = (f"{1e3 * seconds:.2f}", seconds)
+    shown["bound by"] = (line["bound"], None)
+    shown["MFU at the roofline"] = (f"{line['mfu']:.1%}", line["mfu"])
+    shown["images/s, all chips"] = (f"{line['images_per_second']:.2f}", line["images_per_second"])
+    shown["compile time, s"] = (f"{report['compile_seconds']:.0f}", report["compile_seconds"])
+    return shown

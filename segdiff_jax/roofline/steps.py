@@ -1,0 +1,218 @@
+"""The functions that training and sampling jit, with abstract arguments in place of arrays."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from segdiff_jax import codec, segmenter
+from segdiff_jax.conditioning import PromptTable
+from segdiff_jax.config import Config
+from segdiff_jax.data import scenes, vocabulary
+from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.models import presets
+from segdiff_jax.models.unet import UNet, UNetConfig
+from segdiff_jax.models.vae import VAE, decode_latents
+from segdiff_jax.roofline import flops
+from segdiff_jax.training import loop, sharding
+from segdiff_jax.training.step import Frozen, diffusion_step, init_state, vae_step
+
+_UNKNOWN_CLASSES = 150  # where only the data would tell: the prompt table is all it changes
+
+
+class Step(NamedTuple):
+    """A jitted function and what to lower it for."""
+
+    function: Any
+    arguments: tuple[Any, ...]  # ShapeDtypeStructs with shardings, or static values
+    images: float  # per call and all chips: training examples, or segmented images
+    model_flops: float  # per call and all chips, what the networks need (flops.py)
+    loop: "tuple[int, Step] | None" = None  # its length, and the function without it
+
+
+class Networks(NamedTuple):
+    """Abstract networks, as the preset of a config makes them."""
+
+    unet: UNet
+    vae: VAE
+    text_tokens: int
+    text_width: int
+
+
+def networks(config: Config) -> Networks:
+    """What `train` builds for `config`, without arrays.
+
+    `config.init_from` is not read: the architecture is that of `config.model.preset`.
+    """
+    preset = presets.architecture(config.model.preset)
+    unet_config: UNetConfig = dataclasses.replace(
+        preset.unet,
+        in_channels=2 * preset.vae.latent_channels,
+        out_channels=preset.vae.latent_channels,
+        cross_attention_dim=preset.text_encoder.hidden_size,
+    )
+    dtype = jnp.dtype(config.model.dtype)
+    unet = nnx.eval_shape(
+        lambda: UNet(unet_config, dtype=dtype, remat=config.model.remat, rngs=nnx.Rngs(0))
+    )
+    vae = nnx.eval_shape(lambda: VAE(preset.vae, dtype=dtype, rngs=nnx.Rngs(0)))
+    text = preset.text_encoder
+    return Networks(unet, vae, text.max_position_embeddings, text.hidden_size)
+
+
+def class_count(config: Config) -> int:
+    """K of the configured vocabulary; 150 where it is known only to the data."""
+    if config.data.vocabulary:
+        return len(vocabulary.load(config.data.vocabulary))
+    return len(scenes.vocabulary()) if config.data.source == "scenes" else _UNKNOWN_CLASSES
+
+
+def train_step(config: Config, mesh: jax.sharding.Mesh) -> Step:
+    """The step of `config.stage`, as `training.loop` compiles it."""
+    nets = networks(config)
+    vae_graph, vae_params = nnx.split(nets.vae)
+    if config.stage == "vae":
+        params, frozen = vae_params, None
+        step = vae_step(vae_graph, config)
+    else:
+        graph, params = nnx.split(nets.unet)
+        frozen = _placed(
+            Frozen(vae_params, _schedule(config), _table(nets, class_count(config))),
+            sharding.replicated(mesh),
+        )
+        step = diffusion_step(graph, vae_graph, config)
+    state = jax.eval_shape(lambda p: init_state(p, config), params)
+    state = jax.tree.map(_at, state, sharding.state_sharding(state, mesh))
+    batch = _placed(train_batch(config, nets), sharding.batch_sharding(mesh))
+    key = _placed(_key(), sharding.replicated(mesh))
+    function = loop.compile_step(step, state, mesh)
+    count = config.train.batch_size
+    return Step(function, (state, frozen, batch, key), count, count * _train_flops(config, nets))
+
+
+def train_batch(config: Config, nets: Networks) -> dict[str, jax.ShapeDtypeStruct]:
+    """A global batch of the pipeline, or of the latent cache where the config trains from one."""
+    count, (height, width) = config.train.batch_size, config.data.image_size
+    group = codec.group_size(class_count(config), config.codec.classes_per_pass)
+    ids = jax.ShapeDtypeStruct((count, group), jnp.int32)
+    if config.data.cache_latents and config.stage != "vae":
+        small = (count, *_latent_size(config, nets))
+        latent = jax.ShapeDtypeStruct((*small, nets.vae.config.latent_channels), jnp.float32)
+        valid = jax.ShapeDtypeStruct(small, jnp.bool_)
+        return {
+            "image_latents": latent,
+            "mask_latents": latent,
+            "valid": valid,
+            "class_ids": ids,
+        }
+    image = jax.ShapeDtypeStruct((count, height, width, 3), jnp.uint8)
+    labels = jax.ShapeDtypeStruct((count, height, width), jnp.uint8)
+    return {"image": image, "labels": labels, "class_ids": ids}
+
+
+def sample_step(config: Config, mesh: jax.sharding.Mesh, images: int, classes: int) -> Step:
+    """The sampler on all passes and members of `images` at once.
+
+    Their number is padded to a multiple of the chips, as the segmenter pads to its batch.
+    """
+    passes = _passes(config, classes)
+    wanted = images * passes * config.sampler.ensemble
+    return _sampler(config, mesh, images, classes, -(-wanted // mesh.size) * mesh.size, images)
+
+
+def evaluate_step(config: Config, mesh: jax.sharding.Mesh) -> Step:
+    """The sampler on `sampler.batch_size` jobs, the chunk that `evaluate` works in.
+
+    The images a chunk is worth are its UNet calls over those that an image needs; a shortlist
+    needs one call per pass, and the full budget for its classes only.
+    """
+    classes, sampler = class_count(config), config.sampler
+    passes = _passes(config, classes)
+    full = min(sampler.shortlist, passes) or passes
+    cheap = passes if full < passes else 0
+    calls = cheap + full * sampler.ensemble * sampler.steps
+    worth = sampler.batch_size * sampler.steps / calls
+    return _sampler(config, mesh, max(1, round(worth)), classes, sampler.batch_size, worth)
+
+
+def _passes(config: Config, classes: int) -> int:
+    return codec.num_groups(classes, codec.group_size(classes, config.codec.classes_per_pass))
+
+
+def _sampler(
+    config: Config, mesh: jax.sharding.Mesh, images: int, classes: int, jobs: int, worth: float
+) -> Step:
+    """`segmenter._sample` with parameters as in training and jobs spread over the mesh."""
+    nets, whole = networks(config), sharding.replicated(mesh)
+    unet_graph, unet_params = nnx.split(nets.unet)
+    vae_graph, vae_params = nnx.split(nets.vae)
+    vae_params = _placed(vae_params, whole)
+    group = codec.group_size(classes, config.codec.classes_per_pass)
+    latent = (*_latent_size(config, nets), nets.vae.config.latent_channels)
+    spread = sharding.batch_sharding(mesh)
+    arrays = (
+        jax.tree.map(_at, unet_params, sharding.state_sharding(unet_params, mesh)),
+        vae_params,
+        _placed(_schedule(config), whole),
+        _placed(_table(nets, classes), whole),
+        _placed(jax.ShapeDtypeStruct((images, *latent), jnp.float32), whole),
+        _placed(jax.ShapeDtypeStruct((_passes(config, classes), group), jnp.int32), whole),
+        _placed(jax.ShapeDtypeStruct((jobs, 3), jnp.int32), spread),
+        _placed(_key(), whole),
+    )
+    sampler = config.sampler
+    static = (unet_graph, vae_graph, config.codec.context, sampler.steps, sampler.eta)
+    count = _unet_count(config, nets)
+    decode_flops = jobs * flops.vae_decode(nets.vae.config, *config.data.image_size)
+    decode = jax.jit(
+        lambda params, x: segmenter._to_gray(decode_latents(nnx.merge(vae_graph, params), x))
+    )
+    latents = _placed(jax.ShapeDtypeStruct((jobs, *latent), jnp.float32), spread)
+    without = Step(decode, (vae_params, latents), worth, decode_flops)
+    total = decode_flops + jobs * sampler.steps * count.forward
+    return Step(segmenter._sample, (*static, *arrays), worth, total, (sampler.steps, without))
+
+
+def _unet_count(config: Config, nets: Networks) -> flops.UNetCount:
+    tokens = nets.text_tokens
+    if config.codec.context == "bound":
+        tokens = codec.group_size(class_count(config), config.codec.classes_per_pass)
+    return flops.UNetCount(nets.unet.config, *_latent_size(config, nets), tokens)
+
+
+def _train_flops(config: Config, nets: Networks) -> float:
+    """Of one example; recomputation is no work that the networks need."""
+    encode = flops.vae_encode(nets.vae.config, *config.data.image_size)
+    if config.stage == "vae":
+        return 3 * (encode + flops.vae_decode(nets.vae.config, *config.data.image_size))
+    frozen = 0.0 if config.data.cache_latents else 2 * encode  # photo and mask image
+    return _unet_count(config, nets).train + frozen
+
+
+def _schedule(config: Config) -> Any:
+    return jax.eval_shape(lambda: make_schedule(config.diffusion))
+
+
+def _table(nets: Networks, classes: int) -> PromptTable:
+    hidden: Any = jax.ShapeDtypeStruct((classes, nets.text_tokens, nets.text_width), jnp.float32)
+    pooled: Any = jax.ShapeDtypeStruct((classes, nets.text_width), jnp.float32)
+    return PromptTable(hidden, pooled)
+
+
+def _latent_size(config: Config, nets: Networks) -> tuple[int, int]:
+    height, width = config.data.image_size
+    return height // nets.vae.config.downsampling, width // nets.vae.config.downsampling
+
+
+def _key() -> jax.ShapeDtypeStruct:
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _placed(tree: Any, place: jax.sharding.Sharding) -> Any:
+    return jax.tree.map(lambda leaf: _at(leaf, place), tree)
+
+
+def _at(leaf: Any, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)

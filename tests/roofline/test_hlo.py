@@ -1,0 +1,83 @@
+# ruff: noqa: E501
+"""Reading compiled programs: made-up text with known sums."""
+
+import pytest
+
+from segdiff_jax.roofline import hlo
+
+PROGRAM = """HloModule m, is_scheduled=true
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%condition (p: (s32[], f32[8,128])) -> pred[] {
+  %p = (s32[], f32[8,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%body (q: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
+  %q = (s32[], f32[8,128]{1,0}) parameter(0)
+  %x = f32[8,128]{1,0} get-tuple-element(%q), index=1
+  %all-reduce.2 = f32[8,128]{1,0:T(8,128)} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%sum
+  %splash_mha_fwd.1 = bf16[5,2304,64]{2,1,0} custom-call(%k0, %k1), custom_call_target="tpu_custom_call"
+  %k0 = bf16[5,2304,64]{2,1,0} parameter(1)
+  %k1 = bf16[5,576,64]{2,1,0} parameter(2)
+  ROOT %t = (s32[], f32[8,128]{1,0}) tuple(%i, %all-reduce.2)
+}
+
+%all-reduce-scatter.5 (r: f32[16,128]) -> f32[4,128] {
+  %r = f32[16,128]{1,0} parameter(0)
+  %all-reduce.9 = f32[16,128]{1,0} all-reduce(%r), replica_groups=[1,4]<=[4], to_apply=%sum
+  ROOT %ds = f32[4,128]{1,0} dynamic-slice(%all-reduce.9, %r), dynamic_slice_sizes={4,128}
+}
+
+ENTRY %main.1_spmd (arg: f32[8,128]) -> f32[8,128] {
+  %arg = f32[8,128]{1,0} parameter(0)
+  %w = (s32[], f32[8,128]{1,0}) while(%arg), condition=%condition, body=%body
+  %gathered = bf16[64,128]{1,0} all-gather(%arg), replica_groups=mesh['a'=2,'b'=2] {'b'}, dimensions={0}
+  %across = bf16[10]{0} all-reduce(%arg), replica_groups=mesh['a'=2,'b'=2] {'a'}, to_apply=%sum
+  %swap = (f32[100]{0}, f32[100]{0}, u32[], u32[]) collective-permute-start(%arg), source_target_pairs={{0,1},{1,0}}
+  %got = f32[100]{0} collective-permute-done(%swap)
+  %alone = f32[7]{0} all-reduce(%arg), replica_groups={{0},{1},{2},{3}}, to_apply=%sum
+  ROOT %scattered = f32[4,128]{1,0} fusion(%arg), kind=kCustom, calls=%all-reduce-scatter.5
+}
+"""
+
+
+def _by_kind(slices):
+    return {(c.kind, c.network): c for c in hlo.collectives(PROGRAM, 4, slices)}
+
+
+def test_collectives_in_loops_fusions_and_every_notation_of_groups():
+    found = _by_kind(1)
+    looped = 5 * 8 * 128 * 4
+    assert found["all-reduce", "ici"].count == 5 + 1
+    assert found["all-reduce", "ici"].payload == looped + 20
+    assert found["all-reduce", "ici"].moved == looped + 20  # two peers: 2 · (2 - 1) / 2
+    assert found["all-gather", "ici"].moved == 64 * 128 * 2 / 2
+    assert found["reduce-scatter", "ici"].payload == 16 * 128 * 4
+    assert found["reduce-scatter", "ici"].moved == 16 * 128 * 4 * 3 / 4
+    assert found["collective-permute", "ici"].moved == 400
+    assert len(found) == 4  # the group of one exchanges nothing
+
+
+def test_groups_that_span_slices_use_the_data_center_network():
+    found = _by_kind(2)
+    assert found["all-reduce", "dcn"].payload == 20
+    assert found["all-reduce", "ici"].count == 5
+    assert found["all-gather", "ici"].count == 1
+    assert found["reduce-scatter", "dcn"].count == 1
+
+
+def test_kernels_count_their_products_as_often_as_they_run():
+    assert hlo.kernel_flops(PROGRAM) == 5 * 2 * 2 * 5 * 2304 * 64 * 576
+
+
+def test_text_that_is_no_program():
+    with pytest.raises(ValueError, match="ENTRY"):
+        hlo.entry_name("HloModule m")

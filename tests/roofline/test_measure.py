@@ -1,0 +1,54 @@
+import pytest
+
+from segdiff_jax.errors import UserError
+from segdiff_jax.roofline import chips, measure, report
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 31, 100])
+@pytest.mark.parametrize("start", [1, 4, 8])
+def test_search_finds_the_largest_that_fits(limit, start):
+    tried = []
+
+    def total(size):
+        assert size not in tried
+        tried.append(size)
+        return 1000 + 300.0 * size if size <= limit else None
+
+    assert measure.largest_that_fits(total, start, 1000 + 300.0 * (limit + 0.5)) == limit
+    assert len(tried) <= 9
+
+
+def test_search_is_right_even_where_memory_jumps():
+    total = lambda n: (10.0 if n < 5 else 500.0) if n <= 6 else None  # noqa: E731
+    assert measure.largest_that_fits(total, 1, 1000.0) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("v5e:4x4", "v5e:4x4"), ("v5p:2x2", "v5p:2x2x1"), ("v4:2x2x2", "v4:2x2x2")]
+)
+def test_topologies(text, name):
+    assert chips.parse_topology(text) == (chips.CHIPS[text.split(":")[0]], name)
+
+
+@pytest.mark.parametrize("text", ["v9:2x2", "v5e", "v5e:4", "v5e:2x2x2", "v5e:axb", "v5e:0x4"])
+def test_topologies_that_are_none(text):
+    with pytest.raises(UserError, match="such as"):
+        chips.parse_topology(text)
+
+
+def test_roofline_is_the_slowest_of_the_three():
+    chip = chips.CHIPS["v5e"]
+    figures = {
+        "flops": {"total": 0.5 * chip.flops, "model": 0.4 * chip.flops},
+        "bytes_accessed": 2.0 * chip.hbm_bandwidth,
+        "collectives": [
+            {"network": "ici", "moved": chip.ici_bandwidth},
+            {"network": "dcn", "moved": 0.5 * chip.dcn_bandwidth},
+        ],
+    }
+    line = report.roofline(figures, chip, 8.0)
+    assert (line["compute_seconds"], line["memory_seconds"]) == pytest.approx((0.5, 2.0))
+    assert line["network_seconds"] == pytest.approx(1.5)
+    assert line["bound"] == "memory"
+    assert line["mfu"] == pytest.approx(0.2)
+    assert line["images_per_second"] == pytest.approx(4.0)
