@@ -26,7 +26,7 @@ COLORS = {
     "blue": (50, 80, 215),
     "yellow": (225, 195, 40),
 }
-SHAPES = ("circle", "square", "triangle")
+SHAPES = ("ring", "bar", "triangle")
 BACKGROUND = 0  # its class id; it is a trained class like any other
 
 _COLOR_VALUES = np.array(list(COLORS.values()), np.float32)  # [4, 3]
@@ -108,7 +108,7 @@ def render(
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     image = _background(rng, height, width)  # [H, W, 3]
     labels = np.full(size, BACKGROUND, np.uint8)
-    radii = rng.uniform(0.22, 0.31, len(class_ids)) * min(size)
+    radii = rng.uniform(0.24, 0.32, len(class_ids)) * min(size)
     for class_id, radius, center in zip(class_ids, radii, _centers(rng, radii, size), strict=True):
         texture, color, shape = class_parts(class_id)
         angle = rng.uniform(-0.3, 0.3)
@@ -144,11 +144,11 @@ def _centers(rng: np.random.Generator, radii: np.ndarray, size: tuple[int, int])
 def _inside(shape: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """bool [H, W] in the shape's own axes, where its radius is 1 and v points down."""
     name = SHAPES[shape]
-    if name == "circle":
-        return u * u + v * v < 0.92
-    if name == "square":
-        return np.maximum(np.abs(u), np.abs(v)) < 0.85
-    return (v < 0.8) & (v > 2.0 * np.abs(u) - 1.1)
+    if name == "ring":
+        return np.abs(np.hypot(u, v) - 0.75) < 0.27
+    if name == "bar":
+        return (np.abs(u) < 1.0) & (np.abs(v) < 0.4)
+    return (v < 0.85) & (v > 2.0 * np.abs(u) - 1.1)
 
 
 def _texture(
