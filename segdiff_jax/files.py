@@ -26,7 +26,8 @@ from segdiff_jax.errors import UserError
 # processes of a run write to the same folders. Its errors reach the user as ours, not as log lines.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+for _name in ("gcsfs", "fsspec"):  # the latter tells of every object it opens
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 _STORE_CLIENTS = ("gcsfs", "aiohttp", "requests", "google")  # whose own exceptions may come through
 

@@ -55,8 +55,10 @@ class FeedForward(nnx.Module):
         self.proj_out = linear(4 * channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        hidden, gate = jnp.split(self.proj_in(x).astype(jnp.float32), 2, axis=-1)
-        return self.proj_out.unrounded(hidden * jax.nn.gelu(gate, approximate=False))
+        hidden, gate = jnp.split(self.proj_in(x), 2, axis=-1)
+        # Widened after the split: XLA would otherwise write all of proj_in's result in float32.
+        opened = jax.nn.gelu(gate.astype(jnp.float32), approximate=False)
+        return self.proj_out.unrounded(hidden.astype(jnp.float32) * opened)
 
 
 class TransformerBlock(nnx.Module):

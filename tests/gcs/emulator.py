@@ -1,8 +1,8 @@
 """Google Cloud Storage on loopback, with faults on demand.
 
 The server is gcp-storage-emulator's, in this process; a fault is decided per request, before or
-after the emulator has done its work. Objects are the emulator's: `objects()` and `put()` look
-behind the back of every client.
+after the emulator has done its work. What it lacks and TensorStore relies on is added here: the
+generation of what is downloaded, and conditions on it.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import ThreadingHTTPServer
-from urllib.parse import unquote
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler
@@ -145,12 +145,34 @@ class _Handler(RequestHandler):
             return
         client, self.rfile, self.wfile = self.wfile, io.BytesIO(body), io.BytesIO()
         with self.server.lock:
-            work()
+            generation, refusal = self._condition()
+            if refusal:
+                self.send_response(refusal)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+            else:
+                work()
         answer = self.wfile.getvalue()
         self.wfile = client
+        if self.command == "GET" and generation:
+            status, rest = answer.split(b"\r\n", 1)
+            answer = status + f"\r\nx-goog-generation: {generation}\r\n".encode() + rest
         if "lost" in kinds:
             return
         client.write(answer[: len(answer) // 2] if "cut" in kinds else answer)
+
+    def _condition(self) -> tuple[str | None, int | None]:
+        """The generation of the object that is asked for, and the answer if a condition fails."""
+        url = urlsplit(self.path)
+        query = dict(parse_qsl(url.query))
+        name = unquote(url.path.partition("/o/")[2]) or query.get("name", "")
+        stored = self.storage.objects.get(BUCKET, {}).get(name)
+        generation = stored["generation"] if stored else None
+        if query.get("ifGenerationMatch", generation or "0") != (generation or "0"):
+            return generation, 412
+        if generation and query.get("ifGenerationNotMatch") == generation:
+            return generation, 304
+        return generation, None
 
     def _body(self) -> bytes:
         """The request's body, read before the lock is taken: a stalled client must stall no one."""
