@@ -53,7 +53,7 @@ def run(
     """
     first = int(state.step)
     first_example, batch_size = metadata["next_example"], config.train.batch_size
-    compiled = compile_step(step, state, mesh)
+    compiled: Any = compile_step(step, state, mesh)
     telemetry = Telemetry(
         workdir,
         config.train.steps,
@@ -88,6 +88,10 @@ def run(
                     )
                     for name, value in next(batches).items()
                 }
+                if processes.count() > 1 and done == first + 1:
+                    # Their compilations may end minutes apart; collectives of the CPU do not wait.
+                    compiled = compiled.lower(state, frozen, batch, key).compile()
+                    processes.barrier()
                 signalled = processes.any_raised(stop.requested)
                 state, metrics = compiled(state, frozen, batch, key)
                 check(telemetry.step(done, metrics))  # of the step before, as is the answer here:

@@ -93,10 +93,7 @@ def _client() -> Any:
 
 def all_agree(flag: bool) -> bool:
     """Whether `flag` is true in every process. All call this."""
-    if count() == 1:
-        return flag
-    barrier()  # collectives of the CPU wait half a minute only
-    return bool(multihost_utils.process_allgather(np.array(flag)).all())
+    return bool(stacked(np.array(flag)).all())
 
 
 def any_raised(flag: bool) -> Callable[[], bool]:
@@ -124,6 +121,14 @@ def gathered(tree: Any) -> Any:
     if count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def stacked(values: np.ndarray) -> np.ndarray:
+    """The `values` [...] of every process, in their order: [processes, ...]. All call this."""
+    if count() == 1:
+        return values[None]
+    barrier()  # collectives of the CPU wait half a minute only
+    return np.asarray(multihost_utils.process_allgather(values))
 
 
 @contextlib.contextmanager
