@@ -30,6 +30,7 @@ SHAPES = ("ring", "bar", "triangle")
 BACKGROUND = 0  # its class id; it is a trained class like any other
 
 _COLOR_VALUES = np.array(list(COLORS.values()), np.float32)  # [4, 3]
+_PALE = 225.0  # gray value between the stripes
 _NUM_COLORS, _NUM_SHAPES = len(COLORS), len(SHAPES)
 _COLOR_PAIRS = tuple(itertools.combinations(range(_NUM_COLORS), 2))
 
@@ -117,11 +118,11 @@ def render(
         u, v = cos * dx + sin * dy, cos * dy - sin * dx  # [H, W]: the shape's own axes
         inside = _inside(shape, u, v)
         u, v, dx, dy = u[inside], v[inside], dx[inside], dy[inside]  # [n]
-        shade = _texture(rng, texture, u * radius, v * radius, min(size))
-        light = rng.uniform(0, 2 * np.pi)
-        shade *= 1 + 0.22 * (np.cos(light) * dx + np.sin(light) * dy)
+        paint = _texture(rng, texture, u * radius, v * radius, min(size))[:, None]
         base = _COLOR_VALUES[color] + rng.uniform(-18, 18, 3)
-        image[inside] = shade[:, None] * base
+        light = rng.uniform(0, 2 * np.pi)
+        shade = 1 + 0.22 * (np.cos(light) * dx + np.sin(light) * dy)
+        image[inside] = shade[:, None] * (paint * base + (1 - paint) * _PALE)
         labels[inside] = class_id
     light = rng.uniform(0, 2 * np.pi)
     gradient = np.cos(light) * (x / width - 0.5) + np.sin(light) * (y / height - 0.5)
@@ -154,7 +155,7 @@ def _inside(shape: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def _texture(
     rng: np.random.Generator, texture: int, u: np.ndarray, v: np.ndarray, scale: int
 ) -> np.ndarray:
-    """float [n]: brightness of the pattern at pixel offsets (u, v)."""
+    """float [n]: how much of the class's colour is on a pale ground, at pixel offsets (u, v)."""
     period = scale / 6 * rng.uniform(0.9, 1.1)
     phase = rng.uniform(0, period)
     name = TEXTURES[texture]
@@ -162,7 +163,7 @@ def _texture(
         return np.ones_like(u)
     angle = rng.uniform(0, np.pi)
     along = np.cos(angle) * u + np.sin(angle) * v + phase
-    return np.where(along % period < period / 2, 1.15, 0.35).astype(np.float32)
+    return np.where(along % period < period / 2, 1.0, 0.2).astype(np.float32)
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
