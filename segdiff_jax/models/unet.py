@@ -48,7 +48,7 @@ class UNetConfig:
 
 
 class FeedForward(nnx.Module):
-    """GEGLU (arXiv 2002.05202): proj_out(a · gelu(b)) with a, b = split(proj_in(x)), in float32."""
+    """GEGLU (arXiv 2002.05202): proj_out(a · gelu(b)) with a, b = split(proj_in(x))."""
 
     def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
         self.proj_in = linear(channels, 8 * channels, dtype=dtype, rngs=rngs)
@@ -56,9 +56,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden, gate = jnp.split(self.proj_in(x), 2, axis=-1)
-        # Widened after the split: XLA would otherwise write all of proj_in's result in float32.
-        opened = jax.nn.gelu(gate.astype(jnp.float32), approximate=False)
-        return self.proj_out.unrounded(hidden.astype(jnp.float32) * opened)
+        # Not in float32: that gains 1 % of the error and costs a fifth more traffic going back.
+        return self.proj_out.unrounded(hidden * jax.nn.gelu(gate, approximate=False))
 
 
 class TransformerBlock(nnx.Module):
