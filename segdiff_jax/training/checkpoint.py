@@ -368,11 +368,11 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 def _checksums(tree: dict[str, Any]) -> dict[str, int]:
     leaves = {"/".join(path): leaf for path, leaf in _flat(tree).items()}
-    spread = [name for name, leaf in leaves.items() if not leaf.is_fully_addressable]
+    spread = [name for name, leaf in leaves.items() if len(leaf.sharding.device_set) > 1]
     sums = {name: _checksum(leaf) for name, leaf in leaves.items() if name not in set(spread)}
     found = {name: int(value) for name, value in jax.device_get(sums).items()}
     if spread:
-        # On the host: a program per array with collectives of its own was seen to hang.
+        # On the host: a program with collectives for each array was seen to hang on CPU devices.
         mine = np.array([_local_checksum(leaves[name]) for name in spread], np.uint32)
         total = processes.stacked(mine).sum(0, dtype=np.uint32)
         found |= {name: int(value) for name, value in zip(spread, total, strict=True)}

@@ -218,6 +218,35 @@ def test_starting_from_a_trained_workdir_continues_with_its_weights(
     assert same_bits(started[0].ema, started[0].params)
 
 
+def test_going_on_does_not_read_what_init_from_gave(trained, micro_config, tmp_path, monkeypatch):
+    config, workdir = micro_config(), copy_at_step_2(trained, tmp_path)
+    config.init_from, config.train.eval_every = str(tmp_path / "moved away"), 0
+    started = []
+    monkeypatch.setattr(loop, "run", lambda config, workdir, step, state, *_: started.append(state))
+    stages.train(config, workdir)
+    assert int(started[0].step) == 2
+    assert same_bits(started[0].params, state_of(trained, 2).params)
+
+
+def test_the_data_goes_on_where_it_was_with_another_batch_size(
+    trained, micro_config, tmp_path, monkeypatch
+):
+    config, workdir = micro_config(), copy_at_step_2(trained, tmp_path)
+    config.train.batch_size, config.train.eval_every = 8, 0
+    taken = []
+
+    def run(config, workdir, step, state, frozen, batches, mesh, checkpoints, metadata, validate):
+        taken.append((metadata["next_example"], next(batches)))
+
+    monkeypatch.setattr(loop, "run", run)
+    stages.train(config, workdir)
+    source = stages.open_source(config.data, "train", config.seed)
+    expected = next(pipeline.train_batches(source, config, config.seed, start=2 * 4))
+    (position, batch), *_ = taken
+    assert position == 8 and batch.keys() == expected.keys()
+    assert all(np.array_equal(batch[key], expected[key]) for key in batch)
+
+
 def test_training_from_cached_latents_is_the_same_training(
     trained, micro_config, tmp_path, monkeypatch
 ):
