@@ -60,15 +60,23 @@ def novel_classes() -> tuple[int, ...]:
 
 
 class ScenesSource:
-    """Random access to scenes of `size` = (height, width)."""
+    """Random access to scenes of `size` = (height, width); `keep` holds those drawn in memory."""
 
-    def __init__(self, config: ScenesConfig, size: tuple[int, int], train: bool, seed: int):
+    def __init__(
+        self,
+        config: ScenesConfig,
+        size: tuple[int, int],
+        train: bool,
+        seed: int,
+        keep: bool = False,
+    ):
         self.vocabulary = vocabulary()
         self.novel = novel_classes()
         self.size = (size[0], size[1])
         self.length = config.train_examples if train else config.val_examples
         self.max_shapes = config.max_shapes
         self.seed = seed
+        self.kept: dict[int, dict] | None = {} if keep else None
         self.split = "train" if train else "val"
         hidden = self.novel if train else ()
         self.drawn = np.array([i for i in range(1, len(self.vocabulary)) if i not in hidden])
@@ -79,9 +87,14 @@ class ScenesSource:
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.length:
             raise IndexError(index)
+        if self.kept is not None and index in self.kept:
+            return dict(self.kept[index])
         rng = self._rng(0, index)
         image, labels = render(rng, self._classes(rng, index), self.size)
-        return {"image": image, "labels": labels, "name": f"{self.split}_{index:06d}"}
+        scene = {"image": image, "labels": labels, "name": f"{self.split}_{index:06d}"}
+        if self.kept is not None:
+            self.kept[index] = dict(scene)
+        return scene
 
     def _rng(self, stream: int, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, zlib.crc32(self.split.encode()), stream, index))

@@ -40,7 +40,8 @@ def open_source(config: DataConfig, split: str, seed: int) -> Source:
     """
     if config.source == "scenes":
         train = split == config.train_split
-        return scenes.ScenesSource(config.scenes, config.image_size, train, seed)
+        keep = config.cache_images
+        return scenes.ScenesSource(config.scenes, config.image_size, train, seed, keep)
     readers: dict[str, Callable[[DataConfig, str], Source]] = {
         "folder": _folder,
         "ade20k": _ade20k,
