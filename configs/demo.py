@@ -1,6 +1,7 @@
 """The procedural scenes, from nothing, on a CPU in minutes: what `make demo` runs."""
 
 from segdiff_jax.config import (
+    AugmentConfig,
     CodecConfig,
     Config,
     DataConfig,
@@ -19,7 +20,10 @@ def get_config() -> Config:
         data=DataConfig(
             source="scenes",
             image_size=(64, 64),
-            scenes=ScenesConfig(train_examples=8192, val_examples=48),
+            scenes=ScenesConfig(train_examples=2048, val_examples=48, max_shapes=3),
+            augment=AugmentConfig(flip=False),  # twice the cache would take longer than it gives
+            cache_images=True,
+            cache_latents=True,
         ),
         model=ModelConfig(preset="tiny"),
         codec=CodecConfig(classes_per_pass=1, negatives=0.3),
@@ -33,8 +37,8 @@ def get_config() -> Config:
             ema_decay=0.99,
         ),
         train=TrainConfig(
-            steps=1500, batch_size=16, terminal_share=0.8, checkpoint_every=500, log_every=50
+            steps=1500, batch_size=16, terminal_share=0.9, checkpoint_every=500, log_every=50
         ),
-        vae=VAEConfig(steps=450, batch_size=16, learning_rate=2.5e-3, mask_share=0.25),
-        sampler=SamplerConfig(steps=1, ensemble=4, batch_size=100),
+        vae=VAEConfig(steps=350, batch_size=16, learning_rate=2.5e-3, mask_share=0.25),
+        sampler=SamplerConfig(steps=1, ensemble=2, batch_size=100),
     )

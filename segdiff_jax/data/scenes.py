@@ -122,7 +122,7 @@ def render(
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     image = _background(rng, height, width)  # [H, W, 3]
     labels = np.full(size, BACKGROUND, np.uint8)
-    radii = rng.uniform(0.24, 0.32, len(class_ids)) * min(size)
+    radii = rng.uniform(0.26, 0.34, len(class_ids)) * min(size)
     for class_id, radius, center in zip(class_ids, radii, _centers(rng, radii, size), strict=True):
         texture, color, shape = class_parts(class_id)
         angle = rng.uniform(-0.3, 0.3)
