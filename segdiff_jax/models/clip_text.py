@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segdiff_jax.models.layers import Dtype, attention
+from segdiff_jax.models.attention import attention
+from segdiff_jax.models.layers import Dtype
 
 
 @dataclass(frozen=True)

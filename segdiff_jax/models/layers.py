@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from segdiff_jax.models.attention import attention
+
 Dtype = jnp.dtype | type
 
 # Keeps the variance of what passes through. Torch's default, a third of it, fades a signal that
@@ -116,22 +118,6 @@ class GroupNorm(nnx.Module):
         broadcast = (batch,) + (1,) * (x.ndim - 2) + (channels,)
         y = x.astype(jnp.float32) * scale.reshape(broadcast) + shift.reshape(broadcast)
         return activation(y).astype(self.dtype)
-
-
-def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
-) -> jax.Array:
-    """Scaled dot-product attention (arXiv 1706.03762, eq. 1), softmax in float32.
-
-    query [B, S, N, D], key and value [B, L, N, D], mask broadcastable to [B, N, S, L] and True
-    where attention is allowed. Returns [B, S, N, D].
-    """
-    scale = 1.0 / math.sqrt(query.shape[-1])
-    logits = jnp.einsum("bsnd,blnd->bnsl", query * scale, key, preferred_element_type=jnp.float32)
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("bnsl,blnd->bsnd", weights, value)
 
 
 class Attention(nnx.Module):

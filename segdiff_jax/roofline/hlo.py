@@ -196,7 +196,8 @@ def kernel_flops(text: str) -> float:
             continue
         results = {i.name: i.shapes for i in bodies[computation]}
         operands = re.findall(r"%([\w.\-]+)", instruction.rest.split(")")[0])
-        shapes = [results[name][0][1] for name in operands if len(results[name]) == 1]
-        query, key = [shape for shape in shapes if len(shape) >= 3][:2]
+        given = [results[name][0] for name in operands if len(results[name]) == 1]
+        # The block tables that come first are integers.
+        query, key = [s for kind, s in given if kind in ("bf16", "f32") and len(s) >= 3][:2]
         total += times * 2.0 * matmuls * math.prod(query) * key[-2]
     return total

@@ -1,5 +1,6 @@
 """The loop both stages share: batches to devices, steps, reports, checkpoints, a clean end."""
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -25,9 +26,18 @@ class Stopped(Exception):
 
 
 def compile_step(step: StepFunction, state: TrainState, mesh: jax.sharding.Mesh) -> StepFunction:
-    """`step` under `jit`: the state keeps its sharding and its buffers are reused."""
+    """`step` under `jit`: the state keeps its sharding and its buffers are reused.
+
+    The mesh is named while `step` is traced, for attention kernels that XLA cannot cut up itself.
+    """
     shardings = sharding.state_sharding(state, mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+
+    @functools.wraps(step)
+    def on_mesh(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(*arguments)
+
+    return jax.jit(on_mesh, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
 
 
 def run(

@@ -155,9 +155,37 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
     sizes = dict(mesh.shape)
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, partition("/".join(leaf_path(path)), tuple(leaf.shape), sizes))
+        names, shape = leaf_path(path), tuple(leaf.shape)
+        spec = partition("/".join(names), shape, sizes)
+        if "mu" in names or "nu" in names:
+            spec = spread_moments(spec, shape, sizes)
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def spread_moments(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
+    """`spec` cut along `data` too: ZeRO stage 1 (arXiv 1910.02054), for Adam's moments.
+
+    Replicas need the same update once: each makes its part and they exchange parameters. The cut
+    goes to the dimension that is cut already, so that arrays keep one; else to the largest.
+    """
+    if sizes["data"] == 1 or len(shape) < 2:
+        return spec
+    cuts = [(c,) if isinstance(c, str) else tuple(c or ()) for c in spec]
+    cuts += [()] * (len(shape) - len(cuts))
+    if any("data" in cut for cut in cuts):
+        return spec
+    pieces = [math.prod(sizes[axis] for axis in cut) * sizes["data"] for cut in cuts]
+    fits = [dim for dim, size in enumerate(shape) if size % pieces[dim] == 0]
+    taken = [dim for dim in fits if "fsdp" in cuts[dim] or "tensor" in cuts[dim]]
+    if any(cuts) and not taken:
+        return spec
+    dim = max(taken or fits, key=lambda d: (shape[d], d), default=None)
+    if dim is None:
+        return spec
+    cuts[dim] += ("data",)
+    return P(*(cut or None for cut in cuts))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -20,7 +20,14 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.models.presets import PRESETS
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.training.sharding import RULES, leaf_path, local_rows, make_mesh, partition
+from segdiff_jax.training.sharding import (
+    RULES,
+    leaf_path,
+    local_rows,
+    make_mesh,
+    partition,
+    spread_moments,
+)
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 ATTENTION = "down_blocks/0/attentions/0/transformer_blocks/0/attn1"
@@ -77,6 +84,22 @@ def test_every_rule_applies_to_the_real_models(model_parameters):
     for pattern, spec in RULES:
         ranks = {len(s) for path, s in model_parameters.items() if re.search(pattern, path)}
         assert ranks == {len(spec)}, pattern
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "expected"),
+    [
+        (P(), (3, 3, 8, 32), P(None, None, None, "data")),
+        (P(None, "fsdp"), (64, 64), P(None, ("fsdp", "data"))),
+        (P("fsdp", "tensor"), (64, 128), P("fsdp", ("tensor", "data"))),
+        (P(None, "fsdp"), (64, 6), P(None, "fsdp")),  # would need a second dimension
+        (P(), (3, 5), P()),
+        (P(), (32,), P()),
+    ],
+)
+def test_moments_are_cut_over_replicas_too(spec, shape, expected):
+    assert spread_moments(spec, shape, SIZES) == expected
+    assert spread_moments(spec, shape, SIZES | {"data": 1}) == spec
 
 
 def test_axes_of_size_one_are_left_out():
@@ -294,8 +317,13 @@ def test_batch_is_cut_over_data_and_fsdp(eight):
 @pytest.mark.parametrize(("mesh", "factor"), [("2,-1,1", 4), ("2,2,2", 4), ("1,2,4", 8)])
 def test_bytes_per_device_fall_by_fsdp_times_tensor(eight, mesh, factor):
     whole = eight["runs"]["1"]["bytes"]
-    assert eight["runs"]["-1,1,1"]["bytes"] == whole
     assert whole / eight["runs"][mesh]["bytes"] >= 0.9 * factor
+
+
+def test_replicas_hold_an_eighth_of_the_moments_each(eight):
+    # Parameters and EMA are whole on each, two of the four copies that a state is.
+    ideal = eight["runs"]["1"]["bytes"] * (2 + 2 / 8) / 4
+    assert eight["runs"]["-1,1,1"]["bytes"] == pytest.approx(ideal, rel=0.1)
 
 
 def test_shapes_that_do_not_divide_are_logged_once(eight):
