@@ -34,6 +34,9 @@ CONFIG = """
 """
 
 
+pytestmark = pytest.mark.slow  # minutes of processes started and killed
+
+
 def png(array):
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, "png")
