@@ -5,7 +5,6 @@ import json
 import pytest
 from guard import FILE, TOPOLOGIES, figures
 
-
 # One generation in every run, the others on demand: each takes the compiler most of a minute.
 EVERY_RUN = "v5e:2x2"
 
