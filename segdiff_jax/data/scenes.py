@@ -16,6 +16,7 @@ from PIL import Image
 
 from segdiff_jax import cli
 from segdiff_jax.config import ScenesConfig
+from segdiff_jax.data.memory import Memory
 from segdiff_jax.data.vocabulary import ClassEntry, Vocabulary
 from segdiff_jax.files import write_bytes, write_text
 
@@ -76,7 +77,7 @@ class ScenesSource:
         self.length = config.train_examples if train else config.val_examples
         self.max_shapes = config.max_shapes
         self.seed = seed
-        self.kept: dict[int, dict] | None = {} if keep else None
+        self._memory = Memory(keep)
         self.split = "train" if train else "val"
         hidden = self.novel if train else ()
         self.drawn = np.array([i for i in range(1, len(self.vocabulary)) if i not in hidden])
@@ -87,14 +88,12 @@ class ScenesSource:
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        if self.kept is not None and index in self.kept:
-            return dict(self.kept[index])
+        return dict(self._memory.get(index, self._draw))
+
+    def _draw(self, index: int) -> dict:
         rng = self._rng(0, index)
         image, labels = render(rng, self._classes(rng, index), self.size)
-        scene = {"image": image, "labels": labels, "name": f"{self.split}_{index:06d}"}
-        if self.kept is not None:
-            self.kept[index] = dict(scene)
-        return scene
+        return {"image": image, "labels": labels, "name": f"{self.split}_{index:06d}"}
 
     def _rng(self, stream: int, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, zlib.crc32(self.split.encode()), stream, index))

@@ -9,6 +9,7 @@ from etils import epath
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data import images, scenes
 from segdiff_jax.data import vocabulary as vocabularies
+from segdiff_jax.data.memory import Memory
 from segdiff_jax.data.vocabulary import Vocabulary
 from segdiff_jax.errors import UserError
 
@@ -75,26 +76,18 @@ class PairSource:
         self.pairs = pairs
         self.vocabulary = vocabulary
         self.lookup = lookup
-        self._cache: dict[int, dict[str, Any]] | None = {} if cache else None
+        self._memory = Memory(cache)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A worker process fills its own cache: pixels are not worth a pipe.
-        return {**self.__dict__, "_cache": None if self._cache is None else {}}
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self.pairs):
             raise IndexError(index)
-        if self._cache is not None and index in self._cache:
-            return self._cache[index]
-        pair = self._read(*self.pairs[index])
-        if self._cache is not None:
-            self._cache[index] = pair
-        return pair
+        return self._memory.get(index, self._read)
 
-    def _read(self, image_path: str, mask_path: str) -> dict[str, Any]:
+    def _read(self, index: int) -> dict[str, Any]:
+        image_path, mask_path = self.pairs[index]
         image = images.read_image(image_path)
         labels = images.read_labels(mask_path)
         if image.shape[:2] != labels.shape:
