@@ -104,11 +104,7 @@ def load_unet(
         unet = nnx.eval_shape(lambda: UNet(unet_config, dtype=dtype, rngs=nnx.Rngs(0)))
         graph, params = nnx.split(unet)
         if mesh is not None:
-            params = jax.tree.map(
-                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
-                params,
-                sharding.state_sharding(params, mesh),
-            )
+            params = sharding.abstract(params, sharding.state_sharding(params, mesh))
         restored, _ = checkpoints.restore({kept: params})
     finally:
         checkpoints.close()

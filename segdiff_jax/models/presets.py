@@ -1,5 +1,6 @@
 """Named architectures, from one that trains in minutes on a laptop to Stable Diffusion's own."""
 
+import dataclasses
 from typing import NamedTuple
 
 from segdiff_jax.errors import UserError
@@ -46,6 +47,16 @@ def _small(
             num_attention_heads=4,
             max_position_embeddings=10,
         ),
+    )
+
+
+def unet_between(name: str, latent_channels: int, text_width: int) -> UNetConfig:
+    """The UNet of the preset called `name`, fitted to the networks at its two ends."""
+    return dataclasses.replace(
+        architecture(name).unet,
+        in_channels=2 * latent_channels,
+        out_channels=latent_channels,
+        cross_attention_dim=text_width,
     )
 
 

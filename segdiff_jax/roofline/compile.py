@@ -68,14 +68,9 @@ def devices(chip: Chip, topology: str, slices: int = 1) -> list[Any]:
     return list(description.devices)
 
 
-def lower(step: Step) -> Any:
-    """Traced and lowered, not compiled: what remains is the same for every batch of this shape."""
-    return step.function.lower(*step.arguments)
-
-
 def compile_step(step: Step) -> Compiled | OutOfMemory:
     """Compiles `step` for the devices of its arguments' shardings; minutes for a large network."""
-    lowered = lower(step)
+    lowered = step.function.lower(*step.arguments)
     start = time.monotonic()
     try:
         program = lowered.compile()

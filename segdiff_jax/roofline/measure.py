@@ -31,10 +31,8 @@ class Target:
 
 def measure(config: Config, target: Target) -> dict[str, Any]:
     """The report, as JSON values. Raises `UserError` for what the config or topology cannot be."""
-    chip, topology = chips.parse_topology(target.topology)
-    mesh = sharding.make_mesh(config.mesh, compile.devices(chip, topology, target.slices))
-    step = _step(config, target, mesh)
-    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    chip, topology, mesh = _mesh(config, target)
+    step, replicas = _step(config, target, mesh), sharding.batch_parts(mesh)
     batch = config.train.batch_size if target.step == "train" else step.arguments[-2].shape[0]
     made: dict[str, Any] = {
         "topology": topology,
@@ -62,8 +60,15 @@ def measure(config: Config, target: Target) -> dict[str, Any]:
     return made | {"per_chip": figures, "roofline": line}
 
 
+def _mesh(config: Config, target: Target) -> tuple[chips.Chip, str, jax.sharding.Mesh]:
+    """The chip, libtpu's name of the slice, and the mesh of stand-ins."""
+    chip, topology = chips.parse_topology(target.topology)
+    devices = compile.devices(chip, topology, target.slices)
+    return chip, topology, sharding.make_mesh(config.mesh, devices)
+
+
 def _step(config: Config, target: Target, mesh: jax.sharding.Mesh) -> steps.Step:
-    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    replicas = sharding.batch_parts(mesh)
     key, size = {
         "train": ("train.batch_size", config.train.batch_size),
         "sample": ("sampler.batch_size", replicas),
@@ -102,9 +107,8 @@ def search(
 
     Starts from the config's own batch. Raises `UserError` if not even one example per chip fits.
     """
-    chip, topology = chips.parse_topology(target.topology)
-    mesh = sharding.make_mesh(config.mesh, compile.devices(chip, topology, target.slices))
-    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    chip, _, mesh = _mesh(config, target)
+    replicas = sharding.batch_parts(mesh)
     made: dict[int, tuple[Config, dict[str, Any]]] = {}
 
     def total(batch: int) -> float | None:

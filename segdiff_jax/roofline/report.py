@@ -80,11 +80,6 @@ def roofline(figures: dict[str, Any], chip: Chip, images: float) -> dict[str, An
     }
 
 
-def text(report: dict[str, Any]) -> str:
-    """A report for people."""
-    return table([report])
-
-
 def table(reports: Sequence[dict[str, Any]]) -> str:
     """Reports side by side, a column each; with two, a third column of ratios."""
     columns = [rows(report) for report in reports]

@@ -1,6 +1,5 @@
 """The functions that training and sampling jit, with abstract arguments in place of arrays."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ from segdiff_jax.config import Config
 from segdiff_jax.data import scenes, vocabulary
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.models import presets
-from segdiff_jax.models.unet import UNet, UNetConfig
+from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, decode_latents
 from segdiff_jax.roofline import flops
 from segdiff_jax.training import loop, sharding
@@ -47,11 +46,8 @@ def networks(config: Config) -> Networks:
     `config.init_from` is not read: the architecture is that of `config.model.preset`.
     """
     preset = presets.architecture(config.model.preset)
-    unet_config: UNetConfig = dataclasses.replace(
-        preset.unet,
-        in_channels=2 * preset.vae.latent_channels,
-        out_channels=preset.vae.latent_channels,
-        cross_attention_dim=preset.text_encoder.hidden_size,
+    unet_config = presets.unet_between(
+        config.model.preset, preset.vae.latent_channels, preset.text_encoder.hidden_size
     )
     dtype = jnp.dtype(config.model.dtype)
     unet = nnx.eval_shape(
@@ -78,15 +74,15 @@ def train_step(config: Config, mesh: jax.sharding.Mesh) -> Step:
         step = vae_step(vae_graph, config)
     else:
         graph, params = nnx.split(nets.unet)
-        frozen = _placed(
+        frozen = sharding.abstract(
             Frozen(vae_params, _schedule(config), _table(nets, class_count(config))),
             sharding.replicated(mesh),
         )
         step = diffusion_step(graph, vae_graph, config)
     state = jax.eval_shape(lambda p: init_state(p, config), params)
-    state = jax.tree.map(_at, state, sharding.state_sharding(state, mesh))
-    batch = _placed(train_batch(config, nets), sharding.batch_sharding(mesh))
-    key = _placed(_key(), sharding.replicated(mesh))
+    state = sharding.abstract(state, sharding.state_sharding(state, mesh))
+    batch = sharding.abstract(train_batch(config, nets), sharding.batch_sharding(mesh))
+    key = sharding.abstract(_key(), sharding.replicated(mesh))
     function = loop.compile_step(step, state, mesh)
     count = config.train.batch_size
     return Step(function, (state, frozen, batch, key), count, count * _train_flops(config, nets))
@@ -148,19 +144,21 @@ def _sampler(
     nets, whole = networks(config), sharding.replicated(mesh)
     unet_graph, unet_params = nnx.split(nets.unet)
     vae_graph, vae_params = nnx.split(nets.vae)
-    vae_params = _placed(vae_params, whole)
+    vae_params = sharding.abstract(vae_params, whole)
     group = codec.group_size(classes, config.codec.classes_per_pass)
     latent = (*_latent_size(config, nets), nets.vae.config.latent_channels)
     spread = sharding.batch_sharding(mesh)
     arrays = (
-        jax.tree.map(_at, unet_params, sharding.state_sharding(unet_params, mesh)),
+        sharding.abstract(unet_params, sharding.state_sharding(unet_params, mesh)),
         vae_params,
-        _placed(_schedule(config), whole),
-        _placed(_table(nets, classes), whole),
-        _placed(jax.ShapeDtypeStruct((images, *latent), jnp.float32), whole),
-        _placed(jax.ShapeDtypeStruct((_passes(config, classes), group), jnp.int32), whole),
-        _placed(jax.ShapeDtypeStruct((jobs, 3), jnp.int32), spread),
-        _placed(_key(), whole),
+        sharding.abstract(_schedule(config), whole),
+        sharding.abstract(_table(nets, classes), whole),
+        sharding.abstract(jax.ShapeDtypeStruct((images, *latent), jnp.float32), whole),
+        sharding.abstract(
+            jax.ShapeDtypeStruct((_passes(config, classes), group), jnp.int32), whole
+        ),
+        sharding.abstract(jax.ShapeDtypeStruct((jobs, 3), jnp.int32), spread),
+        sharding.abstract(_key(), whole),
     )
     sampler = config.sampler
     static = (unet_graph, vae_graph, config.codec.context, sampler.steps, sampler.eta)
@@ -169,7 +167,7 @@ def _sampler(
     decode = jax.jit(
         lambda params, x: segmenter._to_gray(decode_latents(nnx.merge(vae_graph, params), x))
     )
-    latents = _placed(jax.ShapeDtypeStruct((jobs, *latent), jnp.float32), spread)
+    latents = sharding.abstract(jax.ShapeDtypeStruct((jobs, *latent), jnp.float32), spread)
     without = Step(decode, (vae_params, latents), worth, decode_flops)
     total = decode_flops + jobs * sampler.steps * count.forward
     return Step(segmenter._sample, (*static, *arrays), worth, total, (sampler.steps, without))
@@ -208,11 +206,3 @@ def _latent_size(config: Config, nets: Networks) -> tuple[int, int]:
 
 def _key() -> jax.ShapeDtypeStruct:
     return jax.eval_shape(lambda: jax.random.key(0))
-
-
-def _placed(tree: Any, place: jax.sharding.Sharding) -> Any:
-    return jax.tree.map(lambda leaf: _at(leaf, place), tree)
-
-
-def _at(leaf: Any, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)

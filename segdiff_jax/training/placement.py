@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from segdiff_jax.models.weights import Place
-from segdiff_jax.training.sharding import partition
+from segdiff_jax.training.sharding import partition, put
 
 
 def placer(mesh: Mesh) -> Place:
@@ -17,6 +17,6 @@ def placer(mesh: Mesh) -> Place:
 
     def place(path: str, array: np.ndarray) -> jax.Array:
         sharding = NamedSharding(mesh, partition(path, array.shape, sizes))
-        return jax.make_array_from_callback(array.shape, sharding, lambda cut: array[cut])
+        return put(array, sharding)
 
     return place

@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -193,13 +193,18 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is cut."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     """The rows of a global batch that this process feeds to its devices, in ascending order.
 
     Processes whose devices differ only along `tensor` feed the same rows. Raises `UserError` when
     the batch cannot be cut evenly.
     """
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = batch_parts(mesh)
     if batch_size % parts:
         raise UserError(
             f"a batch of {batch_size} does not divide over the {parts} devices along the axes data "
@@ -219,14 +224,25 @@ def place(tree: Any, shardings: Any) -> Any:
 
     shardings: a tree like `tree`, or one sharding for all of it.
     """
+    return _map_with(put, tree, shardings)
+
+
+def put(array: Any, sharding: NamedSharding) -> jax.Array:
+    """Of an array that every process holds whole, to each device the part that is its own."""
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda cut: whole[cut])
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """The shapes and types of `tree`, to be placed by `shardings` (as of `place`)."""
+    struct = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)  # noqa: E731
+    return _map_with(struct, tree, shardings)
+
+
+def _map_with(function: Callable[[Any, NamedSharding], Any], tree: Any, shardings: Any) -> Any:
     if isinstance(shardings, NamedSharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
-
-    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-        whole = np.asarray(leaf)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda cut: whole[cut])
-
-    return jax.tree.map(put, tree, shardings)
+        return jax.tree.map(lambda leaf: function(leaf, shardings), tree)
+    return jax.tree.map(function, tree, shardings)
 
 
 @functools.cache  # one line per distinct shape, however many layers, moments and averages share it

@@ -110,7 +110,13 @@ def _train_diffusion(config: Config, workdir: str, source: Source) -> None:
     # What a checkpoint of this run replaces need not be read.
     saved = _saved_unet_config(config, workdir)
     given = None if saved else _given_unet(config, dtype)
-    unet_config = saved or (given.config if given else _unet_config(config, vae, text_encoder))
+    unet_config = saved or (
+        given.config
+        if given
+        else presets.unet_between(
+            config.model.preset, vae.config.latent_channels, text_encoder.config.hidden_size
+        )
+    )
     build = lambda: UNet(  # noqa: E731
         unet_config,
         dtype=dtype,
@@ -191,16 +197,6 @@ def _given_unet(config: Config, dtype: Any) -> UNet | None:
     return workdirs.load_unet(config.init_from, mesh=mesh)[0]
 
 
-def _unet_config(config: Config, vae: VAE, text_encoder: CLIPText) -> UNetConfig:
-    """The preset's UNet, fitted to the networks at its two ends."""
-    return dataclasses.replace(
-        presets.architecture(config.model.preset).unet,
-        in_channels=2 * vae.config.latent_channels,
-        out_channels=vae.config.latent_channels,
-        cross_attention_dim=text_encoder.config.hidden_size,
-    )
-
-
 def _new_vae(config: Config) -> VAE:
     architecture = presets.architecture(config.model.preset)
     dtype = jnp.dtype(config.model.dtype)
@@ -276,10 +272,7 @@ def _run(
         best_metric="miou_present" if validate else None,
     ) as checkpoints:
         if checkpoints.latest_step() is not None:
-            placed = jax.tree.map(
-                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings
-            )
-            state, stored = checkpoints.restore(placed)
+            state, stored = checkpoints.restore(sharding.abstract(abstract, shardings))
             done, written_by = int(state.step), stored.get("code", "unknown")
             # Without one, it is a checkpoint of the first version.
             position = stored.get("next_example", done * config.train.batch_size)
