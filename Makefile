@@ -21,8 +21,9 @@ demo: $(VENV)/.runtime
 	$(BIN)/python -m segdiff_jax.evaluate --config configs/demo.py --checkpoint $(WORKDIR) \
 	  --output $(DEMO) --config.seed=$(SEED)
 
+# Two processes, a file at a time: most of a test is tracing and compiling, which uses one core.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
