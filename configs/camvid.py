@@ -19,7 +19,8 @@ def get_config() -> Config:
         data=DataConfig(
             source="folder",
             image_size=(96, 128),
-            augment=AugmentConfig(flip=True),
+            # 367 pairs of a few streets: without other scales and colours the UNet learns them by heart.
+            augment=AugmentConfig(flip=True, max_scale=1.75, color_jitter=0.4, views=6),
             cache_images=True,  # for the VAE stage
             cache_latents=True,
         ),
@@ -30,13 +31,13 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
             warmup_steps=50,
-            decay_steps=3000,
+            decay_steps=3500,
             final_fraction=0.1,
-            ema_decay=0.995,
+            ema_decay=0.998,
         ),
         train=TrainConfig(
-            steps=3000, batch_size=16, terminal_share=0.8, checkpoint_every=500, log_every=50
+            steps=3500, batch_size=16, terminal_share=0.8, checkpoint_every=500, log_every=50
         ),
-        vae=VAEConfig(steps=450, batch_size=8, learning_rate=2.5e-3, mask_share=0.3),
+        vae=VAEConfig(steps=700, batch_size=8, learning_rate=2.5e-3, mask_share=0.3),
         sampler=SamplerConfig(steps=1, ensemble=1, batch_size=66),
     )

@@ -22,6 +22,7 @@ class AugmentConfig:
     min_scale: float = 1.0  # of the crop's short-side cover; 1.0 with max_scale 1.0 = no scale-crop
     max_scale: float = 1.0
     color_jitter: float = 0.0  # brightness, contrast and saturation factors in 1 ± this
+    views: int = 0  # n: one of n fixed views of each pair; 0: a new view for every example
 
 
 @dataclass
@@ -205,6 +206,7 @@ def validate(config: Config) -> Config:
     _range("data.max_unreadable", c.data.max_unreadable, 0.0, 1.0)
     _range("data.augment.min_scale", c.data.augment.min_scale, 0.1, c.data.augment.max_scale)
     _range("data.augment.color_jitter", c.data.augment.color_jitter, 0.0, 0.99)
+    _range("data.augment.views", c.data.augment.views, 0)
     _range("train.steps", c.train.steps, 1)
     _range("train.batch_size", c.train.batch_size, 1)
     _range("train.terminal_share", c.train.terminal_share, 0.0, 1.0)
@@ -245,10 +247,12 @@ def _impossible_combinations(c: Config) -> None:
             "use config.codec.classes_per_pass=1 or 0, or turn the cache off"
         )
     scaled = (c.data.augment.min_scale, c.data.augment.max_scale) != (1.0, 1.0)
-    if c.data.cache_latents and (scaled or c.data.augment.color_jitter):
+    endless = not c.data.augment.views and (scaled or c.data.augment.color_jitter > 0)
+    if c.data.cache_latents and endless:
         raise UserError(
-            "config.data.cache_latents keeps flips only: set config.data.augment.min_scale, "
-            "max_scale to 1.0 and color_jitter to 0.0, or turn the cache off"
+            "config.data.cache_latents cannot hold a new scale-crop or colour jitter for every "
+            "example: set config.data.augment.views to a number of views per pair, "
+            "or turn the cache off"
         )
     if c.diffusion.rescale_betas_zero_snr and c.diffusion.prediction_type == "epsilon":
         raise UserError(

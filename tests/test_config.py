@@ -47,13 +47,15 @@ def test_bad_values_name_the_key_and_the_mend_in_one_line(group, key, value, say
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_latent_cache_goes_with_flips_only():
+def test_latent_cache_needs_a_finite_number_of_views():
     config = valid()
     config.data.cache_latents = True
     assert validate(config)
     config.data.augment.color_jitter = 0.2
-    with pytest.raises(UserError, match="cache_latents"):
+    with pytest.raises(UserError, match="cache_latents.*views"):
         validate(config)
+    config.data.augment.views = 4
+    assert validate(config)
 
 
 def test_stored_configs_come_back():

@@ -1,12 +1,13 @@
 """The latent cache: VAE latents of the training pairs in place of their pixels.
 
 cache.json                  what the latents were made from, their shape, the number of shards
-classes-00000.json          of each pair: the classes it shows, or why it could not be read
+classes-00000.json          of each pair: the classes in each view, or why it could not be read
 latents-00000.array_record  float32 latents; a shard per process that wrote, pairs in order
 
-The first record is the latent of an empty mask. Then each pair has, for each of its views (as it
-is, then mirrored where the config flips), the image latent with its valid mask and one latent per
-mask: of each class that it shows, or one of all classes where one pass paints them all.
+The first record is the latent of an empty mask. Then each pair has, for each of its views
+(data.augment.views of them; otherwise as it is, then mirrored where the config flips), the image
+latent with its valid mask and one latent per mask: of each class that the view shows, or one of all
+classes where one pass paints them all.
 A folder without `cache.json` is no cache. `training/latent_cache.py` writes all this.
 """
 
@@ -62,9 +63,11 @@ class Latents:
         shards = range(description["shards"])
         texts = [(root / f"classes-{shard:05d}.json").read_text() for shard in shards]
         self._contents = [pair for text in texts for pair in json.loads(text)]
-        views = 2 if description["made_from"]["flip"] else 1
-        sizes = [views * (1 + self._masks(pair)) for pair in range(len(self))]
-        self._start = 1 + np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # [N + 1]
+        views = [view for pair in self._contents if not isinstance(pair, str) for view in pair]
+        sizes = [1 + (1 if self._in_one_image else len(classes)) for classes in views]
+        self._start = 1 + np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # [views + 1]
+        counts = [0 if isinstance(pair, str) else len(pair) for pair in self._contents]
+        self._first_view = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])  # [N + 1]
         local = _local_copy(root) if is_remote(folder) else folder
         paths = [os.path.join(local, f"latents-{shard:05d}.array_record") for shard in shards]
         self._records = grain.sources.ArrayRecordDataSource(paths)
@@ -80,33 +83,27 @@ class Latents:
             raise UnreadableError(self._contents[pair])
         return {"pair": pair}
 
-    def classes(self, pair: int) -> np.ndarray:
-        """The ids [n] of trained classes that a pair shows."""
-        return np.array(self._contents[pair], np.uint8)
+    def classes(self, pair: int, view: int) -> np.ndarray:
+        """The ids [n] of trained classes that a view of a pair shows."""
+        return np.array(self._contents[pair][view], np.uint8)
 
-    def image(self, pair: int, flip: bool) -> tuple[np.ndarray, np.ndarray]:
+    def image(self, pair: int, view: int) -> tuple[np.ndarray, np.ndarray]:
         """Image latent [h, w, c] and valid mask bool [h, w]."""
         height, width, _ = self.shape
-        data = self._read(self._view(pair, flip), -(-height * width // 8))
+        data = self._read(self._record(pair, view), -(-height * width // 8))
         bits = np.frombuffer(data, np.uint8, offset=4 * int(np.prod(self.shape)))
         valid = np.unpackbits(bits, count=height * width).astype(bool)
         return self._latent(data), valid.reshape(height, width)
 
-    def mask(self, pair: int, flip: bool, class_id: int) -> np.ndarray:
+    def mask(self, pair: int, view: int, class_id: int) -> np.ndarray:
         """Mask latent [h, w, c] of a class, shown or not; of all of them if they share an image."""
-        slots = [0] if self._in_one_image else np.flatnonzero(self.classes(pair) == class_id)
+        slots = [0] if self._in_one_image else np.flatnonzero(self.classes(pair, view) == class_id)
         if not len(slots):
             return self.empty_mask
-        return self._latent(self._read(self._view(pair, flip) + 1 + int(slots[0])))
+        return self._latent(self._read(self._record(pair, view) + 1 + int(slots[0])))
 
-    def _masks(self, pair: int) -> int:
-        """Mask latents per view; -1 makes an unreadable pair take no records."""
-        if isinstance(self._contents[pair], str):
-            return -1
-        return 1 if self._in_one_image else len(self._contents[pair])
-
-    def _view(self, pair: int, flip: bool) -> int:
-        return int(self._start[pair]) + flip * (1 + self._masks(pair))
+    def _record(self, pair: int, view: int) -> int:
+        return int(self._start[self._first_view[pair] + view])
 
     def _read(self, record: int, more: int = 0) -> bytes:
         """A record: a latent, and `more` bytes."""
@@ -135,12 +132,13 @@ class _Example:
 
     def __call__(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
         pair, rng = record["pair"], self.draws.generator(index)
-        flip = transforms.draw_flip(rng, self.augment)
-        class_ids = self.draws.class_ids(self.latents.classes(pair), rng)
-        image, valid = self.latents.image(pair, flip)
+        fixed = self.draws.views > 0
+        view = self.draws.view(rng) if fixed else int(transforms.draw_flip(rng, self.augment))
+        class_ids = self.draws.class_ids(self.latents.classes(pair, view), rng)
+        image, valid = self.latents.image(pair, view)
         return {
             "image_latents": image,
-            "mask_latents": self.latents.mask(pair, flip, class_ids[0]),
+            "mask_latents": self.latents.mask(pair, view, class_ids[0]),
             "valid": valid,
             "class_ids": class_ids,
             "unreadable": record["unreadable"],

@@ -62,8 +62,9 @@ def batches(
 ) -> "TrainBatches":
     """`train_batches` of other records: the same order, epochs, processes and resumption.
 
-    `example(i, record)` makes row i from the record that falls to it, which also has the key
-    "unreadable", to be handed on. Both arguments must be picklable for data.workers > 0.
+    `example(i, record)` makes row i from the record that falls to it, which also has the keys
+    "record", its index, and "unreadable", to be handed on. Both arguments must be picklable for
+    data.workers > 0.
     """
     size = batch_size or config.train.batch_size
     rows = range(size) if rows is None else rows
@@ -162,7 +163,8 @@ class _Substituting:
         while len(failures) <= self.max_unreadable * length and len(failures) < length:
             record = (index + len(failures)) % length
             try:
-                return {**self.source[record], "unreadable": list(failures.items())}
+                found = self.source[record]
+                return {**found, "record": record, "unreadable": list(failures.items())}
             except UnreadableError as error:
                 failures[record] = str(error)
         raise too_many_unreadable(failures, length, self.max_unreadable)
@@ -190,11 +192,20 @@ class Draws:
         self.negatives = config.codec.negatives
         self.num_classes = len(source.vocabulary)
         self.trained = np.setdiff1d(np.arange(self.num_classes), source.novel)
+        self.views = config.data.augment.views
         self.seed = seed
 
     def generator(self, index: int) -> np.random.Generator:
         """The source of all that is random in example `index`: first augmentation, then classes."""
         return np.random.default_rng((self.seed, index))
+
+    def view(self, rng: np.random.Generator) -> int:
+        """Which of the `views` fixed views an example shows."""
+        return int(rng.integers(self.views))
+
+    def view_generator(self, record: int, view: int) -> np.random.Generator:
+        """The source of the augmentation of a fixed view."""
+        return np.random.default_rng((self.seed, record, view))
 
     def class_ids(self, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """int32 [G]: the classes to ask of `labels`, as `draw_classes` takes them."""
@@ -212,9 +223,11 @@ class _Example:
         self.draws = Draws(source, config, seed)
 
     def __call__(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
-        rng = self.draws.generator(index)
+        rng = chances = self.draws.generator(index)
+        if self.draws.views:
+            chances = self.draws.view_generator(record["record"], self.draws.view(rng))
         image, labels = transforms.augment(
-            record["image"], record["labels"], rng, self.augment, self.size
+            record["image"], record["labels"], chances, self.augment, self.size
         )
         return {
             "image": image,

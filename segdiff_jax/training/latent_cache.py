@@ -36,11 +36,11 @@ from segdiff_jax.training import losses, processes
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _PAIRS_AT_ONCE = 16  # read, encoded and written together
 _ENCODED_AT_ONCE = 8  # images in one call of the VAE, per device
 
-Pair = tuple[np.ndarray, np.ndarray]  # uint8 [H, W, 3] and [H, W]
+View = tuple[np.ndarray, np.ndarray]  # uint8 [H, W, 3] and [H, W]
 
 
 def open_or_build(source: Source, vae: VAE, config: Config, folder: str) -> Latents:
@@ -110,6 +110,7 @@ def build(
 def fingerprint(source: Source, vae: VAE, config: Config) -> dict[str, Any]:
     """Everything that the latents depend on, as JSON values."""
     data = config.data
+    seeded = data.source == "scenes" or data.augment.views > 0
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(nnx.state(vae))[0]:
         digest.update(jax.tree_util.keystr(path).encode())
@@ -118,11 +119,12 @@ def fingerprint(source: Source, vae: VAE, config: Config) -> dict[str, Any]:
         "format": _FORMAT,
         "vae": [digest.hexdigest(), dataclasses.asdict(vae.config), np.dtype(vae.dtype).name],
         "source": [data.source, data.root, data.train_split, data.vocabulary],
-        "scenes": [dataclasses.asdict(data.scenes), config.seed] if data.source == "scenes" else [],
+        "scenes": dataclasses.asdict(data.scenes) if data.source == "scenes" else {},
+        "seed": config.seed if seeded else None,
         "pairs": [len(source), _files(source)],
         "classes": [list(source.vocabulary.names), list(source.novel)],
         "image_size": list(data.image_size),
-        "flip": data.augment.flip,
+        "augment": dataclasses.asdict(data.augment),
         "all_in_one_image": _in_one_image(config),
     }
     return json.loads(json.dumps(made_from))
@@ -155,10 +157,10 @@ def _write_shard(
     """Encodes this process's share of the pairs, a contiguous one."""
     first, last = (len(source) * part // count for part in (process, process + 1))
     encoder = _Encoder(vae, config, len(source.vocabulary))
-    draws = pipeline.Draws(source, config, config.seed)
+    trained = pipeline.Draws(source, config, config.seed).trained
     progress = reporter("latent cache", "pair")
     unreadable: dict[int, str] = {}
-    contents: list[list[int] | str] = []
+    contents: list[list[list[int]] | str] = []
     name = f"latents-{process:05d}.array_record"
     with tempfile.TemporaryDirectory() as temporary:  # array_record writes to local disks only
         path = os.path.join(temporary if is_remote(folder) else folder, name)
@@ -168,16 +170,18 @@ def _write_shard(
                 writer.write(encoder.empty())
             for start, pairs in _read(source, config, range(first, last)):
                 progress(start - first, last - first)
-                readable = [pair for pair in pairs if not isinstance(pair, str)]
-                classes = [np.intersect1d(labels, draws.trained) for _, labels in readable]
-                for record in encoder.pairs(readable, classes):
+                views = [view for pair in pairs if not isinstance(pair, str) for view in pair]
+                classes = [np.intersect1d(labels, trained) for _, labels in views]
+                for record in encoder.views(views, classes):
                     writer.write(record)
                 shown = iter(classes)
                 for index, pair in enumerate(pairs, start):
                     if isinstance(pair, str):
                         unreadable[index] = pair
                         log.warning("skipped: %s", pair)
-                    contents.append(pair if isinstance(pair, str) else next(shown).tolist())
+                        contents.append(pair)
+                    else:
+                        contents.append([next(shown).tolist() for _ in pair])
                 if len(unreadable) > config.data.max_unreadable * len(source):
                     share = config.data.max_unreadable
                     raise pipeline.too_many_unreadable(unreadable, len(source), share)
@@ -189,15 +193,18 @@ def _write_shard(
     write_json(folder / f"classes-{process:05d}.json", contents)
 
 
-def _read(source: Source, config: Config, indices: range) -> Iterator[tuple[int, list[Pair | str]]]:
-    """(first index, pairs at the network's size) of each chunk; a message for an unreadable one."""
+def _read(
+    source: Source, config: Config, indices: range
+) -> Iterator[tuple[int, list[list[View] | str]]]:
+    """(first index, the views of each pair) of each chunk; a message for an unreadable pair."""
+    draws = pipeline.Draws(source, config, config.seed)
 
-    def read(index: int) -> Pair | str:
+    def read(index: int) -> list[View] | str:
         try:
             record = source[index]
         except UnreadableError as error:
             return str(error)
-        return transforms.fit(record["image"], record["labels"], config.data.image_size)
+        return _views(record["image"], record["labels"], index, draws, config)
 
     starts = range(indices.start, indices.stop, _PAIRS_AT_ONCE)
     with ThreadPoolExecutor(min(_PAIRS_AT_ONCE, 2 * (os.cpu_count() or 1))) as pool:
@@ -229,7 +236,6 @@ class _Encoder:
 
         self._photos, self._masks = encoded(losses.to_pixels), encoded(losses.mask_images)
         self._factor = vae.config.downsampling
-        self._views = _views(config)
         self._all = np.arange(num_classes)[None] if _in_one_image(config) else None  # [1, K]
 
     def empty(self) -> bytes:
@@ -237,16 +243,12 @@ class _Encoder:
         nothing = np.full((1, *(self._factor * n for n in self._latent[:2])), codec.IGNORE)
         return self._encode(self._masks, nothing.astype(np.uint8), np.zeros((1, 1), int)).tobytes()
 
-    def pairs(self, pairs: list[Pair], classes: list[np.ndarray]) -> Iterator[bytes]:
-        """The records of `pairs` in order, with a mask latent for each of `classes` [n]."""
-        views = [
-            (image[:, ::step], labels[:, ::step], ids[:, None] if self._all is None else self._all)
-            for (image, labels), ids in zip(pairs, classes, strict=True)
-            for step in (1, -1)[: self._views]
-        ]
+    def views(self, views: list[View], classes: list[np.ndarray]) -> Iterator[bytes]:
+        """The records of `views` in order, with a mask latent for each of `classes` [n]."""
         if not views:
             return
-        images, labels, groups = zip(*views, strict=True)
+        images, labels = zip(*views, strict=True)
+        groups = [ids[:, None] if self._all is None else self._all for ids in classes]
         rows = np.repeat(np.arange(len(views)), [len(group) for group in groups])
         valid = np.asarray(codec.latent_valid(jnp.stack(labels), self._factor))  # [V, h, w]
         photos = self._encode(self._photos, np.stack(images))
@@ -268,8 +270,17 @@ class _Encoder:
         return np.concatenate(latents)
 
 
-def _views(config: Config) -> int:
-    return 2 if config.data.augment.flip else 1
+def _views(
+    image: np.ndarray, labels: np.ndarray, index: int, draws: pipeline.Draws, config: Config
+) -> list[View]:
+    """All that training can show of pair `index`, at the network's size."""
+    augment, size = config.data.augment, config.data.image_size
+    if augment.views:
+        chances = (draws.view_generator(index, view) for view in range(augment.views))
+        return [transforms.augment(image, labels, rng, augment, size) for rng in chances]
+    image, labels = transforms.fit(image, labels, size)
+    steps = (1, -1) if augment.flip else (1,)
+    return [(image[:, ::step], labels[:, ::step]) for step in steps]
 
 
 def _in_one_image(config: Config) -> bool:

@@ -112,6 +112,31 @@ def test_batches_hold_what_the_step_would_have_encoded(vae, encode, cache, tmp_p
     assert 4 < mirrored < 20, "both views must be among the 24 examples"
 
 
+def test_fixed_views_hold_what_the_step_would_have_encoded(vae, encode, tmp_path):
+    config, source = make_config(negatives=0.4), Pairs()
+    config.data.augment = AugmentConfig(max_scale=2.0, color_jitter=0.4, views=3)
+    stored = latent_cache.open_or_build(source, vae, config, str(tmp_path / "latents"))
+    images = set()
+    for pixels, cached in zip(
+        take(pipeline.train_batches(source, config, 0), 12),
+        take(latents.train_batches(stored, config, 0), 12),
+        strict=True,
+    ):
+        assert (pixels["class_ids"] == cached["class_ids"]).all()
+        image_latents, mask_latents = encode(pixels)
+        np.testing.assert_allclose(cached["image_latents"], image_latents, atol=1e-5)
+        np.testing.assert_allclose(cached["mask_latents"], mask_latents, atol=1e-5)
+        valid = losses.latent_weights(pixels, vae.config.downsampling) > 0
+        assert (cached["valid"] == valid).all()
+        images |= {image.tobytes() for image in pixels["image"]}
+    assert 20 < len(images) <= 30, "three views of each of ten pairs"
+    config.seed = 1
+    reason = latent_cache._outdated(
+        str(tmp_path / "latents"), latent_cache.fingerprint(source, vae, config)
+    )
+    assert "seed" in reason, "another seed has other views"
+
+
 def test_losses_are_those_of_training_from_pixels(tiny_networks, cache):
     unet, vae, text_encoder, tokenizer = tiny_networks
     config, source = make_config(), Pairs()
@@ -220,7 +245,7 @@ def test_a_corrected_mask_makes_the_cache_stale(vae, tmp_path):
         Image.new("L", SIZE, class_id).save(tmp_path / "masks/a.png")
         source = open_source(config.data, "train", 0)
         stored = latent_cache.open_or_build(source, vae, config, str(tmp_path / "latents"))
-        return stored.classes(0).tolist()
+        return stored.classes(0, 0).tolist()
 
     assert shown(0) == [0]
     assert shown(1) == [1]
@@ -228,13 +253,13 @@ def test_a_corrected_mask_makes_the_cache_stale(vae, tmp_path):
 
 def test_a_damaged_cache_is_built_again(vae, tmp_path):
     config, folder = make_config(), tmp_path / "latents"
-    good = latent_cache.open_or_build(Pairs(4), vae, config, str(folder)).image(3, True)[0]
+    good = latent_cache.open_or_build(Pairs(4), vae, config, str(folder)).image(3, 1)[0]
     shard = folder / "latents-00000.array_record"
     content = shard.read_bytes()
     for damaged in (content[:70_000], b""):
         shard.write_bytes(damaged)
         again = latent_cache.open_or_build(Pairs(4), vae, config, str(folder))
-        assert (again.image(3, True)[0] == good).all()
+        assert (again.image(3, 1)[0] == good).all()
     shard.write_bytes(b"x" * len(content))  # while training reads it
     with pytest.raises(UserError, match=r"latents: damaged .* remove it"):
         take(latents.train_batches(again, config, 0), 9)
@@ -307,6 +332,6 @@ def test_an_empty_mask_is_stored_once(vae, cache):
     stored, _ = cache
     nothing = encode_latents(vae, jnp.full((1, *SIZE, 3), -1.0))[0]
     np.testing.assert_allclose(stored.empty_mask, nothing, atol=1e-5)
-    absent = sorted({0, 1, 2, 3, 4} - set(stored.classes(0).tolist()))
+    absent = sorted({0, 1, 2, 3, 4} - set(stored.classes(0, 0).tolist()))
     assert 4 in absent, "a novel class is never asked and needs no latent"
-    assert stored.mask(0, False, absent[0]) is stored.empty_mask
+    assert stored.mask(0, 0, absent[0]) is stored.empty_mask
