@@ -19,7 +19,7 @@ def get_config() -> Config:
         data=DataConfig(
             source="folder",
             image_size=(96, 128),
-            # 367 pairs of a few streets: without other scales and colours the UNet learns them by heart.
+            # 367 pairs of a few streets are learnt by heart without other scales and colours.
             augment=AugmentConfig(flip=True, max_scale=1.75, color_jitter=0.4, views=6),
             cache_images=True,  # for the VAE stage
             cache_latents=True,
