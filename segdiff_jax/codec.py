@@ -69,11 +69,23 @@ def latent_valid(labels: jax.Array, factor: int, ignore_label: int = IGNORE) -> 
 
     The max-pool of the ignore mask. Raises `ValueError` if `factor` does not divide H and W.
     """
-    *lead, height, width = labels.shape
+    return jnp.all(_blocks(valid_mask(labels, ignore_label), factor), axis=(-3, -1))
+
+
+def latent_shown(labels: jax.Array, class_ids: jax.Array, factor: int) -> jax.Array:
+    """Latent pixels with some pixel of the group: [..., H, W], [G] -> bool [..., H/f, W/f].
+
+    Raises `ValueError` if `factor` does not divide H and W.
+    """
+    return jnp.any(_blocks(encode(labels, class_ids) > -1.0, factor), axis=(-3, -1))
+
+
+def _blocks(pixels: jax.Array, factor: int) -> jax.Array:
+    """[..., H, W] -> [..., H/f, f, W/f, f]"""
+    *lead, height, width = pixels.shape
     if height % factor or width % factor:
-        raise ValueError(f"latent_valid: {height}x{width} labels do not divide by {factor}")
-    blocks = (*lead, height // factor, factor, width // factor, factor)
-    return jnp.all(valid_mask(labels, ignore_label).reshape(blocks), axis=(-3, -1))
+        raise ValueError(f"{height}x{width} labels do not divide by {factor}")
+    return pixels.reshape(*lead, height // factor, factor, width // factor, factor)
 
 
 def scores(gray: jax.Array, size: int) -> jax.Array:

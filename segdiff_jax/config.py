@@ -113,6 +113,7 @@ class TrainConfig:
     steps: int = 25_000
     batch_size: int = 32  # effective: over all devices and micro-batches
     terminal_share: float = 0.0  # share of samples at t = T-1, where one-step sampling starts
+    balance: float = 0.0  # γ: positions that show a pass's classes weigh (rest / shown)^γ
     checkpoint_every: int = 1000
     keep_checkpoints: int = 3
     log_every: int = 50
@@ -210,6 +211,7 @@ def validate(config: Config) -> Config:
     _range("train.steps", c.train.steps, 1)
     _range("train.batch_size", c.train.batch_size, 1)
     _range("train.terminal_share", c.train.terminal_share, 0.0, 1.0)
+    _range("train.balance", c.train.balance, 0.0, 1.0)
     _range("train.checkpoint_every", c.train.checkpoint_every, 1)
     _range("train.keep_checkpoints", c.train.keep_checkpoints, 1)
     _range("train.log_every", c.train.log_every, 1)

@@ -116,6 +116,18 @@ def test_latent_pixel_is_valid_if_none_of_its_pixels_is_ignored(h, w, factor, se
             assert found[y, x] == (not block.any())
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(0, 2**31))
+def test_latent_pixel_shows_the_group_if_one_of_its_pixels_does(h, w, factor, seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.choice([0, 1, 2, 3, 255], (h * factor, w * factor), p=[0.7, 0.1, 0.1, 0.05, 0.05])
+    found = codec.latent_shown(jnp.asarray(labels), jnp.array([2, 1, -1]), factor)
+    for y in range(h):
+        for x in range(w):
+            block = labels[y * factor : (y + 1) * factor, x * factor : (x + 1) * factor]
+            assert found[y, x] == np.isin(block, (1, 2)).any()
+
+
 def test_latent_valid_rejects_sizes_that_do_not_divide():
     with pytest.raises(ValueError, match="6x8 labels do not divide by 4"):
         codec.latent_valid(jnp.zeros((6, 8), int), 4)

@@ -7,7 +7,7 @@ latents-00000.array_record  float32 latents; a shard per process that wrote, pai
 The first record is the latent of an empty mask. Then each pair has, for each of its views
 (data.augment.views of them; otherwise as it is, then mirrored where the config flips), the image
 latent with its valid mask and one latent per mask: of each class that the view shows, or one of all
-classes where one pass paints them all.
+classes where one pass paints them all; with each, which latent pixels show the class.
 A folder without `cache.json` is no cache. `training/latent_cache.py` writes all this.
 """
 
@@ -42,7 +42,7 @@ def train_batches(
     """The batches of `pipeline.train_batches`, example for example, with latents for pixels.
 
     Each is {"image_latents": float32 [b, h, w, c], "mask_latents": float32 [b, h, w, c],
-    "valid": bool [b, h, w], "class_ids": int32 [b, G]}.
+    "shown": bool [b, h, w], "valid": bool [b, h, w], "class_ids": int32 [b, G]}.
     """
     example = _Example(latents, config, seed)
     return pipeline.batches(latents, example, config, seed, start, rows, batch_size)
@@ -73,7 +73,7 @@ class Latents:
         self._records = grain.sources.ArrayRecordDataSource(paths)
         if len(self._records) != self._start[-1]:
             raise ValueError(f"{len(self._records)} records, not {self._start[-1]}")
-        self.empty_mask = self._latent(self._read(0))
+        self._empty = self._read(0)
 
     def __len__(self) -> int:
         return len(self._contents)
@@ -89,38 +89,34 @@ class Latents:
 
     def image(self, pair: int, view: int) -> tuple[np.ndarray, np.ndarray]:
         """Image latent [h, w, c] and valid mask bool [h, w]."""
-        height, width, _ = self.shape
-        data = self._read(self._record(pair, view), -(-height * width // 8))
-        bits = np.frombuffer(data, np.uint8, offset=4 * int(np.prod(self.shape)))
-        valid = np.unpackbits(bits, count=height * width).astype(bool)
-        return self._latent(data), valid.reshape(height, width)
+        return self._read(self._record(pair, view))
 
-    def mask(self, pair: int, view: int, class_id: int) -> np.ndarray:
-        """Mask latent [h, w, c] of a class, shown or not; of all of them if they share an image."""
+    def mask(self, pair: int, view: int, class_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mask latent [h, w, c] of a class, or of all that share an image; shown bool [h, w]."""
         slots = [0] if self._in_one_image else np.flatnonzero(self.classes(pair, view) == class_id)
         if not len(slots):
-            return self.empty_mask
-        return self._latent(self._read(self._record(pair, view) + 1 + int(slots[0])))
+            return self._empty
+        return self._read(self._record(pair, view) + 1 + int(slots[0]))
 
     def _record(self, pair: int, view: int) -> int:
         return int(self._start[self._first_view[pair] + view])
 
-    def _read(self, record: int, more: int = 0) -> bytes:
-        """A record: a latent, and `more` bytes."""
+    def _read(self, record: int) -> tuple[np.ndarray, np.ndarray]:
+        """A record: a latent [h, w, c], and a bit for each of its positions, bool [h, w]."""
+        height, width, _ = self.shape
+        floats = int(np.prod(self.shape))
         error, data = None, b""
         try:
             data = self._records[record]  # empty where the file was cut off
         except RuntimeError as caught:  # its chunks have checksums
             error = caught
-        if len(data) != 4 * int(np.prod(self.shape)) + more:
+        if len(data) != 4 * floats + -(-height * width // 8):
             raise UserError(
                 f"{self.folder}: damaged latent cache: remove it and run again"
             ) from error
-        return data
-
-    def _latent(self, data: bytes) -> np.ndarray:
-        count = int(np.prod(self.shape))
-        return np.frombuffer(data, np.float32, count).reshape(self.shape)
+        latent = np.frombuffer(data, np.float32, floats).reshape(self.shape)
+        bits = np.unpackbits(np.frombuffer(data, np.uint8, offset=4 * floats), count=height * width)
+        return latent, bits.astype(bool).reshape(height, width)
 
 
 class _Example:
@@ -136,9 +132,11 @@ class _Example:
         view = self.draws.view(rng) if fixed else int(transforms.draw_flip(rng, self.augment))
         class_ids = self.draws.class_ids(self.latents.classes(pair, view), rng)
         image, valid = self.latents.image(pair, view)
+        mask, shown = self.latents.mask(pair, view, class_ids[0])
         return {
             "image_latents": image,
-            "mask_latents": self.latents.mask(pair, view, class_ids[0]),
+            "mask_latents": mask,
+            "shown": shown,
             "valid": valid,
             "class_ids": class_ids,
             "unreadable": record["unreadable"],

@@ -96,11 +96,12 @@ def train_batch(config: Config, nets: Networks) -> dict[str, jax.ShapeDtypeStruc
     if config.data.cache_latents and config.stage != "vae":
         small = (count, *_latent_size(config, nets))
         latent = jax.ShapeDtypeStruct((*small, nets.vae.config.latent_channels), jnp.float32)
-        valid = jax.ShapeDtypeStruct(small, jnp.bool_)
+        positions = jax.ShapeDtypeStruct(small, jnp.bool_)
         return {
             "image_latents": latent,
             "mask_latents": latent,
-            "valid": valid,
+            "shown": positions,
+            "valid": positions,
             "class_ids": ids,
         }
     image = jax.ShapeDtypeStruct((count, height, width, 3), jnp.uint8)

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -36,7 +37,7 @@ from segdiff_jax.training import losses, processes
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 _PAIRS_AT_ONCE = 16  # read, encoded and written together
 _ENCODED_AT_ONCE = 8  # images in one call of the VAE, per device
 
@@ -227,21 +228,26 @@ class _Encoder:
         graph, params = nnx.split(vae)
         mesh = Mesh(np.array(jax.local_devices()), ("data",))
         self._place = NamedSharding(mesh, PartitionSpec("data"))
-        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         self._size = _ENCODED_AT_ONCE * mesh.size
         self._latent = _latent_shape(vae, config)
 
-        def encoded(pixels: Callable) -> Callable:
-            return jax.jit(lambda p, *arrays: encode_latents(nnx.merge(graph, p), pixels(*arrays)))
+        @functools.partial(jax.jit, static_argnums=0)
+        def encode(pixels: Callable, params: Any, *arrays: jax.Array) -> jax.Array:
+            return encode_latents(nnx.merge(graph, params), pixels(*arrays))
 
-        self._photos, self._masks = encoded(losses.to_pixels), encoded(losses.mask_images)
+        self._photos = functools.partial(encode, losses.to_pixels, params)
+        self._masks = functools.partial(encode, losses.mask_images, params)
         self._factor = vae.config.downsampling
+        shown = functools.partial(codec.latent_shown, factor=self._factor)
+        self._shown = jax.jit(jax.vmap(shown))
         self._all = np.arange(num_classes)[None] if _in_one_image(config) else None  # [1, K]
 
     def empty(self) -> bytes:
         """The record of a mask image that shows nothing."""
         nothing = np.full((1, *(self._factor * n for n in self._latent[:2])), codec.IGNORE)
-        return self._encode(self._masks, nothing.astype(np.uint8), np.zeros((1, 1), int)).tobytes()
+        latent = self._all_of(self._masks, nothing.astype(np.uint8), np.zeros((1, 1), int))[0]
+        return _record(latent, np.zeros(self._latent[:2], bool))
 
     def views(self, views: list[View], classes: list[np.ndarray]) -> Iterator[bytes]:
         """The records of `views` in order, with a mask latent for each of `classes` [n]."""
@@ -251,23 +257,31 @@ class _Encoder:
         groups = [ids[:, None] if self._all is None else self._all for ids in classes]
         rows = np.repeat(np.arange(len(views)), [len(group) for group in groups])
         valid = np.asarray(codec.latent_valid(jnp.stack(labels), self._factor))  # [V, h, w]
-        photos = self._encode(self._photos, np.stack(images))
-        masks = iter(self._encode(self._masks, np.stack(labels)[rows], np.concatenate(groups)))
-        for photo, bits, group in zip(photos, valid, groups, strict=True):
-            yield photo.tobytes() + np.packbits(bits).tobytes()
+        photos = self._all_of(self._photos, np.stack(images))
+        shown = np.stack(labels)[rows], np.concatenate(groups)
+        masks = zip(
+            self._all_of(self._masks, *shown), self._all_of(self._shown, *shown), strict=True
+        )
+        for photo, positions, group in zip(photos, valid, groups, strict=True):
+            yield _record(photo, positions)
             for _ in group:
-                yield next(masks).tobytes()
+                yield _record(*next(masks))
 
-    def _encode(self, encode: Callable, *arrays: np.ndarray) -> np.ndarray:
-        """`encode` of arrays [n, ...] in calls of one size: float32 [n, h, w, c]."""
-        latents = [np.zeros((0, *self._latent), np.float32)]
+    def _all_of(self, function: Callable, *arrays: np.ndarray) -> np.ndarray:
+        """`function` of the rows of `arrays` [n, ...] in calls of one size: [n, ...]."""
+        results: list[np.ndarray] = []
         for start in range(0, len(arrays[0]), self._size):
             parts = [array[start : start + self._size] for array in arrays]
             count = len(parts[0])
             full = [np.concatenate([p, np.repeat(p[-1:], self._size - count, 0)]) for p in parts]
             placed = jax.device_put(full, self._place)
-            latents.append(np.asarray(encode(self._params, *placed), np.float32)[:count])
-        return np.concatenate(latents)
+            results.append(np.asarray(function(*placed))[:count])
+        return np.concatenate(results) if results else np.zeros(0)
+
+
+def _record(latent: np.ndarray, positions: np.ndarray) -> bytes:
+    """A latent [h, w, c] with a bit for each of its positions, bool [h, w]."""
+    return latent.tobytes() + np.packbits(positions).tobytes()
 
 
 def _views(

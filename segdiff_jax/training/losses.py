@@ -63,11 +63,30 @@ def latents(vae: VAE, batch: Batch) -> tuple[jax.Array, jax.Array]:
     return image_latents, mask_latents
 
 
-def latent_weights(batch: Batch, factor: int) -> jax.Array:
-    """[B, h, w], summing to 1: equal where labels are valid, 0 where a pixel is *ignore*."""
+def latent_weights(batch: Batch, factor: int, balance: float = 0.0) -> jax.Array:
+    """[B, h, w], summing to 1: equal where labels are valid, 0 where a pixel is *ignore*.
+
+    With `balance` γ > 0, positions that show the pass's classes weigh (rest / shown)^γ as much as
+    the rest of their example, whose total stays: at γ = 1 both sides weigh the same, so that
+    a class of few pixels is not outvoted by its surroundings.
+    """
     valid = batch["valid"] if "valid" in batch else codec.latent_valid(batch["labels"], factor)
     valid = valid.astype(jnp.float32)
-    return valid / jnp.maximum(1.0, valid.sum())
+    if not balance:
+        return valid / jnp.maximum(1.0, valid.sum())
+    if "shown" in batch:
+        shown = batch["shown"]
+    else:
+        shown = jax.vmap(codec.latent_shown, (0, 0, None))(
+            batch["labels"], batch["class_ids"], factor
+        )
+    total = valid.sum((1, 2), keepdims=True)  # [B, 1, 1]
+    inside = (valid * shown).sum((1, 2), keepdims=True)
+    both = (inside > 0) & (inside < total)
+    ratio = jnp.where(both, (total - inside) / jnp.where(both, inside, 1.0), 1.0)
+    weights = valid * jnp.where(shown, ratio**balance, 1.0)
+    weights *= total / jnp.maximum(1e-6, weights.sum((1, 2), keepdims=True))
+    return weights / jnp.maximum(1.0, valid.sum())
 
 
 def diffusion_loss(

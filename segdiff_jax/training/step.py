@@ -60,7 +60,7 @@ def diffusion_step(
     def step(state: TrainState, frozen: Frozen, batch: losses.Batch, key: jax.Array):
         vae_module = nnx.merge(vae, frozen.vae)
         factor, channels = vae_module.config.downsampling, vae_module.config.latent_channels
-        weights = losses.latent_weights(batch, factor)  # [B, h, w]
+        weights = losses.latent_weights(batch, factor, config.train.balance)  # [B, h, w]
         count, height, width = weights.shape
         corruption = losses.corrupt(
             jax.random.fold_in(key, state.step),

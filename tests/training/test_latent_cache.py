@@ -108,6 +108,8 @@ def test_batches_hold_what_the_step_would_have_encoded(vae, encode, cache, tmp_p
         weights = losses.latent_weights(pixels, vae.config.downsampling)
         assert (losses.latent_weights(cached, vae.config.downsampling) == weights).all()
         assert 0 < cached["valid"].mean() < 1
+        balanced = losses.latent_weights(pixels, vae.config.downsampling, 0.5)
+        assert (losses.latent_weights(cached, vae.config.downsampling, 0.5) == balanced).all()
     mirrored = sum(mirrored_rows(batch, source) for batch in from_pixels)
     assert 4 < mirrored < 20, "both views must be among the 24 examples"
 
@@ -331,7 +333,8 @@ def test_unreadable_pairs_are_replaced_as_when_training_from_pixels(vae, encode,
 def test_an_empty_mask_is_stored_once(vae, cache):
     stored, _ = cache
     nothing = encode_latents(vae, jnp.full((1, *SIZE, 3), -1.0))[0]
-    np.testing.assert_allclose(stored.empty_mask, nothing, atol=1e-5)
+    (latent, shown), again = (stored.mask(0, 0, 4) for _ in range(2))
+    np.testing.assert_allclose(latent, nothing, atol=1e-5)
+    assert latent is again[0] and not shown.any()
     absent = sorted({0, 1, 2, 3, 4} - set(stored.classes(0, 0).tolist()))
     assert 4 in absent, "a novel class is never asked and needs no latent"
-    assert stored.mask(0, 0, absent[0]) is stored.empty_mask

@@ -157,6 +157,23 @@ def test_weights_from_the_cache_are_those_of_the_labels():
     assert (np.asarray(losses.latent_weights(cached, FACTOR)) == from_labels).all()
 
 
+@pytest.mark.parametrize("balance", [0.5, 1.0])
+def test_balance_raises_the_weight_of_positions_that_show_the_class(balance):
+    labels = np.zeros((3, 8, 8), np.uint8)
+    labels[0, 0, 0] = 1  # one latent pixel of 16 shows class 1
+    labels[0, 7] = 255  # four are not valid
+    labels[1, :, :6] = 1  # 12 of 16
+    batch = {"labels": labels, "class_ids": np.array([[1], [1], [2]])}  # class 2 is nowhere
+    weights = np.asarray(losses.latent_weights(batch, 2, balance))
+    np.testing.assert_allclose(weights.sum((1, 2)), np.array([12, 16, 16]) / 44, rtol=1e-6)
+    np.testing.assert_allclose(weights[0, 0, 0] / weights[0, 1, 1], 11**balance, rtol=1e-5)
+    np.testing.assert_allclose(weights[1, 0, 0] / weights[1, 0, 3], (1 / 3) ** balance, rtol=1e-5)
+    assert (weights[0, 3] == 0).all()
+    assert np.ptp(weights[2]) == 0
+    plain = np.asarray(losses.latent_weights(batch, 2))
+    np.testing.assert_allclose(weights[2], plain[2], rtol=1e-6)
+
+
 def test_bound_context_reaches_the_network():
     batch, table = make_batch(3), make_table()
     schedule = make_schedule(DiffusionConfig())
