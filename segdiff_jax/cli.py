@@ -70,6 +70,16 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}: see {self.prog} --help")
 
 
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """The flag of every command that reads a trained model."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="workdir of a training run, or an exported folder; local or gs://",
+    )
+
+
 def positive_int(text: str) -> int:
     """For `type=` of an argument: 1, 2, …"""
     return _int_from(text, 1)

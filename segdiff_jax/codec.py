@@ -114,16 +114,6 @@ def decode(
     return jnp.where(jnp.max(class_scores, axis=-1) < threshold, other, labels)
 
 
-def mean_context(embeddings: jax.Array, class_ids: jax.Array) -> jax.Array:
-    """The paper's context: the mean over a group's prompts. [G, L, D], [G] -> [L, D].
-
-    Empty slots do not count. Order is lost: text cannot say which class has which level.
-    """
-    present = (class_ids != PAD)[:, None, None]
-    total = jnp.sum(jnp.where(present, embeddings, 0.0), axis=0)
-    return total / jnp.maximum(1, jnp.sum(present))
-
-
 def bound_context(pooled: jax.Array, class_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One token per class that also says its gray level: pooled text vector + level code.
 

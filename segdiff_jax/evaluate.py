@@ -97,12 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         help="Python file with get_config(): data, sampler and codec; "
         "default: the config that the checkpoint was trained with",
     )
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="workdir of a training run, or an exported folder; local or gs://",
-    )
+    cli.add_checkpoint(parser)
     add("--output", required=True, metavar="DIR", help="folder for metrics.json and index.html")
     add("--split", help="split of the dataset; default: config.data.val_split")
     add(

@@ -57,12 +57,7 @@ def main(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("segdiff_jax.export", _DESCRIPTION)
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="workdir of a training run, or an exported folder; local or gs://",
-    )
+    cli.add_checkpoint(parser)
     add(
         "--output",
         required=True,

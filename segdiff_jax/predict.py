@@ -54,12 +54,7 @@ def main(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("segdiff_jax.predict", _DESCRIPTION)
     add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        metavar="DIR",
-        help="workdir of a training run, or an exported folder; local or gs://",
-    )
+    cli.add_checkpoint(parser)
     add(
         "--images",
         required=True,

@@ -10,18 +10,20 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 Box = tuple[float, float, float, float]
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes uint8 [h, w, 3] to `size`, bilinear and antialiased."""
-    if image.shape[:2] == tuple(size):
+def resize_image(image: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
+    """Resizes uint8 [h, w, 3], or its `box`, to `size`, bilinear and antialiased."""
+    if box is None and image.shape[:2] == tuple(size):
         return image
     target = (size[1], size[0])
-    return np.asarray(Image.fromarray(image).resize(target, Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(image).resize(target, Image.Resampling.BILINEAR, box))
 
 
-def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes uint8 [h, w] to `size`, nearest."""
+def resize_labels(labels: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
+    """Resizes uint8 [h, w], or its `box`, to `size`, nearest."""
+    if box is None and labels.shape == tuple(size):
+        return labels
     target = (size[1], size[0])
-    return np.asarray(Image.fromarray(labels).resize(target, Image.Resampling.NEAREST))
+    return np.asarray(Image.fromarray(labels).resize(target, Image.Resampling.NEAREST, box))
 
 
 def resize_pair(
@@ -31,12 +33,7 @@ def resize_pair(
 
     `box` = (left, top, right, bottom) in pixels of the input, fractions allowed, crops first.
     """
-    target = (size[1], size[0])
-    if box is None and image.shape[:2] == tuple(size):
-        return image, labels
-    image = np.asarray(Image.fromarray(image).resize(target, Image.Resampling.BILINEAR, box))
-    labels = np.asarray(Image.fromarray(labels).resize(target, Image.Resampling.NEAREST, box))
-    return image, labels
+    return resize_image(image, size, box), resize_labels(labels, size, box)
 
 
 def fit(

@@ -77,25 +77,9 @@ def sample_member(
     steps: int,
     eta: float = 0.0,
 ) -> jax.Array:
-    """One member of an ensemble: x_0 of `shape`, all its noise drawn from `member_key`."""
+    """One member of an ensemble: x_0 of `shape`, all its noise drawn from `member_key`.
+
+    An ensemble is `vmap` of this over `member_keys`, or over slices of them to bound memory.
+    """
     step_key = jax.random.split(member_key)[1]
     return sample(predict, schedule, initial_noise(member_key, shape), steps, eta, step_key)
-
-
-def sample_ensemble(
-    predict: Predict,
-    schedule: Schedule,
-    key: jax.Array,
-    shape: tuple[int, ...],
-    steps: int,
-    ensemble: int,
-    eta: float = 0.0,
-) -> jax.Array:
-    """x_0 of members 0 ... ensemble - 1, [ensemble, *shape].
-
-    `vmap` over members, so `predict` sees one member of `shape` at a time. To bound memory, map
-    `sample_member` over slices of `member_keys` instead: the members are the same.
-    """
-    return jax.vmap(lambda k: sample_member(predict, schedule, k, shape, steps, eta))(
-        member_keys(key, ensemble)
-    )

@@ -96,15 +96,15 @@ def test_a_member_is_the_same_whatever_the_ensemble_size_and_batching(eta):
     key = jax.random.key(5)
 
     def ensemble(n):
-        return P.sample_ensemble(predict, schedule, key, SHAPE, 4, n, eta)
-
-    whole = jax.jit(ensemble, static_argnums=0)
-    large, small = whole(7), whole(3)
-    np.testing.assert_allclose(small, large[:3], atol=1e-6)
+        return jax.vmap(member)(P.member_keys(key, n))
 
     @jax.jit
     def member(k):
         return P.sample_member(predict, schedule, k, SHAPE, 4, eta)
+
+    whole = jax.jit(ensemble, static_argnums=0)
+    large, small = whole(7), whole(3)
+    np.testing.assert_allclose(small, large[:3], atol=1e-6)
 
     alone = jnp.stack([member(k) for k in P.member_keys(key, 7)])
     np.testing.assert_allclose(alone, large, atol=1e-6)
