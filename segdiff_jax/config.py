@@ -130,6 +130,7 @@ class VAEConfig:
     learning_rate: float = 1e-3
     kl_weight: float = 1e-6
     mask_share: float = 0.5  # share of the batch that is mask images
+    mask_mixing: float = 0.5  # share of those that are mixtures of two
 
 
 @dataclass
@@ -224,6 +225,7 @@ def validate(config: Config) -> Config:
     _range("optimizer.accumulation", c.optimizer.accumulation, 1)
     _range("optimizer.ema_decay", c.optimizer.ema_decay, 0.0, 0.999999)
     _range("vae.mask_share", c.vae.mask_share, 0.0, 1.0)
+    _range("vae.mask_mixing", c.vae.mask_mixing, 0.0, 1.0)
     _impossible_combinations(c)
     return config
 

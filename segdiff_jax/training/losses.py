@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from segdiff_jax import codec, conditioning
 from segdiff_jax.config import CodecConfig, NoiseConfig
@@ -113,23 +114,54 @@ def diffusion_loss(
 
 
 def vae_loss(
-    vae: VAE, batch: Batch, noise: jax.Array, *, is_mask: jax.Array, kl_weight: float
+    vae: VAE,
+    batch: Batch,
+    noise: jax.Array,
+    mixing: jax.Array,
+    *,
+    is_mask: np.ndarray,
+    kl_weight: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean absolute reconstruction error + KL to N(0, I) (arXiv 1312.6114, eq. 10), per element.
+    """Reconstruction error + KL to N(0, I) (arXiv 1312.6114, eq. 10), per element.
 
     is_mask bool [B] says which rows show the mask image in place of the photo. noise
-    [B, h, w, c] reparametrises the posterior.
+    [B, h, w, c] reparametrises the posterior. mixing [B] in [0, 1] is how much of the following
+    mask goes into a mask row, as latent and as image.
+
+    Photos have the absolute error, which keeps edges. Masks have the squared one and are mixed,
+    because their decoded values are scores: the UNet answers with the mean of the latents of what
+    is possible, and the decoder has to turn it into the mean of the masks. One that has seen clean
+    masks, with absolute error, rounds to the likeliest: thin and rare classes have no score.
     """
     masks = mask_images(batch["labels"], batch["class_ids"])
     pixels = jnp.where(is_mask[:, None, None, None], masks, to_pixels(batch["image"]))
     mean, logvar = vae.encode(pixels)
-    decoded = vae.decode(mean + jnp.exp(0.5 * logvar) * noise)
-    reconstruction = jnp.abs(decoded - pixels).mean()
+    following = _following(is_mask)
+    mixing = jnp.where(is_mask, mixing, 0.0)[:, None, None, None]
+    mix = lambda x: x + mixing * (x[following] - x)  # noqa: E731
+    decoded = vae.decode(mix(mean) + jnp.exp(0.5 * logvar) * noise)
+    error = decoded - mix(pixels)
+    is_scores = is_mask[:, None, None, None]
+    reconstruction = jnp.where(is_scores, jnp.square(error), jnp.abs(error)).mean()
     kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).mean()
     return reconstruction + kl_weight * kl, {"reconstruction": reconstruction, "kl": kl}
 
 
-def mask_rows(count: int, share: float) -> jax.Array:
+def mixing(key: jax.Array, count: int, share: float) -> jax.Array:
+    """[count]: uniform in [0, 1] for a `share` of the rows, 0 for the others."""
+    mixed_key, amount_key = jax.random.split(key)
+    mixed = jax.random.uniform(mixed_key, (count,)) < share
+    return jnp.where(mixed, jax.random.uniform(amount_key, (count,)), 0.0)
+
+
+def mask_rows(count: int, share: float) -> np.ndarray:
     """bool [count]: a `share` of the rows, spread evenly."""
-    steps = jnp.arange(count + 1) * share
-    return jnp.floor(steps[1:]) > jnp.floor(steps[:-1])
+    steps = np.floor(np.arange(count + 1) * np.float32(share))
+    return steps[1:] > steps[:-1]
+
+
+def _following(is_mask: np.ndarray) -> np.ndarray:
+    """int [B]: of each mask row the next one, the first after the last; of others themselves."""
+    following, rows = np.arange(len(is_mask)), np.flatnonzero(is_mask)
+    following[rows] = np.roll(rows, -1)
+    return following

@@ -99,10 +99,12 @@ def vae_step(vae: nnx.GraphDef[VAE], config: Config) -> StepFunction:
             factor, channels = module.config.downsampling, module.config.latent_channels
             count, height, width = batch["labels"].shape
             shape = (count, height // factor, width // factor, channels)
+            noise_key, mixing_key = jax.random.split(jax.random.fold_in(key, state.step))
             return losses.vae_loss(
                 module,
                 batch,
-                jax.random.normal(jax.random.fold_in(key, state.step), shape),
+                jax.random.normal(noise_key, shape),
+                losses.mixing(mixing_key, count, config.vae.mask_mixing),
                 is_mask=losses.mask_rows(count, config.vae.mask_share),
                 kl_weight=config.vae.kl_weight,
             )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from diffusers import DDIMScheduler
 
@@ -197,6 +198,13 @@ def test_bound_context_reaches_the_network():
     assert seen[0][0].shape == (3, 3, 6) and seen[0][1].shape == (3, 3)
 
 
+def test_mixing_is_uniform_for_its_share_of_the_rows():
+    drawn = np.asarray(losses.mixing(jax.random.key(0), 4000, 0.4))
+    assert abs((drawn > 0).mean() - 0.4) < 0.03
+    assert scipy.stats.kstest(drawn[drawn > 0], "uniform").pvalue > 0.01
+    assert (np.asarray(losses.mixing(jax.random.key(0), 10, 0.0)) == 0).all()
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_terminal_share_of_samples_starts_where_one_step_sampling_does(share):
     schedule = make_schedule(DiffusionConfig())
@@ -237,9 +245,9 @@ def test_noise_is_annealed_by_the_timesteps_drawn(monkeypatch):
 def test_vae_loss_is_the_reconstruction_error_and_the_divergence():
     batch = make_batch()
     noise = np.random.default_rng(2).normal(size=(3, 2, 3, CHANNELS)).astype(np.float32)
-    is_mask = np.array([False, True, False])
+    is_mask, mixing = np.array([True, False, True]), np.array([0.3, 0.9, 0.0], np.float32)
     loss, parts = losses.vae_loss(
-        PoolingVAE(), batch, jnp.asarray(noise), is_mask=jnp.asarray(is_mask), kl_weight=0.01
+        PoolingVAE(), batch, jnp.asarray(noise), mixing, is_mask=is_mask, kl_weight=0.01
     )
 
     masks = painted(batch["labels"], batch["class_ids"])
@@ -248,9 +256,12 @@ def test_vae_loss_is_the_reconstruction_error_and_the_divergence():
     mean = torch_encode(pixels) / 0.7
     posterior = torch.distributions.Normal(mean, torch.exp(0.5 * (0.1 * mean - 0.3)))
     kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
-    drawn = posterior.mean + posterior.stddev * torch.tensor(noise)
+    mixed = torch.stack([0.7 * mean[0] + 0.3 * mean[2], mean[1], mean[2]])
+    pixels[0] = 0.7 * masks[0] + 0.3 * masks[2]
+    drawn = mixed + posterior.stddev * torch.tensor(noise)
     decoded = np.kron((drawn @ torch.tensor(MIX.T)).numpy(), np.ones((1, FACTOR, FACTOR, 1)))
-    reconstruction = np.abs(decoded - pixels).mean()
+    error = decoded - pixels
+    reconstruction = np.stack([error[0] ** 2, np.abs(error[1]), error[2] ** 2]).mean()
     np.testing.assert_allclose(parts["kl"], kl, rtol=1e-5)
     np.testing.assert_allclose(parts["reconstruction"], reconstruction, rtol=1e-5)
     np.testing.assert_allclose(loss, reconstruction + 0.01 * kl.item(), rtol=1e-5)
