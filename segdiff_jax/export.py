@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from etils import epath
 
@@ -157,30 +158,35 @@ def portable(config: Config) -> Config:
 
 def _check_hub(repository: str, output: str) -> None:
     """Raises `UserError` before the work if the upload after it cannot succeed."""
-    import huggingface_hub
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id  # a submodule that nothing else imports
 
     if files.is_remote(output):
         raise UserError(f"--output {output}: only a local folder can be pushed: push from there")
     try:
-        huggingface_hub.utils.validate_repo_id(repository)
-        huggingface_hub.HfApi().whoami()
+        validate_repo_id(repository)
+        HfApi().whoami()
     except Exception as error:  # the library raises its own, httpx's, OSError and ValueError
         raise _hub_error(repository, error) from error
 
 
-def _push(repository: str, folder: str) -> Any:
+def _push(repository: str, folder: str) -> str:
     """Uploads a folder in one commit. Returns the repository's address."""
-    import huggingface_hub
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-    api = huggingface_hub.HfApi()
+    api, root = HfApi(), Path(folder)
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
     try:
         url = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(
-            repo_id=repository, folder_path=folder, commit_message="Export from segdiff_jax"
+        # Not upload_folder: its uploads in batches make a commit of each.
+        api.create_commit(
+            repository,
+            [CommitOperationAdd(path.relative_to(root).as_posix(), path) for path in paths],
+            commit_message="Export from segdiff_jax",
         )
     except Exception as error:
         raise _hub_error(repository, error) from error
-    return url
+    return str(url)
 
 
 def _hub_error(repository: str, error: Exception) -> UserError:

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import diffusers
-import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -130,42 +129,6 @@ def test_model_card_says_what_the_model_is(tiny_networks, tiny_config, tmp_path)
         assert text in card
     assert f"takes {unet.config.in_channels} channels" in card
     assert f"× {vae.config.scaling_factor:.6g}" in card
-
-
-class Hub:
-    """Stands in for `huggingface_hub.HfApi`."""
-
-    uploads: dict = {}
-    token = True
-
-    def whoami(self):
-        if not self.token:
-            raise huggingface_hub.errors.LocalTokenNotFoundError("no token:\nlog in")
-
-    def create_repo(self, repository, private, exist_ok):
-        assert private and exist_ok
-        return f"https://hub/{repository}"
-
-    def upload_folder(self, repo_id, folder_path, commit_message):
-        self.uploads[repo_id] = contents(Path(folder_path))
-
-
-def test_push_to_hub(trained, exported, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    run(trained, tmp_path / "m", "--push-to-hub", "me/model")
-    assert Hub.uploads == {"me/model": contents(exported)}
-    assert "pushed: https://hub/me/model" in capsys.readouterr().out
-    for repository, output, message in (
-        ("me/mo del", tmp_path / "n", "--push-to-hub me/mo del: Repo id"),
-        ("me/model", "gs://b/n", "only a local folder can be pushed"),
-    ):
-        with pytest.raises(UserError, match=message):
-            run(trained, output, "--push-to-hub", repository)
-    monkeypatch.setattr(Hub, "token", False)
-    with pytest.raises(UserError, match="no token: log in: check .* `hf auth login`") as error:
-        run(trained, tmp_path / "n", "--push-to-hub", "me/model")
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "n").exists()
 
 
 @pytest.mark.parametrize(

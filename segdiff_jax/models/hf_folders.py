@@ -8,9 +8,11 @@ from typing import Any
 
 import huggingface_hub
 from etils import epath
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from segdiff_jax import files
 from segdiff_jax.errors import UserError
+from segdiff_jax.models import safetensors_files
 
 INDEX = "model_index.json"
 STEM = {  # names of the weight files, without variant and suffix
@@ -61,29 +63,31 @@ def _download(
 ) -> epath.Path:
     folders = [folder_name(name) for name in components]
     small = [INDEX, *(f"{folder}/*{end}" for folder in folders for end in (".json", ".txt"))]
-    stems = [f"{name}/{STEM[name]}" for name in components if name in STEM]
-    ends = (".safetensors", "-0*-of-0*.safetensors")
-    plain = [stem + end for stem in stems for end in ends]
-    variants = [f"{stem}.{variant or '*'}{end}" for stem in stems for end in ends]
+    weighty = [name for name in components if name in STEM]
+
+    def named(names: list[str], variant: str | None) -> list[str]:
+        return [
+            f"{name}/{pattern}"
+            for name in names
+            for pattern in safetensors_files.patterns(STEM[name], variant)
+        ]
 
     def fetch(patterns: list[str]) -> epath.Path:
-        patterns = small + patterns
         path = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=patterns
+            repository, revision=revision, allow_patterns=small + patterns
         )
         return epath.Path(path)
 
-    def complete(root: epath.Path) -> bool:
-        weights = [root / name for name in components if name in STEM]
-        return all(any(folder.glob("*.safetensors")) for folder in weights)
-
     try:
-        if variant:
-            return fetch(variants)
-        root = fetch(plain)  # not every variant: that would be twice the bytes or more
-        return root if complete(root) else fetch(plain + variants)
+        wanted = named(weighty, variant)
+        root = fetch(wanted)
+        bare = [n for n in weighty if not safetensors_files.are_there(root / n, STEM[n], variant)]
+        if variant or not bare:
+            return root
+        return fetch(wanted + named(bare, "*"))  # only now: variants double the bytes or more
     except Exception as error:  # the library raises its own, httpx's, OSError and ValueError
-        reason = " ".join(str(error).split())[:200] or repr(error)
+        told = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+        reason = " ".join(str(told or error).split())[:200] or repr(error)
         where = f"{repository}@{revision}" if revision else repository
         raise UserError(
             f"{where}: no such folder, nor could it be had from Hugging Face ({reason}): "

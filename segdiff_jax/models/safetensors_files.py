@@ -8,7 +8,7 @@ one tensor is in memory at a time, and every way a file can be broken is a `User
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -27,6 +27,12 @@ _DTYPES = {
     "I32": np.dtype(np.int32),
 }
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # what `write` can write
+_NAMES = (  # how weights are published, best first; the last three are indices over shards
+    r"{stem}{variant}\.safetensors",
+    r"{stem}\.safetensors\.index{variant}\.json",
+    r"{stem}\.safetensors{variant}\.index\.json",  # older diffusers
+    r"{stem}{variant}\.safetensors\.index\.json",  # huggingface_hub's own
+)
 _MAX_HEADER = 100_000_000  # the library's own limit
 _ALIGNMENT = 8
 
@@ -43,41 +49,59 @@ class Entry:
 
 
 def find(folder: epath.Path, stem: str, variant: str | None) -> list[epath.Path]:
-    """The files that hold the weights `stem` of a component, in order.
+    """The files that hold the weights `stem` of a component, in order: see `_NAMES`.
 
-    Published names are `stem[.variant].safetensors`, or an index over shards
-    `stem.safetensors.index[.variant].json`. Without a variant the plain files are preferred, then
-    whichever single variant is there: all of them end up as float32. Raises `UserError` when there
-    are none, or only pickles.
+    Without a variant the plain files are preferred, then whichever single variant is there: all of
+    them end up as float32. Raises `UserError` when there are none, or only pickles.
     """
     with files.reading(folder):
-        return _find(folder, stem, variant)
-
-
-def _find(folder: epath.Path, stem: str, variant: str | None) -> list[epath.Path]:
-    if variant is None:
-        names = [p.name for p in folder.iterdir()]
-        pattern = rf"{stem}(?:\.(\w+))?\.safetensors|{stem}\.safetensors\.index(?:\.(\w+))?\.json"
-        matches = [m for m in map(re.compile(pattern).fullmatch, names) if m]
-        present = sorted({m[1] or m[2] or "" for m in matches})
+        names = sorted(path.name for path in folder.iterdir())
+        present = _variants(stem, names)
         if not present:
             raise _no_weights(folder, names)
-        if present[0] and len(present) > 1:
-            raise UserError(
-                f"{folder}: there are only the variants {', '.join(present)}: choose one of them"
-            )
-        variant = present[0]
-    dot = f".{variant}" if variant else ""
-    whole = folder / f"{stem}{dot}.safetensors"
-    index = folder / f"{stem}.safetensors.index{dot}.json"
-    if whole.exists():
-        return [whole]
-    if not index.exists():
-        names = [p.name for p in folder.iterdir()]
-        if not any(name.endswith(".safetensors") for name in names):
-            raise _no_weights(folder, names)
-        raise UserError(f"{whole}: no such file: choose another variant or leave it out")
-    return _shards(index)
+        wanted = variant or ""
+        if variant is None and "" not in present:
+            if len(present) > 1:
+                raise UserError(
+                    f"{folder}: there are only the variants {', '.join(sorted(present))}: "
+                    "choose one of them"
+                )
+            (wanted,) = present
+        if wanted not in present:
+            others = ", ".join(sorted(name or "the plain files" for name in present))
+            raise UserError(f"{folder}: {variant}: there is no such variant, but {others}: choose")
+        path = folder / present[wanted]
+        return [path] if path.suffix == ".safetensors" else _shards(path)
+
+
+def are_there(folder: epath.Path, stem: str, variant: str | None) -> bool:
+    """Whether `find` would find them."""
+    try:
+        return bool(find(folder, stem, variant))
+    except (UserError, FileNotFoundError):
+        return False
+
+
+def patterns(stem: str, variant: str | None) -> list[str]:
+    """Shell patterns of the files that may hold the weights, but for indices; "*" is any variant.
+
+    Without a variant they match the plain files alone.
+    """
+    count = "-?????-of-?????"
+    if variant is None:
+        return [f"{stem}.safetensors", f"{stem}{count}.safetensors"]
+    names = (f".{variant}", f".{variant}{count}", f"{count}.{variant}")
+    return [f"{stem}{name}.safetensors" for name in names]
+
+
+def _variants(stem: str, names: Collection[str]) -> dict[str, str]:
+    """Variant ("" for none) → the file among `names` to start from."""
+    found: dict[str, str] = {}
+    for pattern in _NAMES:
+        compiled = re.compile(pattern.format(stem=re.escape(stem), variant=r"(?:\.(\w+))?"))
+        for match in filter(None, map(compiled.fullmatch, names)):
+            found.setdefault(match[1] or "", match[0])
+    return found
 
 
 def _no_weights(folder: epath.Path, names: list[str]) -> UserError:
@@ -87,7 +111,7 @@ def _no_weights(folder: epath.Path, names: list[str]) -> UserError:
             f"{folder / pickles[0]}: pickled weights can run code and are not read: "
             "convert them to safetensors"
         )
-    return UserError(f"{folder}: holds no .safetensors weights: fetch the folder again")
+    return UserError(f"{folder}: no .safetensors weights, or shards without index: fetch it again")
 
 
 def _shards(index: epath.Path) -> list[epath.Path]:
