@@ -27,7 +27,8 @@ _DESCRIPTION = """Export a trained model. The output appears whole or not at all
 diffusers: a folder in Stable Diffusion's layout, for diffusers and transformers (docs/pytorch.md)
 and for --checkpoint of predict, evaluate and export, with a model card and the config.
 stablehlo: the sampler (image, prompt embeddings, key -> map) as one file for jax.export, weights
-included, which runs on CPU, CUDA and TPU without this package; sampler.json describes it."""
+included up to 2 GiB and beside it from there on, which runs on CPU, CUDA and TPU without this
+package; sampler.json describes it."""
 
 
 def main(argv: list[str]) -> None:
@@ -75,8 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="of the stored weights; default: float32. One StableHLO file holds up to 2 GiB: for "
-        "Stable Diffusion's sizes that takes bfloat16 or float16",
+        help="of the stored weights; default: float32",
     )
     add(
         "--steps",

@@ -1,31 +1,38 @@
-"""The sampler as one portable file: StableHLO that runs without this package or its networks.
+"""The sampler as a portable file: StableHLO that runs without this package or its networks.
 
-`jax.export` writes it for several platforms at once, weights included as constants, with the
-number of passes left open. JAX promises to read such a file for six months of its own releases
+`jax.export` writes it for several platforms at once, with the number of passes left open. Weights
+are constants of the function, up to the 2 GiB at which the format ends; larger ones lie beside it
+in a safetensors file, and are the function's first argument. JAX promises to read such a file for
+six months of its own releases
 (https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees).
 """
 
+import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from segdiff_jax import codec, conditioning, files, segmenter
 from segdiff_jax.config import SamplerConfig
 from segdiff_jax.errors import UserError
+from segdiff_jax.models import safetensors_files
 from segdiff_jax.segmenter import Segmenter
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 FUNCTION, DESCRIPTION = "sampler.stablehlo", "sampler.json"
+WEIGHTS = "sampler.safetensors"
 _RNG = "threefry2x32"  # JAX's default: its bits are the same on every platform
 _LIMIT = 2**31 - 2**24  # bytes of weights; flatbuffers, the container, ends at 2 GiB
 
 Sampler = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Weights = Mapping[str, Any]  # "unet/..." and "vae/..." → array, as they are stored
 
 
 def write(
@@ -41,6 +48,9 @@ def write(
     P is open, and so is L where `codec.context` is "bound". All P · `sampler.ensemble` UNet calls
     of a step are one batch. The file is as large as the weights and one part in a hundred.
 
+    Where the weights exceed 2 GiB they are in `sampler.safetensors`, and the function takes them,
+    {name: array}, before the image.
+
     Args:
       model: what to export.
       directory: local or `gs://` folder, which appears whole or not at all.
@@ -49,25 +59,36 @@ def write(
         `config.model.dtype`.
 
     Raises:
-      UserError: the weights exceed 2 GiB or overflow float16, or the place cannot be written.
+      UserError: a weight overflows float16, or the place cannot be written.
     """
-    exported = jax.export.export(
-        jax.jit(sampler_function(model, sampler, dtype)), platforms=PLATFORMS
-    )(*_inputs(model))
-    data = exported.serialize()
-    with files.whole_folder(directory, last=FUNCTION, others=(DESCRIPTION,)) as folder:
-        text = json.dumps(describe(model, sampler, dtype), indent=2, ensure_ascii=False)
+    function: Callable[..., jax.Array] = sample_with(model, sampler)
+    inputs: tuple[Any, ...] = _inputs(model)
+    beside = _size(model, dtype) > _LIMIT
+    if beside:
+        shapes = _named_weights(model)
+        inputs = ({n: jax.ShapeDtypeStruct(w.shape, dtype) for n, w in shapes.items()}, *inputs)
+    else:
+        function = functools.partial(function, _stored(model, dtype))
+    data = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*inputs).serialize()
+    others = DESCRIPTION, WEIGHTS
+    with files.whole_folder(directory, last=FUNCTION, others=others) as folder:
+        about = describe(model, sampler, dtype)
+        text = json.dumps(about, indent=2, ensure_ascii=False)
         files.write_text(folder / DESCRIPTION, text + "\n")
+        if beside:
+            _write_weights(model, folder / WEIGHTS, dtype)
         files.write_bytes(folder / FUNCTION, bytes(data))
 
 
-def sampler_function(model: Segmenter, sampler: SamplerConfig, dtype: str = "float32") -> Sampler:
-    """The function that `write` exports. Its maps are those of `Segmenter.maps`."""
-    weights = _stored((model._unet_params, model._vae_params), dtype)
+def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.Array]:
+    """The function that `write` exports, of weights and the inputs. Maps as `Segmenter.maps`."""
     height, width = model.config.data.image_size
+    structure = jax.tree.structure(_weights(model))
+    names = list(_named_weights(model))
 
-    def sample(image: jax.Array, context: jax.Array, key: jax.Array) -> jax.Array:
-        unet, vae = jax.tree.map(lambda w: jnp.asarray(w).astype(jnp.float32), weights)
+    def sample(weights: Weights, image: jax.Array, context: jax.Array, key: jax.Array) -> jax.Array:
+        leaves = [jnp.asarray(weights[name]).astype(jnp.float32) for name in names]
+        params = jax.tree.unflatten(structure, leaves)
         passes, members = context.shape[0], sampler.ensemble
         job = jnp.arange(passes * members)
         gray = segmenter._sample(
@@ -76,11 +97,11 @@ def sampler_function(model: Segmenter, sampler: SamplerConfig, dtype: str = "flo
             "mean",  # of one class per pass: the context as it is given
             sampler.steps,
             sampler.eta,
-            unet,
-            vae,
+            params["unet"],
+            params["vae"],
             model._schedule,
             conditioning.PromptTable(context, context[:, 0]),
-            segmenter._encode(model._vae, vae, image[None]),
+            segmenter._encode(model._vae, params["vae"], image[None]),
             jnp.arange(passes)[:, None],
             jnp.stack([jnp.zeros_like(job), job // members, job % members], axis=1),
             jax.random.wrap_key_data(key, impl=_RNG),
@@ -94,14 +115,26 @@ def sampler_function(model: Segmenter, sampler: SamplerConfig, dtype: str = "flo
     return sample
 
 
-def _stored(params: Any, dtype: str) -> Any:
-    """`params` as numpy arrays of `dtype`: constants of the exported function."""
-    size = sum(leaf.size for leaf in jax.tree.leaves(params)) * jnp.dtype(dtype).itemsize
-    if size > _LIMIT:
-        raise UserError(
-            f"--dtype {dtype}: {size / 2**30:.1f} GiB of weights do not fit into one StableHLO "
-            "file, which ends at 2 GiB: use --dtype bfloat16 or --format diffusers"
-        )
+def _weights(model: Segmenter) -> dict[str, Any]:
+    return {"unet": model._unet_params, "vae": model._vae_params}
+
+
+def _named_weights(model: Segmenter) -> dict[str, jax.Array]:
+    """The arrays by their path, "unet/conv_in/kernel", in the order of the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(_weights(model))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf
+        for path, leaf in leaves
+    }
+
+
+def _size(model: Segmenter, dtype: str) -> int:
+    sizes = (leaf.size for leaf in jax.tree.leaves(_weights(model)))
+    return sum(sizes) * jnp.dtype(dtype).itemsize
+
+
+def _stored(model: Segmenter, dtype: str) -> dict[str, np.ndarray]:
+    """The weights as numpy arrays of `dtype`: constants of the exported function."""
 
     def store(array: jax.Array) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -110,7 +143,15 @@ def _stored(params: Any, dtype: str) -> Any:
             raise UserError("--dtype float16: a weight overflows it: use bfloat16 or float32")
         return stored
 
-    return jax.tree.map(store, params)
+    return {name: store(array) for name, array in _named_weights(model).items()}
+
+
+def _write_weights(model: Segmenter, path: epath.Path, dtype: str) -> None:
+    arrays = _named_weights(model)
+    tensors = {
+        name: (array.shape, functools.partial(np.asarray, array)) for name, array in arrays.items()
+    }
+    safetensors_files.write(path, tensors, dtype)
 
 
 def _inputs(model: Segmenter) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -138,6 +179,7 @@ def describe(model: Segmenter, sampler: SamplerConfig, dtype: str) -> dict[str, 
     output = {"dtype": "float32", "shape": ["P", height, width], "range": [-1, 1]}
     return {
         "function": FUNCTION,
+        "weights": WEIGHTS if _size(model, dtype) > _LIMIT else None,  # None: in the function
         "platforms": list(PLATFORMS),
         "jax": jax.__version__,
         "inputs": inputs,

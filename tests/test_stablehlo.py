@@ -5,15 +5,19 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from segdiff_jax import conditioning, export, files, stablehlo
 from segdiff_jax.data import vocabulary
 from segdiff_jax.errors import UserError
+from segdiff_jax.models.unet import UNet
 from segdiff_jax.segmenter import Segmenter
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -33,7 +37,11 @@ for name in ("image", "key"):
     assert list(given[name].shape) == about["inputs"][name]["shape"]
     assert given[name].dtype == about["inputs"][name]["dtype"]
 assert list(function.platforms) == about["platforms"] == ["cpu", "cuda", "tpu"]
-maps = function.call(given["image"], given["context"], given["key"])
+inputs = [given[name] for name in ("image", "context", "key")]
+if about["weights"]:
+    from safetensors.numpy import load_file
+    inputs = [load_file(folder / about["weights"]), *inputs]
+maps = function.call(*inputs)
 assert not [name for name in sys.modules if name.split(".")[0] == "segdiff_jax"]
 np.save(outputs, maps)
 """
@@ -86,7 +94,7 @@ def test_context_of_several_classes_per_pass(make_segmenter, tiny_config, image)
         "L",
     ]
     expected, _ = model.maps([image], CLASSES, sampler, seed=1)
-    function = stablehlo.sampler_function(model, sampler)
+    function = partial(stablehlo.sample_with(model, sampler), stablehlo._stored(model, "float32"))
     exported = jax.export.export(jax.jit(function))(*stablehlo._inputs(model))
     groups = np.array([[0, 1], [2, -1]])
     contexts, _ = conditioning.context(model.table(CLASSES), groups, "bound")
@@ -118,18 +126,59 @@ def test_half_precision_weights_take_half_the_space(make_segmenter, image, tmp_p
     np.testing.assert_allclose(gray, expected[0], atol=1e-5)
 
 
-def test_what_does_not_fit_is_refused_and_leaves_nothing(
-    make_segmenter, tmp_path, monkeypatch, capsys
-):
-    model = make_segmenter()
-    sampler = model.config.sampler
+def test_weights_beyond_the_limit_lie_beside(make_segmenter, image, tmp_path, monkeypatch):
     monkeypatch.setattr(stablehlo, "_LIMIT", 1000)
-    with pytest.raises(UserError, match="do not fit into one StableHLO file.*--dtype bfloat16"):
-        stablehlo.write(model, tmp_path / "m", sampler)
-    monkeypatch.undo()
+    model = make_segmenter()
+    stablehlo.write(model, tmp_path / "m", model.config.sampler)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "m").iterdir()}
+    assert set(sizes) == {stablehlo.FUNCTION, stablehlo.DESCRIPTION, stablehlo.WEIGHTS}
+    assert sizes[stablehlo.WEIGHTS] >= stablehlo._size(model, "float32")
+    contexts = np.asarray(model.table(CLASSES).hidden)
+    found = call_elsewhere(tmp_path / "m", tmp_path, image, contexts, seed=2)
+    expected, _ = model.maps([image], CLASSES, model.config.sampler, seed=2)
+    assert np.std(found) > 1e-3, "a constant map would pass"
+    np.testing.assert_allclose(found, expected[0], atol=1e-5)
+    monkeypatch.undo()  # a smaller model over it: no weights of the larger one stay
+    stablehlo.write(model, tmp_path / "m", model.config.sampler)
+    assert stablehlo.WEIGHTS not in {path.name for path in (tmp_path / "m").iterdir()}
+
+
+@pytest.mark.slow
+def test_more_than_two_gigabytes(tiny_networks, tiny_config, image, tmp_path):
+    """Half a billion parameters that cost little: a very wide context. About 8 GB of memory."""
+    wide = 270_000
+    small, vae, _, tokenizer = tiny_networks
+    config = dataclasses.replace(small.config, block_out_channels=(256,), cross_attention_dim=wide)
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        values = rng.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(values / max(1, np.prod(leaf.shape[:-1])) ** 0.5)
+
+    unet = nnx.merge(graph, jax.tree.map(fill, shapes))
+    text_encoder = SimpleNamespace(config=SimpleNamespace(hidden_size=wide))
+    model = Segmenter(unet, vae, text_encoder, tokenizer, tiny_config())
+    sampler = model.config.sampler
+    stablehlo.write(model, tmp_path / "m", sampler)
+    weights = tmp_path / "m" / stablehlo.WEIGHTS
+    assert weights.stat().st_size > 2**31
+    contexts = rng.standard_normal((2, tokenizer.model_max_length, wide), np.float32)
+    found = call_elsewhere(tmp_path / "m", tmp_path, image, contexts, seed=3)
+    weights.unlink()
+    key = np.array([0, 3], np.uint32)
+    function = jax.jit(stablehlo.sample_with(model, sampler))
+    expected = function(stablehlo._named_weights(model), image, contexts, key)
+    assert np.std(found) > 1e-3, "a constant map would pass"
+    assert np.abs(found[0] - found[1]).max() > 1e-3, "the context says something"
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_overflow_is_refused_and_leaves_nothing(make_segmenter, tmp_path):
+    model = make_segmenter()
     big = model.with_params(jax.tree.map(lambda a: a + 1e6, model._unet_params))
     with pytest.raises(UserError, match="--dtype float16: a weight overflows"):
-        stablehlo.write(big, tmp_path / "m", sampler, "float16")
+        stablehlo.write(big, tmp_path / "m", model.config.sampler, "float16")
     assert not any(tmp_path.iterdir())
 
 
