@@ -27,6 +27,7 @@ from segdiff_jax.models.vae import VAE
 from segdiff_jax.models.weights import Place
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "schedule")
+_POSITIONS = "text_model.embeddings.position_embedding.weight"
 
 
 class Pretrained(NamedTuple):
@@ -75,30 +76,48 @@ def load(
     if wrong:
         raise ValueError(f"{wrong[0]!r} is not one of {COMPONENTS}")
     root = hf_folders.locate(os.fspath(source), components, revision, variant)
-    fill = functools.partial(weights.fill, variant=variant, place=place)
+    plans = _plans(root, components, variant, dtype, remat, widen_conv_in)
+    weights.check(plans.values())  # all of them before the first byte of any
     parts: dict[str, Any] = {}
+    if "schedule" in components:
+        values, file = read_json(root / "scheduler" / "scheduler_config.json")
+        parts["schedule"] = hf_config.read_schedule(values, file)
+    if "tokenizer" in components:
+        parts["tokenizer"] = Tokenizer.load(root / "tokenizer")
+        if "text_encoder" in components:
+            positions, _ = plans["text_encoder"].shapes[_POSITIONS]
+            _check_length(parts["tokenizer"], positions, root)
+    for name, plan in plans.items():
+        parts[name] = weights.fill(plan, place)
+    return Pretrained(**parts)
+
+
+def _plans(
+    root: epath.Path,
+    components: Collection[str],
+    variant: str | None,
+    dtype: Dtype,
+    remat: bool,
+    widen_conv_in: bool,
+) -> dict[str, weights.Plan]:
+    """How to fill each of the networks among `components`."""
+    plan = functools.partial(weights.plan, variant=variant)
+    plans = {}
     if "unet" in components:
         values, file = read_json(root / "unet" / "config.json")
         config, widened = _two_latents(hf_config.read_unet(values, file), widen_conv_in, file)
         unet = lambda rngs: UNet(config, dtype=dtype, remat=remat, rngs=rngs)  # noqa: E731
-        parts["unet"] = fill("unet", unet, root / "unet", widened=widened)
+        plans["unet"] = plan("unet", unet, root / "unet", widened=widened)
     if "vae" in components:
         vae_config = hf_config.read_vae(*read_json(root / "vae" / "config.json"))
         vae = lambda rngs: VAE(vae_config, dtype=dtype, rngs=rngs)  # noqa: E731
-        parts["vae"] = fill("vae", vae, root / "vae")
+        plans["vae"] = plan("vae", vae, root / "vae")
     if "text_encoder" in components:
         folder = root / "text_encoder"
         text_config = hf_config.read_text_encoder(*read_json(folder / "config.json"))
         text = lambda rngs: CLIPText(text_config, dtype=dtype, rngs=rngs)  # noqa: E731
-        parts["text_encoder"] = fill("text_encoder", text, folder)
-    if "tokenizer" in components:
-        parts["tokenizer"] = Tokenizer.load(root / "tokenizer")
-        if "text_encoder" in components:
-            _check_length(parts["tokenizer"], text_config.max_position_embeddings, root)
-    if "schedule" in components:
-        values, file = read_json(root / "scheduler" / "scheduler_config.json")
-        parts["schedule"] = hf_config.read_schedule(values, file)
-    return Pretrained(**parts)
+        plans["text_encoder"] = plan("text_encoder", text, folder)
+    return plans
 
 
 def _check_length(tokenizer: Tokenizer, positions: int, root: epath.Path) -> None:

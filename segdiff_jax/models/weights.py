@@ -1,7 +1,7 @@
 """The arrays of one component ⇄ its safetensors files, one tensor in memory at a time."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,29 +14,36 @@ from segdiff_jax.models import key_map, safetensors_files
 from segdiff_jax.models.hf_folders import STEM
 
 Place = Callable[[str, np.ndarray], jax.Array]
-Module = TypeVar("Module", bound=nnx.Module)
 Shape = tuple[int, ...]
 
 _CONV_IN = "conv_in/kernel"
-_LISTED = 20  # names of each kind in an error about tensors
 
 
-def fill(
+class Plan(NamedTuple):
+    """A component before its weights are read: what is wanted, and what the files have."""
+
+    component: str
+    folder: epath.Path
+    graph: Any
+    variables: dict[tuple[Any, ...], Any]
+    keys: dict[str, tuple[Any, ...]]  # name in a file → path in the module
+    shapes: dict[str, Shape]  # by name, as the file should have them
+    entries: dict[str, safetensors_files.Entry]
+    widened: bool
+
+
+def plan(
     component: str,
-    make: Callable[[nnx.Rngs], Module],
+    make: Callable[[nnx.Rngs], nnx.Module],
     folder: epath.Path,
     variant: str | None = None,
-    place: Place | None = None,
     widened: bool = False,
-) -> Module:
-    """What `make` builds, in float32, with the arrays from the files in `folder`.
+) -> Plan:
+    """What filling the module that `make` builds from the files in `folder` takes.
 
-    `make` is only traced. `place` puts each host array, named "component/path", on devices.
-    With `widened`, the file's `conv_in` has half the input channels: it is duplicated and halved,
-    so that two copies of an input give what one gave.
-
-    Raises `UserError` when tensors are missing, unexpected or of the wrong shape, naming them all,
-    and when a file is damaged.
+    `make` is only traced, and of the files only the headers are read. With `widened`, the file's
+    `conv_in` has half the input channels: it is duplicated and halved, so that two copies of an
+    input give what one gave. Raises `UserError` when a file is damaged or there is none.
     """
     entries = {}
     for file in safetensors_files.find(folder, STEM[component], variant):
@@ -52,21 +59,39 @@ def fill(
         shape = key_map.file_shape(_path(key), tuple(variables[key].shape))
         halve = widened and _path(key) == _CONV_IN
         shapes[name] = (shape[0], shape[1] // 2, *shape[2:]) if halve else shape
-    _check(folder, shapes, {name: entry.shape for name, entry in entries.items()})
-    for name, array in safetensors_files.read(entries):
-        path = _path(keys[name])
-        array = key_map.from_file(path, array.reshape(shapes[name]))
-        if widened and path == _CONV_IN:  # [h, w, in, out]
+    return Plan(component, folder, graph, variables, keys, shapes, entries, widened)
+
+
+def check(plans: Iterable[Plan]) -> None:
+    """Raises one `UserError` that lists every tensor of every component that does not fit."""
+    found = [f"{plan.folder}: {'; '.join(parts)}" for plan in plans if (parts := _misfits(plan))]
+    if found:
+        raise UserError(
+            f"{'; '.join(found)}: the tensors do not fit config.json "
+            "(is it the config.json of these weights?)"
+        )
+
+
+def fill(plan: Plan, place: Place | None = None) -> nnx.Module:
+    """The module of a checked plan, in float32, with the arrays from its files.
+
+    `place` puts each host array, named "component/path", on devices.
+    """
+    variables = plan.variables
+    for name, array in safetensors_files.read(plan.entries):
+        path = _path(plan.keys[name])
+        array = key_map.from_file(path, array.reshape(plan.shapes[name]))
+        if plan.widened and path == _CONV_IN:  # [h, w, in, out]
             array = np.concatenate([array, array], axis=2).astype(np.float32) / 2
         array = np.ascontiguousarray(array, np.float32)
         # A copy by default: JAX may otherwise keep the buffer, which cannot be donated later.
-        leaf = jnp.array(array) if place is None else place(f"{component}/{path}", array)
-        variables[keys[name]] = variables[keys[name]].replace(leaf)
-    return nnx.merge(graph, nnx.from_flat_state(variables))
+        leaf = jnp.array(array) if place is None else place(f"{plan.component}/{path}", array)
+        variables[plan.keys[name]] = variables[plan.keys[name]].replace(leaf)
+    return nnx.merge(plan.graph, nnx.from_flat_state(variables))
 
 
 def write(component: str, module: nnx.Module, folder: epath.Path, dtype: str) -> None:
-    """The inverse of `fill`: one file, with today's names, weights as `dtype`."""
+    """The inverse of `plan` and `fill`: one file, with today's names, weights as `dtype`."""
     tensors = {}
     for key, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         path = _path(key)
@@ -97,29 +122,22 @@ def _path(key: tuple[Any, ...]) -> str:
     return "/".join(map(str, key))
 
 
-def _check(folder: epath.Path, expected: dict[str, Shape], found: dict[str, Shape]) -> None:
-    """Raises one `UserError` that lists every tensor that does not fit."""
-    missing = sorted(set(expected) - set(found))
-    unexpected = sorted(set(found) - set(expected))
+def _misfits(plan: Plan) -> list[str]:
+    """ "missing: 2 (a, b)" and so on for the kinds of misfit that there are."""
+    expected, found = plan.shapes, {name: entry.shape for name, entry in plan.entries.items()}
     wrong = [
         f"{name} {list(found[name])} instead of {list(expected[name])}"
-        for name in sorted(set(expected) & set(found))
+        for name in sorted(expected.keys() & found.keys())
         if not _fits(found[name], expected[name])
     ]
-    kinds = {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong}
-    parts = [f"{kind}: {_list(names)}" for kind, names in kinds.items() if names]
-    if parts:
-        raise UserError(
-            f"{folder}: the tensors do not fit config.json: {'; '.join(parts)} "
-            "(is it the config.json of these weights?)"
-        )
+    kinds = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "wrongly shaped": wrong,
+    }
+    return [f"{kind}: {len(names)} ({', '.join(names)})" for kind, names in kinds.items() if names]
 
 
 def _fits(found: Shape, expected: Shape) -> bool:
     # Early files store the VAE's attention as 1×1 convolutions.
     return found == expected or (len(expected) == 2 and found == (*expected, 1, 1))
-
-
-def _list(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{len(names)} ({', '.join(names[:_LISTED])}{more})"

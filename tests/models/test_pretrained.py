@@ -245,8 +245,10 @@ def test_widened_conv_in_keeps_the_output(tmp_path):
         load(inpainting, ("unet",), widen_conv_in=True)
 
 
-def test_one_error_lists_every_tensor_that_does_not_fit(tmp_path):
-    root = write(tmp_path, unet=tiny_unet())
+def test_one_error_lists_every_tensor_of_every_component_that_does_not_fit(tmp_path):
+    networks = {"unet": tiny_unet(), "vae": vae((8,), norm_num_groups=4)}
+    networks["text_encoder"] = text_encoder(num_hidden_layers=1, num_attention_heads=2)
+    root = write(tmp_path, **networks)
 
     def spoil(stored):
         del stored["conv_out.bias"], stored["mid_block.resnets.0.norm1.weight"]
@@ -254,13 +256,20 @@ def test_one_error_lists_every_tensor_that_does_not_fit(tmp_path):
         return stored | {"lora.down": np.zeros(3, np.float32)}
 
     rewrite(root / "unet" / WEIGHTS, spoil)
-    with pytest.raises(UserError) as error:
-        load(root, ("unet",))
+    rewrite(root / "text_encoder" / "model.safetensors", lambda _: {"x": np.zeros(3, np.float32)})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
+        patch.setattr(pretrained.weights.safetensors_files, "read", None)  # headers tell it all
+        load(root, ("unet", "vae", "text_encoder"))
     message = str(error.value)
     assert "\n" not in message
     assert "missing: 2 (conv_out.bias, mid_block.resnets.0.norm1.weight)" in message
     assert "unexpected: 1 (lora.down)" in message
     assert "conv_in.weight [8, 3, 3, 3] instead of [8, 4, 3, 3]" in message
+    names = [name for name, _ in networks["text_encoder"].named_parameters()]
+    assert f"{root / 'text_encoder'}: missing: {len(names)} (" in message
+    assert all(f"text_model.{name.removeprefix('text_model.')}" in message for name in names)
+    assert "unexpected: 1 (text_model.x)" in message
+    assert str(root / "vae") not in message
 
 
 def test_damaged_weights_name_the_file(exported, tmp_path):
