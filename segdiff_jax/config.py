@@ -119,6 +119,8 @@ class TrainConfig:
     log_every: int = 50
     eval_every: int = 0  # 0 = never while training
     eval_examples: int = 16
+    profile_start: int = 10  # the first step of a profiler trace, for TensorBoard or XProf
+    profile_steps: int = 0  # its length; 0 = no trace
 
 
 @dataclass
@@ -216,6 +218,8 @@ def validate(config: Config) -> Config:
     _range("train.checkpoint_every", c.train.checkpoint_every, 1)
     _range("train.keep_checkpoints", c.train.keep_checkpoints, 1)
     _range("train.log_every", c.train.log_every, 1)
+    _range("train.profile_start", c.train.profile_start, 1)
+    _range("train.profile_steps", c.train.profile_steps, 0)
     _range("sampler.steps", c.sampler.steps, 1, c.diffusion.num_train_timesteps)
     _range("sampler.ensemble", c.sampler.ensemble, 1)
     _range("sampler.eta", c.sampler.eta, 0.0, 1.0)
@@ -239,6 +243,11 @@ def _impossible_combinations(c: Config) -> None:
         raise UserError(
             "config.init_from is empty and config.vae.steps is 0: "
             "name a workdir or Stable Diffusion folder, or give the VAE stage some steps"
+        )
+    if c.train.profile_steps and c.train.profile_start > c.train.steps:
+        raise UserError(
+            f"config.train.profile_start={c.train.profile_start} lies after the last step, "
+            f"config.train.steps={c.train.steps}: choose an earlier one"
         )
     if c.train.batch_size % c.optimizer.accumulation:
         raise UserError(

@@ -3,14 +3,21 @@
 import os
 
 import jax
+from etils import epath
+
+from segdiff_jax.files import is_remote
 
 
-def start() -> None:
-    """Turns on the persistent compilation cache, unless the environment already sets it up."""
+def start(workdir: str = "") -> None:
+    """Turns on the persistent compilation cache, unless the environment already sets it up.
+
+    It is the user's on this machine, or with a remote `workdir` a folder there: the machine that
+    goes on after a preemption is a new one.
+    """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = os.path.join(
-            os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "segdiff_jax"
-        )
+        home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        remote = str(epath.Path(workdir) / "compile_cache") if is_remote(workdir) else ""
+        cache = remote or os.path.join(home, "segdiff_jax")
         jax.config.update("jax_compilation_cache_dir", cache)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -32,15 +32,19 @@ def main(argv: list[str]) -> None:
     from segdiff_jax.files import check_writable
     from segdiff_jax.runtime import start
     from segdiff_jax.training import loop, processes, stages
+    from segdiff_jax.training.throughput import StartUp, process_age
 
-    start()
+    startup = StartUp(process_age())
+    startup.done("imports")
+    start(os.fspath(args.workdir))
     processes.join()
     _start_logging(processes.is_first(), processes.index())
     with processes.together():
         if processes.is_first():
             check_writable(args.workdir)
         try:
-            stages.train(config, os.fspath(args.workdir))
+            startup.done("processes")
+            stages.train(config, os.fspath(args.workdir), startup)
         except loop.Stopped as stopped:
             logging.info("%s; run the same command to continue", stopped)
 

@@ -5,7 +5,8 @@ W/vae/            the VAE stage, where the run began from nothing: a workdir of 
 W/pretrained/     a Hugging Face folder with the frozen networks: VAE, text encoder, tokenizer
 W/latents/        VAE latents of the training pairs, where data.cache_latents is on
 W/checkpoints/    Orbax: parameters, optimiser, EMA; with the config and the UNet's architecture
-W/tensorboard/
+W/tensorboard/    events, and the profiler's traces
+W/compile_cache/  compiled programs, where W is on an object store
 """
 
 import dataclasses

@@ -37,6 +37,8 @@ def test_a_learning_rate_that_is_no_number_to_step_with(value):
         ("optimizer", "accumulation", 5, "train.batch_size"),
         ("data", "source", "folder", "data.root"),
         ("vae", "steps", 0, "init_from"),
+        ("train", "profile_start", 0, "at least 1"),
+        ("train", "profile_steps", -1, "at least 0"),
     ],
 )
 def test_bad_values_name_the_key_and_the_mend_in_one_line(group, key, value, says):
@@ -45,6 +47,17 @@ def test_bad_values_name_the_key_and_the_mend_in_one_line(group, key, value, say
     with pytest.raises(UserError) as error:
         validate(config)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_profile_has_to_begin_within_the_run():
+    config = valid()
+    config.train.steps, config.train.profile_start, config.train.profile_steps = 9, 9, 5
+    assert validate(config)
+    config.train.profile_start = 10
+    with pytest.raises(UserError, match=r"profile_start=10 .*config\.train\.steps=9"):
+        validate(config)
+    config.train.profile_steps = 0
+    assert validate(config)
 
 
 def test_latent_cache_needs_a_finite_number_of_views():

@@ -4,6 +4,8 @@ A multiply-add is two FLOPs. A convolution counts k² taps at every output posit
 included; norms, activations and the optimiser count nothing. docs/performance.md derives the sums.
 """
 
+from segdiff_jax import codec
+from segdiff_jax.config import Config
 from segdiff_jax.models.clip_text import CLIPTextConfig
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
@@ -124,6 +126,31 @@ def vae_decode(config: VAEConfig, height: int, width: int) -> float:
             pixels *= 4
             total += _conv(pixels, channels, channels)
     return total + _conv(pixels, running, config.out_channels)
+
+
+def train_example(
+    config: Config, unet: UNetConfig | None, vae: VAEConfig, classes: int, tokens: int
+) -> float:
+    """Of one example of `config.stage`; recomputation is no work that the networks need.
+
+    unet: None for the VAE stage. classes, tokens: K, and the length of a prompt.
+    """
+    height, width = config.data.image_size
+    encode = vae_encode(vae, height, width)
+    if unet is None:
+        return 3 * (encode + vae_decode(vae, height, width))
+    frozen = 0.0 if config.data.cache_latents else 2 * encode  # photo and mask image
+    return unet_count(config, unet, vae, classes, tokens).train + frozen
+
+
+def unet_count(
+    config: Config, unet: UNetConfig, vae: VAEConfig, classes: int, tokens: int
+) -> UNetCount:
+    """Of one example at the size that `config` gives it; arguments as of `train_example`."""
+    if config.codec.context == "bound":
+        tokens = codec.group_size(classes, config.codec.classes_per_pass)
+    height, width = (size // vae.downsampling for size in config.data.image_size)
+    return UNetCount(unet, height, width, tokens)
 
 
 def _vae_middle(config: VAEConfig, positions: float) -> float:

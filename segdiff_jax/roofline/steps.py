@@ -163,7 +163,7 @@ def _sampler(
     )
     sampler = config.sampler
     static = (unet_graph, vae_graph, config.codec.context, sampler.steps, sampler.eta)
-    count = _unet_count(config, nets)
+    count = flops.unet_count(config, nets.unet.config, nets.vae.config, classes, nets.text_tokens)
     decode_flops = jobs * flops.vae_decode(nets.vae.config, *config.data.image_size)
     decode = jax.jit(
         lambda params, x: segmenter._to_gray(decode_latents(nnx.merge(vae_graph, params), x))
@@ -174,20 +174,11 @@ def _sampler(
     return Step(segmenter._sample, (*static, *arrays), worth, total, (sampler.steps, without))
 
 
-def _unet_count(config: Config, nets: Networks) -> flops.UNetCount:
-    tokens = nets.text_tokens
-    if config.codec.context == "bound":
-        tokens = codec.group_size(class_count(config), config.codec.classes_per_pass)
-    return flops.UNetCount(nets.unet.config, *_latent_size(config, nets), tokens)
-
-
 def _train_flops(config: Config, nets: Networks) -> float:
-    """Of one example; recomputation is no work that the networks need."""
-    encode = flops.vae_encode(nets.vae.config, *config.data.image_size)
-    if config.stage == "vae":
-        return 3 * (encode + flops.vae_decode(nets.vae.config, *config.data.image_size))
-    frozen = 0.0 if config.data.cache_latents else 2 * encode  # photo and mask image
-    return _unet_count(config, nets).train + frozen
+    """Of one example."""
+    unet = nets.unet.config if config.stage != "vae" else None
+    classes = class_count(config)
+    return flops.train_example(config, unet, nets.vae.config, classes, nets.text_tokens)
 
 
 def _schedule(config: Config) -> Any:

@@ -28,10 +28,12 @@ from segdiff_jax.models.pretrained import Pretrained
 from segdiff_jax.models.tokenizer import train_tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
+from segdiff_jax.roofline import flops
 from segdiff_jax.training import latent_cache, loop, losses, processes, sharding
 from segdiff_jax.training.checkpoint import Checkpoints, check_config
 from segdiff_jax.training.placement import placer
 from segdiff_jax.training.step import Frozen, TrainState, diffusion_step, init_state, vae_step
+from segdiff_jax.training.throughput import StartUp
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +43,14 @@ _SCALING_EXAMPLES = 64
 Batches = Callable[[int, list[int]], Iterator[dict[str, np.ndarray]]]
 
 
-def train(config: Config, workdir: str) -> None:
+def train(config: Config, workdir: str, startup: StartUp | None = None) -> None:
     """Runs `config.stage` in `workdir`, the VAE stage before it where it is needed.
 
     Continues from the newest checkpoint in `workdir`. Every process of the run calls this, and all
     see the same `workdir`. Raises `UserError` for what a user can mend and `loop.Stopped` after a
-    signal.
+    signal. `startup` tells in the log what the time to the first step went to.
     """
+    startup = startup or StartUp()
     if workdirs.is_workdir(workdir):
         check_config(workdirs.to_dict(workdirs.read_config(workdir)), workdirs.to_dict(config))
     if processes.is_first():
@@ -59,13 +62,14 @@ def train(config: Config, workdir: str) -> None:
             "choose a --workdir that all machines share, such as gs://..."
         )
     source = open_source(config.data, config.data.train_split, config.seed)
+    startup.done("data")
     if config.stage == "vae":
-        _train_vae(config, workdir, source)
+        _train_vae(config, workdir, source, startup)
     else:
-        _train_diffusion(config, workdir, source)
+        _train_diffusion(config, workdir, source, startup)
 
 
-def _train_vae(config: Config, workdir: str, source: Source) -> None:
+def _train_vae(config: Config, workdir: str, source: Source, startup: StartUp) -> None:
     finished = epath.Path(workdir) / workdirs.PRETRAINED
     if pretrained.is_whole(finished):
         log.info("%s: the VAE stage is done", workdir)
@@ -78,7 +82,9 @@ def _train_vae(config: Config, workdir: str, source: Source) -> None:
     graph, params = nnx.split(vae)
     make = None if given else lambda: nnx.state(_new_vae(config))
     batches = _batches(config, source)
-    state = _run(config, workdir, batches, vae_step(graph, config), None, params, make, None)
+    startup.done("weights")
+    step, work = vae_step(graph, config), flops.train_example(config, None, vae.config, 0, 0)
+    state = _run(config, workdir, batches, step, None, params, make, None, work, startup)
     params = processes.gathered(state.ema or state.params)
     if processes.is_first():
         vae = _with_scaling(nnx.merge(graph, params), config, source)
@@ -90,13 +96,13 @@ def _train_vae(config: Config, workdir: str, source: Source) -> None:
     processes.barrier()
 
 
-def _train_diffusion(config: Config, workdir: str, source: Source) -> None:
+def _train_diffusion(config: Config, workdir: str, source: Source, startup: StartUp) -> None:
     frozen_folder = epath.Path(workdir) / workdirs.PRETRAINED
     dtype = jnp.dtype(config.model.dtype)
     missing = not pretrained.is_whole(frozen_folder)
     processes.barrier()  # all have looked
     if missing:
-        start = _starting_point(config, workdir)
+        start = _starting_point(config, workdir, startup)
         if processes.is_first():
             parts = pretrained.load(start, ("vae", "text_encoder", "tokenizer"))
             pretrained.save(parts._replace(schedule=config.diffusion), str(frozen_folder))
@@ -139,10 +145,12 @@ def _train_diffusion(config: Config, workdir: str, source: Source) -> None:
         segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config)
         validate = validator(segmenter, config)
     batches = _batches(config, source, (vae, workdir) if config.data.cache_latents else None)
-    _run(config, workdir, batches, step, frozen, params, make, unet_config, validate)
+    work = flops.train_example(config, unet_config, vae.config, *table.hidden.shape[:2])
+    startup.done("weights")
+    _run(config, workdir, batches, step, frozen, params, make, unet_config, work, startup, validate)
 
 
-def _starting_point(config: Config, workdir: str) -> str:
+def _starting_point(config: Config, workdir: str, startup: StartUp) -> str:
     """The folder with the frozen networks: given, or made by the VAE stage first."""
     if config.init_from:
         own = workdirs.is_workdir(config.init_from)
@@ -151,7 +159,11 @@ def _starting_point(config: Config, workdir: str) -> str:
         config,
         stage="vae",
         train=dataclasses.replace(
-            config.train, steps=config.vae.steps, batch_size=config.vae.batch_size, eval_every=0
+            config.train,
+            steps=config.vae.steps,
+            batch_size=config.vae.batch_size,
+            eval_every=0,
+            profile_steps=0,
         ),
         optimizer=dataclasses.replace(
             config.optimizer,
@@ -165,7 +177,7 @@ def _starting_point(config: Config, workdir: str) -> str:
         data=dataclasses.replace(config.data, cache_latents=False),
     )
     folder = str(epath.Path(workdir) / workdirs.VAE_STAGE)
-    train(first, folder)
+    train(first, folder, startup)
     return str(epath.Path(folder) / workdirs.PRETRAINED)
 
 
@@ -251,11 +263,13 @@ def _run(
     params: Any,
     make: Callable[[], Any] | None,
     unet_config: UNetConfig | None,
+    work: float,
+    startup: StartUp,
     validate: loop.Validate | None = None,
 ) -> TrainState:
     """Places the state on the mesh, newest checkpoint first, and trains it to the end.
 
-    `params` are arrays on the mesh, or shapes that `make` fills.
+    `params` are arrays on the mesh, or shapes that `make` fills; `work`: FLOPs of one example.
     """
     mesh = sharding.make_mesh(config.mesh)
     rows = sharding.local_rows(mesh, config.train.batch_size)
@@ -290,7 +304,8 @@ def _run(
         if frozen is not None:
             frozen = sharding.place(frozen, sharding.replicated(mesh))
         log.info("%s: %.2f M parameters", config.stage, workdirs.parameter_count(params) / 1e6)
-        return loop.run(
+        startup.done("restore" if int(state.step) else "state")
+        trained = loop.run(
             config,
             workdir,
             step,
@@ -300,8 +315,12 @@ def _run(
             mesh,
             checkpoints,
             metadata,
+            work * config.train.batch_size,
             validate,
+            startup,
         )
+    startup.restart()  # if another stage follows
+    return trained
 
 
 def code_version() -> str:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote
+from segdiff_jax.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Telemetry:
       first_step: steps done before this start of the run. TensorBoard drops what an earlier start
         reported after it, since that is computed again.
       stage: prefix of the tags and the name of the bar.
+      throughput: adds its figures to the rates; the one whose `waiting()` the loop uses.
     """
 
     def __init__(
@@ -56,9 +58,10 @@ class Telemetry:
         log_every: int = 50,
         first_step: int = 0,
         stage: str = "train",
+        throughput: Throughput | None = None,
     ):
         self.total_steps, self.batch_size, self.stage = total_steps, batch_size, stage
-        self.log_every = log_every
+        self.log_every, self._throughput = log_every, throughput
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._fetched_steps = 0
         self._interval: tuple[int, float] | None = None  # step and time where the rate starts
@@ -100,6 +103,8 @@ class Telemetry:
             self._report(step, values)
         if self._fetched_steps == WARMUP_STEPS:
             self._interval = (step, time.perf_counter())
+            if self._throughput is not None:
+                self._throughput.restart()
         return {"step": step, **values}
 
     @contextlib.contextmanager
@@ -145,8 +150,11 @@ class Telemetry:
         rates: dict[str, float] = {}
         if self._interval is not None and step > self._interval[0]:
             since_step, since = self._interval
-            rate = (step - since_step) / max(now - since, 1e-9)
+            steps, seconds = step - since_step, max(now - since, 1e-9)
+            rate = steps / seconds
             rates = {"steps_per_second": rate, "images_per_second": rate * self.batch_size}
+            if self._throughput is not None:
+                rates |= self._throughput.report(steps, seconds)
             self._interval = (step, now)
         everything = {**values, **rates}
         self.scalars(step, {f"{self.stage}/{name}": v for name, v in everything.items()})

@@ -5,8 +5,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from etils import epath
@@ -39,7 +40,7 @@ class Throughput:
       devices: that take the step; all of them by default.
     """
 
-    def __init__(self, flops: float, devices: Sequence[jax.Device] | None = None):
+    def __init__(self, flops: float, devices: Iterable[jax.Device] | None = None):
         self._flops = flops
         self._devices = list(jax.devices() if devices is None else devices)
         self._waited = 0.0
@@ -52,6 +53,10 @@ class Throughput:
             yield
         finally:
             self._waited += time.perf_counter() - started
+
+    def restart(self) -> None:
+        """Forgets the waits so far, which belong to the start of the run."""
+        self._waited = 0.0
 
     def report(self, steps: int, seconds: float) -> dict[str, float]:
         """The figures of `steps` steps that took `seconds` together.
@@ -85,10 +90,18 @@ def memory(devices: Sequence[jax.Device]) -> dict[str, float]:
 
 
 class StartUp:
-    """The time to the first step in parts: `done("data")` ends the part that ran since the last."""
+    """The time to the first step in parts: `done("data")` ends the part that ran since the last.
 
-    def __init__(self) -> None:
+    running: seconds that count for the first part although they passed before (`process_age`).
+    """
+
+    def __init__(self, running: float = 0.0) -> None:
         self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter() - running
+
+    def restart(self) -> None:
+        """Before the next stage of the same process: what ran until now was no start."""
+        self.seconds.clear()
         self._since = time.perf_counter()
 
     def done(self, part: str) -> None:
@@ -101,23 +114,37 @@ class StartUp:
         return f"start-up {sum(self.seconds.values()):.1f} s: {parts}"
 
 
+def process_age() -> float:
+    """Seconds since this process began, imports included; 0 where the system does not tell."""
+    try:
+        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22, since boot
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+    except (OSError, AttributeError, ValueError, IndexError):
+        return 0.0
+
+
 class ProfileWindow:
     """A profiler trace of `steps` steps that begins before step `first`, for TensorBoard or XProf.
 
-    `before(step)` is called before each step is queued, and `close()` at the end of the run. The
-    trace appears in `folder` (local or `gs://`) when the window is over. `steps` = 0: none.
+    `before(step, state)` is called before each step is queued, with what the step before gives:
+    the window waits for it at both ends, so that it shows its own steps and all of them. `close()`
+    is for the end of the run. The trace appears in `folder` (local or `gs://`) when the window is
+    over. `steps` = 0: none.
     """
 
     def __init__(self, folder: os.PathLike[str] | str, first: int, steps: int):
         self._folder, self._first, self._last = epath.Path(folder), first, first + steps
         self._trace: str | None = None
 
-    def before(self, step: int) -> None:
+    def before(self, step: int, state: Any = None) -> None:
         if self._trace is None and self._first <= step < self._last:
+            jax.block_until_ready(state)
             self._trace = tempfile.mkdtemp(prefix="segdiff_profile_")
             jax.profiler.start_trace(self._trace)  # it cannot write to an object store
             self._first = self._last  # once
         elif self._trace is not None and step >= self._last:
+            jax.block_until_ready(state)
             self.close()
 
     def close(self) -> None:

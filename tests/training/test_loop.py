@@ -4,11 +4,13 @@ import logging
 import math
 import os
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_telemetry import read_scalars
 
 from segdiff_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig
 from segdiff_jax.errors import UserError
@@ -64,7 +66,7 @@ class Run:
 
             state = loop.run(
                 self.config, self.workdir, step, state, jnp.ones(()), batches(), mesh,
-                checkpoints, {"note": "x", "next_example": 100 + 2 * first}, validate,
+                checkpoints, {"note": "x", "next_example": 100 + 2 * first}, 1e9, validate,
             )  # fmt: skip
         finally:
             checkpoints.close()
@@ -88,6 +90,33 @@ def test_a_run_takes_each_batch_once_and_keeps_the_newest_checkpoints(tmp_path):
     assert run.taken == [1, 2, 3, 4, 5, 6] and int(state.step) == 6
     assert float(state.params["total"]) == total(6)
     assert run.saved() == ([4, 6], total(6), {"note": "x", "next_example": 112})
+
+
+def test_a_run_reports_its_rates_and_what_its_start_took(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "segdiff_jax"):
+        Run(tmp_path, log_every=1, checkpoint_every=100)(before=lambda batch: time.sleep(0.05))
+    scalars = read_scalars(tmp_path)
+    for step in (3, 4, 5):  # the first two compile, and the last is not waited for
+        seconds = scalars["diffusion/step_seconds"][step]
+        assert seconds >= 0.05
+        assert 0.049 / seconds < scalars["diffusion/data_wait_share"][step] <= 1
+        assert scalars["diffusion/tflops_per_chip"][step] * seconds == pytest.approx(1e-3)
+    lines = [record.getMessage() for record in caplog.records]
+    (start,) = [line for line in lines if "start-up" in line]
+    assert start.startswith("diffusion: start-up ") and " data 0.1, compile " in start
+    assert "tflops_per_chip" in lines[-1] and "data_wait_share" in lines[-1]
+
+
+def test_a_profile_shows_the_steps_that_the_config_names(tmp_path, monkeypatch):
+    run, seen = Run(tmp_path, profile_start=3, profile_steps=2), []
+    start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
+    note = lambda: seen.append(run.taken[-1])  # noqa: E731  the batch of the step about to begin
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: (note(), start(folder)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: (note(), stop()))
+    run()
+    assert seen == [3, 5]
+    traces = (tmp_path / "tensorboard" / "diffusion" / "plugins" / "profile").rglob("*.xplane.pb")
+    assert len(list(traces)) == 1
 
 
 def test_the_last_step_is_saved_whatever_the_interval(tmp_path):

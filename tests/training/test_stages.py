@@ -19,8 +19,9 @@ from segdiff_jax.data.scenes import vocabulary
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import pretrained
 from segdiff_jax.models.unet import UNet
+from segdiff_jax.roofline import steps
 from segdiff_jax.segmenter import Segmenter
-from segdiff_jax.training import latent_cache, loop, losses, stages
+from segdiff_jax.training import latent_cache, loop, losses, sharding, stages
 from segdiff_jax.training.checkpoint import Checkpoints
 from segdiff_jax.training.step import init_state
 from segdiff_jax.training.telemetry import Telemetry
@@ -82,6 +83,15 @@ def test_a_finished_run_has_everything_that_is_needed_later(trained):
     assert workdirs.read_config(trained).stage == "diffusion"
     assert workdirs.read_config(f"{trained}/vae").stage == "vae"
     assert list(Path(trained).glob("tensorboard/diffusion/events*"))
+
+
+def test_reported_flops_are_those_of_the_step_that_aot_reports(trained, micro_config):
+    scalars, config = read_scalars(Path(trained)), micro_config()
+    mesh = sharding.make_mesh(config.mesh)
+    seconds = scalars["diffusion/step_seconds"][6]
+    per_chip = scalars["diffusion/tflops_per_chip"][6] * 1e12 * seconds
+    expected = steps.train_step(config, mesh).model_flops / mesh.size
+    assert expected > 1e6 and per_chip == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_vae_stage_scales_its_latents_to_unit_variance(trained, micro_config):

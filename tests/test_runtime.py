@@ -1,0 +1,35 @@
+"""Where compiled programs are kept."""
+
+import jax
+import pytest
+
+from segdiff_jax import runtime
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """What `start` sets, in place of the settings of this process."""
+    found = {}
+    monkeypatch.setattr(jax.config, "update", found.__setitem__)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/home/me/cache")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("workdir", "expected"),
+    [
+        ("", "/home/me/cache/segdiff_jax"),
+        ("/tmp/run", "/home/me/cache/segdiff_jax"),
+        ("gs://bucket/runs/one", "gs://bucket/runs/one/compile_cache"),
+    ],
+)
+def test_programs_are_kept_where_the_next_start_finds_them(settings, workdir, expected):
+    runtime.start(workdir)
+    assert settings["jax_compilation_cache_dir"] == expected
+
+
+def test_the_environment_decides_first(settings, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/shared")
+    runtime.start("gs://bucket/runs/one")
+    assert "jax_compilation_cache_dir" not in settings
