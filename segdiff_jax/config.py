@@ -144,7 +144,7 @@ class SamplerConfig:
     reduce: str = "median"  # "median" | "mean"
     uncertainty: str = "mad"  # "mad" | "std"
     shortlist: int = 0  # M; 0 = every class gets the full budget
-    batch_size: int = 32  # UNet passes in one compiled call
+    batch_size: int = 32  # UNet passes in one compiled call, over all devices
 
 
 @dataclass

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from segdiff_jax import codec, conditioning, workdir
-from segdiff_jax.config import Config, SamplerConfig
+from segdiff_jax.config import Config, MeshConfig, SamplerConfig
 from segdiff_jax.data import transforms, vocabulary
 from segdiff_jax.data.vocabulary import ClassEntry
 from segdiff_jax.diffusion import ensemble as ensemble_lib
@@ -23,6 +24,8 @@ from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.tokenizer import Tokenizer
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
+from segdiff_jax.training import processes, sharding
+from segdiff_jax.training.placement import multiple, on_mesh, spread_rows
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,29 @@ class Segmentation:
 
 
 class Segmenter:
-    """A trained model, ready to segment. Make one with `load`."""
+    """A trained model, ready to segment. Make one with `load`.
+
+    mesh: devices that share the work, all of them by default: every pass of every image and member
+    runs on one. What a map shows does not depend on how many there are. With several processes,
+    all make the same calls and get the same results.
+    """
 
     def __init__(
-        self, unet: UNet, vae: VAE, text_encoder: CLIPText, tokenizer: Tokenizer, config: Config
+        self,
+        unet: UNet,
+        vae: VAE,
+        text_encoder: CLIPText,
+        tokenizer: Tokenizer,
+        config: Config,
+        mesh: Mesh | None = None,
     ):
         self.config, self.tokenizer, self.text_encoder = config, tokenizer, text_encoder
-        self._unet, self._unet_params = nnx.split(unet)
-        self._vae, self._vae_params = nnx.split(vae)
-        self._schedule = make_schedule(config.diffusion)
+        self.mesh = mesh or sharding.make_mesh(MeshConfig())
+        self._unet, unet_params = nnx.split(unet)
+        self._vae, vae_params = nnx.split(vae)
+        self._unet_params = on_mesh(unet_params, self.mesh)
+        self._vae_params = on_mesh(vae_params, self.mesh)
+        self._schedule = on_mesh(make_schedule(config.diffusion), self.mesh)
         self._tables: dict[tuple[ClassEntry, ...], conditioning.PromptTable] = {}
 
     @staticmethod
@@ -67,10 +84,13 @@ class Segmenter:
         return Segmenter(*workdir.load_networks(checkpoint))
 
     def with_params(self, unet_params: Any) -> "Segmenter":
-        """The same model with other UNet parameters: compiled functions are shared."""
+        """The same model with other UNet parameters: compiled functions are shared.
+
+        Parameters that are on the segmenter's mesh stay as they are cut up there.
+        """
         other = object.__new__(Segmenter)
         other.__dict__.update(self.__dict__)
-        other._unet_params = unet_params
+        other._unet_params = on_mesh(unet_params, self.mesh)
         return other
 
     def __call__(
@@ -133,7 +153,8 @@ class Segmenter:
 
     def reconstruct(self, gray: np.ndarray) -> np.ndarray:
         """Gray maps [J, H, W] through the VAE and back: what a perfect sampler would return."""
-        return np.asarray(_reconstruct(self._vae, self._vae_params, gray))
+        found = _reconstruct(self._vae, self._vae_params, spread_rows(gray, self.mesh))
+        return processes.gathered(found)[: len(gray)]
 
     def maps(
         self,
@@ -145,11 +166,12 @@ class Segmenter:
         """Gray maps in [-1, 1] and their spread, each [I, P, H, W] at the network's size.
 
         P = ⌈K/G⌉ passes. All images × passes × members run in equal chunks of
-        `sampler.batch_size`; each image is encoded once.
+        `sampler.batch_size`, or the next multiple of the devices; each image is encoded once.
         """
         size = self.config.data.image_size
         fitted = np.stack([transforms.resize_image(image, size) for image in images])
-        image_latents = _encode(self._vae, self._vae_params, fitted)
+        encoded = _encode(self._vae, self._vae_params, spread_rows(fitted, self.mesh))
+        image_latents = processes.gathered(encoded)[: len(images)]
         table = self.table(classes)
         group = codec.group_size(len(classes), self.config.codec.classes_per_pass)
         groups = codec.groups(len(classes), group)
@@ -169,9 +191,8 @@ class Segmenter:
         key = tuple(classes)
         if key not in self._tables:
             templates = self.config.prompts.templates
-            self._tables[key] = conditioning.encode_prompts(
-                self.text_encoder, self.tokenizer, key, templates
-            )
+            table = conditioning.encode_prompts(self.text_encoder, self.tokenizer, key, templates)
+            self._tables[key] = on_mesh(table, self.mesh)
         return self._tables[key]
 
     def _shortlisted(self, image_latents, table, groups, sampler, seed):
@@ -195,8 +216,12 @@ class Segmenter:
 
     def _run(self, image_latents, table, groups, jobs, sampler, seed) -> np.ndarray:
         """Gray maps [J, H, W] of jobs (image, pass, member) int [J, 3]."""
-        chunk = min(sampler.batch_size, len(jobs))
-        padded = np.resize(jobs, (-(-len(jobs) // chunk) * chunk, 3))
+        chunk = multiple(min(sampler.batch_size, len(jobs)), self.mesh.size)
+        padded = np.resize(jobs, (multiple(len(jobs), chunk), 3))
+        image_latents, groups, key = (
+            sharding.place(array, sharding.replicated(self.mesh))
+            for array in (image_latents, groups, jax.random.key_data(jax.random.key(seed)))
+        )
         results = [
             _sample(
                 self._unet,
@@ -210,12 +235,12 @@ class Segmenter:
                 table,
                 image_latents,
                 groups,
-                part,
-                jax.random.key(seed),
+                spread_rows(part, self.mesh),
+                jax.random.wrap_key_data(key),
             )
             for part in padded.reshape(-1, chunk, 3)
         ]
-        return np.concatenate([np.asarray(r) for r in results])[: len(jobs)]
+        return np.concatenate([processes.gathered(r) for r in results])[: len(jobs)]
 
 
 @functools.partial(jax.jit, static_argnums=0)

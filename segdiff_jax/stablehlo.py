@@ -85,6 +85,7 @@ def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.A
     height, width = model.config.data.image_size
     structure = jax.tree.structure(_weights(model))
     names = list(_named_weights(model))
+    schedule = jax.device_get(model._schedule)
 
     def sample(weights: Weights, image: jax.Array, context: jax.Array, key: jax.Array) -> jax.Array:
         leaves = [jnp.asarray(weights[name]).astype(jnp.float32) for name in names]
@@ -99,7 +100,7 @@ def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.A
             sampler.eta,
             params["unet"],
             params["vae"],
-            model._schedule,
+            schedule,
             conditioning.PromptTable(context, context[:, 0]),
             segmenter._encode(model._vae, params["vae"], image[None]),
             jnp.arange(passes)[:, None],

@@ -1,6 +1,10 @@
 """The Python API, on a small random model: what the result depends on, and what not."""
 
 import dataclasses
+import json
+import subprocess
+import sys
+import textwrap
 
 import jax
 import numpy as np
@@ -208,3 +212,68 @@ def test_with_params_swaps_the_unet_only(model, image):
     other = model.with_params(zeros)
     assert np.abs(other(image, CLASSES).scores - model(image, CLASSES).scores).max() > 1e-3
     assert other.config is model.config
+
+
+ON_MESHES = """
+    import dataclasses, json, sys
+    import jax
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_disable_most_optimizations", True)
+    import numpy as np
+    from segdiff_jax import segmenter, workdir
+    from segdiff_jax.config import MeshConfig
+    from segdiff_jax.data.sources import open_source
+    from segdiff_jax.evaluation.evaluator import evaluate
+    from segdiff_jax.training import sharding
+
+    *networks, config = workdir.load_networks(sys.argv[1])
+    config.sampler = dataclasses.replace(config.sampler, steps=2, ensemble=2, batch_size=12)
+    source = open_source(config.data, config.data.val_split, config.seed)
+    sample, parts = segmenter._sample, []
+    def watched(*arguments):
+        result = sample(*arguments)
+        parts.append([len(result), [s.data.shape[0] for s in result.addressable_shards]])
+        return result
+    segmenter._sample = watched
+
+    found = {}
+    for name, sizes, devices in [
+        ("1", (1, 1, 1), 1), ("8", (8, 1, 1), 8), ("2,2,2", (2, 2, 2), 8)
+    ]:
+        mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
+        model = segmenter.Segmenter(*networks, config, mesh)
+        params = model._unet_params  # as validation gets them: cut up by the rules of training
+        model = model.with_params(jax.device_put(params, sharding.state_sharding(params, mesh)))
+        parts.clear()
+        result = evaluate(model, source, limit=2, seed=1, examples=2)
+        gray, spread = model.maps([source[0]["image"]], source.vocabulary.classes,
+                                  config.sampler, seed=1)
+        found[name] = {"confusion": result.confusion.tolist(), "parts": parts[0],
+                       "labels": [e.prediction.tolist() for e in result.examples],
+                       "gray": gray.tolist(), "spread": spread.tolist()}
+    print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_meshes(trained):
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(ON_MESHES), trained], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_passes_and_members_are_shared_out_over_all_devices(on_meshes):
+    assert on_meshes["1"]["parts"] == [12, [12]]
+    for mesh in ("8", "2,2,2"):
+        assert on_meshes[mesh]["parts"] == [16, [2] * 8]
+
+
+@pytest.mark.parametrize("mesh", ["8", "2,2,2"])
+def test_what_is_found_does_not_depend_on_the_devices(on_meshes, mesh):
+    alone, shared = on_meshes["1"], on_meshes[mesh]
+    for name in ("gray", "spread"):
+        np.testing.assert_allclose(shared[name], alone[name], atol=1e-5)
+    assert np.std(alone["gray"]) > 0.01 and np.max(alone["spread"]) > 0.01
+    assert shared["labels"] == alone["labels"] and shared["confusion"] == alone["confusion"]

@@ -51,7 +51,8 @@ def evaluate(
     Args:
       limit: number of images, spread evenly over the source (neighbours are often frames of one
         video); None = all.
-      seed: of the sampling noise. The result does not depend on how images are batched.
+      seed: of the sampling noise. The result does not depend on how images are batched, nor on
+        the number of devices.
       sampler: in place of segmenter.config.sampler.
       examples: number of images to keep for a report, spread evenly.
       ceiling: the ground truth through codec and VAE and back, in place of a prediction: what a

@@ -1,11 +1,18 @@
-"""Weights from files straight to where the mesh wants them: no device ever holds them whole."""
+"""Arrays of a process on the mesh: weights from files, whole networks, rows of work.
+
+Weights from files go straight to where the mesh wants them: no device ever holds them whole.
+"""
+
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from segdiff_jax.models.weights import Place
-from segdiff_jax.training.sharding import partition, put
+from segdiff_jax.training import processes
+from segdiff_jax.training.sharding import partition, put, replicated
 
 
 def placer(mesh: Mesh) -> Place:
@@ -20,3 +27,36 @@ def placer(mesh: Mesh) -> Place:
         return put(array, sharding)
 
     return place
+
+
+def on_mesh(tree: Any, mesh: Mesh) -> Any:
+    """The arrays of `tree`, whole on each device of `mesh`.
+
+    What is on the mesh already stays as it is cut up, and shapes without arrays stay shapes.
+    """
+    whole = replicated(mesh)
+
+    def place(leaf: Any) -> Any:
+        here = getattr(leaf, "sharding", None)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        if isinstance(here, NamedSharding) and here.mesh == mesh:
+            return leaf
+        # From device to device where that is possible: not through the host.
+        return jax.device_put(leaf, whole) if processes.count() == 1 else put(leaf, whole)
+
+    return jax.tree.map(place, tree)
+
+
+def spread_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Rows [N, ...] that every process holds, a part on each device of `mesh`.
+
+    N grows to a multiple of the devices: the first rows come again.
+    """
+    padded = np.take(rows, range(multiple(len(rows), mesh.size)), axis=0, mode="wrap")
+    return put(padded, NamedSharding(mesh, P(mesh.axis_names)))
+
+
+def multiple(count: int, of: int) -> int:
+    """The smallest multiple of `of` that is at least `count`."""
+    return -(-count // of) * of

@@ -25,6 +25,7 @@ from segdiff_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
+SMALLEST_SPREAD = 2**16  # elements of an array whose moments are worth cutting over replicas
 
 # Path regex → where `tensor` goes; the first match wins. Pairs such as q/k/v → out let the hidden
 # dimension stay cut between two matrix products. Linear kernels are [in, out], convolutions HWIO.
@@ -168,9 +169,10 @@ def spread_moments(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
     """`spec` cut along `data` too: ZeRO stage 1 (arXiv 1910.02054), for Adam's moments.
 
     Replicas need the same update once: each makes its part and they exchange parameters. The cut
-    goes to the dimension that is cut already, so that arrays keep one; else to the largest.
+    goes to the dimension that is cut already, so that arrays keep one; else to the largest. Small
+    arrays stay whole: they hold few of the bytes and make most of the messages.
     """
-    if sizes["data"] == 1 or len(shape) < 2:
+    if sizes["data"] == 1 or len(shape) < 2 or math.prod(shape) < SMALLEST_SPREAD:
         return spec
     cuts = [(c,) if isinstance(c, str) else tuple(c or ()) for c in spec]
     cuts += [()] * (len(shape) - len(cuts))

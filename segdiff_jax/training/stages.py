@@ -142,7 +142,8 @@ def _train_diffusion(config: Config, workdir: str, source: Source, startup: Star
         from segdiff_jax.segmenter import Segmenter
         from segdiff_jax.training.validation import validator
 
-        segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config)
+        mesh = sharding.make_mesh(config.mesh)
+        segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, mesh)
         validate = validator(segmenter, config)
     batches = _batches(config, source, (vae, workdir) if config.data.cache_latents else None)
     work = flops.train_example(config, unet_config, vae.config, *table.hidden.shape[:2])

@@ -1,8 +1,5 @@
 """Validation while training: figures for TensorBoard and the best checkpoint, and pictures."""
 
-from typing import Any
-
-import jax
 import numpy as np
 from PIL import Image
 
@@ -24,8 +21,9 @@ def validator(segmenter: Segmenter, config: Config) -> Validate:
 
     It writes "validation/<figure>" scalars and "validation/<i>" images (photo, truth, prediction
     side by side) and returns the figures of `metrics.summarize` that are numbers. `segmenter` lends
-    everything but the UNet's parameters, which are those of the state: the moving average if there
-    is one. Sampling noise is that of config.seed each time, so that figures can be compared.
+    everything but the UNet's parameters, which are those of the state, as they are cut up: the
+    moving average if there is one. All processes evaluate together and find the same figures.
+    Sampling noise is that of config.seed each time, so that figures can be compared.
 
     Raises `UserError` if the validation split cannot be opened, before any training.
     """
@@ -35,7 +33,7 @@ def validator(segmenter: Segmenter, config: Config) -> Validate:
     def validate(step: int, state: TrainState, telemetry: Telemetry) -> dict[str, float]:
         params = state.ema if config.optimizer.ema_decay else state.params
         result = evaluate(
-            segmenter.with_params(_on_one_device(params)),
+            segmenter.with_params(params),
             source,
             limit=config.train.eval_examples,
             seed=config.seed,
@@ -48,16 +46,6 @@ def validator(segmenter: Segmenter, config: Config) -> Validate:
         return figures
 
     return validate
-
-
-def _on_one_device(params: Any) -> Any:
-    """A whole copy on this process's first device, where the other networks are."""
-    if jax.process_count() == 1:
-        return jax.device_put(params, jax.local_devices()[0])
-    from jax.experimental import multihost_utils
-
-    # Every process evaluates the same images and finds the same figures.
-    return jax.device_put(multihost_utils.process_allgather(params, tiled=True))
 
 
 def _side_by_side(example: Example, palette: np.ndarray) -> np.ndarray:

@@ -108,7 +108,7 @@ class Run:
     def output(self, number=0):
         """What a process wrote, without the greetings of the collectives' library."""
         lines = self.logs[number].read_text(errors="replace").splitlines(keepends=True)
-        return "".join(line for line in lines if not line.startswith("[Gloo]"))
+        return "".join(line for line in lines if "peer ranks" not in line)
 
     def finished(self):
         """Waits for success."""

@@ -14,9 +14,20 @@ STEPS = "--config.train.steps={}"
 OFTEN = ("--config.train.checkpoint_every=1", "--config.train.keep_checkpoints=2")
 
 
-def unfinished(workdir):
-    """Checkpoints being written: Orbax renames the folder when it is complete."""
-    return [p for p in Path(workdir).glob("**/checkpoints/*") if not p.name.isdecimal()]
+def unfinished(workdir, since):
+    """Checkpoints being written since that time: Orbax renames the folder when it is complete.
+
+    By time, because the next start removes what is left and may write under the same name.
+    """
+    found = [p for p in Path(workdir).glob("**/checkpoints/*") if not p.name.isdecimal()]
+    return [p for p in found if modified(p) >= since]
+
+
+def modified(path):
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # complete, in this very moment
+        return 0.0
 
 
 def newest(workdir):
@@ -26,43 +37,54 @@ def newest(workdir):
     return sum(max(found, default=0) for found in steps)
 
 
-def killed(workdir, arguments, moment, draw):
+def killed(workdir, arguments, moment, draw, startup):
     """Starts the run and kills it; returns what was seen, or None if the run ended before.
 
-    moment: "starting" (before the first new checkpoint), "writing" (a checkpoint is incomplete) or
-    "training" (some time after a new checkpoint).
+    moment: "starting" (somewhere in the `startup` seconds before the first new checkpoint),
+    "writing" (a checkpoint is incomplete) or "training" (some time after a new checkpoint).
     """
-    before, left = newest(workdir), set(unfinished(workdir))
+    before, begun = newest(workdir), time.time()
     with Run(workdir, *arguments, devices=1) as run:
         process = run.processes[0]
         if moment == "starting":
-            time.sleep(draw.uniform(0, 8))
+            time.sleep(draw.uniform(0, startup))
+        took = None
         while process.poll() is None and moment != "starting":
-            if moment == "writing" and set(unfinished(workdir)) - left and newest(workdir) > before:
-                break
-            if moment == "training" and newest(workdir) > before:
+            if took is None and newest(workdir) > before:
+                took = time.time() - begun
+            if took and (moment == "training" or unfinished(workdir, begun)):
                 break
             time.sleep(0.001)
         if moment != "starting":
             time.sleep(draw.uniform(0, 0.05 if moment == "writing" else 0.3))
+        at = time.time() - begun
         process.send_signal(signal.SIGKILL)
         if process.wait() != -signal.SIGKILL:
             assert process.returncode == 0, run.output()
             return None
-    return {"at": newest(workdir), "half written": len(set(unfinished(workdir)) - left)}
+    return {
+        "moment": moment,
+        "seconds": round(at, 2),
+        "startup": took,
+        "at": newest(workdir),
+        "half written": len(unfinished(workdir, begun)),
+    }
 
 
 def check(folder, steps, moments, seed):
     draw, arguments = random.Random(seed), (STEPS.format(steps), *OFTEN)
+    begun = time.time()
     with Run(folder / "peace", *arguments, devices=1) as run:
         run.finished()
-    seen = []
+    first = min(p.stat().st_mtime for p in (folder / "peace/checkpoints").glob("*/*"))
+    startup, seen = first - begun, []
     for moment in moments:
-        seen.append(killed(folder / "war", arguments, moment, draw))
-        print(moment, seen[-1], flush=True)
+        seen.append(killed(folder / "war", arguments, moment, draw, startup))
+        print(seen[-1], flush=True)
+        assert seen[-1] is not None, "the run ended before it was killed: give it more steps"
+        startup = seen[-1]["startup"] or startup  # shorter now that programs are cached
     with Run(folder / "war", *arguments, devices=1) as run:
         run.finished()
-    assert None not in seen, "a run ended before it was killed: give it more steps"
     assert seen[-1]["at"] > 1
     expected, found = (jax.device_get(state_of(folder / name)) for name in ("peace", "war"))
     assert int(found.step) == steps and same_bits(found, expected)

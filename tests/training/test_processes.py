@@ -132,7 +132,8 @@ def test_a_killed_process_brings_the_other_down_with_a_clear_message(pair, tmp_p
 def test_an_error_in_one_process_is_told_and_returned_by_both(pair, tmp_path):
     when = "if (me, done) == (1, 9): raise UserError('x.png: unreadable')"
     with started_from(pair, tmp_path, when) as run:
-        assert run.wait(150) == [2, 2]
+        assert run.processes[1].wait(1800) == 2
+        assert run.processes[0].wait(150) == 2
     assert run.output(1) == "error: x.png: unreadable\n"
     assert run.output(0).endswith("error: process 1 stopped: x.png: unreadable\n")
 
