@@ -36,8 +36,13 @@ def get_config() -> Config:
             ema_decay=0.998,
         ),
         train=TrainConfig(
-            steps=3500, batch_size=16, terminal_share=0.8, checkpoint_every=500, log_every=50
+            steps=3500,
+            batch_size=16,
+            terminal_share=0.8,
+            balance=0.5,  # half of the classes are thin or rare
+            checkpoint_every=500,
+            log_every=50,
         ),
-        vae=VAEConfig(steps=700, batch_size=8, learning_rate=2.5e-3, mask_share=0.3),
+        vae=VAEConfig(steps=800, batch_size=8, learning_rate=2.5e-3, mask_share=0.5),
         sampler=SamplerConfig(steps=1, ensemble=1, batch_size=66),
     )
