@@ -56,7 +56,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     kinds = (AxisType.Auto,) * len(AXES)
     if slices == 1:
         return jax.make_mesh(within, AXES, axis_types=kinds, devices=devices)
-    placed = mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    placed = mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
     return Mesh(placed, AXES, axis_types=kinds)
 
 

@@ -12,6 +12,7 @@ from test_stages import same_bits, state_of
 
 STEPS = "--config.train.steps={}"
 OFTEN = ("--config.train.checkpoint_every=1", "--config.train.keep_checkpoints=2")
+SELDOM = ("--config.train.checkpoint_every=1000",)
 
 
 def unfinished(workdir, since):
@@ -74,16 +75,16 @@ def killed(workdir, arguments, moment, draw, startup):
 def check(folder, steps, moments, seed):
     draw, arguments = random.Random(seed), (STEPS.format(steps), *OFTEN)
     begun = time.time()
-    with Run(folder / "peace", *arguments, devices=1) as run:
+    with Run(folder / "peace", STEPS.format(steps), *SELDOM, devices=1) as run:
         run.finished()
-    first = min(p.stat().st_mtime for p in (folder / "peace/checkpoints").glob("*/*"))
-    startup, seen = first - begun, []
+    checkpoints = (folder / "peace").glob("**/checkpoints/*")
+    startup, seen = min(p.stat().st_mtime for p in checkpoints) - begun, []
     for moment in moments:
         seen.append(killed(folder / "war", arguments, moment, draw, startup))
         print(seen[-1], flush=True)
         assert seen[-1] is not None, "the run ended before it was killed: give it more steps"
         startup = seen[-1]["startup"] or startup  # shorter now that programs are cached
-    with Run(folder / "war", *arguments, devices=1) as run:
+    with Run(folder / "war", STEPS.format(steps), *SELDOM, devices=1) as run:
         run.finished()
     assert seen[-1]["at"] > 1
     expected, found = (jax.device_get(state_of(folder / name)) for name in ("peace", "war"))

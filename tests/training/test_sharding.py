@@ -20,6 +20,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.models.presets import PRESETS
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
+from segdiff_jax.training import sharding
 from segdiff_jax.training.sharding import (
     RULES,
     leaf_path,
@@ -97,9 +98,21 @@ def test_every_rule_applies_to_the_real_models(model_parameters):
         (P(), (32,), P()),
     ],
 )
-def test_moments_are_cut_over_replicas_too(spec, shape, expected):
+def test_moments_are_cut_over_replicas_too(spec, shape, expected, monkeypatch):
+    monkeypatch.setattr(sharding, "SMALLEST_SPREAD", 0)
     assert spread_moments(spec, shape, SIZES) == expected
     assert spread_moments(spec, shape, SIZES | {"data": 1}) == spec
+
+
+def test_moments_of_small_arrays_stay_as_the_parameters_are():
+    assert spread_moments(P(None, "fsdp"), (256, 254), SIZES) == P(None, "fsdp")
+    assert spread_moments(P(None, "fsdp"), (256, 256), SIZES) == P(None, ("fsdp", "data"))
+
+
+def test_arrays_with_whole_moments_are_few_of_the_bytes(model_parameters):
+    """Of the smallest preset with several levels: larger networks have larger arrays."""
+    sizes = [math.prod(shape) for shape in model_parameters.values()]
+    assert sum(size for size in sizes if size < sharding.SMALLEST_SPREAD) < 0.25 * sum(sizes)
 
 
 def test_axes_of_size_one_are_left_out():
@@ -158,6 +171,12 @@ TWO_SLICES = """
         mesh = make_mesh(config, found)
         slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
         meshes[name] = [dict(mesh.shape), slices.tolist()]
+    awkward = topologies.get_topology_desc(
+        platform="tpu", topology_name="v5e:4x4", num_slices=2
+    ).devices
+    mesh = make_mesh(MeshConfig(data=2, fsdp=-1), awkward)
+    slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+    meshes["awkward"] = [dict(mesh.shape), slices.tolist()]
     try:
         make_mesh(MeshConfig(dcn_data=3), found)
     except UserError as error:
@@ -189,6 +208,10 @@ def test_slices_are_told_apart_from_the_devices_within_them():
     shape, slices = meshes["fsdp"]
     assert shape == {"data": 2, "fsdp": 4, "tensor": 1}
     assert np.squeeze(slices).tolist() == [[0, 0, 1, 1]] * 2
+    # 8 is no product of the 4 × 4 chips' axes: one of these is split.
+    shape, slices = meshes["awkward"]
+    assert shape == {"data": 4, "fsdp": 8, "tensor": 1}
+    assert np.squeeze(slices).tolist() == [[0] * 8] * 2 + [[1] * 8] * 2
     assert "config.mesh.dcn_data" in meshes["error"] and "there are 2" in meshes["error"]
 
 
@@ -207,6 +230,7 @@ EIGHT_DEVICES = """
     from segdiff_jax.errors import UserError
     from segdiff_jax.training import sharding
 
+    sharding.SMALLEST_SPREAD = 0  # the arrays here are small
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())

@@ -245,7 +245,7 @@ def test_the_data_goes_on_where_it_was_with_another_batch_size(
     config.train.batch_size, config.train.eval_every = 8, 0
     taken = []
 
-    def run(config, workdir, step, state, frozen, batches, mesh, checkpoints, metadata, validate):
+    def run(config, workdir, step, state, frozen, batches, mesh, checkpoints, metadata, *_):
         taken.append((metadata["next_example"], next(batches)))
 
     monkeypatch.setattr(loop, "run", run)
