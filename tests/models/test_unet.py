@@ -83,6 +83,20 @@ CASES = {
         6,
     ),
 }
+# name: (attends, widths, groups, heads, linear projection, layers, in_channels, latent, tokens):
+# one or two levels, quick to compile.
+_SMALL = {
+    "sd1_wide": ((True,), (12,), 3, 4, False, 1, 4, (1, 3, 9), 2),
+    "sd2_two_layers": ((True,), (20,), 5, [5], True, 2, 4, (2, 4, 3), 9),
+    "attention_in_the_middle_only": ((False,), (10,), 2, 1, True, 1, 4, (3, 2, 5), 1),
+    "attention_above_only": ((True, False), (8, 8), 8, 2, False, 1, 8, (1, 6, 4), 11),
+    "one_head_nine_groups": ((True,), (9,), 9, 1, True, 1, 8, (4, 2, 2), 3),
+    "nine_input_channels": ((True,), (14,), 7, 7, False, 1, 9, (2, 1, 7), 4),
+}
+for _name, (_attends, _widths, _groups, _heads, _linear, _layers, _in, *_sizes) in _SMALL.items():
+    _options = {"block_out_channels": _widths, "norm_num_groups": _groups, "in_channels": _in}
+    _options |= {"attention_head_dim": _heads, "use_linear_projection": _linear}
+    CASES[_name] = (_attends, _options | {"layers_per_block": _layers}, *_sizes)
 CONTEXT = 12
 
 
