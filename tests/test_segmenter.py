@@ -276,9 +276,6 @@ def test_what_is_found_does_not_depend_on_the_devices(on_meshes, mesh):
     for name in ("gray", "spread"):
         np.testing.assert_allclose(shared[name], alone[name], atol=1e-5)
     assert np.std(alone["gray"]) > 0.01 and np.max(alone["spread"]) > 0.01
-    # Rounding may turn a pixel whose best scores are equal to 1e-5.
-    labels, confusion = (
-        [np.array(m[name]) for m in (alone, shared)] for name in ("labels", "confusion")
-    )
-    assert (labels[0] != labels[1]).mean() < 0.01
-    assert np.abs(confusion[0] - confusion[1]).sum() < 0.01 * confusion[0].sum()
+    # Sums in another order differ in the last bits: only a pixel between two classes may change.
+    assert np.mean(np.array(shared["labels"]) != np.array(alone["labels"])) < 0.01
+    assert np.abs(np.subtract(shared["confusion"], alone["confusion"])).sum() <= 2 * 0.01 * 512

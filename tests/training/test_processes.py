@@ -37,10 +37,13 @@ def same(found, expected, steps):
     assert {k: found[k] for k in steps} == pytest.approx({k: expected[k] for k in steps}, rel=1e-5)
 
 
+VALIDATED = ("--config.train.eval_every=4", "--config.train.eval_examples=2")
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    with Run(workdir) as run:
+    with Run(workdir, *VALIDATED) as run:
         run.finished()
     return workdir
 
@@ -50,7 +53,8 @@ def pair(tmp_path_factory):
     """Two processes, of which the second gets SIGTERM while step 5 runs."""
     workdir = tmp_path_factory.mktemp("pair") / "run"
     when = "if (me, done) == (1, 5): os.kill(os.getpid(), signal.SIGTERM)"
-    with Run(workdir, "--config.train.checkpoint_every=4", processes=2, when=when) as run:
+    often = "--config.train.checkpoint_every=4"
+    with Run(workdir, *VALIDATED, often, processes=2, when=when) as run:
         run.finished()
     return workdir, run
 
@@ -61,6 +65,15 @@ def test_two_processes_train_as_one(alone, pair):
     same(losses(workdir / "vae", "vae"), losses(alone / "vae", "vae"), [1, 2])
     same(losses(workdir), losses(alone), range(1, 7))
     assert len(set(losses(alone).values())) == 12
+
+
+@pytest.mark.slow
+def test_two_processes_validate_as_one(alone, pair):
+    expected, found = (read_scalars(folder) for folder in (alone, pair[0]))
+    for name in ("validation/miou_present", "validation/pixel_accuracy"):
+        assert list(found[name]) == [4]
+        # A pixel between two classes may fall to either; two images have 512.
+        assert found[name][4] == pytest.approx(expected[name][4], abs=0.01) and found[name][4] > 0
 
 
 @pytest.mark.slow
