@@ -90,9 +90,15 @@ def writes(pattern):
     return lambda method, path: method in ("POST", "PUT") and bool(found(path))
 
 
+def compiled_steps(gcs):
+    """The names of compiled training steps in the cache: they hold a hash of the program."""
+    return {name for name in gcs.objects("cache/") if re.match(r"cache/jit_step-\w+-cache$", name)}
+
+
 def test_train_kill_resume_evaluate_export_predict(gcs, bucket, start):
     finished(start(f"{bucket}/peace"))
-    assert any(name.startswith("cache/jit_step") for name in gcs.objects("cache/"))
+    programs = compiled_steps(gcs)
+    assert len(programs) == 2  # of the two stages
     assert any(name.startswith("peace/tensorboard/") for name in gcs.objects("peace/"))
 
     # Killed while the frozen networks are half written, then while a checkpoint is.
@@ -118,6 +124,7 @@ def test_train_kill_resume_evaluate_export_predict(gcs, bucket, start):
         log = finished(start(f"{bucket}/killed"))
     assert all(fault.seen for fault in faults), [len(fault.seen) for fault in faults]
     assert "resuming at step 2" in log
+    assert compiled_steps(gcs) == programs, "a run that goes on compiles its step again"
 
     from segdiff_jax import evaluate, export, predict
 
