@@ -1,5 +1,6 @@
 """SIGKILL at random moments, and starting again: the result is that of a run left in peace."""
 
+import os
 import random
 import signal
 import time
@@ -20,8 +21,13 @@ def unfinished(workdir, since):
 
     By time, because the next start removes what is left and may write under the same name.
     """
-    found = [p for p in Path(workdir).glob("**/checkpoints/*") if not p.name.isdecimal()]
-    return [p for p in found if modified(p) >= since]
+    return [p for p in saved(workdir) if not p.name.isdecimal() and modified(p) >= since]
+
+
+def saved(workdir):
+    """What lies in the checkpoint folders of both stages; not below, where old ones vanish."""
+    folders = [Path(workdir) / stage / "checkpoints" for stage in ("vae", ".")]
+    return [folder / name for folder in folders if folder.exists() for name in os.listdir(folder)]
 
 
 def modified(path):
@@ -33,18 +39,21 @@ def modified(path):
 
 def newest(workdir):
     """The number of checkpoints of both stages that are complete, by the newest of each."""
-    folders = [Path(workdir) / "vae" / "checkpoints", Path(workdir) / "checkpoints"]
-    steps = [[int(p.name) for p in f.glob("*") if p.name.isdecimal()] for f in folders]
-    return sum(max(found, default=0) for found in steps)
+    steps: dict[Path, int] = {}
+    for path in saved(workdir):
+        if path.name.isdecimal():
+            steps[path.parent] = max(steps.get(path.parent, 0), int(path.name))
+    return sum(steps.values())
 
 
 def killed(workdir, arguments, moment, draw, startup):
     """Starts the run and kills it; returns what was seen, or None if the run ended before.
 
     moment: "starting" (somewhere in the `startup` seconds before the first new checkpoint),
-    "writing" (a checkpoint is incomplete) or "training" (some time after a new checkpoint).
+    "writing" (a checkpoint is incomplete) or "training" (some time after some new checkpoints).
     """
     before, begun = newest(workdir), time.time()
+    wanted = before + (draw.randint(1, 5) if moment == "training" else 1)
     with Run(workdir, *arguments, devices=1) as run:
         process = run.processes[0]
         if moment == "starting":
@@ -53,7 +62,7 @@ def killed(workdir, arguments, moment, draw, startup):
         while process.poll() is None and moment != "starting":
             if took is None and newest(workdir) > before:
                 took = time.time() - begun
-            if took and (moment == "training" or unfinished(workdir, begun)):
+            if newest(workdir) >= wanted and (moment == "training" or unfinished(workdir, begun)):
                 break
             time.sleep(0.001)
         if moment != "starting":
@@ -77,8 +86,7 @@ def check(folder, steps, moments, seed):
     begun = time.time()
     with Run(folder / "peace", STEPS.format(steps), *SELDOM, devices=1) as run:
         run.finished()
-    checkpoints = (folder / "peace").glob("**/checkpoints/*")
-    startup, seen = min(p.stat().st_mtime for p in checkpoints) - begun, []
+    startup, seen = min(map(modified, saved(folder / "peace"))) - begun, []
     for moment in moments:
         seen.append(killed(folder / "war", arguments, moment, draw, startup))
         print(seen[-1], flush=True)
