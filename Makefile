@@ -10,8 +10,6 @@ export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test test-slow lint clean
 
-# Two CPU devices, each with half of the batch, keep two cores busier than one device does.
-demo: export XLA_FLAGS ?= --xla_force_host_platform_device_count=2
 demo: $(VENV)/.runtime
 	$(BIN)/python -m segdiff_jax.train --config configs/demo.py --workdir $(WORKDIR) \
 	  --config.seed=$(SEED)
