@@ -264,12 +264,14 @@ def on_meshes(trained):
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_passes_and_members_are_shared_out_over_all_devices(on_meshes):
     assert on_meshes["1"]["parts"] == [12, [12]]
     for mesh in ("8", "2,2,2"):
         assert on_meshes[mesh]["parts"] == [16, [2] * 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["8", "2,2,2"])
 def test_what_is_found_does_not_depend_on_the_devices(on_meshes, mesh):
     alone, shared = on_meshes["1"], on_meshes[mesh]
