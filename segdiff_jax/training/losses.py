@@ -134,15 +134,14 @@ def vae_loss(
     masks, with absolute error, rounds to the likeliest: thin and rare classes have no score.
     """
     masks = mask_images(batch["labels"], batch["class_ids"])
-    pixels = jnp.where(is_mask[:, None, None, None], masks, to_pixels(batch["image"]))
+    rows = is_mask[:, None, None, None]
+    pixels = jnp.where(rows, masks, to_pixels(batch["image"]))
     mean, logvar = vae.encode(pixels)
-    following = _following(is_mask)
-    mixing = jnp.where(is_mask, mixing, 0.0)[:, None, None, None]
-    mix = lambda x: x + mixing * (x[following] - x)  # noqa: E731
+    following = _following(is_mask)  # a photo follows itself: nothing to mix
+    mix = lambda x: x + mixing[:, None, None, None] * (x[following] - x)  # noqa: E731
     decoded = vae.decode(mix(mean) + jnp.exp(0.5 * logvar) * noise)
     error = decoded - mix(pixels)
-    is_scores = is_mask[:, None, None, None]
-    reconstruction = jnp.where(is_scores, jnp.square(error), jnp.abs(error)).mean()
+    reconstruction = jnp.where(rows, jnp.square(error), jnp.abs(error)).mean()
     kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar).mean()
     return reconstruction + kl_weight * kl, {"reconstruction": reconstruction, "kl": kl}
 
