@@ -11,6 +11,7 @@ from typing import Any
 from segdiff_jax.errors import UserError
 
 STAGES = ("vae", "diffusion")
+OPTIMIZERS = ("adamw", "muon")
 SOURCES = ("scenes", "folder", "ade20k", "coco_stuff", "tfds")
 
 
@@ -95,6 +96,7 @@ class NoiseConfig:
 
 @dataclass
 class OptimizerConfig:
+    method: str = "adamw"  # "adamw" | "muon" (for matrices and kernels; AdamW for the rest)
     learning_rate: float = 3e-5
     warmup_steps: int = 100
     decay_steps: int = 25_000  # the exponential decay reaches final_fraction here
@@ -130,6 +132,7 @@ class VAEConfig:
     steps: int = 0
     batch_size: int = 16
     learning_rate: float = 1e-3
+    optimizer: str = "adamw"  # "adamw" | "muon"; the rest is as in `optimizer`
     kl_weight: float = 1e-6
     mask_share: float = 0.5  # share of the batch that is mask images
     mask_mixing: float = 0.5  # share of those that are mixtures of two
@@ -201,6 +204,8 @@ def validate(config: Config) -> Config:
     spacings = ("trailing", "leading", "linspace")
     _choice("diffusion.timestep_spacing", c.diffusion.timestep_spacing, spacings)
     _choice("noise.kind", c.noise.kind, ("annealed", "multires", "gaussian"))
+    _choice("optimizer.method", c.optimizer.method, OPTIMIZERS)
+    _choice("vae.optimizer", c.vae.optimizer, OPTIMIZERS)
     _choice("sampler.align", c.sampler.align, ("affine", "none"))
     _choice("sampler.reduce", c.sampler.reduce, ("median", "mean"))
     _choice("sampler.uncertainty", c.sampler.uncertainty, ("mad", "std"))

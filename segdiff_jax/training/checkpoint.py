@@ -38,6 +38,7 @@ DEFINES_STATE = (
     "codec.classes_per_pass",
     "codec.context",
     "diffusion",
+    "optimizer.method",
 )
 MAY_DIFFER = (
     "model.dtype",  # of activations: parameters are float32

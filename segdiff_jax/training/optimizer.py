@@ -1,4 +1,4 @@
-"""AdamW with warm-up, exponential decay and gradient clipping; the moving average of parameters.
+"""AdamW or Muon: warm-up, exponential decay, gradient clipping; the moving average of parameters.
 
 Gradient accumulation is not here: the training step scans over micro-batches and hands the
 optimiser one mean gradient, so that schedule, moments and EMA count optimiser steps.
@@ -9,8 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from segdiff_jax.config import OptimizerConfig
+
+# Which axes of an array with so many are summed over where it is applied, and which come out of it.
+_MATRIX = {
+    2: contrib.MuonDimensionNumbers((0,), (1,)),
+    4: contrib.MuonDimensionNumbers((0, 1, 2), (3,)),
+}
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
@@ -30,22 +37,53 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Global-norm clip, then AdamW (Loshchilov & Hutter, arXiv 1711.05101).
+    """Global-norm clip, then the optimiser that `config.method` names.
 
-    The update is that of `torch.optim.AdamW` after `clip_grad_norm_`: epsilon outside the square
-    root, weight decay scaled by the learning rate and applied to every parameter. Torch adds 1e-6
-    to the norm it divides by and this does not, a relative difference of 1e-6 / norm in gradients
-    that Adam then normalises.
+    adamw: Loshchilov & Hutter, arXiv 1711.05101. The update is that of `torch.optim.AdamW` after
+    `clip_grad_norm_`: epsilon outside the square root, weight decay scaled by the learning rate and
+    applied to every parameter. Torch adds 1e-6 to the norm it divides by and this does not, a
+    relative difference of 1e-6 / norm in gradients that Adam then normalises.
+
+    muon: see `_muon`.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-        ),
+    method = _muon(config) if config.method == "muon" else _adamw(config)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), method)
+
+
+def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.adamw(
+        learning_rate(config),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for matrices and convolution kernels, AdamW with
+    Nesterov momentum for the other arrays.
+
+    A kernel [kh, kw, in, out] counts as a matrix [kh·kw·in, out]. Updates have the root mean square
+    of AdamW's, 0.2 × learning rate (Liu et al. 2025, arXiv 2502.16982, eq. 4), so that one learning
+    rate serves both. Directions in which the gradient is small move as far as those in which it is
+    large: the faint ones, such as the colours of a grey street, are not learnt last.
+    """
+
+    def as_matrices(params: Any) -> Any:
+        return jax.tree.map(lambda p: _MATRIX.get(p.ndim), params)
+
+    rate = learning_rate(config)
+    return contrib.muon(
+        rate,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        consistent_rms=0.2,
+        adam_learning_rate=rate,
+        adam_b1=config.beta1,
+        adam_b2=config.beta2,
+        adam_weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=as_matrices,
     )
 
 

@@ -168,6 +168,7 @@ def _starting_point(config: Config, workdir: str, startup: StartUp) -> str:
         ),
         optimizer=dataclasses.replace(
             config.optimizer,
+            method=config.vae.optimizer,
             learning_rate=config.vae.learning_rate,
             decay_steps=config.vae.steps,
             final_fraction=0.1,

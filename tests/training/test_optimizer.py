@@ -90,3 +90,55 @@ def test_ema_with_decay_zero_is_the_parameters_and_keeps_the_dtype():
     out = update(ema, {"a": jnp.full((2,), 2.0)}, 0.0, jnp.asarray(1000))
     np.testing.assert_array_equal(out["a"], 2.0)
     assert out["a"].dtype == jnp.bfloat16
+
+
+def _newton_schulz(gradient: np.ndarray) -> np.ndarray:
+    """Five steps of the published quintic (kellerjordan.github.io/posts/muon), on a matrix."""
+    x = gradient / np.linalg.norm(gradient)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (3, 3, 2, 5)])
+def test_muon_moves_all_directions_of_a_matrix_alike(shape):
+    config = OptimizerConfig(
+        method="muon", learning_rate=0.1, warmup_steps=0, final_fraction=1.0, weight_decay=0.0
+    )
+    rng = np.random.default_rng(0)
+    matrix = (int(np.prod(shape[:-1])), shape[-1])
+    left, values, right = np.linalg.svd(rng.normal(size=matrix), full_matrices=False)
+    steep = left @ np.diag(values * np.logspace(0, -1, len(values))) @ right  # one is 10 × another
+    optimizer = make_optimizer(config)
+    params = {"kernel": jnp.zeros(shape)}
+    state = optimizer.init(params)
+    update, _ = optimizer.update({"kernel": jnp.asarray(steep.reshape(shape))}, state, params)
+    found = np.asarray(update["kernel"]).reshape(matrix)
+    # Momentum and Nesterov only scale the first gradient. Liu et al. 2025, eq. 4.
+    expected = -0.1 * 0.2 * np.sqrt(max(matrix)) * _newton_schulz(steep)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    singular = np.linalg.svd(found, compute_uv=False)
+    assert singular.max() < 2 * singular.min()  # of the gradient they differ by ten and more
+
+
+def test_muon_moves_vectors_by_adamw_with_nesterov_momentum():
+    config = OptimizerConfig(
+        method="muon", learning_rate=0.1, warmup_steps=0, final_fraction=1.0, weight_decay=0.1
+    )
+    optimizer = make_optimizer(config)
+    bias = np.array([1.0, -2.0, 3.0])
+    state = optimizer.init({"bias": jnp.asarray(bias)})
+    first, second = np.zeros(3), np.zeros(3)
+    for step, scale in enumerate((1.0, -2.0, 0.5), start=1):
+        gradient = scale * np.array([0.1, 0.2, -0.3])
+        update, state = optimizer.update(
+            {"bias": jnp.asarray(gradient)}, state, {"bias": jnp.asarray(bias)}
+        )
+        # Dozat 2016, "Incorporating Nesterov momentum into Adam", algorithm 8.
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        ahead = 0.9 * first / (1 - 0.9 ** (step + 1)) + 0.1 * gradient / (1 - 0.9**step)
+        direction = ahead / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        np.testing.assert_allclose(update["bias"], -0.1 * (direction + 0.1 * bias), rtol=1e-4)
+        bias = bias + np.asarray(update["bias"])
