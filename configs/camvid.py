@@ -31,18 +31,20 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
             warmup_steps=50,
-            decay_steps=3000,
+            decay_steps=6000,
             final_fraction=0.1,
             ema_decay=0.998,
         ),
         train=TrainConfig(
-            steps=3000,
+            steps=6000,
             batch_size=16,
             terminal_share=0.8,
             balance=0.5,  # half of the classes are thin or rare
-            checkpoint_every=500,
+            checkpoint_every=1000,
             log_every=50,
         ),
-        vae=VAEConfig(steps=800, batch_size=8, learning_rate=2.5e-3, mask_share=0.5),
+        vae=VAEConfig(
+            steps=1200, batch_size=8, learning_rate=4e-3, optimizer="muon", mask_share=0.375
+        ),
         sampler=SamplerConfig(steps=1, ensemble=1, batch_size=66),
     )
