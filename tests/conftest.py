@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 IMAGE_SIZE = (16, 16)
+WITHOUT_OPTIMIZATIONS = "jax_disable_most_optimizations"
 
 
 @pytest.fixture(scope="session")
@@ -98,9 +99,9 @@ def fast_compile():
     """XLA without its slow passes: for tests that compile much and compute little."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update(WITHOUT_OPTIMIZATIONS, True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update(WITHOUT_OPTIMIZATIONS, False)
 
 
 @pytest.fixture(scope="session")
@@ -146,10 +147,29 @@ def micro_config():
 
 
 @pytest.fixture(scope="session")
-def trained(micro_config, tmp_path_factory):
-    """The workdir of a finished training with `micro_config`. Not to be written to."""
+def train_optimized():
+    """`stages.train`, compiled as usual also where `fast_compile` holds.
+
+    Other programs give other bits: what one module trains, others compare bit for bit.
+    """
+    import jax
+
     from segdiff_jax.training import stages
 
+    def train(config, workdir):
+        before = jax.config.read(WITHOUT_OPTIMIZATIONS)
+        jax.config.update(WITHOUT_OPTIMIZATIONS, False)
+        try:
+            stages.train(config, workdir)
+        finally:
+            jax.config.update(WITHOUT_OPTIMIZATIONS, before)
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def trained(micro_config, train_optimized, tmp_path_factory):
+    """The workdir of a finished training with `micro_config`. Not to be written to."""
     workdir = str(tmp_path_factory.mktemp("trained") / "run")
-    stages.train(micro_config(), workdir)
+    train_optimized(micro_config(), workdir)
     return workdir
