@@ -27,6 +27,11 @@ from segdiff_jax.errors import UserError
 
 PREFIX = "--config."
 
+# For the --help of the commands that use all devices of a pod (`training.processes.join`).
+SEVERAL_PROCESSES = """On a TPU pod run the same command on every worker: they find each other.
+Elsewhere, several processes need JAX_COORDINATOR_ADDRESS (host:port of process 0),
+JAX_NUM_PROCESSES and JAX_PROCESS_ID in their environment."""
+
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> NoReturn:
     """Calls `main` with the command line and exits: 0, 2 on bad input, 130 on Ctrl-C.

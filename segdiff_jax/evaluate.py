@@ -1,7 +1,6 @@
 """Scores a model: `python -m segdiff_jax.evaluate --checkpoint W --output O`."""
 
 import argparse
-import logging
 import os
 from typing import Any
 
@@ -9,10 +8,15 @@ from segdiff_jax import cli
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
 
-_DESCRIPTION = """Segment a labelled dataset and write O/metrics.json and O/index.html.
+_DESCRIPTION = (
+    """Segment a labelled dataset and write O/metrics.json and O/index.html.
 
 The config names data, sampler and codec; networks come from the checkpoint. Predictions are scored
-at the labels' own resolution, and every pixel gets a class (closed vocabulary)."""
+at the labels' own resolution, and every pixel gets a class (closed vocabulary).
+
+"""
+    + cli.SEVERAL_PROCESSES
+)
 
 # What the networks were trained for: asking for anything else gives numbers without meaning.
 _TRAINED_FOR = (
@@ -43,18 +47,30 @@ def main(argv: list[str]) -> None:
     if args.config:
         config = cli.load_config(args.config, overrides)
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax: "directory is read only"
-    from segdiff_jax import files, runtime, workdir
+    from segdiff_jax import runtime, workdir
+    from segdiff_jax.training import processes
+
+    runtime.start()
+    processes.join()
+    runtime.start_logging()
+    with processes.together():
+        trained = workdir.read_config(args.checkpoint)
+        if not args.config:
+            config = cli.override_config(trained, overrides)
+        _check_trained_for(args.checkpoint, config, trained)
+        _evaluate(args, config)
+
+
+def _evaluate(args: argparse.Namespace, config: Config) -> None:
+    """Every process evaluates, the first one writes."""
+    from segdiff_jax import files, workdir
     from segdiff_jax.data.sources import open_source
     from segdiff_jax.evaluation.evaluator import evaluate
     from segdiff_jax.progress import reporter
     from segdiff_jax.segmenter import Segmenter
+    from segdiff_jax.training import processes
 
-    trained = workdir.read_config(args.checkpoint)
-    if not args.config:
-        config = cli.override_config(trained, overrides)
-    _check_trained_for(args.checkpoint, config, trained)
+    first = processes.is_first()
     split = args.split or config.data.val_split
     if config.data.source == "scenes" and split not in (
         config.data.train_split,
@@ -64,8 +80,9 @@ def main(argv: list[str]) -> None:
             f"--split {split}: scenes have {config.data.train_split} and {config.data.val_split}"
         )
     source = open_source(config.data, split, config.seed)
-    files.check_writable(args.output)
-    runtime.start()
+    processes.check_same("images", [len(source), list(source.vocabulary.names)])
+    if first:
+        files.check_writable(args.output)
     unet, vae, text_encoder, tokenizer, _ = workdir.load_networks(args.checkpoint)
     _check_image_size(config, vae.config.downsampling)
     result = evaluate(
@@ -75,8 +92,10 @@ def main(argv: list[str]) -> None:
         seed=args.seed,
         examples=args.rows,
         ceiling=args.ceiling,
-        progress=reporter("evaluate"),
+        progress=reporter("evaluate", enabled=first),
     )
+    if not first:
+        return
     data = {"source": config.data.source, "root": config.data.root, "split": split}
     summary = result.summary | {"checkpoint": args.checkpoint, "data": data}
     files.write_json(os.path.join(args.output, "metrics.json"), summary)

@@ -1,7 +1,6 @@
 """Segments photos: `python -m segdiff_jax.predict --checkpoint W --images a.jpg --output O …`."""
 
 import argparse
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,43 +11,60 @@ from segdiff_jax.data import images, requests, vocabulary
 from segdiff_jax.data.vocabulary import Vocabulary
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import report
-from segdiff_jax.progress import reporter
+from segdiff_jax.progress import Progress, reporter
 
-_DESCRIPTION = """Segment photos into the classes you name.
+_DESCRIPTION = (
+    """Segment photos into the classes you name.
 
 Per image: O/<name>_labels.png (class ids, palette), O/<name>_overlay.png with a legend,
 O/<name>_uncertainty.png (for an ensemble of two or more) and O/<name>.json; O/index.html over all.
-The same seed gives the same bytes."""
+The same seed gives the same bytes.
+
+"""
+    + cli.SEVERAL_PROCESSES
+)
 
 
 def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
-    classes = requests.parse_classes(args.classes)
-    paths = requests.find_images(args.images)
+    from segdiff_jax import runtime
+    from segdiff_jax.training import processes
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax: "directory is read only"
-    from segdiff_jax import runtime, workdir
+    runtime.start()
+    processes.join()
+    runtime.start_logging()
+    with processes.together():
+        paths = requests.find_images(args.images)
+        processes.check_same("--images", paths)
+        _predict(args, paths, processes.is_first())
+
+
+def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> None:
+    """Every process segments, the first one writes."""
+    from segdiff_jax import workdir
     from segdiff_jax.evaluation import results
     from segdiff_jax.segmenter import Segmenter
 
+    classes = requests.parse_classes(args.classes)
     results.check_names(paths, args.output)
     settings = _settings(args, workdir.read_config(args.checkpoint), classes)
-    _check_images(paths)
-    files.check_writable(args.output)
-    runtime.start()
+    _check_images(paths, reporter("check", enabled=first))
+    if first:
+        files.check_writable(args.output)
     segmenter = Segmenter.load(args.checkpoint)
     used = results.all_settings(settings, segmenter.config) | {"checkpoint": args.checkpoint}
     rows = []
-    progress = reporter("predict")
+    progress = reporter("predict", enabled=first)
     progress(0, len(paths))
     for done, path in enumerate(paths, 1):
         photo = images.read_image(path)
         found = segmenter(photo, classes.classes, **settings)
-        rows.append(results.write(args.output, path, photo, found, classes, used))
+        if first:
+            rows.append(results.write(args.output, path, photo, found, classes, used))
         progress(done, len(paths))
-    _write_page(args, rows, classes, settings)
-    print(f"{len(paths)} images segmented: {os.path.join(args.output, 'index.html')}")
+    if first:
+        _write_page(args, rows, classes, settings)
+        print(f"{len(paths)} images segmented: {os.path.join(args.output, 'index.html')}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,9 +129,8 @@ def _share(text: str) -> float:
     return value
 
 
-def _check_images(paths: Sequence[str]) -> None:
+def _check_images(paths: Sequence[str], progress: Progress) -> None:
     """Decodes every image once: a broken one is found before anything is loaded or written."""
-    progress = reporter("check")
     for done, path in enumerate(paths, 1):
         images.read_image(path)
         progress(done, len(paths))

@@ -11,12 +11,14 @@ SECONDS_BETWEEN_LINES = 10.0
 Progress = Callable[[int, int], None]  # (done, total)
 
 
-def reporter(label: str, unit: str = "image") -> Progress:
+def reporter(label: str, unit: str = "image", enabled: bool = True) -> Progress:
     """A function to call with (0, total) at the start and with (done, total) after each piece.
 
-    Shows rate and remaining time on stderr. The rate of lines starts after the first piece, whose
-    time is mostly compilation.
+    Shows rate and remaining time on stderr, or nothing where not `enabled` (all processes but the
+    first). The rate of lines starts after the first piece, whose time is mostly compilation.
     """
+    if not enabled:
+        return lambda done, total: None
     if sys.stderr.isatty():
         return _bar(label, unit)
     return _lines(label, unit)

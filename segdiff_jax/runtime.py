@@ -1,11 +1,13 @@
 """Process-wide JAX settings, made once by each entry point before the first computation."""
 
+import logging
 import os
 
 import jax
 from etils import epath
 
 from segdiff_jax.files import is_remote
+from segdiff_jax.training import processes
 
 
 def start(workdir: str = "") -> None:
@@ -21,3 +23,19 @@ def start(workdir: str = "") -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def start_logging(times: bool = False, libraries: int = logging.ERROR) -> None:
+    """The first process tells how the run goes, the others only what goes wrong with them.
+
+    times: a clock before each line. libraries: the level of Orbax and Grain, who find it worth a
+    warning that a checkpoint is only read. After `processes.join`.
+    """
+    first = processes.is_first()
+    clock = "%(asctime)s " if times else ""
+    name = "" if first else f"[process {processes.index()}] "
+    level = logging.INFO if first else logging.WARNING
+    # Imports may have set up a handler of their own.
+    form = f"{clock}{name}%(message)s"
+    logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S", force=True)
+    logging.getLogger("absl").setLevel(libraries)

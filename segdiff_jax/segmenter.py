@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from segdiff_jax import codec, conditioning, workdir
 from segdiff_jax.config import Config, MeshConfig, SamplerConfig
@@ -24,29 +24,9 @@ from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.tokenizer import Tokenizer
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
+from segdiff_jax.segmentation import Segmentation, from_maps
 from segdiff_jax.training import processes, sharding
-from segdiff_jax.training.placement import multiple, on_mesh, spread_rows
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """What one image gave.
-
-    labels: int32 [H, W] at the image's own size; index into `classes`, or `other_label(K)`.
-    scores: float32 [H, W, K] in [0, 1].
-    uncertainty: float32 [H, W], spread of the ensemble for the winning class, in units of the gray
-      map's range (0 = unanimous); None for N = 1.
-    """
-
-    labels: np.ndarray
-    uncertainty: np.ndarray | None
-    classes: tuple[str, ...]
-    network_scores: np.ndarray  # [h, w, K], at the network's size
-
-    @functools.cached_property
-    def scores(self) -> np.ndarray:
-        # Made when asked for: 150 classes of a 12-megapixel photo take 7 GB.
-        return _resize(self.network_scores, self.labels.shape)
+from segdiff_jax.training.placement import equal_parts, multiple, on_mesh, spread_rows
 
 
 class Segmenter:
@@ -134,22 +114,10 @@ class Segmenter:
         threshold: float,
         closed: bool,
     ) -> Segmentation:
-        """What the maps [P, h, w] of one image say at `size` = (H, W).
-
-        Scores are enlarged before the argmax, a band of rows at a time: memory stays flat.
-        """
+        """What the maps [P, h, w] of one image say at `size` = (H, W): `from_maps`."""
         group = codec.group_size(len(classes), self.config.codec.classes_per_pass)
-        scores = scores_of(gray, len(classes), group)
-        labels = np.empty(size, np.int32)
-        uncertainty = None if spread is None else np.empty(size, np.float32)
-        for rows in _bands(size, len(classes)):
-            band = _resize(scores, size, rows)  # [b, W, K]
-            labels[rows] = decode(band, threshold, closed)
-            if spread is not None and uncertainty is not None:
-                passes = _resize(np.moveaxis(spread, 0, -1), size, rows)  # [b, W, P]
-                winner = np.argmax(band, -1)[..., None] // group
-                uncertainty[rows] = np.take_along_axis(passes, winner, -1)[..., 0]
-        return Segmentation(labels, uncertainty, tuple(e.name for e in classes), scores)
+        names = tuple(entry.name for entry in classes)
+        return from_maps(gray, spread, names, group, size, threshold, closed)
 
     def reconstruct(self, gray: np.ndarray) -> np.ndarray:
         """Gray maps [J, H, W] through the VAE and back: what a perfect sampler would return."""
@@ -184,7 +152,8 @@ class Segmenter:
             return self._shortlisted(image_latents, table, groups, sampler, seed)
         jobs = _grid(len(images), len(groups), sampler.ensemble)
         members = self._run(image_latents, table, groups, jobs, sampler, seed)
-        return _merge(members.reshape(len(images), len(groups), sampler.ensemble, *size), sampler)
+        members = members.reshape(len(images), len(groups), sampler.ensemble, *size)
+        return _merge(members, sampler, self.mesh)
 
     def table(self, classes: Sequence[ClassEntry]) -> conditioning.PromptTable:
         """Prompt embeddings, encoded the first time a vocabulary is seen."""
@@ -208,7 +177,8 @@ class Segmenter:
             [(i, p, m) for i in range(count) for p in kept[i] for m in range(sampler.ensemble)]
         )
         members = self._run(image_latents, table, groups, jobs, sampler, seed)
-        merged, spread = _merge(members.reshape(*kept.shape, sampler.ensemble, *size), sampler)
+        members = members.reshape(*kept.shape, sampler.ensemble, *size)
+        merged, spread = _merge(members, sampler, self.mesh)
         gray, all_spread = np.full_like(first, -1.0), np.zeros_like(first)
         for i in range(count):
             gray[i, kept[i]], all_spread[i, kept[i]] = merged[i], spread[i]
@@ -217,7 +187,6 @@ class Segmenter:
     def _run(self, image_latents, table, groups, jobs, sampler, seed) -> np.ndarray:
         """Gray maps [J, H, W] of jobs (image, pass, member) int [J, 3]."""
         chunk = multiple(min(sampler.batch_size, len(jobs)), self.mesh.size)
-        padded = np.resize(jobs, (multiple(len(jobs), chunk), 3))
         image_latents, groups, key = (
             sharding.place(array, sharding.replicated(self.mesh))
             for array in (image_latents, groups, jax.random.key_data(jax.random.key(seed)))
@@ -238,7 +207,7 @@ class Segmenter:
                 spread_rows(part, self.mesh),
                 jax.random.wrap_key_data(key),
             )
-            for part in padded.reshape(-1, chunk, 3)
+            for part in equal_parts(jobs, chunk)
         ]
         return np.concatenate([processes.gathered(r) for r in results])[: len(jobs)]
 
@@ -298,67 +267,42 @@ def _sample(
     return _to_gray(decode_latents(decoder, x0))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _merge_members(members, align, reduce, uncertainty):
+def _merge_members(
+    members: jax.Array, align: str, reduce: str, uncertainty: str
+) -> tuple[jax.Array, jax.Array]:
+    """Members [R, N, H, W] in [-1, 1] → maps and spread [R, H, W]."""
     unit = (members + 1.0) / 2.0  # the ensemble's maths is for maps in [0, 1]
     combine = lambda maps: ensemble_lib.ensemble(maps, align, reduce, uncertainty)  # noqa: E731
-    merged, spread = jax.vmap(jax.vmap(combine))(unit)
+    merged, spread = jax.vmap(combine)(unit)
     return merged * 2.0 - 1.0, spread
 
 
-def _merge(members: np.ndarray, sampler: SamplerConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Members [I, P, N, H, W] → maps and spread [I, P, H, W]."""
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _merge_spread(members, mesh, align, reduce, uncertainty):
+    # Not left to the partitioner: the search of `align` would ask all devices after each step
+    # whether every map of every device is done.
+    merge = functools.partial(_merge_members, align=align, reduce=reduce, uncertainty=uncertainty)
+    rows = P(mesh.axis_names)
+    return jax.shard_map(merge, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(members)
+
+
+def _merge(
+    members: np.ndarray, sampler: SamplerConfig, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray]:
+    """Members [I, P, N, H, W] → maps and spread [I, P, H, W], I × P shared out over `mesh`."""
     if sampler.ensemble == 1:
         return members[:, :, 0], np.zeros_like(members[:, :, 0])
-    merged, spread = _merge_members(members, sampler.align, sampler.reduce, sampler.uncertainty)
-    return np.asarray(merged), np.asarray(spread)
-
-
-def scores_of(gray: np.ndarray, num_classes: int, group: int) -> np.ndarray:
-    """Gray maps of the passes [P, H, W] → class scores [H, W, K]."""
-    per_pass = codec.scores(jnp.asarray(gray), group)  # [P, H, W, G]
-    return np.asarray(codec.join_passes(per_pass, num_classes))
-
-
-def other_label(num_classes: int) -> int:
-    """The label of *other*: 255, or 65535 where 255 is a class."""
-    return codec.IGNORE if num_classes <= codec.IGNORE else 65535
-
-
-def decode(scores: np.ndarray, threshold: float, closed: bool) -> np.ndarray:
-    """Scores [H, W, K] → labels int32 [H, W]: `codec.decode` on the host, without a copy."""
-    labels = np.argmax(scores, -1).astype(np.int32)
-    if closed:
-        return labels
-    best = np.take_along_axis(scores, labels[..., None], -1)[..., 0]
-    return np.where(best < threshold, np.int32(other_label(scores.shape[-1])), labels)
+    images, passes, *rest = members.shape
+    rows = spread_rows(members.reshape(images * passes, *rest), mesh)
+    settings = sampler.align, sampler.reduce, sampler.uncertainty
+    found = processes.gathered(_merge_spread(rows, mesh, *settings))
+    merged, spread = (m[: images * passes].reshape(images, passes, *rest[1:]) for m in found)
+    return merged, spread
 
 
 def _grid(images: int, passes: int, members: int) -> np.ndarray:
     """Every (image, pass, member), int [J, 3], members fastest."""
     return np.indices((images, passes, members)).reshape(3, -1).T
-
-
-def _bands(size: tuple[int, int], channels: int) -> list[slice]:
-    """Slices of rows that together cover `size`, each of at most 64 MB in float32 (or one row)."""
-    height = max(1, 16_000_000 // (size[1] * channels))
-    return [slice(top, min(top + height, size[0])) for top in range(0, size[0], height)]
-
-
-def _resize(maps: np.ndarray, size: tuple[int, ...], rows: slice = slice(None)) -> np.ndarray:
-    """Bilinear resize of [h, w, C] to [H, W, C], half-pixel centres; only `rows` of it."""
-    vertical, horizontal = _bilinear(maps.shape[0], size[0]), _bilinear(maps.shape[1], size[1])
-    tall = np.tensordot(vertical[rows], maps, axes=(1, 0))  # [H, w, C]
-    return horizontal @ tall  # [H, W, C]
-
-
-def _bilinear(length: int, target: int) -> np.ndarray:
-    """Weights [target, length]; widened to a triangle of the source step when shrinking."""
-    scale = max(1.0, length / target)
-    centres = (np.arange(target) + 0.5) * length / target - 0.5
-    distance = np.abs(np.clip(centres, 0, length - 1)[:, None] - np.arange(length)) / scale
-    weights = np.maximum(0.0, 1.0 - distance)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
 def _entries(classes: Sequence[str | ClassEntry]) -> tuple[ClassEntry, ...]:

@@ -109,9 +109,9 @@ def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.A
         )
         if members == 1:
             return gray
-        gray = gray.reshape(1, passes, members, height, width)
+        gray = gray.reshape(passes, members, height, width)
         settings = sampler.align, sampler.reduce, sampler.uncertainty
-        return segmenter._merge_members(gray, *settings)[0][0]
+        return segmenter._merge_members(gray, *settings)[0]
 
     return sample
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from segdiff_jax import export, workdir
 from segdiff_jax.diffusion import sampler as sampler_lib
-from segdiff_jax.segmenter import Segmenter, decode
+from segdiff_jax.segmentation import decode
+from segdiff_jax.segmenter import Segmenter
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 DOC = Path(__file__).parents[1] / "docs" / "pytorch.md"

@@ -9,8 +9,8 @@ import textwrap
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
+from segdiff_jax import segmentation
 from segdiff_jax import segmenter as segmenter_lib
 from segdiff_jax.data import vocabulary
 from segdiff_jax.errors import UserError
@@ -134,7 +134,7 @@ def test_uncertainty_is_the_spread_of_the_winning_class(model, image):
     assert found.uncertainty.shape == (40, 56) and found.uncertainty.dtype == np.float32
     sampler = dataclasses.replace(model.config.sampler, ensemble=3)
     _, spread = model.maps([image], _entries(*CLASSES), sampler, 0)
-    resized = segmenter_lib._resize(np.moveaxis(spread[0], 0, -1), (40, 56))
+    resized = segmentation.resize(np.moveaxis(spread[0], 0, -1), (40, 56))
     winner = found.scores.argmax(-1)[..., None]
     np.testing.assert_allclose(
         found.uncertainty, np.take_along_axis(resized, winner, -1)[..., 0], atol=1e-6
@@ -170,41 +170,14 @@ def test_too_many_classes_for_one_gray_image(make_segmenter, tiny_config, image)
         model(image, [f"class {i}" for i in range(256)])
 
 
-def test_other_is_no_class():
-    scores = np.zeros((1, 2, 300), np.float32)
-    scores[0, 0, 255] = 1.0
-    assert segmenter_lib.decode(scores, 0.5, closed=False).tolist() == [[255, 65535]]
-    assert segmenter_lib.decode(scores[..., :200], 0.5, closed=False).tolist() == [[255, 255]]
-    assert segmenter_lib.decode(scores, 0.5, closed=True).tolist() == [[255, 0]]
-
-
 def test_bands_do_not_show(model, monkeypatch, image):
     whole = model(image, CLASSES, ensemble=2)
     monkeypatch.setattr(
-        segmenter_lib, "_bands", lambda size, channels: [slice(0, 7), slice(7, 39), slice(39, 40)]
+        segmentation, "_bands", lambda size, channels: [slice(0, 7), slice(7, 39), slice(39, 40)]
     )
     cut = model(image, CLASSES, ensemble=2)
     assert (cut.labels == whole.labels).all()
     np.testing.assert_allclose(cut.uncertainty, whole.uncertainty, atol=1e-6)
-
-
-def test_bands_cover_the_image_and_bound_memory():
-    for size, channels in (((2000, 3000), 150), ((5, 7), 3), ((3, 4_000_000), 150)):
-        bands = segmenter_lib._bands(size, channels)
-        rows = np.concatenate([np.arange(size[0])[band] for band in bands])
-        assert rows.tolist() == list(range(size[0]))
-        highest = max(band.stop - band.start for band in bands)
-        assert highest == 1 or highest * size[1] * channels * 4 <= 64e6
-
-
-@pytest.mark.parametrize("size", [(40, 56), (9, 200), (16, 24), (5, 6)])
-def test_resize_is_bilinear(size):
-    maps = np.random.default_rng(1).random((16, 24, 2), np.float32)
-    ours = segmenter_lib._resize(maps, size)
-    theirs = jax.image.resize(maps, (*size, 2), "linear")
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    pil = Image.fromarray(maps[..., 0]).resize(size[::-1], Image.Resampling.BILINEAR)
-    np.testing.assert_allclose(ours[..., 0], np.asarray(pil), atol=1e-5)
 
 
 def test_with_params_swaps_the_unet_only(model, image):
@@ -212,6 +185,51 @@ def test_with_params_swaps_the_unet_only(model, image):
     other = model.with_params(zeros)
     assert np.abs(other(image, CLASSES).scores - model(image, CLASSES).scores).max() > 1e-3
     assert other.config is model.config
+
+
+MERGED = """
+    import json, sys
+    import jax
+    jax.config.update("jax_num_cpu_devices", 8)
+    import numpy as np
+    from segdiff_jax import segmenter
+    from segdiff_jax.config import MeshConfig, SamplerConfig
+    from segdiff_jax.training import sharding
+
+    merge, parts = segmenter._merge_spread, []
+    def watched(*arguments):
+        result = merge(*arguments)
+        parts.append([s.data.shape[0] for s in result[0].addressable_shards])
+        return result
+    segmenter._merge_spread = watched
+
+    members = np.random.default_rng(0).uniform(-1, 1, (3, 4, 3, 6, 8)).astype(np.float32)
+    found = {"members": members.tolist()}
+    for name, devices in [("1", 1), ("8", 8)]:
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+        for align in ("none", "affine"):
+            maps = segmenter._merge(members, SamplerConfig(ensemble=3, align=align), mesh)
+            found[f"{align} {name}"] = [m.tolist() for m in maps]
+    print(json.dumps(found | {"parts": parts}))
+"""
+
+
+def test_maps_are_merged_on_all_devices_as_on_one():
+    script = textwrap.dedent(MERGED)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["parts"] == [[12], [12], [2] * 8, [2] * 8]  # 3 images × 4 passes, and 4 to fill
+    for align in ("none", "affine"):
+        alone, shared = (np.array(found[f"{align} {name}"]) for name in ("1", "8"))
+        assert alone.shape == (2, 3, 4, 6, 8)
+        np.testing.assert_allclose(shared, alone, atol=1e-5)
+    merged, spread = np.array(found["none 8"])
+    members = np.array(found["members"], np.float32)
+    middle = np.median(members, axis=2)
+    np.testing.assert_allclose(merged, middle, atol=1e-6)
+    deviation = np.abs(members - middle[:, :, None])
+    np.testing.assert_allclose(spread, np.median(deviation, axis=2) / 2, atol=1e-6)
 
 
 ON_MESHES = """

@@ -14,6 +14,7 @@ from segdiff_jax.data.sources import Source
 from segdiff_jax.evaluation import metrics
 from segdiff_jax.progress import Progress
 from segdiff_jax.segmenter import Segmenter
+from segdiff_jax.training.placement import equal_parts, multiple
 
 
 class Example(NamedTuple):
@@ -131,9 +132,8 @@ def _painted_and_back(
     small = jnp.stack([transforms.resize_labels(one, (height, width)) for one in labels])
     painted = np.stack([np.asarray(codec.encode(small, ids)) for ids in groups], axis=1)
     jobs = painted.reshape(-1, height, width)  # [I * P, h, w]
-    chunk = min(sampler.batch_size, len(jobs))
-    padded = np.resize(jobs, (-(-len(jobs) // chunk) * chunk, height, width))
-    back = [segmenter.reconstruct(part) for part in padded.reshape(-1, chunk, height, width)]
+    chunk = multiple(min(sampler.batch_size, len(jobs)), segmenter.mesh.size)
+    back = [segmenter.reconstruct(part) for part in equal_parts(jobs, chunk)]
     return np.concatenate(back)[: len(jobs)].reshape(painted.shape)
 
 

@@ -16,7 +16,7 @@ from segdiff_jax.data.requests import identity
 from segdiff_jax.data.vocabulary import Vocabulary
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import report
-from segdiff_jax.segmenter import Segmentation, other_label
+from segdiff_jax.segmentation import Segmentation, other_label
 
 _THUMBNAIL = 640  # pixels of the longer side of photos inside index.html
 

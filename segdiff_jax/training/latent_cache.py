@@ -21,7 +21,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from segdiff_jax import codec
 from segdiff_jax.config import Config
@@ -34,6 +34,8 @@ from segdiff_jax.files import check_writable, is_remote, write_json
 from segdiff_jax.models.vae import VAE, encode_latents
 from segdiff_jax.progress import reporter
 from segdiff_jax.training import losses, processes
+from segdiff_jax.training.placement import equal_parts, spread_rows
+from segdiff_jax.training.sharding import replicated
 
 log = logging.getLogger(__name__)
 
@@ -226,10 +228,9 @@ class _Encoder:
 
     def __init__(self, vae: VAE, config: Config, num_classes: int):
         graph, params = nnx.split(vae)
-        mesh = Mesh(np.array(jax.local_devices()), ("data",))
-        self._place = NamedSharding(mesh, PartitionSpec("data"))
-        params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        self._size = _ENCODED_AT_ONCE * mesh.size
+        self._mesh = Mesh(np.array(jax.local_devices()), ("data",))
+        params = jax.device_put(params, replicated(self._mesh))
+        self._size = _ENCODED_AT_ONCE * self._mesh.size
         self._latent = _latent_shape(vae, config)
 
         @functools.partial(jax.jit, static_argnums=0)
@@ -269,14 +270,11 @@ class _Encoder:
 
     def _all_of(self, function: Callable, *arrays: np.ndarray) -> np.ndarray:
         """`function` of the rows of `arrays` [n, ...] in calls of one size: [n, ...]."""
-        results: list[np.ndarray] = []
-        for start in range(0, len(arrays[0]), self._size):
-            parts = [array[start : start + self._size] for array in arrays]
-            count = len(parts[0])
-            full = [np.concatenate([p, np.repeat(p[-1:], self._size - count, 0)]) for p in parts]
-            placed = jax.device_put(full, self._place)
-            results.append(np.asarray(function(*placed))[:count])
-        return np.concatenate(results) if results else np.zeros(0)
+        results = []
+        for parts in zip(*(equal_parts(array, self._size) for array in arrays), strict=True):
+            placed = (spread_rows(part, self._mesh) for part in parts)
+            results.append(np.asarray(function(*placed)))
+        return np.concatenate(results)[: len(arrays[0])] if results else np.zeros(0)
 
 
 def _record(latent: np.ndarray, positions: np.ndarray) -> bytes:

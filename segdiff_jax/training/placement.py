@@ -3,6 +3,7 @@
 Weights from files go straight to where the mesh wants them: no device ever holds them whole.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -55,6 +56,15 @@ def spread_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     """
     padded = np.take(rows, range(multiple(len(rows), mesh.size)), axis=0, mode="wrap")
     return put(padded, NamedSharding(mesh, P(mesh.axis_names)))
+
+
+def equal_parts(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Rows [N, ...] in parts [size, ...], one shape for one compilation.
+
+    The last part is filled up with the first rows.
+    """
+    for start in range(0, len(rows), size):
+        yield np.take(rows, range(start, start + size), axis=0, mode="wrap")
 
 
 def multiple(count: int, of: int) -> int:

@@ -1,4 +1,4 @@
-"""Several processes that run one training: joining, waiting, agreeing, and going down together.
+"""Several processes that do one job: joining, waiting, agreeing, and going down together.
 
 Barriers and messages go through the service that process 0 runs for JAX, not through devices: a
 device collective that one process never enters is waited for without end on a TPU.
@@ -6,7 +6,9 @@ device collective that one process never enters is waited for without end on a T
 
 import contextlib
 import functools
+import hashlib
 import itertools
+import json
 import os
 import re
 import sys
@@ -116,10 +118,27 @@ def _agreement() -> tuple[NamedSharding, Any]:
     return NamedSharding(mesh, P("device")), combine
 
 
+def check_same(what: str, value: Any) -> None:
+    """Raises `UserError` in every process where `value`, JSON, is not that of process 0.
+
+    `what` names it for the user. All call this.
+    """
+    digest = hashlib.sha256(json.dumps(value).encode()).digest()
+    found = stacked(np.frombuffer(digest, np.uint8))
+    differing = [number for number, theirs in enumerate(found) if (theirs != found[0]).any()]
+    if differing:
+        raise UserError(
+            f"process {differing[0]} has other {what} than process 0: run the same command on "
+            "all machines, with files that all of them see, such as gs://..."
+        )
+
+
 def gathered(tree: Any) -> Any:
     """The arrays of `tree`, wherever their parts are, whole in the memory of every host."""
     if count() == 1:
         return jax.device_get(tree)
+    jax.block_until_ready(tree)
+    barrier()  # as in `stacked`
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
@@ -147,6 +166,7 @@ def together() -> Iterator[None]:
     watcher.start()
     try:
         yield
+        barrier()  # process 0 may have files to write when the others are done
     except BaseException as error:
         over.set()
         _leave(error)

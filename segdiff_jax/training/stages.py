@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 
 from segdiff_jax import __version__, conditioning
 from segdiff_jax import workdir as workdirs
@@ -74,17 +75,16 @@ def _train_vae(config: Config, workdir: str, source: Source, startup: StartUp) -
     if pretrained.is_whole(finished):
         log.info("%s: the VAE stage is done", workdir)
         return
-    given = None
+    mesh, given = sharding.make_mesh(config.mesh), None
     if config.init_from:
-        put = placer(sharding.make_mesh(config.mesh))
-        given = pretrained.load(config.init_from, ("vae",), place=put).vae
+        given = pretrained.load(config.init_from, ("vae",), place=placer(mesh)).vae
     vae = given or nnx.eval_shape(lambda: _new_vae(config))
     graph, params = nnx.split(vae)
     make = None if given else lambda: nnx.state(_new_vae(config))
     batches = _batches(config, source)
     startup.done("weights")
     step, work = vae_step(graph, config), flops.train_example(config, None, vae.config, 0, 0)
-    state = _run(config, workdir, batches, step, None, params, make, None, work, startup)
+    state = _run(config, workdir, mesh, batches, step, None, params, make, None, work, startup)
     params = processes.gathered(state.ema or state.params)
     if processes.is_first():
         vae = _with_scaling(nnx.merge(graph, params), config, source)
@@ -115,7 +115,8 @@ def _train_diffusion(config: Config, workdir: str, source: Source, startup: Star
 
     # What a checkpoint of this run replaces need not be read.
     saved = _saved_unet_config(config, workdir)
-    given = None if saved else _given_unet(config, dtype)
+    mesh = sharding.make_mesh(config.mesh)
+    given = None if saved else _given_unet(config, dtype, mesh)
     unet_config = saved or (
         given.config
         if given
@@ -142,13 +143,25 @@ def _train_diffusion(config: Config, workdir: str, source: Source, startup: Star
         from segdiff_jax.segmenter import Segmenter
         from segdiff_jax.training.validation import validator
 
-        mesh = sharding.make_mesh(config.mesh)
         segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, mesh)
         validate = validator(segmenter, config)
     batches = _batches(config, source, (vae, workdir) if config.data.cache_latents else None)
     work = flops.train_example(config, unet_config, vae.config, *table.hidden.shape[:2])
     startup.done("weights")
-    _run(config, workdir, batches, step, frozen, params, make, unet_config, work, startup, validate)
+    _run(
+        config,
+        workdir,
+        mesh,
+        batches,
+        step,
+        frozen,
+        params,
+        make,
+        unet_config,
+        work,
+        startup,
+        validate,
+    )
 
 
 def _starting_point(config: Config, workdir: str, startup: StartUp) -> str:
@@ -194,14 +207,13 @@ def _saved_unet_config(config: Config, workdir: str) -> UNetConfig | None:
         return workdirs.unet_config_from(checkpoints.metadata()["unet"])
 
 
-def _given_unet(config: Config, dtype: Any) -> UNet | None:
+def _given_unet(config: Config, dtype: Any, mesh: Mesh) -> UNet | None:
     """The UNet of `init_from`, if it has one: a workdir of this stage, or a pretrained folder.
 
     Its arrays are read straight to where the mesh wants them.
     """
     if not config.init_from:
         return None
-    mesh = sharding.make_mesh(config.mesh)
     if not workdirs.is_workdir(config.init_from):
         return pretrained.load(
             config.init_from, ("unet",), dtype=dtype, widen_conv_in=True, place=placer(mesh)
@@ -259,6 +271,7 @@ def _batches(config: Config, source: Source, cached: tuple[VAE, str] | None = No
 def _run(
     config: Config,
     workdir: str,
+    mesh: Mesh,
     batches: Batches,
     step: Any,
     frozen: Frozen | None,
@@ -269,11 +282,10 @@ def _run(
     startup: StartUp,
     validate: loop.Validate | None = None,
 ) -> TrainState:
-    """Places the state on the mesh, newest checkpoint first, and trains it to the end.
+    """Places the state on `mesh`, newest checkpoint first, and trains it to the end.
 
     `params` are arrays on the mesh, or shapes that `make` fills; `work`: FLOPs of one example.
     """
-    mesh = sharding.make_mesh(config.mesh)
     rows = sharding.local_rows(mesh, config.train.batch_size)
     abstract = jax.eval_shape(lambda p: init_state(p, config), params)
     shardings = sharding.state_sharding(abstract, mesh)

@@ -81,7 +81,7 @@ SETUP = """
             return placed
         run["base"] = held()
         return place
-    def instead(config, workdir, batches, step, frozen, params, *rest):
+    def instead(config, workdir, mesh, batches, step, frozen, params, *rest):
         wanted = sharding.state_sharding(params, mesh)
         run["as_wanted"] = all(jax.tree.leaves(jax.tree.map(
             lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), params, wanted)))
