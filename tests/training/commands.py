@@ -1,4 +1,4 @@
-"""`python -m segdiff_jax.train` in processes of its own, on forced CPU devices."""
+"""Commands of the package in processes of their own, on forced CPU devices."""
 
 import os
 import socket
@@ -53,21 +53,14 @@ PATCHED = """
 """
 
 
-class Run:
-    """One start of a training: `processes` processes, 8 forced devices between them.
+class Started:
+    """`arguments` of Python in `processes` processes that find each other, `devices` between them.
 
-    when: body of `when(done)`, in which `me` is the number of the process.
+    log: what the names of their log files begin with.
     """
 
-    def __init__(self, workdir, *overrides, processes=1, devices=8, when=None):
-        folder = Path(workdir).parent
-        config = folder / "config.py"
-        config.write_text(textwrap.dedent(CONFIG))
-        command = [sys.executable, "-m", "segdiff_jax.train"]
-        if when:
-            function = f"def when(done):\n{textwrap.indent(textwrap.dedent(when), '    ')}"
-            command = [sys.executable, "-c", textwrap.dedent(PATCHED).format(when=function)]
-        command += ["--config", str(config), "--workdir", str(workdir), *overrides]
+    def __init__(self, arguments, log, processes=1, devices=8):
+        command = [sys.executable, *arguments]
         shared = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
@@ -81,9 +74,8 @@ class Run:
                 "JAX_NUM_PROCESSES": str(processes),
                 "JAX_PROCESS_ID": str(number),
             }
-            log = folder / f"{Path(workdir).name}-{port}-{number}.log"
-            self.logs.append(log)
-            with log.open("wb") as file:
+            self.logs.append(Path(f"{log}-{port}-{number}.log"))
+            with self.logs[-1].open("wb") as file:
                 self.processes.append(
                     subprocess.Popen(
                         command,
@@ -115,6 +107,23 @@ class Run:
         codes = self.wait()
         assert codes == [0] * len(codes), "\n".join(map(self.output, range(len(codes))))
         return self
+
+
+class Run(Started):
+    """One start of a training.
+
+    when: body of `when(done)`, in which `me` is the number of the process.
+    """
+
+    def __init__(self, workdir, *overrides, processes=1, devices=8, when=None):
+        config = Path(workdir).parent / "config.py"
+        config.write_text(textwrap.dedent(CONFIG))
+        arguments = ["-m", "segdiff_jax.train"]
+        if when:
+            function = f"def when(done):\n{textwrap.indent(textwrap.dedent(when), '    ')}"
+            arguments = ["-c", textwrap.dedent(PATCHED).format(when=function)]
+        arguments += ["--config", str(config), "--workdir", str(workdir), *overrides]
+        super().__init__(arguments, workdir, processes, devices)
 
 
 def free_port():

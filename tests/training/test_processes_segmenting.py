@@ -1,0 +1,109 @@
+"""Evaluation and prediction by two processes with four devices each, against one with eight."""
+
+import json
+import textwrap
+
+import numpy as np
+import pytest
+from commands import Started
+from PIL import Image
+
+CLASSES = "sky; striped blue triangle; red disc, red circle"
+
+# `python -m segdiff_jax.predict`, with something done to it from inside.
+PATCHED = """
+    import os, signal, sys
+    from segdiff_jax import cli, predict
+    from segdiff_jax.data import requests
+    from segdiff_jax.segmenter import Segmenter
+
+    me, calls = int(os.environ["JAX_PROCESS_ID"]), []
+    {patch}
+    cli.run(predict.main)
+"""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for name, size in (("a", (20, 28)), ("b", (24, 18))):
+        photo = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(photo).save(folder / f"{name}.png")
+    return folder
+
+
+def asked(trained, photos, output):
+    places = ["--checkpoint", trained, "--images", str(photos), "--output", str(output)]
+    return [*places, "--classes", CLASSES, "--ensemble", "2", "--steps", "2", "--threshold", "0.3"]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_two_processes_predict_the_same_bytes_as_one(trained, photos, tmp_path):
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        arguments = ["-m", "segdiff_jax.predict", *asked(trained, photos, folder / "o")]
+        folder.mkdir()
+        with Started(arguments, folder / "log", processes) as run:
+            run.finished()
+        assert "2 images segmented" in run.output()
+    assert run.output(1) == ""
+    alone, together = (contents(tmp_path / name / "o") for name in "12")
+    assert len(alone) == 9 and alone.keys() == together.keys()
+    for name in alone.keys() - {"index.html"}:  # which names --output
+        assert together[name] == alone[name], name
+    labels = np.asarray(Image.open(tmp_path / "2/o/a_labels.png"))
+    assert len(np.unique(labels)) > 1, "a constant mask would pass"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ceiling", [False, True])
+def test_two_processes_evaluate_as_one(trained, tmp_path, ceiling):
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        arguments = ["--checkpoint", trained, "--output", str(folder / "o"), "--limit", "3"]
+        arguments += ["--config.sampler.ensemble=2", *(["--ceiling"] if ceiling else [])]
+        with Started(["-m", "segdiff_jax.evaluate", *arguments], folder / "log", processes) as run:
+            run.finished()
+        found.append(json.loads((folder / "o/metrics.json").read_text()))
+    assert run.output(1) == ""
+    assert found[0] == found[1] and found[0]["images"] == 3
+    assert 0 < found[0]["pixel_accuracy"] < 1
+
+
+@pytest.mark.slow
+def test_a_killed_process_brings_the_other_down(trained, photos, tmp_path):
+    patch = """
+    original = Segmenter.maps
+    def maps(self, *arguments):
+        calls.append(0)
+        if (me, len(calls)) == (1, 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *arguments)
+    Segmenter.maps = maps
+    """
+    script = textwrap.dedent(PATCHED).format(patch=textwrap.dedent(patch))
+    arguments = ["-c", script, *asked(trained, photos, tmp_path / "o")]
+    with Started(arguments, tmp_path / "log", processes=2) as run:
+        assert run.processes[1].wait(1800) == -9
+        assert run.processes[0].wait(150) not in (0, 2)
+    last = run.output(0)
+    assert "lost another process of this run" in last or "another task died" in last
+    assert (tmp_path / "o/a.json").exists() and not (tmp_path / "o/index.html").exists()
+
+
+def test_other_files_on_another_machine_are_told_before_any_work(photos, tmp_path):
+    patch = """
+    find = requests.find_images
+    requests.find_images = lambda arguments: find(arguments)[me:]
+    """
+    script = textwrap.dedent(PATCHED).format(patch=textwrap.dedent(patch))
+    arguments = ["-c", script, *asked(str(tmp_path / "w"), photos, tmp_path / "o")]
+    with Started(arguments, tmp_path / "log", processes=2) as run:
+        assert run.wait() == [2, 2]
+    assert "process 1 has other --images than process 0" in run.output(0)
