@@ -11,7 +11,9 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, 
 _BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
-_SHAPE = re.compile(r"\b(pred|bf16|f16|f32|f64|[su](?:8|16|32|64))\[([\d,]*)\]")
+_SHAPE = re.compile(
+    r"\b(pred|bf16|f16|f32|f64|[su](?:8|16|32|64))\[([\d,]*)\](?:\{[^}]*?S\((\d)\)\})?"
+)
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations)=\{?%?([\w.\-]+)")
 _KINDS = (
     "all-reduce",
@@ -29,10 +31,16 @@ class Instruction:
     shapes: tuple[tuple[str, tuple[int, ...]], ...]  # of the result: (type, dimensions)
     opcode: str
     rest: str  # operands and attributes
+    on_chip: tuple[bool, ...] = ()  # per shape: in VMEM or another small memory, not in HBM
 
     @property
     def bytes(self) -> int:
-        return sum(_BYTES[kind] * math.prod(shape) for kind, shape in self.shapes)
+        return sum(map(size, self.shapes))
+
+
+def size(shape: tuple[str, tuple[int, ...]]) -> int:
+    """Bytes of an array of (type, dimensions)."""
+    return _BYTES[shape[0]] * math.prod(shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +69,12 @@ def computations(text: str) -> dict[str, list[Instruction]]:
             continue
         match = _INSTRUCTION.match(line)
         if match:
+            arrays = _SHAPE.findall(match[2])
             shapes = tuple(
-                (kind, tuple(int(n) for n in dims.split(",") if n))
-                for kind, dims in _SHAPE.findall(match[2])
+                (t, tuple(int(n) for n in dims.split(",") if n)) for t, dims, _ in arrays
             )
-            current.append(Instruction(match[1], shapes, match[3], match[4]))
+            on_chip = tuple(space not in ("", "0") for *_, space in arrays)
+            current.append(Instruction(match[1], shapes, match[3], match[4], on_chip))
     return found
 
 
@@ -84,11 +93,11 @@ def executed(text: str) -> Iterator[tuple[str, Instruction, float]]:
         name, times = pending.pop()
         for instruction in bodies.get(name, []):
             yield name, instruction, times
-            inner = times * _trips(instruction, bodies)
+            inner = times * trips(instruction, bodies)
             pending += [(called, inner) for called in _CALLED.findall(instruction.rest)]
 
 
-def _trips(instruction: Instruction, bodies: dict[str, list[Instruction]]) -> float:
+def trips(instruction: Instruction, bodies: dict[str, list[Instruction]]) -> float:
     """How often a loop runs: what XLA noted, else the bound that its condition compares with."""
     if instruction.opcode != "while":
         return 1.0

@@ -3,7 +3,7 @@
 
 import pytest
 
-from segdiff_jax.roofline import hlo
+from segdiff_jax.roofline import hlo, traffic
 
 PROGRAM = """HloModule m, is_scheduled=true
 
@@ -81,3 +81,41 @@ def test_kernels_count_their_products_as_often_as_they_run():
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.entry_name("HloModule m")
+
+
+SCHEDULED = """HloModule m, is_scheduled=true
+
+%inside (a: f32[100]) -> f32[100] {
+  %a = f32[100]{0} parameter(0)
+  ROOT %twice = f32[100]{0} add(%a, %a)
+}
+
+ENTRY %main (p: f32[100]) -> f32[100] {
+  %p = f32[100]{0:T(512)} parameter(0)
+  %copied = (f32[100]{0:T(512)S(1)}, f32[100]{0:T(512)}, u32[]{:S(2)}) copy-start(%p)
+  %near = f32[100]{0:T(512)S(1)} copy-done(%copied)
+  %half = ((f32[100]{0:T(512)}), f32[50]{0:T(512)S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:50]}
+  %other = f32[50]{0:T(512)S(1)} slice-done(%half)
+  %joined = f32[100]{0:T(512)S(1)} custom-call(%other, %other), custom_call_target="ConcatBitcast"
+  %inner = f32[100]{0:T(512)S(1)} fusion(%near), kind=kLoop, calls=%inside
+  %mixed = (f32[100]{0:T(512)S(1)}, f32[100]{0:T(512)}) fusion(%inner, %p), kind=kLoop, calls=%inside
+  %far = f32[100]{0:T(512)} get-tuple-element(%mixed), index=1
+  %sent = (f32[100]{0:T(512)}, f32[400]{0:T(512)}) all-gather-start(%far), replica_groups=[1,4]<=[4]
+  %got = f32[400]{0:T(512)} all-gather-done(%sent)
+  ROOT %out = f32[100]{0:T(512)} fusion(%inner), kind=kLoop, calls=%inside
+}
+"""
+
+
+def test_hbm_traffic_leaves_out_what_stays_on_the_chip():
+    copied, half, mixed, gathered, out = 400, 200, 400 + 400, 400 + 1600, 400
+    assert traffic.hbm_bytes(SCHEDULED) == copied + half + mixed + gathered + out
+
+
+def test_hbm_traffic_of_a_loop_is_that_of_all_its_rounds():
+    short, longer = (
+        traffic.hbm_bytes(PROGRAM.replace("constant(5)", f"constant({n})")) for n in (5, 6)
+    )
+    reduced, kernel = 2 * 8 * 128 * 4, (2 * 5 * 2304 * 64 + 5 * 576 * 64) * 2
+    condition = 4 + 4 + 1
+    assert longer - short == reduced + kernel + condition

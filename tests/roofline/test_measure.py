@@ -41,6 +41,7 @@ def test_roofline_is_the_slowest_of_the_three():
     figures = {
         "flops": {"total": 0.5 * chip.flops, "model": 0.4 * chip.flops},
         "bytes_accessed": 2.0 * chip.hbm_bandwidth,
+        "hbm_traffic": 1.2 * chip.hbm_bandwidth,
         "collectives": [
             {"network": "ici", "moved": chip.ici_bandwidth},
             {"network": "dcn", "moved": 0.5 * chip.dcn_bandwidth},
@@ -50,5 +51,6 @@ def test_roofline_is_the_slowest_of_the_three():
     assert (line["compute_seconds"], line["memory_seconds"]) == pytest.approx((0.5, 2.0))
     assert line["network_seconds"] == pytest.approx(1.5)
     assert line["bound"] == "memory"
+    assert (line["hbm_seconds"], line["least_seconds"]) == pytest.approx((1.2, 1.5))
     assert line["mfu"] == pytest.approx(0.2)
     assert line["images_per_second"] == pytest.approx(4.0)
