@@ -1,13 +1,17 @@
 """The TPU chips a step can be compiled for: peak rates, memory and the names they go by.
 
-Sources, read in 2026: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e} for compute, HBM and ICI;
-the price list quoted in launch/README.md for dollars. ICI is what the documents call bidirectional
-bandwidth per chip, halved: what a chip can send while it receives as much. v4's page gives none:
-2,400 Gbit/s per chip are six links of 50 GB/s (arXiv 2304.01433, table 4). DCN is per chip:
-v5p's page says 50 Gbit/s; v5e's 6.4 Tbit/s per pod of 256 chips; v6e has four times v5e's
-(cloud.google.com/blog, "Trillium ... GA"); v4 is assumed to be like v5p.
+Sources, read in 2026. Compute, HBM and ICI: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; the HBM
+of v5e and v6e as in earlier versions of the pages, which now round to 800 and 1,600 GB/s. ICI is
+what they call bidirectional bandwidth per chip, halved: what a chip can send while it receives as
+much. v4's page gives none: six links of 50 GB/s (arXiv 2304.01433, table 4). The JAX team's
+jax-ml.github.io/scaling-book/tpus has 45 GB/s for a link of v4 and v5e and 90 for v5p and v6e, a
+tenth less than here. DCN is per chip. v5p: 50 Gbit/s (its page). v5e and v6e: 6.4 and 25.6 Tbit/s
+per pod of 256 chips (v6e's page has both). v4: none of Google's pages says; the scaling book gives
+6.25 GB/s for all but v5e and v6e. Dollars: the price list quoted in launch/README.md.
 """
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
 from segdiff_jax.errors import UserError
@@ -21,7 +25,7 @@ class Chip:
     flops: float  # bfloat16
     hbm: float  # bytes that the chip has; the compiler keeps some for itself
     hbm_bandwidth: float
-    ici_bandwidth: float  # one way, all links together
+    ici_bandwidth: float  # one way, all links together: two for each dimension of the torus
     dcn_bandwidth: float  # one way, this chip's share of its host's
     dollars: float | None  # on-demand list price per hour, US; None where none is known to us
     dimensions: int  # of the torus
@@ -54,3 +58,21 @@ def parse_topology(text: str) -> tuple[Chip, str]:
         )
     sizes += ["1"] * (chip.dimensions - len(sizes))
     return chip, f"{name}:{'x'.join(sizes)}"
+
+
+def in_slice(chip: Chip, topology: str) -> Chip:
+    """`chip` with the part of its ICI bandwidth that exchanges over a whole slice can use.
+
+    topology: as `parse_topology` returns it. Along a dimension of one chip there is no link. A
+    dimension that closes to a ring serves both ways round; one that does not has ends, which
+    receive all there is over one link, so it is as fast as one. Rings close along 16 chips of v5e
+    and v6e, and in v4 and v5p where every dimension is a multiple of 4 (scaling book, "TPUs").
+    """
+    sizes = [int(size) for size in topology.partition(":")[2].split("x")]
+    if math.prod(sizes) == 1:
+        return chip
+    cubes = all(size % 4 == 0 for size in sizes)
+    closed = [cubes if chip.dimensions == 3 else size == 16 for size in sizes]
+    links = sum(1 + ring for size, ring in zip(sizes, closed, strict=True) if size > 1)
+    share = links / (2 * chip.dimensions)
+    return dataclasses.replace(chip, ici_bandwidth=chip.ici_bandwidth * share)

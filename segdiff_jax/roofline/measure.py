@@ -56,7 +56,7 @@ def measure(config: Config, target: Target) -> dict[str, Any]:
         model_flops=step.model_flops / mesh.size,
         loop=_outside(step.loop),
     )
-    line = report.roofline(figures, chip, step.images)
+    line = report.roofline(figures, chips.in_slice(chip, topology), step.images)
     return made | {"per_chip": figures, "roofline": line}
 
 

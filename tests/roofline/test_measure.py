@@ -36,6 +36,25 @@ def test_topologies_that_are_none(text):
         chips.parse_topology(text)
 
 
+@pytest.mark.parametrize(
+    ("topology", "links"),
+    [
+        ("v5e:1x1", 4),  # nothing is exchanged
+        ("v5e:2x2", 2),
+        ("v5e:4x4", 2),
+        ("v5e:8x16", 3),
+        ("v6e:16x16", 4),
+        ("v5p:2x2x1", 2),
+        ("v5p:2x2x4", 3),
+        ("v4:4x4x4", 6),
+    ],
+)
+def test_links_that_a_slice_of_that_shape_has(topology, links):
+    chip = chips.CHIPS[topology.split(":")[0]]
+    share = chips.in_slice(chip, topology).ici_bandwidth / chip.ici_bandwidth
+    assert share == pytest.approx(links / (2 * chip.dimensions))
+
+
 def test_roofline_is_the_slowest_of_the_three():
     chip = chips.CHIPS["v5e"]
     figures = {
