@@ -25,7 +25,10 @@ from segdiff_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
-SMALLEST_SPREAD = 2**16  # elements of an array whose moments are worth cutting over replicas
+SMALLEST_SPREAD = 2**16  # elements of an array that is worth cutting over replicas
+
+# The parts of a training state that are cut over replicas.
+_SPREAD = {"params", "ema", "mu", "nu"}
 
 # Path regex → where `tensor` goes; the first match wins. Pairs such as q/k/v → out let the hidden
 # dimension stay cut between two matrix products. Linear kernels are [in, out], convolutions HWIO.
@@ -153,27 +156,43 @@ def _largest(shape: tuple[int, ...], parts: int, cuts: list[tuple[str, ...]]) ->
 def state_sharding(tree: Any, mesh: Mesh) -> Any:
     """The `NamedSharding` of every leaf of parameters, optimiser state, EMA, or all of them.
 
-    `tree` holds arrays or `ShapeDtypeStruct`s; scalars are replicated.
+    `tree` holds arrays or `ShapeDtypeStruct`s; scalars are replicated. In a training state, or a
+    part of it under the name it has there ({"params": ...}), large arrays are cut over replicas too
+    (`spread`). A network by itself is not: those who use it need it whole.
     """
     sizes = dict(mesh.shape)
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names, shape = leaf_path(path), tuple(leaf.shape)
         spec = partition("/".join(names), shape, sizes)
-        if "mu" in names or "nu" in names:
-            spec = spread_moments(spec, shape, sizes)
+        if _SPREAD & set(names):
+            spec = spread(spec, shape, sizes)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def spread_moments(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
-    """`spec` cut along `data` too: ZeRO stage 1 (arXiv 1910.02054), for Adam's moments.
+def for_use(params: Any, mesh: Mesh) -> Any:
+    """The parameters of a training state as those of a network, for sampling: see `state_sharding`.
 
-    Replicas need the same update once: each makes its part and they exchange parameters. The cut
-    goes to the dimension that is cut already, so that arrays keep one; else to the largest. Small
-    arrays stay whole: a message each would cost more than the memory is worth. Of Stable
-    Diffusion's UNet these are as good as none, of a small network most.
+    All processes must call it. Parameters that are not cut over replicas are returned as they are.
+    """
+    wanted = state_sharding(params, mesh)
+    same = jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), params, wanted)
+    return (
+        params if all(jax.tree.leaves(same)) else jax.jit(lambda p: p, out_shardings=wanted)(params)
+    )
+
+
+def spread(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
+    """`spec` cut along `data` too, for what the optimiser reads and writes.
+
+    ZeRO stage 1 (arXiv 1910.02054): replicas need the same update once, so each makes its part of
+    moments and float32 parameters. What they exchange is what the layers multiply with: the cast
+    to their dtype comes before the gather. The cut goes to the dimension that is cut already, so
+    that arrays keep one; else to the largest. Small arrays stay whole: a message each would cost
+    more than the memory is worth. Of Stable Diffusion's UNet these are as good as none, of a small
+    network most.
     """
     if sizes["data"] == 1 or len(shape) < 2 or math.prod(shape) < SMALLEST_SPREAD:
         return spec

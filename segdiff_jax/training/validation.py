@@ -8,6 +8,7 @@ from segdiff_jax.data.sources import open_source
 from segdiff_jax.evaluation import report
 from segdiff_jax.evaluation.evaluator import Example, evaluate
 from segdiff_jax.segmenter import Segmenter
+from segdiff_jax.training import sharding
 from segdiff_jax.training.loop import Validate
 from segdiff_jax.training.step import TrainState
 from segdiff_jax.training.telemetry import Telemetry
@@ -21,8 +22,8 @@ def validator(segmenter: Segmenter, config: Config) -> Validate:
 
     It writes "validation/<figure>" scalars and "validation/<i>" images (photo, truth, prediction
     side by side) and returns the figures of `metrics.summarize` that are numbers. `segmenter` lends
-    everything but the UNet's parameters, which are those of the state, as they are cut up: the
-    moving average if there is one. All processes evaluate together and find the same figures.
+    everything but the UNet's parameters, which are those of the state, gathered from its replicas:
+    the moving average if there is one. All processes evaluate together and find the same figures.
     Sampling noise is that of config.seed each time, so that figures can be compared.
 
     Raises `UserError` if the validation split cannot be opened, before any training.
@@ -33,7 +34,7 @@ def validator(segmenter: Segmenter, config: Config) -> Validate:
     def validate(step: int, state: TrainState, telemetry: Telemetry) -> dict[str, float]:
         params = state.ema if config.optimizer.ema_decay else state.params
         result = evaluate(
-            segmenter.with_params(params),
+            segmenter.with_params(sharding.for_use(params, segmenter.mesh)),
             source,
             limit=config.train.eval_examples,
             seed=config.seed,

@@ -27,7 +27,7 @@ from segdiff_jax.training.sharding import (
     local_rows,
     make_mesh,
     partition,
-    spread_moments,
+    spread,
 )
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -98,18 +98,18 @@ def test_every_rule_applies_to_the_real_models(model_parameters):
         (P(), (32,), P()),
     ],
 )
-def test_moments_are_cut_over_replicas_too(spec, shape, expected, monkeypatch):
+def test_training_state_is_cut_over_replicas_too(spec, shape, expected, monkeypatch):
     monkeypatch.setattr(sharding, "SMALLEST_SPREAD", 0)
-    assert spread_moments(spec, shape, SIZES) == expected
-    assert spread_moments(spec, shape, SIZES | {"data": 1}) == spec
+    assert spread(spec, shape, SIZES) == expected
+    assert spread(spec, shape, SIZES | {"data": 1}) == spec
 
 
-def test_moments_of_small_arrays_stay_as_the_parameters_are():
-    assert spread_moments(P(None, "fsdp"), (256, 254), SIZES) == P(None, "fsdp")
-    assert spread_moments(P(None, "fsdp"), (256, 256), SIZES) == P(None, ("fsdp", "data"))
+def test_small_arrays_stay_as_the_rules_cut_them():
+    assert spread(P(None, "fsdp"), (256, 254), SIZES) == P(None, "fsdp")
+    assert spread(P(None, "fsdp"), (256, 256), SIZES) == P(None, ("fsdp", "data"))
 
 
-def test_moments_of_a_large_network_are_cut_as_good_as_all():
+def test_a_large_network_is_cut_as_good_as_all():
     """Of a small one they are not: a third of the tiny UNet lies in arrays that stay whole."""
     unet = nnx.eval_shape(lambda: UNet(PRESETS["sd2"].unet, rngs=nnx.Rngs(0)))
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(unet, nnx.Param))]
@@ -298,9 +298,16 @@ EIGHT_DEVICES = """
         sharding.local_rows(mesh, 12)
     except UserError as error:
         refused = str(error)
+    mesh_8 = sharding.make_mesh(MeshConfig(-1, 1, 1))
+    weight = {"w": jnp.ones((8, 16))}
+    cut = jax.device_put(weight, sharding.state_sharding({"params": weight}, mesh_8)["params"])
+    used = sharding.for_use(cut, mesh_8)
+    shape = lambda tree: list(tree["w"].addressable_shards[0].data.shape)
+    again = "untouched" if sharding.for_use(used, mesh_8) is used else "copied"
+    for_use = [[shape(cut), shape(used)], again]
     whole = {"a": np.arange(48).reshape(8, 6), "b": np.float32(3)}
     placed = sharding.place(whole, sharding.state_sharding(whole, mesh))
-    json.dump({"runs": runs, "lines": lines, "refused": refused,
+    json.dump({"runs": runs, "for_use": for_use, "lines": lines, "refused": refused,
                "placed": [np.asarray(placed["a"]).tolist(), float(placed["b"]),
                           [list(s.data.shape) for s in placed["a"].addressable_shards]]},
               sys.stdout)
@@ -314,6 +321,12 @@ def eight():
     )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
+
+
+def test_a_network_for_use_is_whole_on_each_replica(eight):
+    shapes, again = eight["for_use"]
+    assert shapes == [[8, 2], [8, 16]]  # as part of a training state, and for use
+    assert again == "untouched"
 
 
 def test_losses_do_not_depend_on_the_mesh(eight):
@@ -345,10 +358,9 @@ def test_bytes_per_device_fall_by_fsdp_times_tensor(eight, mesh, factor):
     assert whole / eight["runs"][mesh]["bytes"] >= 0.9 * factor
 
 
-def test_replicas_hold_an_eighth_of_the_moments_each(eight):
-    # Parameters and EMA are whole on each, two of the four copies that a state is.
-    ideal = eight["runs"]["1"]["bytes"] * (2 + 2 / 8) / 4
-    assert eight["runs"]["-1,1,1"]["bytes"] == pytest.approx(ideal, rel=0.1)
+def test_replicas_hold_an_eighth_of_the_state_each(eight):
+    whole, each = (eight["runs"][name]["bytes"] for name in ("1", "-1,1,1"))
+    assert each / whole == pytest.approx(1 / 8, rel=0.1)  # vectors and what does not divide
 
 
 def test_shapes_that_do_not_divide_are_logged_once(eight):
@@ -393,9 +405,10 @@ REAL_UNET = """
         value, grads = jax.value_and_grad(loss)(state, *batch)
         return jax.tree.map(lambda p, g: p - 0.1 * g, state, grads), value
 
-    for sizes, devices in [((1, 1, 1), jax.devices()[:1]), ((2, 2, 2), jax.devices())]:
-        mesh = sharding.make_mesh(MeshConfig(*sizes), devices)
-        placed = sharding.state_sharding(state, mesh)
+    sharding.SMALLEST_SPREAD = 0
+    for sizes, count in [((1, 1, 1), 1), ((2, 2, 2), 8), ((8, 1, 1), 8)]:
+        mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:count])
+        placed = sharding.state_sharding({"params": state}, mesh)["params"]
         run = jax.jit(step, out_shardings=(placed, sharding.replicated(mesh)))
         current = jax.device_put(state, placed)
         inputs = jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -414,6 +427,7 @@ def test_the_real_unet_learns_the_same_on_a_mesh_of_all_axes():
         [sys.executable, "-c", textwrap.dedent(REAL_UNET)], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    alone, cut = map(json.loads, run.stdout.splitlines())
+    alone, cut, replicas = map(json.loads, run.stdout.splitlines())
     assert alone[-1] < alone[0]
     assert cut == pytest.approx(alone, rel=1e-5)
+    assert replicas == pytest.approx(alone, rel=1e-5)
