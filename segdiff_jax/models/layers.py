@@ -21,13 +21,13 @@ _kernel_init = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
 GATHERED = "gathered"  # name under which a remat policy finds the arrays that `_for_use` returns
 
 
-def _for_use(kernel: jax.Array, dtype: Dtype | None) -> jax.Array:
+def _for_use(kernel: jax.Array, dtype: Any) -> jax.Array:
     """The stored kernel as it is multiplied with; where it is cut up, gathered after this cast."""
     return checkpoint_name(kernel.astype(dtype), GATHERED)
 
 
-def _for_conv(arrays: tuple[Any, ...], *, dtype: Dtype | None = None, **_: Any) -> tuple[Any, ...]:
-    """(x, kernel, bias) in the layer's dtype."""
+def _for_conv(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
+    """(x, kernel, bias) in the layer's dtype: what flax calls `promote_dtype`."""
     x, kernel, bias = arrays
     return x.astype(dtype), _for_use(kernel, dtype), None if bias is None else bias.astype(dtype)
 

@@ -114,12 +114,18 @@ def collectives(text: str, chips: int, slices: int = 1) -> list[Collective]:
     """Every exchange between chips, summed by kind and network.
 
     Chips are numbered slice by slice: a group that spans two slices uses the data-center network.
+    XLA hides an exchange behind several fusions and writes it into each, under one channel.
     """
     totals: dict[tuple[str, str], list[float]] = {}
+    channels: set[str] = set()
     for computation, instruction, times in executed(text):
         kind = instruction.opcode.removesuffix("-start")
         if kind not in _KINDS:
             continue
+        channel = re.search(r"\bchannel_id=(\d+).*async_collective_fusion_config", instruction.rest)
+        if channel and channel[1] in channels:
+            continue
+        channels |= {channel[1]} if channel else set()
         size = float(instruction.bytes)
         if instruction.opcode.endswith("-start"):
             size = _started_bytes(kind, instruction)

@@ -15,6 +15,7 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
 _FREE |= {"while", "conditional", "call", "add-dependency", "opt-barrier"}
 _FREE |= {"partition-id", "replica-id"}
 _VIEWS = ("ConcatBitcast", "AllocateBuffer")  # custom calls that move nothing
+_EXCHANGES = re.compile(r"\bcalls=%?async_collective_fusion")
 _ENTERED = re.compile(r"\b(?:to_apply|body|condition|branch_computations)=\{?%?([\w.\-]+)")
 
 
@@ -47,22 +48,40 @@ def _moved(instruction: hlo.Instruction, table: dict[str, hlo.Instruction]) -> f
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith(("-done", "-update")):
         return 0.0
+    if instruction.name.startswith("async-collective-done"):
+        return 0.0
     if opcode == "custom-call" and any(f'"{view}"' in instruction.rest for view in _VIEWS):
         return 0.0
     if opcode in ("copy-start", "slice-start"):
         # The result lists source and target; what crosses is as large as the smaller.
         sizes = [hlo.size(shape) for shape in instruction.shapes[:2]]
         return float(min(sizes) * instruction.on_chip[:2].count(False))
-    written = _in_hbm(instruction)
     if opcode.endswith("-start") and opcode != "all-reduce-start":
-        return float(written)  # the result lists the operands too
+        return float(_in_hbm(instruction))  # the result lists the operands too
     operands = re.findall(r"%([\w.\-]+)", instruction.rest.split("), ")[0])
-    return float(written + sum(_in_hbm(table[name]) for name in operands if name in table))
+    passed_in, passed_on = _under_way(instruction)
+    read = [table[n] for i, n in enumerate(operands) if i not in passed_in and n in table]
+    return float(_in_hbm(instruction, passed_on) + sum(map(_in_hbm, read)))
 
 
-def _in_hbm(instruction: hlo.Instruction) -> int:
+def _under_way(instruction: hlo.Instruction) -> tuple[set[int], set[int]]:
+    """The operands and results of a fusion that are of an exchange going on beside it.
+
+    XLA hides exchanges behind several fusions, each of which takes their arrays and returns them.
+    The first reads what is sent and writes what arrives; to the others they are not traffic.
+    """
+    first = instruction.name.startswith("async-collective-start")
+    if not first and not _EXCHANGES.search(instruction.rest):
+        return set(), set()
+    shared = re.search(r"output_to_operand_aliasing=\{(.*?)\}, calls", instruction.rest)
+    pairs = re.findall(r"\{(\d*)\}: \((\d+),", shared[1] if shared else "")
+    passed_in = set() if first else {int(operand) for _, operand in pairs}
+    return passed_in, {int(result or 0) for result, _ in pairs}
+
+
+def _in_hbm(instruction: hlo.Instruction, but: set[int] | None = None) -> int:
     return sum(
         hlo.size(shape)
-        for shape, on_chip in zip(instruction.shapes, instruction.on_chip, strict=True)
-        if not on_chip
+        for i, shape in enumerate(instruction.shapes)
+        if not instruction.on_chip[i] and i not in (but or ())
     )

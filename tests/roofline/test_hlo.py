@@ -119,3 +119,44 @@ def test_hbm_traffic_of_a_loop_is_that_of_all_its_rounds():
     reduced, kernel = 2 * 8 * 128 * 4, (2 * 5 * 2304 * 64 + 5 * 576 * 64) * 2
     condition = 4 + 4 + 1
     assert longer - short == reduced + kernel + condition
+
+
+HIDDEN = """HloModule m, is_scheduled=true
+
+%async_collective_fusion.1 (a: f32[10], b: f32[40], x: f32[100]) -> (f32[100], f32[10], f32[40]) {
+  %a = f32[10]{0} parameter(0)
+  %b = f32[40]{0} parameter(1)
+  %x = f32[100]{0} parameter(2)
+  %gather.1 = f32[40]{0} all-gather(%a), channel_id=7, replica_groups=[1,4]<=[4], backend_config={"async_collective_fusion_config":{}}
+  %work = f32[100]{0} add(%x, %x)
+  ROOT %t = (f32[100]{0}, f32[10]{0}, f32[40]{0}) tuple(%work, %a, %gather.1)
+}
+
+%begin (a: f32[10]) -> (f32[10], f32[40]) {
+  %a = f32[10]{0} parameter(0)
+  %gather.0 = f32[40]{0} all-gather(%a), channel_id=7, replica_groups=[1,4]<=[4], backend_config={"async_collective_fusion_config":{}}
+  ROOT %t = (f32[10]{0}, f32[40]{0}) tuple(%a, %gather.0)
+}
+
+ENTRY %main (p: f32[10], q: f32[100]) -> f32[100] {
+  %p = f32[10]{0} parameter(0)
+  %q = f32[100]{0} parameter(1)
+  %async-collective-start = (f32[10]{0}, f32[40]{0}) fusion(%p), kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%begin
+  %a0 = f32[10]{0} get-tuple-element(%async-collective-start), index=0
+  %b0 = f32[40]{0} get-tuple-element(%async-collective-start), index=1
+  %fusion.1 = (f32[100]{0}, f32[10]{0}, f32[40]{0}) fusion(%a0, %b0, %q), kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {})}, calls=%async_collective_fusion.1
+  %b1 = f32[40]{0} get-tuple-element(%fusion.1), index=2
+  %sum.1 = f32[2]{0:S(1)} all-reduce(%q), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%sum
+  %sum.2 = f32[2]{0:S(1)} all-reduce(%q), channel_id=1, replica_groups=[1,4]<=[4], to_apply=%sum
+  %async-collective-done = f32[40]{0} fusion(%b1), kind=kCustom, output_to_operand_aliasing={{}: (0, {})}, calls=%end
+  ROOT %work1 = f32[100]{0} get-tuple-element(%fusion.1), index=0
+}
+"""
+
+
+def test_an_exchange_hidden_behind_fusions_is_one():
+    gather, reduce = hlo.collectives(HIDDEN, 4)
+    assert (gather.count, gather.payload) == (1, 160)
+    assert reduce.count == 2  # of one channel too, but two exchanges
+    sums = 2 * 100 * 4
+    assert traffic.hbm_bytes(HIDDEN) == (10 + 40) * 4 + 2 * 100 * 4 + sums
