@@ -31,12 +31,12 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
             warmup_steps=50,
-            decay_steps=6000,
+            decay_steps=5000,
             final_fraction=0.1,
             ema_decay=0.998,
         ),
         train=TrainConfig(
-            steps=6000,
+            steps=5000,
             batch_size=16,
             terminal_share=0.8,
             balance=0.5,  # half of the classes are thin or rare

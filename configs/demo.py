@@ -32,21 +32,21 @@ def get_config() -> Config:
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
             warmup_steps=50,
-            decay_steps=2400,
+            decay_steps=2000,
             final_fraction=0.1,
             ema_decay=0.99,
         ),
         train=TrainConfig(
-            steps=2400,
+            steps=2000,
             batch_size=16,
             terminal_share=0.9,
             balance=0.5,
-            checkpoint_every=600,
+            checkpoint_every=500,
             log_every=50,
         ),
         # What it blurs the UNet cannot tell apart: with a third of the steps colours get lost.
         vae=VAEConfig(
-            steps=700, batch_size=16, learning_rate=4e-3, optimizer="muon", mask_share=0.375
+            steps=600, batch_size=16, learning_rate=4e-3, optimizer="muon", mask_share=0.375
         ),
         sampler=SamplerConfig(steps=1, ensemble=2, batch_size=100),
     )

@@ -38,6 +38,9 @@ _FIGURES = {
     "miou_union": "mIoU, classes in truth or prediction",
     "pixel_accuracy": "pixel accuracy",
     "mean_accuracy": "mean accuracy",
+    "photo_absolute_error": "photos through the VAE: error of 255",
+    "photo_brightness_r2": "photos through the VAE: brightness kept",
+    "photo_colour_r2": "photos through the VAE: colour kept",
 }
 
 

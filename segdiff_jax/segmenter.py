@@ -119,10 +119,10 @@ class Segmenter:
         names = tuple(entry.name for entry in classes)
         return from_maps(gray, spread, names, group, size, threshold, closed)
 
-    def reconstruct(self, gray: np.ndarray) -> np.ndarray:
-        """Gray maps [J, H, W] through the VAE and back: what a perfect sampler would return."""
-        found = _reconstruct(self._vae, self._vae_params, spread_rows(gray, self.mesh))
-        return processes.gathered(found)[: len(gray)]
+    def reconstruct(self, pixels: np.ndarray) -> np.ndarray:
+        """Images [J, H, W, 3] in [-1, 1] at the network's size, through the VAE and back."""
+        found = _reconstruct(self._vae, self._vae_params, spread_rows(pixels, self.mesh))
+        return processes.gathered(found)[: len(pixels)]
 
     def maps(
         self,
@@ -219,13 +219,12 @@ def _encode(vae: nnx.GraphDef, params: Any, images: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _reconstruct(vae: nnx.GraphDef, params: Any, gray: jax.Array) -> jax.Array:
+def _reconstruct(vae: nnx.GraphDef, params: Any, pixels: jax.Array) -> jax.Array:
     network = nnx.merge(vae, params)
-    pixels = jnp.broadcast_to(gray[..., None], (*gray.shape, 3))
-    return _to_gray(decode_latents(network, encode_latents(network, pixels)))
+    return decode_latents(network, encode_latents(network, pixels))
 
 
-def _to_gray(pixels: jax.Array) -> jax.Array:
+def to_gray(pixels: Any) -> jax.Array:
     """Decoded [..., H, W, 3] → gray maps [..., H, W] in [-1, 1]."""
     return jnp.clip(pixels.mean(-1), -1.0, 1.0)
 
@@ -264,7 +263,7 @@ def _sample(
 
     in_axes = (0, 0, 0, None if mask is None else 0)
     x0 = jax.vmap(member, in_axes)(jobs[:, 2], latents, contexts, mask)
-    return _to_gray(decode_latents(decoder, x0))
+    return to_gray(decode_latents(decoder, x0))
 
 
 def _merge_members(

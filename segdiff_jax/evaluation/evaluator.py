@@ -11,9 +11,9 @@ from segdiff_jax import codec
 from segdiff_jax.config import SamplerConfig
 from segdiff_jax.data import transforms
 from segdiff_jax.data.sources import Source
-from segdiff_jax.evaluation import metrics
+from segdiff_jax.evaluation import metrics, reconstruction
 from segdiff_jax.progress import Progress
-from segdiff_jax.segmenter import Segmenter
+from segdiff_jax.segmenter import Segmenter, to_gray
 from segdiff_jax.training.placement import equal_parts, multiple
 
 
@@ -57,7 +57,7 @@ def evaluate(
       sampler: in place of segmenter.config.sampler.
       examples: number of images to keep for a report, spread evenly.
       ceiling: the ground truth through codec and VAE and back, in place of a prediction: what a
-        perfect UNet would score.
+        perfect UNet would score. The summary then also says what the VAE leaves of the photos.
       progress: called with (done, total) images.
 
     Returns:
@@ -76,6 +76,7 @@ def evaluate(
     size = min(total, _images_per_call(segmenter, len(classes), sampler))
     matrix = np.zeros((len(classes), len(classes) + 1), np.int64)
     kept: list[Example] = []
+    photos = None
     if progress:
         progress(0, total)
     for start in range(0, total, size):
@@ -84,6 +85,8 @@ def evaluate(
         spread = None
         if ceiling:
             gray = _painted_and_back(segmenter, [r["labels"] for r in full], len(classes), sampler)
+            seen = _photos_and_back(segmenter, [r["image"] for r in full], len(records))
+            photos = seen if photos is None else photos + seen
         else:
             gray, spread = segmenter.maps([r["image"] for r in full], classes, sampler, seed)
         for i, record in enumerate(records):
@@ -103,7 +106,8 @@ def evaluate(
                 )
         if progress:
             progress(start + len(records), total)
-    return Result(matrix, _summary(matrix, segmenter, source, sampler, total, seed, ceiling), kept)
+    summary = _summary(matrix, segmenter, source, sampler, total, seed, ceiling)
+    return Result(matrix, summary | (reconstruction.summarize(photos) if photos else {}), kept)
 
 
 def _spread(count: int, length: int) -> list[int]:
@@ -131,10 +135,21 @@ def _painted_and_back(
     groups = codec.groups(num_classes, codec.group_size(num_classes, config.codec.classes_per_pass))
     small = jnp.stack([transforms.resize_labels(one, (height, width)) for one in labels])
     painted = np.stack([np.asarray(codec.encode(small, ids)) for ids in groups], axis=1)
-    jobs = painted.reshape(-1, height, width)  # [I * P, h, w]
+    jobs = painted.reshape(-1, height, width, 1)  # [I * P, h, w, 1]
     chunk = multiple(min(sampler.batch_size, len(jobs)), segmenter.mesh.size)
-    back = [segmenter.reconstruct(part) for part in equal_parts(jobs, chunk)]
+    pixels = (np.broadcast_to(p, (*p.shape[:3], 3)) for p in equal_parts(jobs, chunk))
+    back = [np.asarray(to_gray(segmenter.reconstruct(part))) for part in pixels]
     return np.concatenate(back)[: len(jobs)].reshape(painted.shape)
+
+
+def _photos_and_back(
+    segmenter: Segmenter, images: Sequence[np.ndarray], count: int
+) -> reconstruction.Sums:
+    """The first `count` of `images` uint8 [H, W, 3] against themselves through the VAE."""
+    size = segmenter.config.data.image_size
+    fitted = np.stack([transforms.resize_image(image, size) for image in images])
+    pixels = fitted.astype(np.float32) / 127.5 - 1.0
+    return reconstruction.compare(pixels[:count], segmenter.reconstruct(pixels)[:count])
 
 
 def _summary(

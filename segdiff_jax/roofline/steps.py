@@ -166,7 +166,7 @@ def _sampler(
     count = flops.unet_count(config, nets.unet.config, nets.vae.config, classes, nets.text_tokens)
     decode_flops = jobs * flops.vae_decode(nets.vae.config, *config.data.image_size)
     decode = jax.jit(
-        lambda params, x: segmenter._to_gray(decode_latents(nnx.merge(vae_graph, params), x))
+        lambda params, x: segmenter.to_gray(decode_latents(nnx.merge(vae_graph, params), x))
     )
     latents = sharding.abstract(jax.ShapeDtypeStruct((jobs, *latent), jnp.float32), spread)
     without = Step(decode, (vae_params, latents), worth, decode_flops)

@@ -99,11 +99,13 @@ def test_ensemble_gives_uncertainty(model):
 @pytest.mark.parametrize("group", [1, 2, 0])
 def test_ceiling_of_a_perfect_vae_is_one(make_segmenter, tiny_config, monkeypatch, group):
     model = make_segmenter(tiny_config(classes_per_pass=group))
-    monkeypatch.setattr(Segmenter, "reconstruct", lambda self, gray: np.asarray(gray))
+    monkeypatch.setattr(Segmenter, "reconstruct", lambda self, pixels: np.asarray(pixels))
     source = MemorySource(sizes=((16, 16),))  # the networks' own size: nothing to resize
     summary = evaluate(model, source, ceiling=True).summary
     assert summary["miou_present"] == summary["pixel_accuracy"] == 1.0
     assert summary["settings"]["ceiling"]
+    assert summary["photo_absolute_error"] == 0.0
+    assert summary["photo_brightness_r2"] == summary["photo_colour_r2"] == 1.0
 
 
 def test_ceiling_goes_through_the_vae_and_not_the_unet(model, monkeypatch):
