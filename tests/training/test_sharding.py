@@ -227,9 +227,10 @@ EIGHT_DEVICES = """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     import jax.numpy as jnp, numpy as np, optax
-    from segdiff_jax.config import MeshConfig
+    from segdiff_jax.config import MeshConfig, OptimizerConfig
     from segdiff_jax.errors import UserError
     from segdiff_jax.training import sharding
+    from segdiff_jax.training.optimizer import make_optimizer
 
     sharding.SMALLEST_SPREAD = 0  # the arrays here are small
     lines = []
@@ -253,7 +254,8 @@ EIGHT_DEVICES = """
         "to_out": {"kernel": array(32, 16)},
         "odd": {"kernel": array(3, 5)}, "odd_2": {"kernel": array(3, 5)},
     }
-    optimizer = optax.adamw(1e-2)
+    adamw = optax.adamw(1e-2)
+    muon = make_optimizer(OptimizerConfig(method="muon", learning_rate=1e-2, warmup_steps=0))
     images, targets = array(16, 6, 6, 3), array(16, 6, 6, 16)
 
     def conv(x, kernel):
@@ -267,7 +269,7 @@ EIGHT_DEVICES = """
         h = h + (h @ p["to_q"]["kernel"]) @ p["to_out"]["kernel"]
         return jnp.mean((h - y) ** 2) + jnp.sum(p["odd"]["kernel"] ** 2) * 1e-3
 
-    def train(config, devices):
+    def train(config, devices, optimizer=adamw):
         mesh = sharding.make_mesh(config, devices)
         state = {"params": params, "optimizer": optimizer.init(params), "ema": params}
         shardings = sharding.state_sharding(jax.eval_shape(lambda: state), mesh)
@@ -293,6 +295,8 @@ EIGHT_DEVICES = """
     for sizes in [(-1, 1, 1), (2, -1, 1), (2, 2, 2), (1, 2, 4)]:
         config = MeshConfig(*sizes)
         runs[",".join(map(str, sizes))] = train(config, jax.devices())
+    muon_runs = [train(MeshConfig(), jax.devices()[:1], muon),
+                 train(MeshConfig(2, 2, 2), jax.devices(), muon)]
     mesh = sharding.make_mesh(MeshConfig(2, 4, 1))
     try:
         sharding.local_rows(mesh, 12)
@@ -307,7 +311,7 @@ EIGHT_DEVICES = """
     for_use = [[shape(cut), shape(used)], again]
     whole = {"a": np.arange(48).reshape(8, 6), "b": np.float32(3)}
     placed = sharding.place(whole, sharding.state_sharding(whole, mesh))
-    json.dump({"runs": runs, "for_use": for_use, "lines": lines, "refused": refused,
+    json.dump({"runs": runs, "muon": muon_runs, "for_use": for_use, "lines": lines, "refused": refused,
                "placed": [np.asarray(placed["a"]).tolist(), float(placed["b"]),
                           [list(s.data.shape) for s in placed["a"].addressable_shards]]},
               sys.stdout)
@@ -334,6 +338,13 @@ def test_losses_do_not_depend_on_the_mesh(eight):
     assert expected[-1] < 0.8 * expected[0]  # something was learnt
     for name, run in eight["runs"].items():
         assert run["losses"] == pytest.approx(expected, rel=1e-5), name
+
+
+def test_muon_orthogonalises_whole_matrices_whatever_the_mesh(eight):
+    one, cut = eight["muon"]
+    assert one["losses"][-1] < 0.8 * one["losses"][0]
+    assert cut["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert cut["bytes"] < 0.3 * one["bytes"]  # moments in eight parts, the rest in four
 
 
 def test_minus_one_takes_the_remaining_devices(eight):
