@@ -43,6 +43,7 @@ def get_config() -> Config:
             checkpoint_every=1000,
             log_every=50,
         ),
+        # AdamW learns the faint colours of a street last: docs/results.md.
         vae=VAEConfig(
             steps=1200, batch_size=8, learning_rate=4e-3, optimizer="muon", mask_share=0.375
         ),

@@ -44,7 +44,7 @@ def get_config() -> Config:
             checkpoint_every=500,
             log_every=50,
         ),
-        # What it blurs the UNet cannot tell apart: with a third of the steps colours get lost.
+        # What it blurs the UNet cannot tell apart. AdamW learns colours last: docs/results.md.
         vae=VAEConfig(
             steps=600, batch_size=16, learning_rate=4e-3, optimizer="muon", mask_share=0.375
         ),
