@@ -57,6 +57,8 @@ def measure(config: Config, target: Target) -> dict[str, Any]:
         loop=_outside(step.loop),
     )
     line = report.roofline(figures, chips.in_slice(chip, topology), step.images)
+    if target.step == "train":
+        made["run"] = report.whole_run(line, chip, mesh.size, config.train.steps)
     return made | {"per_chip": figures, "roofline": line}
 
 

@@ -85,6 +85,16 @@ def roofline(figures: dict[str, Any], chip: Chip, images: float) -> dict[str, An
     }
 
 
+def whole_run(line: dict[str, Any], chip: Chip, chips: int, steps: int) -> dict[str, Any]:
+    """Hours and on-demand dollars of `steps` steps at both bounds of `roofline`, least first.
+
+    Of steps alone: start-up, compilation, validation and preemptions come on top.
+    """
+    hours = [steps * line[name] / 3600 for name in ("least_seconds", "step_seconds")]
+    dollars = None if chip.dollars is None else [h * chips * chip.dollars for h in hours]
+    return {"steps": steps, "hours": hours, "dollars": dollars}
+
+
 def table(reports: Sequence[dict[str, Any]]) -> str:
     """Reports side by side, a column each; with two, a third column of ratios."""
     columns = [rows(report) for report in reports]
@@ -136,5 +146,14 @@ def rows(report: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     shown["bound by"] = (line["bound"], None)
     shown["MFU at the roofline"] = (f"{line['mfu']:.1%}", line["mfu"])
     shown["images/s, all chips"] = (f"{line['images_per_second']:.2f}", line["images_per_second"])
+    if "run" in report:
+        run = report["run"]
+        for name in ("hours", "dollars"):
+            if run[name]:
+                shown[f"{name} for {run['steps']:,} steps"] = _between(*run[name]), run[name][1]
     shown["compile time, s"] = (f"{report['compile_seconds']:.0f}", report["compile_seconds"])
     return shown
+
+
+def _between(low: float, high: float) -> str:
+    return f"{low:.3g} to {high:.3g}"

@@ -73,3 +73,10 @@ def test_roofline_is_the_slowest_of_the_three():
     assert (line["hbm_seconds"], line["least_seconds"]) == pytest.approx((1.2, 1.5))
     assert line["mfu"] == pytest.approx(0.2)
     assert line["images_per_second"] == pytest.approx(4.0)
+
+
+def test_a_whole_run_costs_its_steps_on_all_chips():
+    line = {"least_seconds": 0.36, "step_seconds": 0.72}
+    run = report.whole_run(line, chips.CHIPS["v5e"], chips=16, steps=10_000)
+    assert run["hours"] == pytest.approx([1.0, 2.0])
+    assert run["dollars"] == pytest.approx([1.2 * 16, 2 * 1.2 * 16])
