@@ -1,13 +1,13 @@
 """The TPU chips a step can be compiled for: peak rates, memory and the names they go by.
 
-Sources, read in 2026. Compute, HBM and ICI: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; HBM of
-v5e and v6e as in earlier versions of the pages, which now round to 800 and 1,600 GB/s. ICI is what
-they call bidirectional bandwidth per chip, halved: what a chip can send while it receives as much.
-v4's page gives none: six links of 50 GB/s (arXiv 2304.01433, table 4). The JAX team's
+Sources, read in 2026. Compute, HBM and ICI: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; some
+versions of the pages round the HBM bandwidth of v5e and v6e to 800 and 1,600 GB/s. ICI is what they
+call bidirectional bandwidth per chip, halved: what a chip can send while it receives as much. v4's
+page gives none: six links of 50 GB/s (arXiv 2304.01433, table 4). The JAX team's
 jax-ml.github.io/scaling-book/tpus has 45 GB/s for a link of v4 and v5e and 90 for v5p and v6e, a
 tenth less than here. DCN is per chip. v5p: 50 Gbit/s (its page). v5e and v6e: 6.4 and 25.6 Tbit/s
-per pod of 256 chips (v6e's page has both). v4: none of Google's pages says; the scaling book gives
-6.25 GB/s for all but v5e and v6e. Dollars: the price list quoted in launch/README.md.
+per pod of 256 chips (their pages). v4: none of Google's pages says; the scaling book gives 6.25 GB/s
+for all but v5e and v6e. Dollars: the price list quoted in launch/README.md.
 """
 
 import dataclasses
