@@ -6,7 +6,7 @@ call bidirectional bandwidth per chip, halved: what a chip can send while it rec
 page gives none: six links of 50 GB/s (arXiv 2304.01433, table 4). The JAX team's
 jax-ml.github.io/scaling-book/tpus has 45 GB/s for a link of v4 and v5e and 90 for v5p and v6e, a
 tenth less than here. DCN is per chip. v5p: 50 Gbit/s (its page). v5e and v6e: 6.4 and 25.6 Tbit/s
-per pod of 256 chips (their pages). v4: none of Google's pages says; the scaling book gives 6.25 GB/s
+per pod of 256 chips (their pages). v4: no page of Google's says; the scaling book gives 6.25 GB/s
 for all but v5e and v6e. Dollars: the price list quoted in launch/README.md.
 """
 
