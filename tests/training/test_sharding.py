@@ -311,7 +311,8 @@ EIGHT_DEVICES = """
     for_use = [[shape(cut), shape(used)], again]
     whole = {"a": np.arange(48).reshape(8, 6), "b": np.float32(3)}
     placed = sharding.place(whole, sharding.state_sharding(whole, mesh))
-    json.dump({"runs": runs, "muon": muon_runs, "for_use": for_use, "lines": lines, "refused": refused,
+    json.dump({"runs": runs, "muon": muon_runs, "for_use": for_use, "lines": lines,
+               "refused": refused,
                "placed": [np.asarray(placed["a"]).tolist(), float(placed["b"]),
                           [list(s.data.shape) for s in placed["a"].addressable_shards]]},
               sys.stdout)
