@@ -26,6 +26,7 @@ from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
 from segdiff_jax.segmentation import Segmentation, from_maps
 from segdiff_jax.training import processes, sharding
+from segdiff_jax.training.losses import to_pixels
 from segdiff_jax.training.placement import equal_parts, multiple, on_mesh, spread_rows
 
 
@@ -214,8 +215,7 @@ class Segmenter:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(vae: nnx.GraphDef, params: Any, images: jax.Array) -> jax.Array:
-    pixels = images.astype(jnp.float32) / 127.5 - 1.0  # [I, H, W, 3]
-    return encode_latents(nnx.merge(vae, params), pixels)
+    return encode_latents(nnx.merge(vae, params), to_pixels(images))
 
 
 @functools.partial(jax.jit, static_argnums=0)

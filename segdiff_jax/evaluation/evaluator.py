@@ -14,6 +14,7 @@ from segdiff_jax.data.sources import Source
 from segdiff_jax.evaluation import metrics, reconstruction
 from segdiff_jax.progress import Progress
 from segdiff_jax.segmenter import Segmenter, to_gray
+from segdiff_jax.training.losses import to_pixels
 from segdiff_jax.training.placement import equal_parts, multiple
 
 
@@ -76,7 +77,7 @@ def evaluate(
     size = min(total, _images_per_call(segmenter, len(classes), sampler))
     matrix = np.zeros((len(classes), len(classes) + 1), np.int64)
     kept: list[Example] = []
-    photos = None
+    photos: list[reconstruction.Sums] = []
     if progress:
         progress(0, total)
     for start in range(0, total, size):
@@ -85,8 +86,7 @@ def evaluate(
         spread = None
         if ceiling:
             gray = _painted_and_back(segmenter, [r["labels"] for r in full], len(classes), sampler)
-            seen = _photos_and_back(segmenter, [r["image"] for r in full], len(records))
-            photos = seen if photos is None else photos + seen
+            photos.append(_photos_and_back(segmenter, [r["image"] for r in full], len(records)))
         else:
             gray, spread = segmenter.maps([r["image"] for r in full], classes, sampler, seed)
         for i, record in enumerate(records):
@@ -148,7 +148,7 @@ def _photos_and_back(
     """The first `count` of `images` uint8 [H, W, 3] against themselves through the VAE."""
     size = segmenter.config.data.image_size
     fitted = np.stack([transforms.resize_image(image, size) for image in images])
-    pixels = fitted.astype(np.float32) / 127.5 - 1.0
+    pixels = np.asarray(to_pixels(fitted))
     return reconstruction.compare(pixels[:count], segmenter.reconstruct(pixels)[:count])
 
 

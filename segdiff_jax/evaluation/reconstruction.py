@@ -1,12 +1,13 @@
 """What is left of a photo behind the VAE: what its latents do not hold, no UNet can segment by."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
 class Sums(NamedTuple):
-    """Totals over pixels, to be added up over images.
+    """Totals over the pixels of some images.
 
     Brightness is the mean of R, G and B; colour is what R, G and B differ from it by.
     """
@@ -15,14 +16,6 @@ class Sums(NamedTuple):
     absolute: float  # |error| over the three channels
     brightness: np.ndarray  # [3]: Σx, Σx², Σ error²
     colour: np.ndarray  # [3, 3]: the same of each channel
-
-    def __add__(self, other: "Sums") -> "Sums":  # type: ignore[override]
-        return Sums(
-            self.pixels + other.pixels,
-            self.absolute + other.absolute,
-            self.brightness + other.brightness,
-            self.colour + other.colour,
-        )
 
 
 def compare(photos: np.ndarray, decoded: np.ndarray) -> Sums:
@@ -37,12 +30,14 @@ def compare(photos: np.ndarray, decoded: np.ndarray) -> Sums:
     return Sums(value.size, np.abs(error).sum(), brightness, colour)
 
 
-def summarize(sums: Sums) -> dict[str, float | None]:
-    """Mean absolute error in gray values of 255, and the shares of variance that are explained.
+def summarize(parts: Sequence[Sums]) -> dict[str, float | None]:
+    """Of all images of `parts`: mean absolute error in gray values of 255, and explained shares.
 
     A share R² = 1 - Σ error² / Σ (x - mean)²: 1 is perfect, 0 is no better than one gray for all.
     None where the photos have nothing to explain.
     """
+    totals: Any = [sum(column) for column in zip(*parts, strict=True)]
+    sums = Sums(*totals)
     return {
         "photo_absolute_error": 127.5 * sums.absolute / (3 * sums.pixels),
         "photo_brightness_r2": _explained(sums.brightness, sums.pixels),

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from segdiff_jax.models.attention import attention
 
@@ -16,20 +15,6 @@ Dtype = jnp.dtype | type
 # Keeps the variance of what passes through. Torch's default, a third of it, fades a signal that
 # crosses the dozen bare convolutions of the VAE until a new network sees little but its biases.
 _kernel_init = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
-
-
-GATHERED = "gathered"  # name under which a remat policy finds the arrays that `_for_use` returns
-
-
-def _for_use(kernel: jax.Array, dtype: Any) -> jax.Array:
-    """The stored kernel as it is multiplied with; where it is cut up, gathered after this cast."""
-    return checkpoint_name(kernel.astype(dtype), GATHERED)
-
-
-def _for_conv(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
-    """(x, kernel, bias) in the layer's dtype: what flax calls `promote_dtype`."""
-    x, kernel, bias = arrays
-    return x.astype(dtype), _for_use(kernel, dtype), None if bias is None else bias.astype(dtype)
 
 
 def linear(
@@ -52,7 +37,7 @@ class Linear(nnx.Linear):
 
     def unrounded(self, x: jax.Array) -> jax.Array:
         """The float32 result, for a caller that adds to it before the one rounding."""
-        x, kernel = x.astype(self.dtype), _for_use(self.kernel[...], self.dtype)
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
         y = x @ kernel if x.dtype == jnp.float32 else _product(x, kernel)
         return y if self.bias is None else y + self.bias[...]
 
@@ -106,7 +91,6 @@ def conv(
         strides=(stride, stride),
         padding=(pad, pad),
         kernel_init=init,
-        promote_dtype=_for_conv,
         **kw,
     )
 

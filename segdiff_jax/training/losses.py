@@ -23,9 +23,9 @@ class Corruption(NamedTuple):
     noise: jax.Array  # [B, h, w, c]
 
 
-def to_pixels(image: jax.Array) -> jax.Array:
+def to_pixels(image: jax.Array | np.ndarray) -> jax.Array:
     """uint8 [0, 255] → float32 [-1, 1], the VAE's range."""
-    return image.astype(jnp.float32) / 127.5 - 1.0
+    return jnp.asarray(image, jnp.float32) / 127.5 - 1.0
 
 
 def mask_images(labels: jax.Array, class_ids: jax.Array) -> jax.Array:
