@@ -19,7 +19,7 @@ def _relative(actual, expected):
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(("length", "others"), [(256, 256), (384, 128)])
+@pytest.mark.parametrize(("length", "others"), [(256, 256), (384, 128), (200, 200), (256, 77)])
 def test_kernel_and_its_gradients_equal_plain_attention(length, others):
     query, key, value, weights = _inputs(length, others, jnp.float32)
 
@@ -53,17 +53,27 @@ def test_a_mask_removes_what_it_hides():
 
 
 @pytest.mark.parametrize(
-    ("length", "block"), [(1024, 1024), (2304, 768), (4096, 1024), (1152, 384)]
+    ("length", "filled", "block"),
+    [
+        (576, 640, 640),
+        (1024, 1024, 1024),
+        (1152, 1280, 640),
+        (1600, 1792, 896),
+        (2304, 2304, 768),
+        (4096, 4096, 1024),
+        (9216, 9216, 1024),
+    ],
 )
-def test_blocks_are_whole(length, block):
-    assert attention._block(length) == block
+def test_blocks_are_whole_and_not_small(length, filled, block):
+    assert attention._filled(length) == filled
+    assert attention._block(filled) == block
 
 
 def test_the_kernel_is_for_tpu_meshes_only():
-    query, key, _, _ = _inputs(1024, 1024, jnp.bfloat16)
-    assert not attention._kernel_pays(query, key)
+    query, *_ = _inputs(1024, 1024, jnp.bfloat16)
+    assert not attention._kernel_pays(query)
     mesh = jax.make_mesh(
         (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        assert not attention._kernel_pays(query, key)
+        assert not attention._kernel_pays(query)
