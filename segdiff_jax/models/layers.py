@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from segdiff_jax.models import recompute
 from segdiff_jax.models.attention import attention
 
 Dtype = jnp.dtype | type
@@ -120,6 +121,13 @@ class GroupNorm(nnx.Module):
         return activation(y).astype(self.dtype)
 
 
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalisation (arXiv 1607.06450) over the last axis, statistics in float32."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # [..., C]
+        return recompute.from_inputs(lambda x, norm: super(LayerNorm, norm).__call__(x), x, self)
+
+
 class Attention(nnx.Module):
     """Multi-head attention from `x` to `context` (to itself when `context` is None)."""
 
@@ -177,12 +185,16 @@ class ResnetBlock(nnx.Module):
         self.conv_shortcut = conv(channels_in, channels_out, 1, **kw) if changes_width else None
 
     def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
-        h = self.conv1(self.norm1(x, jax.nn.silu))
+        h = recompute.from_inputs(_norm_silu_conv, x, self.norm1, self.conv1)
         if self.time_emb_proj is not None and time is not None:
             shift = self.time_emb_proj.unrounded(jax.nn.silu(time))
             h = (h + shift[:, None, None, :]).astype(h.dtype)
-        h = self.conv2(self.norm2(h, jax.nn.silu))
+        h = recompute.from_inputs(_norm_silu_conv, h, self.norm2, self.conv2)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+def _norm_silu_conv(x: jax.Array, norm: GroupNorm, conv: nnx.Conv) -> jax.Array:
+    return conv(norm(x, jax.nn.silu))
 
 
 class Downsample(nnx.Module):

@@ -1,5 +1,6 @@
 """The UNet against diffusers, on random weights that diffusers wrote."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from flax import nnx
 from torch_oracles import from_torch, normal, relative_error, run, to_torch, unet, write
 
 from segdiff_jax.models import key_map, pretrained
+from segdiff_jax.models.presets import PRESETS
 from segdiff_jax.models.unet import UNet
 
 # name: (cross-attention per level, diffusers options, latent [B, h, w], tokens)
@@ -168,3 +170,24 @@ def test_gradients_equal_torchs_with_recomputed_blocks(tmp_path):
         worst = max(worst, relative_error(actual, expected[key_map.tensor_name("unet", path)]))
     print(f"gradients: {worst:.1e}")
     assert worst <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recomputed_blocks_can_be_sampled_from(dtype):
+    """The sampler calls a network from inside vmap and scan, and so does validation in training."""
+    config = PRESETS["tiny"].unet
+    graph, params = nnx.split(UNet(config, dtype=jnp.dtype(dtype), remat=True, rngs=nnx.Rngs(0)))
+    text = jnp.ones((1, 7, config.cross_attention_dim))
+
+    @jax.jit
+    def sample(params, start):
+        network = nnx.merge(graph, params)
+
+        def step(x, _):
+            both = jnp.concatenate([x, x], axis=-1)[None]
+            return network(both, jnp.ones(1), text)[0], None
+
+        return jax.vmap(lambda x: jax.lax.scan(step, x, length=2)[0])(start)
+
+    noise = jax.random.normal(jax.random.key(0), (2, 8, 8, config.out_channels))
+    assert np.isfinite(sample(params, noise)).all()

@@ -1,0 +1,54 @@
+"""Layers whose gradient keeps their input activations and makes the rest again.
+
+By itself JAX keeps for the backward pass what the forward pass made: activations in float32 inside
+a norm, what the norm gives to a convolution. Both are quickly made again from the norm's input.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def from_inputs(
+    function: Callable[..., jax.Array], x: jax.Array, *modules: nnx.Module
+) -> jax.Array:
+    """`function(x, *modules)`; for its gradient, what is needed of it is computed again.
+
+    So would `jax.checkpoint`, but it would cast and gather the kernels again too, and only when the
+    gradient has come in: more traffic, and no gather under way ahead of use. In float32 (on CPUs)
+    this is `function` itself: nothing is cast there, and time counts more than memory.
+    """
+    if x.dtype == jnp.float32:
+        return function(x, *modules)
+    graph, state = nnx.split(modules)
+
+    def pure(x: jax.Array, state: Any) -> jax.Array:
+        return function(x, *nnx.merge(graph, state))
+
+    @jax.custom_vjp
+    def apply(x: jax.Array, state: Any) -> jax.Array:
+        return pure(x, state)
+
+    def backward(saved: tuple[jax.Array, Any], gradient: jax.Array) -> tuple[jax.Array, Any]:
+        x, state = saved
+        # Without a barrier XLA finds that it has computed all this before, and keeps it.
+        _, pull = jax.vjp(pure, jax.lax.optimization_barrier(x), state)
+        return pull(gradient)
+
+    apply.defvjp(lambda x, state: (pure(x, state), (x, state)), backward)
+    return apply(x, state)
+
+
+def whole(method: Callable[..., jax.Array], module: nnx.Module, *inputs: Any) -> jax.Array:
+    """`method(module, *inputs)`, all of it computed again in the backward pass: `jax.checkpoint`.
+
+    Not `nnx.remat`, which writes to the module and so fails where a sampler closes over it, inside
+    `vmap` and `scan`.
+    """
+    graph, state = nnx.split(module)
+    return jax.checkpoint(lambda state, *inputs: method(nnx.merge(graph, state), *inputs))(
+        state, *inputs
+    )
