@@ -5,14 +5,8 @@ import json
 import pytest
 from guard import FILE, TOPOLOGIES, figures
 
-# One generation in every run, the others on demand: each takes the compiler most of a minute.
-EVERY_RUN = "v5e:2x2"
 
-
-@pytest.mark.parametrize(
-    "topology",
-    [pytest.param(t, marks=[] if t == EVERY_RUN else pytest.mark.slow) for t in TOPOLOGIES],
-)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_flops_bytes_temporaries_and_collectives_are_what_they_were(topology):
     expected = json.loads(FILE.read_text())[topology]
     found = figures(topology)

@@ -393,6 +393,7 @@ def test_place_puts_each_part_where_it_belongs(eight):
 
 
 REAL_UNET = """
+    import sys
     import jax
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
@@ -404,7 +405,8 @@ REAL_UNET = """
     from segdiff_jax.training import sharding
 
     config = PRESETS["tiny"].unet
-    graph, state = nnx.split(UNet(config, rngs=nnx.Rngs(0)))
+    dtype = jnp.dtype(sys.argv[1])
+    graph, state = nnx.split(UNet(config, dtype=dtype, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     def array(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
@@ -414,7 +416,8 @@ REAL_UNET = """
     def loss(state, sample, timesteps, context, target):
         return jnp.mean((nnx.merge(graph, state)(sample, timesteps, context) - target) ** 2)
     def step(state, *batch):
-        value, grads = jax.value_and_grad(loss)(state, *batch)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # as loop.compile_step does
+            value, grads = jax.value_and_grad(loss)(state, *batch)
         return jax.tree.map(lambda p, g: p - 0.1 * g, state, grads), value
 
     sharding.SMALLEST_SPREAD = 0
@@ -432,14 +435,17 @@ REAL_UNET = """
 """
 
 
+# In bfloat16 gradients are exchanged in it: eight partial sums, each rounded to 8 bits.
 @pytest.mark.slow
-def test_the_real_unet_learns_the_same_on_a_mesh_of_all_axes():
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-3)])
+def test_the_real_unet_learns_the_same_on_a_mesh_of_all_axes(dtype, tolerance):
     """Small stand-ins do not show it when the partitioner goes wrong; dozens of layers do."""
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(REAL_UNET)], capture_output=True, text=True
+        [sys.executable, "-c", textwrap.dedent(REAL_UNET), dtype], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     alone, cut, replicas = map(json.loads, run.stdout.splitlines())
+    print(alone, cut, replicas)
     assert alone[-1] < alone[0]
-    assert cut == pytest.approx(alone, rel=1e-5)
-    assert replicas == pytest.approx(alone, rel=1e-5)
+    assert cut == pytest.approx(alone, rel=tolerance)
+    assert replicas == pytest.approx(alone, rel=tolerance)
