@@ -14,8 +14,8 @@ _DESCRIPTION = """Compile the step of a config for TPUs that are not here. Repor
 and whether it fits, FLOPs, bytes accessed, network traffic, and the roofline that follows.
 
 The function is the one that train (or the segmenter) jits; its arguments are shapes. No data, no
-weights and no TPU are needed, but pip install 'jax[tpu]' and, for Stable Diffusion 2, some 12 GB of
-memory and ten minutes of two cores. The architecture is that of config.model.preset, whatever
+weights and no TPU are needed, but pip install 'jax[tpu]' and, for Stable Diffusion 2, some 20 GB of
+memory and 20 minutes. The architecture is that of config.model.preset, whatever
 config.init_from names. docs/performance.md says what the figures mean."""
 
 
