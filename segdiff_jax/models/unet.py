@@ -240,7 +240,7 @@ class UNet(nnx.Module):
 
         Returns [B, h, w, out] in float32.
         """
-        layer = _recomputed_layer if self.remat else _layer
+        layer = _recomputed_layer if self.remat else Level.layer
         context = context.astype(self.dtype)
         mask = None if context_mask is None else context_mask[:, None, None, :].astype(bool)
         time = self._time_embedding(timesteps)  # [B, 4 · width]
@@ -272,10 +272,6 @@ class UNet(nnx.Module):
             freq_shift=self.config.freq_shift,
         )
         return self.time_linear_2(jax.nn.silu(self.time_linear_1(embedding)))
-
-
-def _layer(level, index, x, time, context, mask):
-    return level.layer(index, x, time, context, mask)
 
 
 def _recomputed_layer(level, index, *inputs):
