@@ -193,7 +193,8 @@ class Segmenter:
             for array in (image_latents, groups, jax.random.key_data(jax.random.key(seed)))
         )
         results = [
-            _sample(
+            _sample_spread(
+                self.mesh,
                 self._unet,
                 self._vae,
                 self.config.codec.context,
@@ -229,8 +230,29 @@ def to_gray(pixels: Any) -> jax.Array:
     return jnp.clip(pixels.mean(-1), -1.0, 1.0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _sample(
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _sample_spread(
+    mesh: Mesh,
+    unet: nnx.GraphDef,
+    vae: nnx.GraphDef,
+    context_kind: str,
+    steps: int,
+    eta: float,
+    *arrays: Any,
+) -> jax.Array:
+    """`sample_jobs` on every device's part of the jobs.
+
+    A job needs nothing from another: left to the partitioner, parameters that are cut up would be
+    exchanged in every step.
+    """
+    sample = functools.partial(sample_jobs, unet, vae, context_kind, steps, eta)
+    rows = P(mesh.axis_names)
+    specs = (*(P() for _ in arrays[:-2]), rows, P())
+    spread = jax.shard_map(sample, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    return spread(*arrays)
+
+
+def sample_jobs(
     unet: nnx.GraphDef,
     vae: nnx.GraphDef,
     context_kind: str,
@@ -263,7 +285,8 @@ def _sample(
 
     in_axes = (0, 0, 0, None if mask is None else 0)
     x0 = jax.vmap(member, in_axes)(jobs[:, 2], latents, contexts, mask)
-    return to_gray(decode_latents(decoder, x0))
+    # One after the other: at full size the decoder's activations are hundreds of times the latents.
+    return jax.lax.map(lambda latent: to_gray(decode_latents(decoder, latent[None]))[0], x0)
 
 
 def _merge_members(

@@ -85,14 +85,14 @@ def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.A
     height, width = model.config.data.image_size
     structure = jax.tree.structure(_weights(model))
     names = list(_named_weights(model))
-    schedule = jax.device_get(model._schedule)
+    schedule = jax.tree.map(jnp.asarray, jax.device_get(model._schedule))
 
     def sample(weights: Weights, image: jax.Array, context: jax.Array, key: jax.Array) -> jax.Array:
         leaves = [jnp.asarray(weights[name]).astype(jnp.float32) for name in names]
         params = jax.tree.unflatten(structure, leaves)
         passes, members = context.shape[0], sampler.ensemble
         job = jnp.arange(passes * members)
-        gray = segmenter._sample(
+        gray = segmenter.sample_jobs(
             model._unet,
             model._vae,
             "mean",  # of one class per pass: the context as it is given

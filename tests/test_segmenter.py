@@ -247,12 +247,12 @@ ON_MESHES = """
     *networks, config = workdir.load_networks(sys.argv[1])
     config.sampler = dataclasses.replace(config.sampler, steps=2, ensemble=2, batch_size=12)
     source = open_source(config.data, config.data.val_split, config.seed)
-    sample, parts = segmenter._sample, []
+    sample, parts = segmenter._sample_spread, []
     def watched(*arguments):
         result = sample(*arguments)
         parts.append([len(result), [s.data.shape[0] for s in result.addressable_shards]])
         return result
-    segmenter._sample = watched
+    segmenter._sample_spread = watched
 
     found = {}
     for name, sizes, devices in [

@@ -3,7 +3,7 @@
 The weights of 2,304 positions are 21 MB per head in float32 and cross the memory bus several times.
 The kernel (jax.experimental.pallas.ops.tpu.splash_attention) holds a block of them at a time. It is
 used where it pays and can be placed: many unmasked queries in bfloat16, on a TPU mesh that
-`training.loop.compile_step` has named, since XLA cannot cut up a kernel by itself.
+`training.loop.compile_step` or a `shard_map` has named, since XLA cannot cut up a kernel by itself.
 """
 
 import functools
@@ -115,19 +115,22 @@ def _block(length: int) -> int:
 
 def _kernel_pays(query: jax.Array) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or query.dtype != jnp.bfloat16:
+    batch, length, heads, _ = query.shape
+    if mesh.empty or query.dtype != jnp.bfloat16 or length < SHORTEST:
         return False
     device = mesh.abstract_device
     if device is None or not device.device_kind.startswith("TPU"):
         return False
-    batch, length, heads, _ = query.shape
+    if mesh.are_all_axes_manual:  # in a `shard_map`: this is one device's part
+        return True
     sizes = mesh.shape
-    divides = batch % (sizes["data"] * sizes["fsdp"]) == heads % sizes["tensor"] == 0
-    return length >= SHORTEST and divides
+    return batch % (sizes["data"] * sizes["fsdp"]) == heads % sizes["tensor"] == 0
 
 
 def _on_mesh(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """The kernel on each device's part of batch and heads."""
+    if jax.sharding.get_abstract_mesh().are_all_axes_manual:
+        return fused(query, key, value)
     spec = P(("data", "fsdp"), None, "tensor", None)
     return jax.shard_map(fused, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(
         query, key, value

@@ -32,15 +32,17 @@ class Target:
 def measure(config: Config, target: Target) -> dict[str, Any]:
     """The report, as JSON values. Raises `UserError` for what the config or topology cannot be."""
     chip, topology, mesh = _mesh(config, target)
-    step, replicas = _step(config, target, mesh), sharding.batch_parts(mesh)
-    batch = config.train.batch_size if target.step == "train" else step.arguments[-2].shape[0]
+    step = _step(config, target, mesh)
+    training = target.step == "train"
+    batch = config.train.batch_size if training else step.arguments[-2].shape[0]
+    parts = sharding.batch_parts(mesh) if training else mesh.size
     made: dict[str, Any] = {
         "topology": topology,
         "slices": target.slices,
         "chips": mesh.size,
         "step": target.step,
         "mesh": " ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
-        "batch_per_chip": batch / replicas,
+        "batch_per_chip": batch / parts,
         "hbm_of_chip": chip.hbm,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "config_values": to_dict(config),
@@ -54,10 +56,10 @@ def measure(config: Config, target: Target) -> dict[str, Any]:
         mesh.size,
         target.slices,
         model_flops=step.model_flops / mesh.size,
-        loop=_outside(step.loop),
+        loops=_loops(step.loops),
     )
     line = report.roofline(figures, chips.in_slice(chip, topology), step.images)
-    if target.step == "train":
+    if training:
         made["run"] = report.whole_run(line, chip, mesh.size, config.train.steps)
     return made | {"per_chip": figures, "roofline": line}
 
@@ -70,36 +72,31 @@ def _mesh(config: Config, target: Target) -> tuple[chips.Chip, str, jax.sharding
 
 
 def _step(config: Config, target: Target, mesh: jax.sharding.Mesh) -> steps.Step:
-    replicas = sharding.batch_parts(mesh)
-    key, size = {
-        "train": ("train.batch_size", config.train.batch_size),
-        "sample": ("sampler.batch_size", replicas),
-        "evaluate": ("sampler.batch_size", config.sampler.batch_size),
-    }[target.step]
-    if size % replicas:
-        raise UserError(
-            f"config.{key}={size} does not divide over {replicas} replicas (data × fsdp): "
-            f"set --config.{key} to a multiple of {replicas}"
-        )
-    if target.step == "train":
-        if config.optimizer.accumulation > 1:
-            raise UserError(
-                "config.optimizer.accumulation: XLA counts a loop's body once: set it to 1 and "
-                "config.train.batch_size to the micro-batch"
-            )
-        return steps.train_step(config, mesh)
     if target.step == "evaluate":
         return steps.evaluate_step(config, mesh)
-    classes = target.classes or steps.class_count(config)
-    return steps.sample_step(config, mesh, target.images, classes)
+    if target.step == "sample":
+        classes = target.classes or steps.class_count(config)
+        return steps.sample_step(config, mesh, target.images, classes)
+    replicas, size = sharding.batch_parts(mesh), config.train.batch_size
+    if size % replicas:
+        raise UserError(
+            f"config.train.batch_size={size} does not divide over {replicas} replicas "
+            f"(data × fsdp): set --config.train.batch_size to a multiple of {replicas}"
+        )
+    if config.optimizer.accumulation > 1:
+        raise UserError(
+            "config.optimizer.accumulation: XLA counts a loop's body once: set it to 1 and "
+            "config.train.batch_size to the micro-batch"
+        )
+    return steps.train_step(config, mesh)
 
 
-def _outside(loop: tuple[int, steps.Step] | None) -> tuple[float, compile.Compiled] | None:
-    if loop is None:
+def _loops(loops: steps.Loops | None) -> tuple[int, int, compile.Compiled] | None:
+    if loops is None:
         return None
-    compiled = compile.compile_step(loop[1])
+    compiled = compile.compile_step(loops.body)
     # It is a part of what was just compiled, so it fits.
-    return (loop[0], compiled) if isinstance(compiled, compile.Compiled) else None
+    return (*loops[:2], compiled) if isinstance(compiled, compile.Compiled) else None
 
 
 def search(
@@ -110,18 +107,19 @@ def search(
     Starts from the config's own batch. Raises `UserError` if not even one example per chip fits.
     """
     chip, _, mesh = _mesh(config, target)
-    replicas = sharding.batch_parts(mesh)
+    training = target.step == "train"
+    parts = sharding.batch_parts(mesh) if training else mesh.size
     made: dict[int, tuple[Config, dict[str, Any]]] = {}
 
     def total(batch: int) -> float | None:
-        resized = _with_batch(config, target, batch * replicas)
+        resized = _with_batch(config, target, batch * parts)
         found = measure(resized, target)
         log(f"batch {batch} per chip: {'fits' if found['fits'] else found['why']}")
         made[batch] = resized, found
         return found["per_chip"]["hbm"]["total"] if found["fits"] else None
 
-    size = config.train.batch_size if target.step == "train" else config.sampler.batch_size
-    best = largest_that_fits(total, max(1, size // replicas), chip.hbm)
+    size = config.train.batch_size if training else config.sampler.batch_size
+    best = largest_that_fits(total, max(1, size // parts), chip.hbm)
     if best == 0:
         raise UserError(
             f"{target.topology}: not even a batch of 1 per chip fits ({made[1][1]['why']}): "

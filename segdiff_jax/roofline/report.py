@@ -17,20 +17,20 @@ def per_chip(
     slices: int,
     *,
     model_flops: float,
-    loop: tuple[float, Compiled] | None = None,
+    loops: tuple[int, int, Compiled] | None = None,
 ) -> dict[str, Any]:
     """The figures of one chip and one call.
 
-    XLA counts the body of a loop once. `loop` = (its length, the same program without it) tells
-    the body's costs: the difference of the two.
+    XLA counts the body of a loop once. `loops`: see `steps.Loops`; the body of the first costs what
+    the program does without that of the others.
     model_flops: what the networks need (`flops.py`) for this chip's share of the call.
     """
     kernels = hlo.kernel_flops(compiled.text)
     flops, accessed = compiled.flops, compiled.bytes_accessed
-    if loop is not None:
-        length, outside = loop
-        flops = outside.flops + length * (flops - outside.flops)
-        accessed = outside.bytes_accessed + length * (accessed - outside.bytes_accessed)
+    if loops is not None:
+        length, times, body = loops
+        flops = times * body.flops + length * (flops - body.flops)
+        accessed = times * body.bytes_accessed + length * (accessed - body.bytes_accessed)
     exchanged = hlo.collectives(compiled.text, chips, slices)
     total = compiled.arguments + compiled.outputs - compiled.aliased + compiled.temporaries
     return {

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from segdiff_jax import codec, segmenter
 from segdiff_jax.conditioning import PromptTable
@@ -16,6 +18,7 @@ from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, decode_latents
 from segdiff_jax.roofline import flops
 from segdiff_jax.training import loop, sharding
+from segdiff_jax.training.placement import multiple
 from segdiff_jax.training.step import Frozen, diffusion_step, init_state, vae_step
 
 _UNKNOWN_CLASSES = 150  # where only the data would tell: the prompt table is all it changes
@@ -28,7 +31,18 @@ class Step(NamedTuple):
     arguments: tuple[Any, ...]  # ShapeDtypeStructs with shardings, or static values
     images: float  # per call and all chips: training examples, or segmented images
     model_flops: float  # per call and all chips, what the networks need (flops.py)
-    loop: "tuple[int, Step] | None" = None  # its length, and the function without it
+    loops: "Loops | None" = None
+
+
+class Loops(NamedTuple):
+    """Loops of a step, whose bodies XLA counts once: one of `length` rounds, then `times` others.
+
+    body: one round of the others, a function by itself; what is not it is the first loop's.
+    """
+
+    length: int
+    times: int
+    body: Step
 
 
 class Networks(NamedTuple):
@@ -110,13 +124,9 @@ def train_batch(config: Config, nets: Networks) -> dict[str, jax.ShapeDtypeStruc
 
 
 def sample_step(config: Config, mesh: jax.sharding.Mesh, images: int, classes: int) -> Step:
-    """The sampler on all passes and members of `images` at once.
-
-    Their number is padded to a multiple of the chips, as the segmenter pads to its batch.
-    """
-    passes = _passes(config, classes)
-    wanted = images * passes * config.sampler.ensemble
-    return _sampler(config, mesh, images, classes, -(-wanted // mesh.size) * mesh.size, images)
+    """The sampler on all passes and members of `images` at once."""
+    jobs = images * _passes(config, classes) * config.sampler.ensemble
+    return _sampler(config, mesh, images, classes, jobs, images)
 
 
 def evaluate_step(config: Config, mesh: jax.sharding.Mesh) -> Step:
@@ -130,8 +140,9 @@ def evaluate_step(config: Config, mesh: jax.sharding.Mesh) -> Step:
     full = min(sampler.shortlist, passes) or passes
     cheap = passes if full < passes else 0
     calls = cheap + full * sampler.ensemble * sampler.steps
-    worth = sampler.batch_size * sampler.steps / calls
-    return _sampler(config, mesh, max(1, round(worth)), classes, sampler.batch_size, worth)
+    jobs = multiple(sampler.batch_size, mesh.size)
+    worth = jobs * sampler.steps / calls
+    return _sampler(config, mesh, max(1, round(worth)), classes, jobs, worth)
 
 
 def _passes(config: Config, classes: int) -> int:
@@ -141,37 +152,42 @@ def _passes(config: Config, classes: int) -> int:
 def _sampler(
     config: Config, mesh: jax.sharding.Mesh, images: int, classes: int, jobs: int, worth: float
 ) -> Step:
-    """`segmenter._sample` with parameters as in training and jobs spread over the mesh."""
+    """The segmenter's sampler: whole parameters on every chip, jobs spread over the mesh.
+
+    Their number grows to a multiple of the chips, as in the segmenter.
+    """
+    jobs = multiple(jobs, mesh.size)
     nets, whole = networks(config), sharding.replicated(mesh)
+    rows = NamedSharding(mesh, P(mesh.axis_names))
     unet_graph, unet_params = nnx.split(nets.unet)
     vae_graph, vae_params = nnx.split(nets.vae)
-    vae_params = sharding.abstract(vae_params, whole)
     group = codec.group_size(classes, config.codec.classes_per_pass)
     latent = (*_latent_size(config, nets), nets.vae.config.latent_channels)
-    spread = sharding.batch_sharding(mesh)
-    arrays = (
-        sharding.abstract(unet_params, sharding.state_sharding(unet_params, mesh)),
+    everywhere = (
+        unet_params,
         vae_params,
-        sharding.abstract(_schedule(config), whole),
-        sharding.abstract(_table(nets, classes), whole),
-        sharding.abstract(jax.ShapeDtypeStruct((images, *latent), jnp.float32), whole),
-        sharding.abstract(
-            jax.ShapeDtypeStruct((_passes(config, classes), group), jnp.int32), whole
-        ),
-        sharding.abstract(jax.ShapeDtypeStruct((jobs, 3), jnp.int32), spread),
+        _schedule(config),
+        _table(nets, classes),
+        jax.ShapeDtypeStruct((images, *latent), jnp.float32),
+        jax.ShapeDtypeStruct((_passes(config, classes), group), jnp.int32),
+    )
+    arrays = (
+        *(sharding.abstract(tree, whole) for tree in everywhere),
+        sharding.abstract(jax.ShapeDtypeStruct((jobs, 3), jnp.int32), rows),
         sharding.abstract(_key(), whole),
     )
     sampler = config.sampler
-    static = (unet_graph, vae_graph, config.codec.context, sampler.steps, sampler.eta)
+    static = (mesh, unet_graph, vae_graph, config.codec.context, sampler.steps, sampler.eta)
     count = flops.unet_count(config, nets.unet.config, nets.vae.config, classes, nets.text_tokens)
-    decode_flops = jobs * flops.vae_decode(nets.vae.config, *config.data.image_size)
+    decode_flops = flops.vae_decode(nets.vae.config, *config.data.image_size)
     decode = jax.jit(
         lambda params, x: segmenter.to_gray(decode_latents(nnx.merge(vae_graph, params), x))
     )
-    latents = sharding.abstract(jax.ShapeDtypeStruct((jobs, *latent), jnp.float32), spread)
-    without = Step(decode, (vae_params, latents), worth, decode_flops)
-    total = decode_flops + jobs * sampler.steps * count.forward
-    return Step(segmenter._sample, (*static, *arrays), worth, total, (sampler.steps, without))
+    one_each = sharding.abstract(jax.ShapeDtypeStruct((mesh.size, *latent), jnp.float32), rows)
+    outside = Step(decode, (arrays[1], one_each), worth, mesh.size * decode_flops)
+    total = jobs * (decode_flops + sampler.steps * count.forward)
+    loops = Loops(sampler.steps, jobs // mesh.size, outside)
+    return Step(segmenter._sample_spread, (*static, *arrays), worth, total, loops)
 
 
 def _train_flops(config: Config, nets: Networks) -> float:

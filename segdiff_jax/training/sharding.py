@@ -158,7 +158,7 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
 
     `tree` holds arrays or `ShapeDtypeStruct`s; scalars are replicated. In a training state, or a
     part of it under the name it has there ({"params": ...}), large arrays are cut over replicas too
-    (`spread`). A network by itself is not: those who use it need it whole.
+    (`spread`). A network by itself is not.
     """
     sizes = dict(mesh.shape)
 
@@ -173,15 +173,14 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
 
 
 def for_use(params: Any, mesh: Mesh) -> Any:
-    """The parameters of a training state as those of a network, for sampling: see `state_sharding`.
+    """The parameters of a training state whole on every device, for the sampler.
 
-    All processes must call it. Parameters that are not cut over replicas are returned as they are.
+    All processes must call it. Parameters that are whole already are returned as they are.
     """
-    wanted = state_sharding(params, mesh)
-    same = jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), params, wanted)
-    return (
-        params if all(jax.tree.leaves(same)) else jax.jit(lambda p: p, out_shardings=wanted)(params)
-    )
+    whole = replicated(mesh)
+    if all(leaf.sharding.is_equivalent_to(whole, leaf.ndim) for leaf in jax.tree.leaves(params)):
+        return params
+    return jax.jit(lambda p: p, out_shardings=whole)(params)
 
 
 def spread(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:

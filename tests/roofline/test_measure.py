@@ -1,7 +1,10 @@
+import dataclasses
+
 import pytest
+import small_config
 
 from segdiff_jax.errors import UserError
-from segdiff_jax.roofline import chips, measure, report
+from segdiff_jax.roofline import chips, compile, measure, report, steps
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 31, 100])
@@ -73,6 +76,31 @@ def test_roofline_is_the_slowest_of_the_three():
     assert (line["hbm_seconds"], line["least_seconds"]) == pytest.approx((1.2, 1.5))
     assert line["mfu"] == pytest.approx(0.2)
     assert line["images_per_second"] == pytest.approx(4.0)
+
+
+def test_bodies_of_loops_are_counted_as_often_as_they_run():
+    text = "ENTRY %main (a: f32[1]) -> f32[1] {\n}\n"
+    made = compile.Compiled(1, 1, 0, 1, 0, 110.0, 1100.0, text, 1.0)
+    decoded = made._replace(flops=10.0, bytes_accessed=100.0)  # and 100 and 1,000 are a step's
+    loops = 5, 3, decoded
+    figures = report.per_chip(made, chips=4, slices=1, model_flops=0.0, loops=loops)
+    assert figures["flops"]["total"] == 5 * 100 + 3 * 10
+    assert figures["bytes_accessed"] == 5 * 1000 + 3 * 100
+
+
+def test_the_sampler_needs_no_network_and_one_latent_per_image():
+    config = small_config.get_config()
+    config.sampler = dataclasses.replace(config.sampler, steps=2, ensemble=3)
+    target = measure.Target("v5e:2x2", step="sample", classes=4)
+    made = measure.measure(config, target)
+    assert made["fits"] and made["batch_per_chip"] == 3  # 4 passes of 3 members on 4 chips
+    figures = made["per_chip"]
+    assert figures["collectives"] == []
+    assert figures["flops"]["total"] > figures["flops"]["model"]
+    # The latent is broadcast on the chip, not sent there once for each pass and member.
+    _, _, mesh = measure._mesh(config, target)
+    *_, latents, groups, jobs, _ = steps.sample_step(config, mesh, 1, 4).arguments
+    assert (latents.shape[0], groups.shape, jobs.shape) == (1, (4, 1), (12, 3))
 
 
 def test_a_whole_run_costs_its_steps_on_all_chips():
