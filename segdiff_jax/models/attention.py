@@ -18,57 +18,76 @@ from jax.sharding import PartitionSpec as P
 
 SHORTEST = 512  # queries; below, the weights are small and the kernel's blocks would not fill
 _LANES, _LARGEST_BLOCK = 128, 1024
+_MOST_TOGETHER = 4096  # keys that the kernel of all gradients holds on the chip at once
 _RESIDUALS = "attention"  # the kernel's name for its result and each row's log of the sum
 _KEPT = jax.checkpoint_policies.save_only_these_names(_RESIDUALS)
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    width: int,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q kᵀ / √D) v (arXiv 1706.03762, eq. 1), softmax in float32.
+    """softmax(q kᵀ / √D) v (arXiv 1706.03762, eq. 1) in N heads of D = `width`, softmax in float32.
 
-    query [B, S, N, D], key and value [B, L, N, D], mask broadcastable to [B, N, S, L] and True
-    where attention is allowed. Returns [B, S, N, D].
+    query [B, S, N · D], key and value [B, L, N · D], mask broadcastable to [B, N, S, L] and True
+    where attention is allowed. Returns [B, N, S, D], as the kernel does, which keeps its result for
+    the backward pass: `joined` lays it out anew. Of more than S rows the first S are meant.
     """
-    if mask is None and _kernel_pays(query):
-        return _on_mesh(query, key, value)
-    return plain(query, key, value, mask)
+    if mask is None and _kernel_pays(query, width):
+        return _on_mesh(query, key, value, width)
+    by_heads = lambda q, k, v: plain(q, k, v, width, mask)  # noqa: E731
+    if query.dtype != jnp.float32:
+        by_heads = jax.checkpoint(by_heads)  # else the weights would be kept, in float32
+    return by_heads(query, key, value)
 
 
 def plain(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    width: int,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """`attention` as matrix products and a softmax."""
-    scale = 1.0 / math.sqrt(query.shape[-1])
+    query, key, value = (x.reshape(*x.shape[:2], -1, width) for x in (query, key, value))
+    scale = 1.0 / math.sqrt(width)
     logits = jnp.einsum("bsnd,blnd->bnsl", query * scale, key, preferred_element_type=jnp.float32)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("bnsl,blnd->bsnd", weights, value)
+    return jnp.einsum("bnsl,blnd->bnsd", weights, value)
+
+
+def joined(out: jax.Array, length: int) -> jax.Array:
+    """What `attention` returns of `length` queries, [B, N, ≥ S, D], as [B, S, N · D]."""
+    batch, heads, _, width = out.shape
+    return out[:, :, :length].swapaxes(1, 2).reshape(batch, length, heads * width)
 
 
 def fused(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool = False
+    query: jax.Array, key: jax.Array, value: jax.Array, width: int, *, interpret: bool = False
 ) -> jax.Array:
-    """`plain` without a mask as one kernel; S and L are filled up to whole blocks.
+    """`plain` without a mask as one kernel; S and L, and the result, are filled to whole blocks.
 
     The backward pass keeps the arguments, the result and a number per row: not what the kernel
-    takes and gives, in whose layout D = 64 fills half of the memory.
+    takes, in whose layout D = 64 fills half of the memory.
 
     interpret: run on any device, slowly, for tests.
     """
-    _, length, heads, width = query.shape
-    kernel = _kernel(heads, length, key.shape[1], interpret)
+    _, length, channels = query.shape
+    kernel = _kernel(channels // width, length, key.shape[1], interpret)
 
-    def by_head(x: jax.Array) -> jax.Array:  # [B, S, N, D] -> [B, N, filled S, D]
-        rest = _filled(x.shape[1]) - x.shape[1]
-        return jnp.pad(x, ((0, 0), (0, rest), (0, 0), (0, 0))).swapaxes(1, 2)
+    def by_head(x: jax.Array) -> jax.Array:  # [B, S, N · D] -> [B, N, filled S, D]
+        x = jnp.pad(x, ((0, 0), (0, _filled(x.shape[1]) - x.shape[1]), (0, 0)))
+        return x.reshape(*x.shape[:2], -1, width).swapaxes(1, 2)
 
     @functools.partial(jax.checkpoint, policy=_KEPT)
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         scaled = query * jnp.asarray(1.0 / math.sqrt(width), query.dtype)
-        out = jax.vmap(kernel)(by_head(scaled), by_head(key), by_head(value))
-        return out.swapaxes(1, 2)[:, :length]
+        return jax.vmap(kernel)(by_head(scaled), by_head(key), by_head(value))
 
     return attend(query, key, value)
 
@@ -78,15 +97,19 @@ def _kernel(heads: int, length: int, others: int, interpret: bool) -> Any:
 
     shape = _filled(length), _filled(others)
     rows, columns = map(_block, shape)
+    # One kernel for all three gradients needs 5 products, two need 7. But it returns what each
+    # block of keys adds to the gradient of the queries, so all keys should be one block.
+    together = shape[1] <= _MOST_TOGETHER
     blocks = splash.BlockSizes(
         block_q=rows,
         block_kv=columns,
         block_kv_compute=columns,
         block_q_dkv=rows,
-        block_kv_dkv=columns,
+        block_kv_dkv=shape[1] if together else columns,
         block_kv_dkv_compute=columns,
-        block_q_dq=rows,
-        block_kv_dq=columns,
+        block_q_dq=None if together else rows,
+        block_kv_dq=None if together else columns,
+        use_fused_bwd_kernel=together,
     )
     # Not the keys that fill up. Of the queries that do, no one reads the result.
     real = np.broadcast_to(np.arange(shape[1]) < others, shape)
@@ -113,9 +136,9 @@ def _block(length: int) -> int:
     return next(size for size in sizes if length % size == 0)
 
 
-def _kernel_pays(query: jax.Array) -> bool:
+def _kernel_pays(query: jax.Array, width: int) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
-    batch, length, heads, _ = query.shape
+    batch, length, channels = query.shape
     if mesh.empty or query.dtype != jnp.bfloat16 or length < SHORTEST:
         return False
     device = mesh.abstract_device
@@ -124,14 +147,16 @@ def _kernel_pays(query: jax.Array) -> bool:
     if mesh.are_all_axes_manual:  # in a `shard_map`: this is one device's part
         return True
     sizes = mesh.shape
-    return batch % (sizes["data"] * sizes["fsdp"]) == heads % sizes["tensor"] == 0
+    return batch % (sizes["data"] * sizes["fsdp"]) == channels // width % sizes["tensor"] == 0
 
 
-def _on_mesh(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def _on_mesh(query: jax.Array, key: jax.Array, value: jax.Array, width: int) -> jax.Array:
     """The kernel on each device's part of batch and heads."""
+    attend = functools.partial(fused, width=width)
     if jax.sharding.get_abstract_mesh().are_all_axes_manual:
-        return fused(query, key, value)
-    spec = P(("data", "fsdp"), None, "tensor", None)
-    return jax.shard_map(fused, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(
+        return attend(query, key, value)
+    rows = ("data", "fsdp")
+    given, found = P(rows, None, "tensor"), P(rows, "tensor", None, None)
+    return jax.shard_map(attend, in_specs=(given,) * 3, out_specs=found, check_vma=False)(
         query, key, value
     )

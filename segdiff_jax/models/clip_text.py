@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segdiff_jax.models.attention import attention
+from segdiff_jax.models.attention import attention, joined
 from segdiff_jax.models.layers import Dtype
 
 
@@ -50,9 +50,9 @@ class EncoderLayer(nnx.Module):
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:  # [B, L, D]
         h = self.layer_norm1(x)
-        split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
-        q, k, v = split(self.q_proj(h)), split(self.k_proj(h)), split(self.v_proj(h))
-        x = x + self.out_proj(attention(q, k, v, mask).reshape(x.shape))
+        q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
+        out = attention(q, k, v, x.shape[2] // self.heads, mask)
+        x = x + self.out_proj(joined(out, x.shape[1]))
         return x + self.fc2(_activation(self.act, self.fc1(self.layer_norm2(x))))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segdiff_jax.models import recompute
-from segdiff_jax.models.attention import attention
+from segdiff_jax.models.attention import attention, joined
 
 Dtype = jnp.dtype | type
 
@@ -39,8 +39,11 @@ class Linear(nnx.Linear):
     def unrounded(self, x: jax.Array) -> jax.Array:
         """The float32 result, for a caller that adds to it before the one rounding."""
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        y = x @ kernel if x.dtype == jnp.float32 else _product(x, kernel)
-        return y if self.bias is None else y + self.bias[...]
+        bias = None if self.bias is None else self.bias[...]
+        if x.dtype == jnp.float32 or bias is None:
+            y = x @ kernel if x.dtype == jnp.float32 else _product(x, kernel)
+            return y if bias is None else y + bias
+        return _affine(x, kernel, bias)
 
 
 def unrounded(layer: "Linear | nnx.Conv", x: jax.Array) -> jax.Array:
@@ -70,6 +73,26 @@ def _product_backward(saved, gradient):
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+@jax.custom_vjp
+def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
+    """`_product` plus bias [out], whose gradient is summed before that of x is used.
+
+    XLA sums late, next to the exchange between chips, and until then keeps the gradients of all
+    layers. The sum over examples, and with it the exchange, may still come late.
+    """
+    return _product(x, kernel) + bias
+
+
+def _affine_backward(saved, gradient):
+    to_x, to_kernel = _product_backward(saved, gradient)
+    to_bias = gradient.sum(range(1, gradient.ndim - 1))  # [B, out]
+    to_x, to_bias = jax.lax.optimization_barrier((to_x, to_bias))
+    return to_x, to_kernel, to_bias.sum(0)
+
+
+_affine.defvjp(lambda x, kernel, bias: (_affine(x, kernel, bias), (x, kernel)), _affine_backward)
 
 
 def conv(
@@ -121,13 +144,6 @@ class GroupNorm(nnx.Module):
         return activation(y).astype(self.dtype)
 
 
-class LayerNorm(nnx.LayerNorm):
-    """Layer normalisation (arXiv 1607.06450) over the last axis, statistics in float32."""
-
-    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # [..., C]
-        return recompute.from_inputs(lambda x, norm: super(LayerNorm, norm).__call__(x), x, self)
-
-
 class Attention(nnx.Module):
     """Multi-head attention from `x` to `context` (to itself when `context` is None)."""
 
@@ -150,14 +166,32 @@ class Attention(nnx.Module):
         self.heads = heads
 
     def __call__(
-        self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
-    ) -> jax.Array:  # [B, S, C] -> float32 [B, S, C], for a sum with x before it is rounded
-        context = x if context is None else context
-        split = lambda y: y.reshape(*y.shape[:2], self.heads, -1)  # noqa: E731
-        out = attention(
-            split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context)), mask
-        )
-        return self.to_out.unrounded(out.reshape(x.shape))
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        norm: nnx.Module | None = None,
+    ) -> jax.Array:
+        """x [B, S, C] → float32 [B, S, C], for a sum with x before it is rounded.
+
+        norm: applied to x first; the backward pass makes its result again.
+        """
+        own = (self.to_q, self.to_k, self.to_v) if context is None else (self.to_q,)
+        if norm is None:
+            query, *others = (layer(x) for layer in own)
+        else:
+            query, *others = recompute.from_inputs(_norm_project, x, norm, *own)
+        if context is not None:
+            others = [self.to_k(context), self.to_v(context)]
+        key, value = others
+        out = attention(query, key, value, query.shape[2] // self.heads, mask)
+        project = lambda out, to_out: to_out.unrounded(joined(out, x.shape[1]))  # noqa: E731
+        return recompute.from_inputs(project, out, self.to_out)
+
+
+def _norm_project(x: jax.Array, norm: nnx.Module, *layers: Linear) -> list[jax.Array]:
+    normed = norm(x)
+    return [layer(normed) for layer in layers]
 
 
 class ResnetBlock(nnx.Module):

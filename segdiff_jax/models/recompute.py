@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-def from_inputs(
-    function: Callable[..., jax.Array], x: jax.Array, *modules: nnx.Module
-) -> jax.Array:
+def from_inputs(function: Callable[..., Any], x: jax.Array, *modules: nnx.Module) -> Any:
     """`function(x, *modules)`; for its gradient, what is needed of it is computed again.
 
     So would `jax.checkpoint`, but it would cast and gather the kernels again too, and only when the
@@ -25,17 +23,19 @@ def from_inputs(
         return function(x, *modules)
     graph, state = nnx.split(modules)
 
-    def pure(x: jax.Array, state: Any) -> jax.Array:
+    def pure(x: jax.Array, state: Any) -> Any:
         return function(x, *nnx.merge(graph, state))
 
     @jax.custom_vjp
-    def apply(x: jax.Array, state: Any) -> jax.Array:
+    def apply(x: jax.Array, state: Any) -> Any:
         return pure(x, state)
 
-    def backward(saved: tuple[jax.Array, Any], gradient: jax.Array) -> tuple[jax.Array, Any]:
+    def backward(saved: tuple[jax.Array, Any], gradient: Any) -> tuple[jax.Array, Any]:
         x, state = saved
-        # Without a barrier XLA finds that it has computed all this before, and keeps it.
-        _, pull = jax.vjp(pure, jax.lax.optimization_barrier(x), state)
+        # Without a barrier XLA finds that it has computed all this before, and keeps it. With one
+        # around x alone it computes it early, while x is on the chip, and keeps it as well.
+        x, gradient = jax.lax.optimization_barrier((x, gradient))
+        _, pull = jax.vjp(pure, x, state)
         return pull(gradient)
 
     apply.defvjp(lambda x, state: (pure(x, state), (x, state)), backward)

@@ -13,7 +13,6 @@ from segdiff_jax.models.layers import (
     Downsample,
     Dtype,
     GroupNorm,
-    LayerNorm,
     Linear,
     ResnetBlock,
     Upsample,
@@ -57,8 +56,9 @@ class FeedForward(nnx.Module):
         self.proj_in = linear(channels, 8 * channels, dtype=dtype, rngs=rngs)
         self.proj_out = linear(4 * channels, channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return recompute.from_inputs(_gated, self.proj_in(x), self.proj_out)
+    def __call__(self, x: jax.Array, norm: nnx.LayerNorm) -> jax.Array:  # of norm(x)
+        both = recompute.from_inputs(_norm_project, x, norm, self.proj_in)
+        return recompute.from_inputs(_gated, both, self.proj_out)
 
 
 def _gated(both: jax.Array, proj_out: Linear) -> jax.Array:
@@ -78,7 +78,7 @@ class TransformerBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        norm = lambda: LayerNorm(channels, epsilon=1e-5, dtype=dtype, rngs=rngs)  # noqa: E731
+        norm = lambda: nnx.LayerNorm(channels, epsilon=1e-5, dtype=dtype, rngs=rngs)  # noqa: E731
         self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
         self.attn1 = Attention(channels, heads, **kw)
         self.attn2 = Attention(channels, heads, context_dim=context_dim, **kw)
@@ -86,9 +86,9 @@ class TransformerBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
         # The branches come in float32: each sum is rounded once.
-        x = (x + self.attn1(self.norm1(x))).astype(x.dtype)
-        x = (x + self.attn2(self.norm2(x), context, mask)).astype(x.dtype)
-        return (x + self.ff(self.norm3(x))).astype(x.dtype)
+        x = (x + self.attn1(x, norm=self.norm1)).astype(x.dtype)
+        x = (x + self.attn2(x, context, mask, self.norm2)).astype(x.dtype)
+        return (x + self.ff(x, self.norm3)).astype(x.dtype)
 
 
 class SpatialTransformer(nnx.Module):
@@ -126,7 +126,9 @@ class SpatialTransformer(nnx.Module):
         return (x + h).astype(x.dtype)
 
 
-def _norm_project(x: jax.Array, norm: GroupNorm, project: Linear | nnx.Conv) -> jax.Array:
+def _norm_project(
+    x: jax.Array, norm: GroupNorm | nnx.LayerNorm, project: Linear | nnx.Conv
+) -> jax.Array:
     return project(norm(x))
 
 

@@ -196,6 +196,7 @@ def _groups(rest: str, chips: int) -> np.ndarray:
 
 # Matrix products per attention kernel: q·k and p·v forward; again q·k, v·do, then dq, or dk and dv.
 _KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+_TOGETHER = 5  # where dkv makes dq too: more results than two sums and two gradients
 
 
 def kernel_flops(text: str) -> float:
@@ -209,6 +210,8 @@ def kernel_flops(text: str) -> float:
         matmuls = next((n for k, n in _KERNELS.items() if instruction.name.startswith(k)), None)
         if matmuls is None or instruction.opcode != "custom-call":
             continue
+        if instruction.name.startswith("splash_mha_dkv") and len(instruction.shapes) > 4:
+            matmuls = _TOGETHER
         results = {i.name: i.shapes for i in bodies[computation]}
         operands = re.findall(r"%([\w.\-]+)", instruction.rest.split(")")[0])
         given = [results[name][0] for name in operands if len(results[name]) == 1]

@@ -21,6 +21,10 @@ from segdiff_jax.training.throughput import ProfileWindow, StartUp, Throughput
 
 log = logging.getLogger(__name__)
 
+# XLA may cut a product with a gathered kernel into a loop over its parts. With activations as large
+# as these it does so everywhere, sums in float32, and takes hours to compile: gather kernels whole.
+_TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
 Validate = Callable[[int, TrainState, Telemetry], dict[str, float]]
 
 
@@ -40,7 +44,13 @@ def compile_step(step: StepFunction, state: TrainState, mesh: jax.sharding.Mesh)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return step(*arguments)
 
-    return jax.jit(on_mesh, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    return jax.jit(
+        on_mesh,
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        compiler_options=_TPU_OPTIONS if on_tpu else None,
+    )
 
 
 def run(

@@ -7,10 +7,13 @@ import pytest
 
 from segdiff_jax.models import attention
 
+WIDTH = 64
 
-def _inputs(length, others, dtype, heads=2, width=64, batch=2):
+
+def _inputs(length, others, dtype, heads=2, batch=2):
     rng = np.random.default_rng(0)
-    shapes = [(batch, n, heads, width) for n in (length, others, others, length)]
+    shapes = [(batch, n, heads * WIDTH) for n in (length, others, others)]
+    shapes.append((batch, heads, length, WIDTH))
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
@@ -19,16 +22,26 @@ def _relative(actual, expected):
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize(("length", "others"), [(256, 256), (384, 128), (200, 200), (256, 77)])
+def _plain(query, key, value):
+    return attention.plain(query, key, value, WIDTH)
+
+
+def _fused(query, key, value):  # interpreted, in the shape of `plain`
+    return attention.fused(query, key, value, WIDTH, interpret=True)[:, :, : query.shape[1]]
+
+
+@pytest.mark.parametrize(
+    ("length", "others"), [(256, 256), (384, 128), (200, 200), (256, 77), (128, 1536), (128, 5120)]
+)
 def test_kernel_and_its_gradients_equal_plain_attention(length, others):
     query, key, value, weights = _inputs(length, others, jnp.float32)
 
-    def run(function, **options):
-        loss = lambda *qkv: (function(*qkv, **options) * weights).sum()  # noqa: E731
+    def run(function):
+        loss = lambda *qkv: (function(*qkv) * weights).sum()  # noqa: E731
         arguments = query, key, value
-        return function(*arguments, **options), *jax.grad(loss, (0, 1, 2))(*arguments)
+        return function(*arguments), *jax.grad(loss, (0, 1, 2))(*arguments)
 
-    pairs = zip(run(attention.fused, interpret=True), run(attention.plain), strict=True)
+    pairs = zip(run(_fused), run(_plain), strict=True)
     errors = [_relative(actual, expected) for actual, expected in pairs]
     print(length, others, errors)
     assert max(errors) < 1e-5
@@ -36,9 +49,9 @@ def test_kernel_and_its_gradients_equal_plain_attention(length, others):
 
 def test_bfloat16_kernel_is_as_close_to_float32_as_plain_attention_is():
     query, key, value, _ = _inputs(256, 256, jnp.bfloat16)
-    exact = attention.plain(*(x.astype(jnp.float32) for x in (query, key, value)))
-    kernel = _relative(attention.fused(query, key, value, interpret=True), exact)
-    plain = _relative(attention.plain(query, key, value), exact)
+    exact = _plain(*(x.astype(jnp.float32) for x in (query, key, value)))
+    kernel = _relative(_fused(query, key, value), exact)
+    plain = _relative(_plain(query, key, value), exact)
     print(f"kernel {kernel:.1e}, plain {plain:.1e}")
     assert kernel < max(1.5 * plain, 5e-3)
 
@@ -46,9 +59,9 @@ def test_bfloat16_kernel_is_as_close_to_float32_as_plain_attention_is():
 def test_a_mask_removes_what_it_hides():
     query, key, value, _ = _inputs(8, 6, jnp.float32)
     mask = jnp.arange(6) < 4
-    shorter = attention.plain(query, key[:, :4], value[:, :4])
+    shorter = _plain(query, key[:, :4], value[:, :4])
     np.testing.assert_allclose(
-        attention.attention(query, key, value, mask[None, None, None]), shorter, atol=1e-6
+        attention.attention(query, key, value, WIDTH, mask[None, None, None]), shorter, atol=1e-6
     )
 
 
@@ -71,9 +84,9 @@ def test_blocks_are_whole_and_not_small(length, filled, block):
 
 def test_the_kernel_is_for_tpu_meshes_only():
     query, *_ = _inputs(1024, 1024, jnp.bfloat16)
-    assert not attention._kernel_pays(query)
+    assert not attention._kernel_pays(query, WIDTH)
     mesh = jax.make_mesh(
         (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        assert not attention._kernel_pays(query)
+        assert not attention._kernel_pays(query, WIDTH)

@@ -1,5 +1,7 @@
 """Layers that make again what they do not keep: the same gradients, from less."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +64,24 @@ def test_no_float32_activations_are_kept(make, monkeypatch):
     # Layers by themselves do keep them: without that the line above would say nothing.
     monkeypatch.setattr(recompute, "from_inputs", _plainly)
     assert _float32_activations(_vjp(make, jnp.bfloat16)[0])
+
+
+def test_a_transformer_keeps_what_its_products_need_and_no_norms():
+    kept = jax.tree.leaves(_vjp(_transformer, jnp.bfloat16)[0])
+    sizes = [a.size for a in kept if a.dtype == jnp.bfloat16]
+    one = 2 * SIZE**2 * CHANNELS
+    # In front of every norm, and of the last projection; q, k, v and q; what attention gave, twice.
+    assert sizes.count(one) == 5 + 4 + 2
+    assert [size for size in sizes if size > one] == [8 * one]  # both halves of the GEGLU
+
+
+def test_what_is_made_again_waits_for_the_gradient():
+    """Else XLA makes it while the input is on the chip, and keeps it."""
+    pull, cotangent = _vjp(_resnet, jnp.bfloat16)
+    text = str(jax.make_jaxpr(pull)(cotangent))
+    barriers = re.findall(r"= optimization_barrier (.*)", text)
+    assert len(barriers) == 3  # of two norms, and of the bias of the time projection
+    assert all(len(names.split()) == 2 for names in barriers)
 
 
 def test_float32_is_left_alone():

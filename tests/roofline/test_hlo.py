@@ -78,6 +78,31 @@ def test_kernels_count_their_products_as_often_as_they_run():
     assert hlo.kernel_flops(PROGRAM) == 5 * 2 * 2 * 5 * 2304 * 64 * 576
 
 
+@pytest.mark.parametrize(
+    ("name", "results", "products"),
+    [
+        ("splash_mha_dq_no_residuals.3", "bf16[5,2304,64]", 3),
+        ("splash_mha_dkv_no_residuals.3", "f32[768,64], f32[768,64], bf16[K], bf16[K]", 4),
+        # dkv that makes dq too, without and with a sum of its own for it
+        ("splash_mha_dkv_no_residuals.3", "f32[K], f32[K], bf16[1,Q], bf16[K], bf16[K]", 5),
+        (
+            "splash_mha_dkv_no_residuals.3",
+            "f32[8,64], f32[K], f32[K], bf16[1,Q], bf16[K], bf16[K]",
+            5,
+        ),
+    ],
+)
+def test_flops_of_the_kernels_that_make_gradients(name, results, products):
+    shapes = results.replace("K", "5,576,64").replace("Q", "5,2304,64")
+    text = f"""ENTRY %main (q: bf16[5,2304,64], k: bf16[5,576,64]) -> bf16[5,576,64] {{
+  %q = bf16[5,2304,64]{{2,1,0}} parameter(0)
+  %k = bf16[5,576,64]{{2,1,0}} parameter(1)
+  %{name} = ({shapes}) custom-call(%q, %k), custom_call_target="tpu_custom_call"
+}}
+"""
+    assert hlo.kernel_flops(text) == products * 2 * 5 * 2304 * 64 * 576
+
+
 def test_text_that_is_no_program():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.entry_name("HloModule m")
