@@ -77,19 +77,18 @@ _product.defvjp(_product_forward, _product_backward)
 
 @jax.custom_vjp
 def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """`_product` plus bias [out], whose gradient is summed before that of x is used.
+    """`_product` plus bias [out], whose gradient sums what the kernel's multiplies, in float32.
 
-    XLA sums late, next to the exchange between chips, and until then keeps the gradients of all
-    layers. The sum over examples, and with it the exchange, may still come late.
+    XLA puts such sums off until they are exchanged between chips. Until then it would keep the
+    gradient in float32 too, for all layers.
     """
     return _product(x, kernel) + bias
 
 
 def _affine_backward(saved, gradient):
-    to_x, to_kernel = _product_backward(saved, gradient)
-    to_bias = gradient.sum(range(1, gradient.ndim - 1))  # [B, out]
-    to_x, to_bias = jax.lax.optimization_barrier((to_x, to_bias))
-    return to_x, to_kernel, to_bias.sum(0)
+    gradient = gradient.astype(saved[0].dtype)
+    rows = tuple(range(gradient.ndim - 1))
+    return *_product_backward(saved, gradient), gradient.sum(rows, dtype=jnp.float32)
 
 
 _affine.defvjp(lambda x, kernel, bias: (_affine(x, kernel, bias), (x, kernel)), _affine_backward)
