@@ -18,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 SHORTEST = 512  # queries; below, the weights are small and the kernel's blocks would not fill
 _LANES, _LARGEST_BLOCK = 128, 1024
-_MOST_TOGETHER = 4096  # keys that the kernel of all gradients holds on the chip at once
+_SMALLER_BLOCK = 768  # the largest that leaves room in VMEM for a mask, or for gradients
+_MOST_TOGETHER = 2304  # keys that the kernel of all gradients holds in the VMEM of every chip
 _RESIDUALS = "attention"  # the kernel's name for its result and each row's log of the sum
 _KEPT = jax.checkpoint_policies.save_only_these_names(_RESIDUALS)
 
@@ -96,24 +97,27 @@ def _kernel(heads: int, length: int, others: int, interpret: bool) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     shape = _filled(length), _filled(others)
-    rows, columns = map(_block, shape)
+    exact = shape[1] == others
+    rows, columns = (_block(n, _LARGEST_BLOCK if exact else _SMALLER_BLOCK) for n in shape)
+    back_rows, back_columns = (_block(n, _SMALLER_BLOCK) for n in shape)
     # One kernel for all three gradients needs 5 products, two need 7. But it returns what each
-    # block of keys adds to the gradient of the queries, so all keys should be one block.
-    together = shape[1] <= _MOST_TOGETHER
+    # block of keys adds to the gradient of the queries, so all keys should be one block, for which
+    # VMEM is too small where there are many, or several blocks with a mask.
+    together = shape[1] <= (_MOST_TOGETHER if exact else _SMALLER_BLOCK)
     blocks = splash.BlockSizes(
         block_q=rows,
         block_kv=columns,
         block_kv_compute=columns,
-        block_q_dkv=rows,
-        block_kv_dkv=shape[1] if together else columns,
-        block_kv_dkv_compute=columns,
-        block_q_dq=None if together else rows,
-        block_kv_dq=None if together else columns,
+        block_q_dkv=back_rows,
+        block_kv_dkv=shape[1] if together else back_columns,
+        block_kv_dkv_compute=back_columns,
+        block_q_dq=None if together else back_rows,
+        block_kv_dq=None if together else back_columns,
         use_fused_bwd_kernel=together,
     )
     # Not the keys that fill up. Of the queries that do, no one reads the result.
     real = np.broadcast_to(np.arange(shape[1]) < others, shape)
-    mask = splash.FullMask(shape) if shape[1] == others else splash.NumpyMask(real)
+    mask = splash.FullMask(shape) if exact else splash.NumpyMask(real)
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=blocks,
@@ -130,9 +134,9 @@ def _filled(length: int) -> int:
     return next(size for size in sizes if _block(size) >= min(size, 512))
 
 
-def _block(length: int) -> int:
-    """The largest multiple of 128 up to 1,024 that divides `length`."""
-    sizes = range(_LARGEST_BLOCK, 0, -_LANES)
+def _block(length: int, largest: int = _LARGEST_BLOCK) -> int:
+    """The largest multiple of 128 up to `largest` that divides `length`."""
+    sizes = range(largest, 0, -_LANES)
     return next(size for size in sizes if length % size == 0)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from segdiff_jax.models import attention
+from segdiff_jax.roofline import chips, compile
 
 WIDTH = 64
 
@@ -90,3 +91,22 @@ def test_the_kernel_is_for_tpu_meshes_only():
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         assert not attention._kernel_pays(query, WIDTH)
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("length", [1936, 4096])  # 44 × 44, which is filled, and 64 × 64
+def test_the_kernel_and_its_gradients_fit_the_chip(length, topology):
+    chip, name = chips.parse_topology(topology)
+    axes = ("data", "fsdp", "tensor")
+    device = np.array(compile.devices(chip, name)[:1]).reshape(1, 1, 1)
+    mesh = jax.sharding.Mesh(device, axes, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+
+    def loss(query, key, value):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            assert attention._kernel_pays(query, WIDTH)
+            return attention.attention(query, key, value, WIDTH).astype(jnp.float32).sum()
+
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    array = jax.ShapeDtypeStruct((1, length, 2 * WIDTH), jnp.bfloat16, sharding=place)
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(array, array, array).compile()
+    assert "splash_mha_dkv" in program.as_text()
