@@ -246,7 +246,7 @@ def _sample_spread(
     exchanged in every step.
     """
     sample = functools.partial(sample_jobs, unet, vae, context_kind, steps, eta)
-    rows = P(mesh.axis_names)
+    rows = sharding.rows_sharding(mesh).spec
     specs = (*(P() for _ in arrays[:-2]), rows, P())
     spread = jax.shard_map(sample, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
     return spread(*arrays)
@@ -304,7 +304,7 @@ def _merge_spread(members, mesh, align, reduce, uncertainty):
     # Not left to the partitioner: the search of `align` would ask all devices after each step
     # whether every map of every device is done.
     merge = functools.partial(_merge_members, align=align, reduce=reduce, uncertainty=uncertainty)
-    rows = P(mesh.axis_names)
+    rows = sharding.rows_sharding(mesh).spec
     return jax.shard_map(merge, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(members)
 
 

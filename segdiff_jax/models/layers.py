@@ -39,11 +39,9 @@ class Linear(nnx.Linear):
     def unrounded(self, x: jax.Array) -> jax.Array:
         """The float32 result, for a caller that adds to it before the one rounding."""
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        bias = None if self.bias is None else self.bias[...]
-        if x.dtype == jnp.float32 or bias is None:
-            y = x @ kernel if x.dtype == jnp.float32 else _product(x, kernel)
-            return y if bias is None else y + bias
-        return _affine(x, kernel, bias)
+        if x.dtype == jnp.float32:
+            return x @ kernel if self.bias is None else x @ kernel + self.bias[...]
+        return _product(x, kernel) if self.bias is None else _affine(x, kernel, self.bias[...])
 
 
 def unrounded(layer: "Linear | nnx.Conv", x: jax.Array) -> jax.Array:
@@ -169,7 +167,7 @@ class Attention(nnx.Module):
         x: jax.Array,
         context: jax.Array | None = None,
         mask: jax.Array | None = None,
-        norm: nnx.Module | None = None,
+        norm: nnx.LayerNorm | None = None,
     ) -> jax.Array:
         """x [B, S, C] → float32 [B, S, C], for a sum with x before it is rounded.
 
@@ -179,7 +177,7 @@ class Attention(nnx.Module):
         if norm is None:
             query, *others = (layer(x) for layer in own)
         else:
-            query, *others = recompute.from_inputs(_norm_project, x, norm, *own)
+            query, *others = recompute.from_inputs(norm_project, x, norm, *own)
         if context is not None:
             others = [self.to_k(context), self.to_v(context)]
         key, value = others
@@ -188,7 +186,10 @@ class Attention(nnx.Module):
         return recompute.from_inputs(project, out, self.to_out)
 
 
-def _norm_project(x: jax.Array, norm: nnx.Module, *layers: Linear) -> list[jax.Array]:
+def norm_project(
+    x: jax.Array, norm: GroupNorm | nnx.LayerNorm, *layers: Linear | nnx.Conv
+) -> list[jax.Array]:
+    """Each of `layers` of norm(x)."""
     normed = norm(x)
     return [layer(normed) for layer in layers]
 

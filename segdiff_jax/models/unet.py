@@ -18,6 +18,7 @@ from segdiff_jax.models.layers import (
     Upsample,
     conv,
     linear,
+    norm_project,
     sinusoidal_embedding,
     unrounded,
 )
@@ -57,7 +58,7 @@ class FeedForward(nnx.Module):
         self.proj_out = linear(4 * channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, norm: nnx.LayerNorm) -> jax.Array:  # of norm(x)
-        both = recompute.from_inputs(_norm_project, x, norm, self.proj_in)
+        (both,) = recompute.from_inputs(norm_project, x, norm, self.proj_in)
         return recompute.from_inputs(_gated, both, self.proj_out)
 
 
@@ -117,19 +118,12 @@ class SpatialTransformer(nnx.Module):
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
         batch, height, width, channels = x.shape
         # A linear layer and a 1×1 convolution are the same map channel-last, before or after this.
-        h = recompute.from_inputs(_norm_project, x, self.norm, self.proj_in).reshape(
-            batch, height * width, channels
-        )
+        (h,) = recompute.from_inputs(norm_project, x, self.norm, self.proj_in)
+        h = h.reshape(batch, height * width, channels)
         for block in self.transformer_blocks:
             h = block(h, context, mask)
         h = unrounded(self.proj_out, h.reshape(batch, height, width, channels))
         return (x + h).astype(x.dtype)
-
-
-def _norm_project(
-    x: jax.Array, norm: GroupNorm | nnx.LayerNorm, project: Linear | nnx.Conv
-) -> jax.Array:
-    return project(norm(x))
 
 
 class Level(nnx.Module):

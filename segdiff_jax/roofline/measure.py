@@ -35,14 +35,13 @@ def measure(config: Config, target: Target) -> dict[str, Any]:
     step = _step(config, target, mesh)
     training = target.step == "train"
     batch = config.train.batch_size if training else step.arguments[-2].shape[0]
-    parts = sharding.batch_parts(mesh) if training else mesh.size
     made: dict[str, Any] = {
         "topology": topology,
         "slices": target.slices,
         "chips": mesh.size,
         "step": target.step,
         "mesh": " ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
-        "batch_per_chip": batch / parts,
+        "batch_per_chip": batch / _parts(target, mesh),
         "hbm_of_chip": chip.hbm,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "config_values": to_dict(config),
@@ -69,6 +68,11 @@ def _mesh(config: Config, target: Target) -> tuple[chips.Chip, str, jax.sharding
     chip, topology = chips.parse_topology(target.topology)
     devices = compile.devices(chip, topology, target.slices)
     return chip, topology, sharding.make_mesh(config.mesh, devices)
+
+
+def _parts(target: Target, mesh: jax.sharding.Mesh) -> int:
+    """Into how many parts the batch of a step is cut: the sampler's over all chips."""
+    return sharding.batch_parts(mesh) if target.step == "train" else mesh.size
 
 
 def _step(config: Config, target: Target, mesh: jax.sharding.Mesh) -> steps.Step:
@@ -107,8 +111,7 @@ def search(
     Starts from the config's own batch. Raises `UserError` if not even one example per chip fits.
     """
     chip, _, mesh = _mesh(config, target)
-    training = target.step == "train"
-    parts = sharding.batch_parts(mesh) if training else mesh.size
+    training, parts = target.step == "train", _parts(target, mesh)
     made: dict[int, tuple[Config, dict[str, Any]]] = {}
 
     def total(batch: int) -> float | None:

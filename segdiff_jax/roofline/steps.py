@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from segdiff_jax import codec, segmenter
 from segdiff_jax.conditioning import PromptTable
@@ -124,8 +122,11 @@ def train_batch(config: Config, nets: Networks) -> dict[str, jax.ShapeDtypeStruc
 
 
 def sample_step(config: Config, mesh: jax.sharding.Mesh, images: int, classes: int) -> Step:
-    """The sampler on all passes and members of `images` at once."""
-    jobs = images * _passes(config, classes) * config.sampler.ensemble
+    """The sampler on all passes and members of `images` at once.
+
+    Their number is padded to a multiple of the chips, as the segmenter pads to its batch.
+    """
+    jobs = multiple(images * _passes(config, classes) * config.sampler.ensemble, mesh.size)
     return _sampler(config, mesh, images, classes, jobs, images)
 
 
@@ -152,13 +153,9 @@ def _passes(config: Config, classes: int) -> int:
 def _sampler(
     config: Config, mesh: jax.sharding.Mesh, images: int, classes: int, jobs: int, worth: float
 ) -> Step:
-    """The segmenter's sampler: whole parameters on every chip, jobs spread over the mesh.
-
-    Their number grows to a multiple of the chips, as in the segmenter.
-    """
-    jobs = multiple(jobs, mesh.size)
+    """The segmenter's sampler: whole parameters on every chip, jobs spread over the mesh."""
     nets, whole = networks(config), sharding.replicated(mesh)
-    rows = NamedSharding(mesh, P(mesh.axis_names))
+    rows = sharding.rows_sharding(mesh)
     unet_graph, unet_params = nnx.split(nets.unet)
     vae_graph, vae_params = nnx.split(nets.vae)
     group = codec.group_size(classes, config.codec.classes_per_pass)
@@ -184,9 +181,9 @@ def _sampler(
         lambda params, x: segmenter.to_gray(decode_latents(nnx.merge(vae_graph, params), x))
     )
     one_each = sharding.abstract(jax.ShapeDtypeStruct((mesh.size, *latent), jnp.float32), rows)
-    outside = Step(decode, (arrays[1], one_each), worth, mesh.size * decode_flops)
+    decode_each = Step(decode, (arrays[1], one_each), worth, mesh.size * decode_flops)
     total = jobs * (decode_flops + sampler.steps * count.forward)
-    loops = Loops(sampler.steps, jobs // mesh.size, outside)
+    loops = Loops(sampler.steps, jobs // mesh.size, decode_each)
     return Step(segmenter._sample_spread, (*static, *arrays), worth, total, loops)
 
 

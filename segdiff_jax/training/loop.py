@@ -21,8 +21,8 @@ from segdiff_jax.training.throughput import ProfileWindow, StartUp, Throughput
 
 log = logging.getLogger(__name__)
 
-# XLA may cut a product with a gathered kernel into a loop over its parts. With activations as large
-# as these it does so everywhere, sums in float32, and takes hours to compile: gather kernels whole.
+# XLA may cut a product with a gathered kernel into many over its parts, summed in float32. Gathered
+# whole, the program is smaller, and faster to compile (docs/performance.md).
 _TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 Validate = Callable[[int, TrainState, Telemetry], dict[str, float]]

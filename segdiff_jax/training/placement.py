@@ -9,11 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from segdiff_jax.models.weights import Place
 from segdiff_jax.training import processes
-from segdiff_jax.training.sharding import partition, put, replicated
+from segdiff_jax.training.sharding import partition, put, replicated, rows_sharding
 
 
 def placer(mesh: Mesh) -> Place:
@@ -55,7 +54,7 @@ def spread_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
     N grows to a multiple of the devices: the first rows come again.
     """
     padded = np.take(rows, range(multiple(len(rows), mesh.size)), axis=0, mode="wrap")
-    return put(padded, NamedSharding(mesh, P(mesh.axis_names)))
+    return put(padded, rows_sharding(mesh))
 
 
 def equal_parts(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -216,6 +216,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows that have nothing to do with each other are cut over all devices, `tensor` peers too."""
+    return NamedSharding(mesh, P(mesh.axis_names))
+
+
 def batch_parts(mesh: Mesh) -> int:
     """Into how many parts a batch is cut."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

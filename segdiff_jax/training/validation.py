@@ -22,7 +22,7 @@ def validator(segmenter: Segmenter, config: Config) -> Validate:
 
     It writes "validation/<figure>" scalars and "validation/<i>" images (photo, truth, prediction
     side by side) and returns the figures of `metrics.summarize` that are numbers. `segmenter` lends
-    everything but the UNet's parameters, which are those of the state, gathered from its replicas:
+    everything but the UNet's parameters, which are those of the state, gathered to every device:
     the moving average if there is one. All processes evaluate together and find the same figures.
     Sampling noise is that of config.seed each time, so that figures can be compared.
 
