@@ -53,6 +53,17 @@ def test_out_of_memory_is_a_result_with_the_largest_buffers(monkeypatch, tmp_pat
     assert capsys.readouterr().out.count("Used 20.1G") == 2
 
 
+def test_a_kernel_that_does_not_fit_is_named():
+    text = """RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:
+
+Ran out of memory in memory space vmem while allocating on stack for %splash_mha_fwd.1
+"""
+    assert compile._out_of_memory(text, 1.5).message == (
+        "E1001: CompileTimeScopedVmemOom: "
+        "Ran out of memory in memory space vmem while allocating on stack for %splash_mha_fwd.1"
+    )
+
+
 def test_search_gives_the_batch_of_the_whole_mesh(monkeypatch):
     def fake(config, target):
         batch = config.train.batch_size

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 SHORTEST = 512  # queries; below, the weights are small and the kernel's blocks would not fill
 _LANES, _LARGEST_BLOCK = 128, 1024
 _SMALLER_BLOCK = 768  # the largest that leaves room in VMEM for a mask, or for gradients
+_WIDE, _WIDE_BLOCK = 128, 512  # heads wider than this (the VAE's one of 512) leave room for less
 _MOST_TOGETHER = 2304  # keys that the kernel of all gradients holds in the VMEM of every chip
 _RESIDUALS = "attention"  # the kernel's name for its result and each row's log of the sum
 _KEPT = jax.checkpoint_policies.save_only_these_names(_RESIDUALS)
@@ -79,7 +80,7 @@ def fused(
     interpret: run on any device, slowly, for tests.
     """
     _, length, channels = query.shape
-    kernel = _kernel(channels // width, length, key.shape[1], interpret)
+    kernel = _kernel(channels // width, length, key.shape[1], width > _WIDE, interpret)
 
     def by_head(x: jax.Array) -> jax.Array:  # [B, S, N · D] -> [B, N, filled S, D]
         x = jnp.pad(x, ((0, 0), (0, _filled(x.shape[1]) - x.shape[1]), (0, 0)))
@@ -93,17 +94,18 @@ def fused(
     return attend(query, key, value)
 
 
-def _kernel(heads: int, length: int, others: int, interpret: bool) -> Any:
+def _kernel(heads: int, length: int, others: int, wide: bool, interpret: bool) -> Any:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     shape = _filled(length), _filled(others)
     exact = shape[1] == others
-    rows, columns = (_block(n, _LARGEST_BLOCK if exact else _SMALLER_BLOCK) for n in shape)
-    back_rows, back_columns = (_block(n, _SMALLER_BLOCK) for n in shape)
+    largest = _WIDE_BLOCK if wide else _LARGEST_BLOCK if exact else _SMALLER_BLOCK
+    rows, columns = (_block(n, largest) for n in shape)
+    back_rows, back_columns = (_block(n, min(largest, _SMALLER_BLOCK)) for n in shape)
     # One kernel for all three gradients needs 5 products, two need 7. But it returns what each
     # block of keys adds to the gradient of the queries, so all keys should be one block, for which
     # VMEM is too small where there are many, or several blocks with a mask.
-    together = shape[1] <= (_MOST_TOGETHER if exact else _SMALLER_BLOCK)
+    together = not wide and shape[1] <= (_MOST_TOGETHER if exact else _SMALLER_BLOCK)
     blocks = splash.BlockSizes(
         block_q=rows,
         block_kv=columns,

@@ -39,7 +39,7 @@ class Compiled(NamedTuple):
 class OutOfMemory(NamedTuple):
     """The compiler found no way to fit the step into the chip."""
 
-    message: str  # its first line
+    message: str  # its first sentence, or two where the first is a heading
     buffers: tuple[str, ...]  # the largest that it names, with their sizes
     seconds: float
 
@@ -95,7 +95,10 @@ def compile_step(step: Step) -> Compiled | OutOfMemory:
 
 def _out_of_memory(message: str, seconds: float) -> OutOfMemory:
     """Reads XLA's message, which may end in a list of the largest allocations."""
-    first = message.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+    lines = [line.strip() for line in message.removeprefix("RESOURCE_EXHAUSTED: ").splitlines()]
+    lines = [line for line in lines if line]
+    # A kernel that does not fit its chip's VMEM: the heading names the error, the next the kernel.
+    first = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
     buffers = []
     for entry in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
         size = entry.split()[0]

@@ -1,5 +1,7 @@
 """The attention kernel against attention as written; the kernel is interpreted on the CPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,10 @@ from segdiff_jax.roofline import chips, compile
 WIDTH = 64
 
 
-def _inputs(length, others, dtype, heads=2, batch=2):
+def _inputs(length, others, dtype, heads=2, batch=2, width=WIDTH):
     rng = np.random.default_rng(0)
-    shapes = [(batch, n, heads * WIDTH) for n in (length, others, others)]
-    shapes.append((batch, heads, length, WIDTH))
+    shapes = [(batch, n, heads * width) for n in (length, others, others)]
+    shapes.append((batch, heads, length, width))
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
@@ -23,28 +25,38 @@ def _relative(actual, expected):
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
-def _plain(query, key, value):
-    return attention.plain(query, key, value, WIDTH)
+def _plain(query, key, value, width=WIDTH):
+    return attention.plain(query, key, value, width)
 
 
-def _fused(query, key, value):  # interpreted, in the shape of `plain`
-    return attention.fused(query, key, value, WIDTH, interpret=True)[:, :, : query.shape[1]]
+def _fused(query, key, value, width=WIDTH):  # interpreted, in the shape of `plain`
+    return attention.fused(query, key, value, width, interpret=True)[:, :, : query.shape[1]]
 
 
 @pytest.mark.parametrize(
-    ("length", "others"), [(256, 256), (384, 128), (200, 200), (256, 77), (128, 1536), (128, 5120)]
+    ("length", "others", "width"),
+    [
+        (256, 256, WIDTH),
+        (384, 128, WIDTH),
+        (200, 200, WIDTH),
+        (256, 77, WIDTH),
+        (128, 1536, WIDTH),
+        (128, 5120, WIDTH),
+        (1024, 1024, 256),  # a wide head: smaller blocks, two kernels of gradients
+    ],
 )
-def test_kernel_and_its_gradients_equal_plain_attention(length, others):
-    query, key, value, weights = _inputs(length, others, jnp.float32)
+def test_kernel_and_its_gradients_equal_plain_attention(length, others, width):
+    query, key, value, weights = _inputs(length, others, jnp.float32, width=width)
 
     def run(function):
+        function = functools.partial(function, width=width)
         loss = lambda *qkv: (function(*qkv) * weights).sum()  # noqa: E731
         arguments = query, key, value
         return function(*arguments), *jax.grad(loss, (0, 1, 2))(*arguments)
 
     pairs = zip(run(_fused), run(_plain), strict=True)
     errors = [_relative(actual, expected) for actual, expected in pairs]
-    print(length, others, errors)
+    print(length, others, width, errors)
     assert max(errors) < 1e-5
 
 
@@ -94,8 +106,12 @@ def test_the_kernel_is_for_tpu_meshes_only():
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-@pytest.mark.parametrize("length", [1936, 4096])  # 44 × 44, which is filled, and 64 × 64
-def test_the_kernel_and_its_gradients_fit_the_chip(length, topology):
+@pytest.mark.parametrize(
+    ("length", "heads", "width"),
+    # The UNet's at 44 × 44, which is filled, and 64 × 64; the VAE's one head.
+    [(1936, 2, WIDTH), (4096, 2, WIDTH), (4096, 1, 512)],
+)
+def test_the_kernel_and_its_gradients_fit_the_chip(length, heads, width, topology):
     chip, name = chips.parse_topology(topology)
     axes = ("data", "fsdp", "tensor")
     device = np.array(compile.devices(chip, name)[:1]).reshape(1, 1, 1)
@@ -103,10 +119,10 @@ def test_the_kernel_and_its_gradients_fit_the_chip(length, topology):
 
     def loss(query, key, value):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            assert attention._kernel_pays(query, WIDTH)
-            return attention.attention(query, key, value, WIDTH).astype(jnp.float32).sum()
+            assert attention._kernel_pays(query, width)
+            return attention.attention(query, key, value, width).astype(jnp.float32).sum()
 
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    array = jax.ShapeDtypeStruct((1, length, 2 * WIDTH), jnp.bfloat16, sharding=place)
+    array = jax.ShapeDtypeStruct((1, length, heads * width), jnp.bfloat16, sharding=place)
     program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(array, array, array).compile()
     assert "splash_mha_dkv" in program.as_text()
