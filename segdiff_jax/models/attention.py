@@ -22,7 +22,8 @@ _SMALLER_BLOCK = 768  # the largest that leaves room in VMEM for a mask, or for 
 _WIDE, _WIDE_BLOCK = 128, 512  # heads wider than this (the VAE's one of 512) leave room for less
 _MOST_TOGETHER = 2304  # keys that the kernel of all gradients holds in the VMEM of every chip
 _RESIDUALS = "attention"  # the kernel's name for its result and each row's log of the sum
-_KEPT = jax.checkpoint_policies.save_only_these_names(_RESIDUALS)
+# A policy for `jax.checkpoint`: that is kept, all else is made again.
+KEPT = jax.checkpoint_policies.save_only_these_names(_RESIDUALS)
 
 
 def attention(
@@ -86,7 +87,7 @@ def fused(
         x = jnp.pad(x, ((0, 0), (0, _filled(x.shape[1]) - x.shape[1]), (0, 0)))
         return x.reshape(*x.shape[:2], -1, width).swapaxes(1, 2)
 
-    @functools.partial(jax.checkpoint, policy=_KEPT)
+    @functools.partial(jax.checkpoint, policy=KEPT)
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         scaled = query * jnp.asarray(1.0 / math.sqrt(width), query.dtype)
         return jax.vmap(kernel)(by_head(scaled), by_head(key), by_head(value))
@@ -153,16 +154,29 @@ def _kernel_pays(query: jax.Array, width: int) -> bool:
     if mesh.are_all_axes_manual:  # in a `shard_map`: this is one device's part
         return True
     sizes = mesh.shape
-    return batch % (sizes["data"] * sizes["fsdp"]) == channels // width % sizes["tensor"] == 0
+    if batch % (sizes["data"] * sizes["fsdp"]):
+        return False
+    if channels // width % sizes["tensor"] == 0:
+        return True
+    each, rest = divmod(length, sizes["tensor"])
+    return rest == 0 and each >= SHORTEST and _filled(each) == each
 
 
-def _on_mesh(query: jax.Array, key: jax.Array, value: jax.Array, width: int) -> jax.Array:
-    """The kernel on each device's part of batch and heads."""
-    attend = functools.partial(fused, width=width)
-    if jax.sharding.get_abstract_mesh().are_all_axes_manual:
+def _on_mesh(
+    query: jax.Array, key: jax.Array, value: jax.Array, width: int, *, interpret: bool = False
+) -> jax.Array:
+    """The kernel on each device's part of the batch, and of the heads, or of the queries where
+    `tensor` does not divide the heads: Stable Diffusion 2 has five at first."""
+    attend = functools.partial(fused, width=width, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.are_all_axes_manual:
         return attend(query, key, value)
     rows = ("data", "fsdp")
-    given, found = P(rows, None, "tensor"), P(rows, "tensor", None, None)
-    return jax.shard_map(attend, in_specs=(given,) * 3, out_specs=found, check_vma=False)(
+    if query.shape[2] // width % mesh.shape["tensor"] == 0:
+        given, found = (P(rows, None, "tensor"),) * 3, P(rows, "tensor", None, None)
+    else:
+        given = P(rows, "tensor", None), P(rows), P(rows)
+        found = P(rows, None, "tensor", None)
+    return jax.shard_map(attend, in_specs=given, out_specs=found, check_vma=False)(
         query, key, value
     )

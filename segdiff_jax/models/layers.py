@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segdiff_jax.models import recompute
-from segdiff_jax.models.attention import attention, joined
+from segdiff_jax.models.attention import KEPT, attention, joined
 
 Dtype = jnp.dtype | type
 
@@ -165,24 +165,39 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
+        norm: "GroupNorm | nnx.LayerNorm",
         context: jax.Array | None = None,
         mask: jax.Array | None = None,
-        norm: nnx.LayerNorm | None = None,
     ) -> jax.Array:
-        """x [B, S, C] → float32 [B, S, C], for a sum with x before it is rounded.
+        """norm(x) [B, S, C] attends → float32 [B, S, C], for a sum with x before it is rounded.
 
-        norm: applied to x first; the backward pass makes its result again.
+        The backward pass makes norm(x) again. Of narrow layers it also makes the projections again,
+        and attention to a context, which is short.
         """
-        own = (self.to_q, self.to_k, self.to_v) if context is None else (self.to_q,)
-        if norm is None:
-            query, *others = (layer(x) for layer in own)
+        others = () if context is None else (self.to_k(context), self.to_v(context))
+        layers = (self.to_q,) if others else (self.to_q, self.to_k, self.to_v)
+
+        def weigh(others, mask, query, *own):  # -> [B, N, S, D]
+            return attention(query, *(others or own), query.shape[2] // self.heads, mask)
+
+        def attend(given, norm, *layers):
+            x, *rest = given
+            return weigh(*rest, *norm_project(x, norm, *layers))
+
+        def project(out, to_out):
+            return to_out.unrounded(joined(out, x.shape[1]))
+
+        def both(given, norm, to_out, *layers):
+            return project(attend(given, norm, *layers), to_out)
+
+        given = (x, others, mask)
+        if recompute.is_narrow(x) and others:
+            return recompute.from_inputs(both, given, norm, self.to_out, *layers)
+        if recompute.is_narrow(x):
+            out = recompute.from_inputs(attend, given, norm, *layers, keep=KEPT)
         else:
-            query, *others = recompute.from_inputs(norm_project, x, norm, *own)
-        if context is not None:
-            others = [self.to_k(context), self.to_v(context)]
-        key, value = others
-        out = attention(query, key, value, query.shape[2] // self.heads, mask)
-        project = lambda out, to_out: to_out.unrounded(joined(out, x.shape[1]))  # noqa: E731
+            projected = recompute.from_inputs(norm_project, x, norm, *layers)
+            out = weigh(others, mask, *projected)
         return recompute.from_inputs(project, out, self.to_out)
 
 

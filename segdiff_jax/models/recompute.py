@@ -11,26 +11,47 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+# Channels up to which a product is rather done again than kept. One over C channels takes 2 · C
+# FLOPs for each element of its result; to write that in bfloat16 and read it again takes a v5e,
+# with its 240 FLOPs per byte (roofline/chips.py), the time of 962.
+NARROW = 480
 
-def from_inputs(function: Callable[..., Any], x: jax.Array, *modules: nnx.Module) -> Any:
+
+def is_narrow(x: jax.Array) -> bool:
+    """Whether products of x [..., C] are rather done again than kept."""
+    return x.shape[-1] <= NARROW
+
+
+def from_inputs(
+    function: Callable[..., Any],
+    x: Any,
+    *modules: nnx.Module,
+    keep: Callable[..., bool] | None = None,
+) -> Any:
     """`function(x, *modules)`; for its gradient, what is needed of it is computed again.
+
+    x: an array, or a tree whose first leaf is the activation. keep: a policy of `jax.checkpoint`,
+    for what is kept as well; only for small modules, see below.
 
     So would `jax.checkpoint`, but it would cast and gather the kernels again too, and only when the
     gradient has come in: more traffic, and no gather under way ahead of use. In float32 (on CPUs)
     this is `function` itself: nothing is cast there, and time counts more than memory.
     """
-    if x.dtype == jnp.float32:
+    if jax.tree.leaves(x)[0].dtype == jnp.float32:
         return function(x, *modules)
     graph, state = nnx.split(modules)
 
-    def pure(x: jax.Array, state: Any) -> Any:
+    def pure(x: Any, state: Any) -> Any:
         return function(x, *nnx.merge(graph, state))
 
+    if keep is not None:
+        return jax.checkpoint(pure, policy=keep)(x, state)
+
     @jax.custom_vjp
-    def apply(x: jax.Array, state: Any) -> Any:
+    def apply(x: Any, state: Any) -> Any:
         return pure(x, state)
 
-    def backward(saved: tuple[jax.Array, Any], gradient: Any) -> tuple[jax.Array, Any]:
+    def backward(saved: tuple[Any, Any], gradient: Any) -> tuple[Any, Any]:
         x, state = saved
         # Without a barrier XLA finds that it has computed all this before, and keeps it. With one
         # around x alone it computes it early, while x is on the chip, and keeps it as well.

@@ -58,8 +58,14 @@ class FeedForward(nnx.Module):
         self.proj_out = linear(4 * channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, norm: nnx.LayerNorm) -> jax.Array:  # of norm(x)
+        if recompute.is_narrow(x):
+            return recompute.from_inputs(_whole, x, norm, self.proj_in, self.proj_out)
         (both,) = recompute.from_inputs(norm_project, x, norm, self.proj_in)
         return recompute.from_inputs(_gated, both, self.proj_out)
+
+
+def _whole(x: jax.Array, norm: nnx.LayerNorm, proj_in: Linear, proj_out: Linear) -> jax.Array:
+    return _gated(*norm_project(x, norm, proj_in), proj_out)
 
 
 def _gated(both: jax.Array, proj_out: Linear) -> jax.Array:
@@ -87,8 +93,8 @@ class TransformerBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
         # The branches come in float32: each sum is rounded once.
-        x = (x + self.attn1(x, norm=self.norm1)).astype(x.dtype)
-        x = (x + self.attn2(x, context, mask, self.norm2)).astype(x.dtype)
+        x = (x + self.attn1(x, self.norm1)).astype(x.dtype)
+        x = (x + self.attn2(x, self.norm2, context, mask)).astype(x.dtype)
         return (x + self.ff(x, self.norm3)).astype(x.dtype)
 
 

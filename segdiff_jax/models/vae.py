@@ -54,8 +54,8 @@ class SpatialAttention(nnx.Module):
         self.attention = Attention(channels, 1, qkv_bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        tokens = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        return (x + self.attention(tokens).reshape(x.shape)).astype(x.dtype)
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        return (x + self.attention(tokens, self.group_norm).reshape(x.shape)).astype(x.dtype)
 
 
 class MidBlock(nnx.Module):

@@ -59,9 +59,12 @@ def latents(vae: VAE, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return batch["image_latents"], batch["mask_latents"]
     pixels = to_pixels(batch["image"])
     masks = mask_images(batch["labels"], batch["class_ids"])
-    both = encode_latents(vae, jnp.concatenate([pixels, masks]))
-    image_latents, mask_latents = jnp.split(jax.lax.stop_gradient(both), 2)
-    return image_latents, mask_latents
+    # In pairs: a photo and its mask stay on the chip that has the example. One after the other,
+    # the rows of all chips would move, and XLA lose track of where a batch is cut.
+    pairs = jnp.stack([pixels, masks], axis=1)  # [B, 2, H, W, 3]
+    both = encode_latents(vae, pairs.reshape(-1, *pixels.shape[1:]))
+    both = jax.lax.stop_gradient(both).reshape(len(pixels), 2, *both.shape[1:])
+    return both[:, 0], both[:, 1]
 
 
 def latent_weights(batch: Batch, factor: int, balance: float = 0.0) -> jax.Array:

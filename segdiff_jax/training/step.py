@@ -120,7 +120,8 @@ def _accumulate(loss_fn: Callable, params: Any, batch: Any, count: int) -> tuple
     grad_fn = jax.value_and_grad(loss_fn)
     if count == 1:
         return grad_fn(params, batch)
-    slices = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
+    # Every count-th row, so that a slice has rows of every chip.
+    slices = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, micro):
         return jax.tree.map(jnp.add, total, grad_fn(params, micro)), None

@@ -1,6 +1,8 @@
 """The attention kernel against attention as written; the kernel is interpreted on the CPU."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +59,46 @@ def test_kernel_and_its_gradients_equal_plain_attention(length, others, width):
     pairs = zip(run(_fused), run(_plain), strict=True)
     errors = [_relative(actual, expected) for actual, expected in pairs]
     print(length, others, width, errors)
+    assert max(errors) < 1e-5
+
+
+ON_MESH = """
+import os
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+import functools, sys, jax, numpy as np
+from jax.sharding import PartitionSpec as P
+from segdiff_jax.models import attention
+
+mesh = jax.make_mesh(
+    (2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+)
+*arrays, weights = np.load(sys.argv[1]).values()
+
+@jax.jit
+def run(*qkv):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        attend = functools.partial(attention._on_mesh, width=64, interpret=True)
+        loss = lambda *qkv: (attend(*qkv) * weights).sum()
+        return attend(*qkv), *jax.grad(loss, (0, 1, 2))(*qkv)
+
+rows = jax.sharding.NamedSharding(mesh, P(("data", "fsdp")))
+np.savez(sys.argv[1], *run(*jax.device_put(arrays, rows)))
+"""
+
+
+@pytest.mark.parametrize("heads", [2, 3])  # `tensor` cuts the heads, or where it cannot the queries
+def test_kernel_on_a_mesh_of_all_axes_equals_plain_attention(heads, tmp_path):
+    query, key, value, weights = _inputs(256, 77, jnp.float32, heads, batch=4)
+    file = tmp_path / "arrays.npz"
+    np.savez(file, query, key, value, weights)
+    run = subprocess.run([sys.executable, "-c", ON_MESH, file], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    loss = lambda *qkv: (_plain(*qkv) * weights).sum()  # noqa: E731
+    expected = _plain(query, key, value), *jax.grad(loss, (0, 1, 2))(query, key, value)
+    pairs = zip(np.load(file).values(), expected, strict=True)
+    errors = [_relative(found, exact) for found, exact in pairs]
+    print(heads, errors)
     assert max(errors) < 1e-5
 
 

@@ -1,7 +1,10 @@
 import dataclasses
+import math
 
+import jax
 import pytest
 import small_config
+from flax import nnx
 
 from segdiff_jax.errors import UserError
 from segdiff_jax.roofline import chips, compile, measure, report, steps
@@ -101,6 +104,24 @@ def test_the_sampler_needs_no_network_and_one_latent_per_image():
     _, _, mesh = measure._mesh(config, target)
     *_, latents, groups, jobs, _ = steps.sample_step(config, mesh, 1, 4).arguments
     assert (latents.shape[0], groups.shape, jobs.shape) == (1, (4, 1), (12, 3))
+
+
+def test_training_from_pixels_moves_weights_between_chips_and_no_activations():
+    # Photos and masks were encoded as [all photos; all masks], whose rows moved; from there on XLA
+    # cut activations by channel and exchanged whole batches of them in every layer.
+    config = small_config.get_config()
+    config.data = dataclasses.replace(config.data, cache_latents=False, image_size=(32, 32))
+    config.model = dataclasses.replace(config.model, remat=True)
+    config.mesh = dataclasses.replace(config.mesh, data=1, fsdp=-1)
+    made = measure.measure(config, measure.Target("v5e:2x2"))
+    exchanges = made["per_chip"]["collectives"]
+    print(exchanges)
+    weights = sum(
+        2 * math.prod(leaf.shape)  # in bfloat16
+        for leaf in jax.tree.leaves(nnx.state(steps.networks(config).unet))
+    )
+    # Gathered forward, again, and for the gradient, which is scattered: XLA may add some.
+    assert sum(exchange["payload"] for exchange in exchanges) < 6 * weights
 
 
 def test_a_whole_run_costs_its_steps_on_all_chips():
