@@ -20,6 +20,7 @@ ARGS = ["--config", "configs/ade.py", "--topology", "v5e:2x2"]
         ([*ARGS, "--config.optimizer.accumulation=2"], "config.optimizer.accumulation"),
         ([*ARGS, "--compare", "missing.json"], "--compare missing.json"),
         ([*ARGS, "--slices", "0"], "--slices"),
+        ([*ARGS, "--plan", "--step", "sample"], "--plan: not with --step sample"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(arguments, message):
@@ -65,9 +66,13 @@ Ran out of memory in memory space vmem while allocating on stack for %splash_mha
 
 
 def test_search_gives_the_batch_of_the_whole_mesh(monkeypatch):
-    def fake(config, target):
+    compiled = []
+
+    def fake(config, target, *, planned):
         batch = config.train.batch_size
-        fits = batch <= 5 * 4
+        if not planned:
+            compiled.append(batch // 4)
+        fits = batch <= (6 if planned else 5) * 4  # the code is not in the plan
         chip = {"per_chip": {"hbm": {"total": 3e9 * batch / 4}}} if fits else {"why": "full"}
         return {"fits": fits, "batch_per_chip": batch / 4, **chip}
 
@@ -77,6 +82,7 @@ def test_search_gives_the_batch_of_the_whole_mesh(monkeypatch):
     config = cli.load_config("configs/ade.py", ["--config.data.root=x"])
     config, made = measure.search(config, measure.Target("v5e:2x2"), lambda line: None)
     assert (config.train.batch_size, made["batch_per_chip"]) == (20, 5)
+    assert compiled == [6, 5]
 
 
 def test_two_reports_side_by_side():

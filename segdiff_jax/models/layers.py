@@ -178,7 +178,8 @@ class Attention(nnx.Module):
         layers = (self.to_q,) if others else (self.to_q, self.to_k, self.to_v)
 
         def weigh(others, mask, query, *own):  # -> [B, N, S, D]
-            return attention(query, *(others or own), query.shape[2] // self.heads, mask)
+            key, value = others or own
+            return attention(query, key, value, query.shape[2] // self.heads, mask)
 
         def attend(given, norm, *layers):
             x, *rest = given

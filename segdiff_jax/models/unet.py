@@ -65,7 +65,7 @@ class FeedForward(nnx.Module):
 
 
 def _whole(x: jax.Array, norm: nnx.LayerNorm, proj_in: Linear, proj_out: Linear) -> jax.Array:
-    return _gated(*norm_project(x, norm, proj_in), proj_out)
+    return _gated(proj_in(norm(x)), proj_out)
 
 
 def _gated(both: jax.Array, proj_out: Linear) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 
 from segdiff_jax.config import Config, to_dict
 from segdiff_jax.errors import UserError
-from segdiff_jax.roofline import chips, compile, report, steps
+from segdiff_jax.roofline import chips, compile, plan, report, steps
 from segdiff_jax.training import sharding
 
 STEPS = ("train", "sample", "evaluate")
@@ -29,8 +29,11 @@ class Target:
     classes: int | None = None
 
 
-def measure(config: Config, target: Target) -> dict[str, Any]:
-    """The report, as JSON values. Raises `UserError` for what the config or topology cannot be."""
+def measure(config: Config, target: Target, *, planned: bool = False) -> dict[str, Any]:
+    """The report, as JSON values. Raises `UserError` for what the config or topology cannot be.
+
+    planned: stop at XLA's plan (`plan.py`), which is there early; of a training step only.
+    """
     chip, topology, mesh = _mesh(config, target)
     step = _step(config, target, mesh)
     training = target.step == "train"
@@ -46,8 +49,9 @@ def measure(config: Config, target: Target) -> dict[str, Any]:
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
         "config_values": to_dict(config),
     }
-    compiled = compile.compile_step(step)
+    compiled = plan.plan_step(_make, config, target) if planned else compile.compile_step(step)
     made |= {"compile_seconds": compiled.seconds, "fits": isinstance(compiled, compile.Compiled)}
+    made["planned"] = planned
     if isinstance(compiled, compile.OutOfMemory):
         return made | {"why": compiled.message, "largest_buffers": list(compiled.buffers)}
     figures = report.per_chip(
@@ -95,6 +99,11 @@ def _step(config: Config, target: Target, mesh: jax.sharding.Mesh) -> steps.Step
     return steps.train_step(config, mesh)
 
 
+def _make(config: Config, target: Target) -> steps.Step:
+    """For another process, which has the config and the target only."""
+    return _step(config, target, _mesh(config, target)[2])
+
+
 def _loops(loops: steps.Loops | None) -> tuple[int, int, compile.Compiled] | None:
     if loops is None:
         return None
@@ -104,25 +113,33 @@ def _loops(loops: steps.Loops | None) -> tuple[int, int, compile.Compiled] | Non
 
 
 def search(
-    config: Config, target: Target, log: Callable[[str], None] = print
+    config: Config, target: Target, log: Callable[[str], None] = print, *, planned: bool = False
 ) -> tuple[Config, dict[str, Any]]:
     """The config with the largest batch per chip that fits, and its report.
 
-    Starts from the config's own batch. Raises `UserError` if not even one example per chip fits.
+    Starts from the config's own batch. Training steps are planned, not compiled, until one is found
+    to fit; that one is compiled (unless `planned`), and the next smaller should it not fit after
+    all. Raises `UserError` if not even one example per chip fits.
     """
     chip, _, mesh = _mesh(config, target)
     training, parts = target.step == "train", _parts(target, mesh)
     made: dict[int, tuple[Config, dict[str, Any]]] = {}
 
-    def total(batch: int) -> float | None:
+    def total(batch: int, planned: bool = training) -> float | None:
         resized = _with_batch(config, target, batch * parts)
-        found = measure(resized, target)
-        log(f"batch {batch} per chip: {'fits' if found['fits'] else found['why']}")
+        found = measure(resized, target, planned=planned)
+        used = found["per_chip"]["hbm"]["total"] if found["fits"] else None
+        by = "by its plan " if planned else ""
+        fits = found["why"] if used is None else f"{by}fits, {used / report.GIB:.2f} GiB"
+        log(f"batch {batch} per chip: {fits}")
         made[batch] = resized, found
-        return found["per_chip"]["hbm"]["total"] if found["fits"] else None
+        return used
 
     size = config.train.batch_size if training else config.sampler.batch_size
     best = largest_that_fits(total, max(1, size // parts), chip.hbm)
+    if training and not planned:
+        while best > 0 and total(best, planned=False) is None:
+            best -= 1
     if best == 0:
         raise UserError(
             f"{target.topology}: not even a batch of 1 per chip fits ({made[1][1]['why']}): "

@@ -62,14 +62,15 @@ def roofline(figures: dict[str, Any], chip: Chip, images: float) -> dict[str, An
     """Seconds per call if compute, memory and network overlapped perfectly: the slowest of them.
 
     "memory" takes every byte that XLA counts for HBM's. Many are not (`traffic.py`), so a second
-    bound, "least", takes the traffic with HBM alone: no step is faster than that.
+    bound, "least", takes the traffic with HBM alone: no step is faster than that. Where XLA has not
+    counted (`plan.py`), both are the latter.
     """
     moved = {"ici": 0.0, "dcn": 0.0}
     for exchange in figures["collectives"]:
         moved[exchange["network"]] += exchange["moved"]
     times = {
         "compute": figures["flops"]["total"] / chip.flops,
-        "memory": figures["bytes_accessed"] / chip.hbm_bandwidth,
+        "memory": (figures["bytes_accessed"] or figures["hbm_traffic"]) / chip.hbm_bandwidth,
         "network": moved["ici"] / chip.ici_bandwidth + moved["dcn"] / chip.dcn_bandwidth,
     }
     bound = max(times, key=lambda name: times[name])
@@ -125,13 +126,16 @@ def rows(report: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     if not report["fits"]:
         return shown | {"why": (report["why"], None)}
     figures, line = report["per_chip"], report["roofline"]
+    if report.get("planned"):
+        shown["planned, not compiled"] = ("no code, no bytes", None)
     for name, size in figures["hbm"].items():
         shown[f"HBM {name}, GiB"] = (f"{size / GIB:.2f}", size)
     shown["HBM of the chip, GiB"] = (f"{report['hbm_of_chip'] / GIB:.0f}", None)
     for name, count in figures["flops"].items():
         shown[f"FLOPs {name}, T"] = (f"{count / 1e12:.3f}", count)
     accessed = figures["bytes_accessed"]
-    shown["bytes accessed, GB"] = (f"{accessed / 1e9:.2f}", accessed)
+    if accessed:
+        shown["bytes accessed, GB"] = (f"{accessed / 1e9:.2f}", accessed)
     if "hbm_traffic" in figures:  # not in reports of the first version
         moved = figures["hbm_traffic"]
         shown["of these with HBM, GB"] = (f"{moved / 1e9:.2f}", moved)
@@ -140,7 +144,7 @@ def rows(report: dict[str, Any]) -> dict[str, tuple[str, Any]]:
         shown[f"{name}, count"] = (f"{exchange['count']:g}", exchange["count"])
         shown[f"{name}, GB"] = (f"{exchange['payload'] / 1e9:.3f}", exchange["payload"])
     for name in ("compute", "memory", "hbm", "network", "step", "least"):
-        if f"{name}_seconds" in line:
+        if f"{name}_seconds" in line and not (name == "memory" and report.get("planned")):
             seconds = line[f"{name}_seconds"]
             shown[f"{_TIMES.get(name, name)}, ms"] = (f"{1e3 * seconds:.2f}", seconds)
     shown["bound by"] = (line["bound"], None)

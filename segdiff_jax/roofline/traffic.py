@@ -52,7 +52,7 @@ def _moved(instruction: hlo.Instruction, table: dict[str, hlo.Instruction]) -> f
         return 0.0
     if opcode == "custom-call" and any(f'"{view}"' in instruction.rest for view in _VIEWS):
         return 0.0
-    if opcode in ("copy-start", "slice-start"):
+    if opcode in ("copy-start", "slice-start", "async-start"):  # the last: a slice, before codegen
         # The result lists source and target; what crosses is as large as the smaller.
         sizes = [hlo.size(shape) for shape in instruction.shapes[:2]]
         return float(min(sizes) * instruction.on_chip[:2].count(False))
