@@ -16,7 +16,7 @@ and whether it fits, FLOPs, bytes accessed, network traffic, and the roofline th
 The function is the one that train (or the segmenter) jits; its arguments are shapes. No data, no
 weights and no TPU are needed, but pip install 'jax[tpu]' and, for Stable Diffusion 2, some 20 GB of
 memory and 20 minutes; --plan takes 5 GB and 2 minutes. The architecture is that of
-config.model.preset, whatever config.init_from names. docs/performance.md says what the figures mean."""
+config.model.preset, whatever config.init_from names. docs/performance.md says what figures mean."""
 
 
 def main(argv: list[str]) -> None:

@@ -67,6 +67,7 @@ def _dumping(folder: str) -> Iterator[None]:
 
 
 def _compile(results: Connection, make: Callable[..., Step], arguments: tuple) -> None:
+    jax.config.update("jax_enable_compilation_cache", False)  # of what is there no files are made
     made = compile_step(make(*arguments))
     results.send(made if isinstance(made, OutOfMemory) else None)
 
