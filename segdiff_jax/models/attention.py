@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from segdiff_jax.models import named_mesh
+
 SHORTEST = 512  # queries; below, the weights are small and the kernel's blocks would not fill
 _LANES, _LARGEST_BLOCK = 128, 1024
 _SMALLER_BLOCK = 768  # the largest that leaves room in VMEM for a mask, or for gradients
@@ -144,12 +146,9 @@ def _block(length: int, largest: int = _LARGEST_BLOCK) -> int:
 
 
 def _kernel_pays(query: jax.Array, width: int) -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = named_mesh.of_tpus()
     batch, length, channels = query.shape
-    if mesh.empty or query.dtype != jnp.bfloat16 or length < SHORTEST:
-        return False
-    device = mesh.abstract_device
-    if device is None or not device.device_kind.startswith("TPU"):
+    if mesh is None or query.dtype != jnp.bfloat16 or length < SHORTEST:
         return False
     if mesh.are_all_axes_manual:  # in a `shard_map`: this is one device's part
         return True

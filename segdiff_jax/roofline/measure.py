@@ -59,7 +59,7 @@ def measure(config: Config, target: Target, *, planned: bool = False) -> dict[st
         mesh.size,
         target.slices,
         model_flops=step.model_flops / mesh.size,
-        loops=_loops(step.loops),
+        loops=_loops(step.loops, config, target, planned),
     )
     line = report.roofline(figures, chips.in_slice(chip, topology), step.images)
     if training:
@@ -104,10 +104,20 @@ def _make(config: Config, target: Target) -> steps.Step:
     return _step(config, target, _mesh(config, target)[2])
 
 
-def _loops(loops: steps.Loops | None) -> tuple[int, int, compile.Compiled] | None:
+def _make_body(config: Config, target: Target) -> steps.Step:
+    loops = _make(config, target).loops
+    assert loops is not None
+    return loops.body
+
+
+def _loops(
+    loops: steps.Loops | None, config: Config, target: Target, planned: bool
+) -> tuple[int, int, compile.Compiled] | None:
     if loops is None:
         return None
-    compiled = compile.compile_step(loops.body)
+    compiled = (
+        plan.plan_step(_make_body, config, target) if planned else compile.compile_step(loops.body)
+    )
     # It is a part of what was just compiled, so it fits.
     return (*loops[:2], compiled) if isinstance(compiled, compile.Compiled) else None
 

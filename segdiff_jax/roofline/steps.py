@@ -15,7 +15,7 @@ from segdiff_jax.models import presets
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, decode_latents
 from segdiff_jax.roofline import flops
-from segdiff_jax.training import loop, sharding
+from segdiff_jax.training import loop, losses, sharding
 from segdiff_jax.training.placement import multiple
 from segdiff_jax.training.step import Frozen, diffusion_step, init_state, vae_step
 
@@ -33,7 +33,7 @@ class Step(NamedTuple):
 
 
 class Loops(NamedTuple):
-    """Loops of a step, whose bodies XLA counts once: one of `length` rounds, then `times` others.
+    """Loops of a step, whose bodies XLA counts once: one of `length` rounds, and `times` others.
 
     body: one round of the others, a function by itself; what is not it is the first loop's.
     """
@@ -97,7 +97,30 @@ def train_step(config: Config, mesh: jax.sharding.Mesh) -> Step:
     key = sharding.abstract(_key(), sharding.replicated(mesh))
     function = loop.compile_step(step, state, mesh)
     count = config.train.batch_size
-    return Step(function, (state, frozen, batch, key), count, count * _train_flops(config, nets))
+    total = count * _train_flops(config, nets)
+    loops = _encoding(config, nets, mesh) if "image" in batch and config.stage != "vae" else None
+    return Step(function, (state, frozen, batch, key), count, total, loops)
+
+
+def _encoding(config: Config, nets: Networks, mesh: jax.sharding.Mesh) -> Loops | None:
+    """The loop in which few images a chip are encoded, one a chip at a time."""
+    rounds = losses.rounds_of_encoding(2 * config.train.batch_size, mesh.abstract_mesh)
+    if rounds == 1:
+        return None
+    graph, params = nnx.split(nets.vae)
+
+    def encode(params, images):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return losses.encode_one_by_one(nnx.merge(graph, params), images)
+
+    chips, size = sharding.batch_parts(mesh), config.data.image_size
+    images = jax.ShapeDtypeStruct((chips, *size, 3), jnp.float32)
+    arguments = (
+        sharding.abstract(params, sharding.replicated(mesh)),
+        sharding.abstract(images, sharding.batch_sharding(mesh)),
+    )
+    needed = chips * flops.vae_encode(nets.vae.config, *size)
+    return Loops(1, rounds, Step(jax.jit(encode), arguments, chips, needed))
 
 
 def train_batch(config: Config, nets: Networks) -> dict[str, jax.ShapeDtypeStruct]:

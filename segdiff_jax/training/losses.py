@@ -1,19 +1,24 @@
 """What the two stages minimise, as functions of a batch and a key."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from segdiff_jax import codec, conditioning
 from segdiff_jax.config import CodecConfig, NoiseConfig
 from segdiff_jax.diffusion import noise as noise_lib
 from segdiff_jax.diffusion import schedule as schedule_lib
+from segdiff_jax.models import named_mesh
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, encode_latents
 
 Batch = dict[str, Any]
+_FEW_IMAGES = 8  # a chip; from here on XLA leaves a convolution's batch as it is
 
 
 class Corruption(NamedTuple):
@@ -62,9 +67,41 @@ def latents(vae: VAE, batch: Batch) -> tuple[jax.Array, jax.Array]:
     # In pairs: a photo and its mask stay on the chip that has the example. One after the other,
     # the rows of all chips would move, and XLA lose track of where a batch is cut.
     pairs = jnp.stack([pixels, masks], axis=1)  # [B, 2, H, W, 3]
-    both = encode_latents(vae, pairs.reshape(-1, *pixels.shape[1:]))
+    both = _encoded(vae, pairs.reshape(-1, *pixels.shape[1:]))
     both = jax.lax.stop_gradient(both).reshape(len(pixels), 2, *both.shape[1:])
     return both[:, 0], both[:, 1]
+
+
+def _encoded(vae: VAE, images: jax.Array) -> jax.Array:
+    """Latents of images [N, H, W, 3], on TPUs one after the other where a chip has few.
+
+    Of 2 to 7 images XLA makes many narrow ones, with six times the memory traffic of one or of 8
+    (docs/performance.md).
+    """
+    one_by_one = rounds_of_encoding(len(images), named_mesh.of_tpus()) > 1
+    return (encode_one_by_one if one_by_one else encode_latents)(vae, images)
+
+
+def encode_one_by_one(vae: VAE, images: jax.Array) -> jax.Array:
+    """Each chip of the named mesh encodes its images in a loop."""
+    graph, params = nnx.split(vae)
+    rows = P(("data", "fsdp"))
+
+    @functools.partial(jax.shard_map, in_specs=(P(), rows), out_specs=rows, check_vma=False)
+    def encode(params: Any, images: jax.Array) -> jax.Array:
+        # A batch of one in its shape: one that the partitioner cuts to one is handled as of many.
+        alone = lambda image: encode_latents(nnx.merge(graph, params), image[None])[0]  # noqa: E731
+        return jax.lax.map(alone, images)
+
+    return encode(params, images)
+
+
+def rounds_of_encoding(images: int, mesh: jax.sharding.AbstractMesh | None) -> int:
+    """How many times each chip of `mesh` (TPUs, or none) encodes its part of a batch."""
+    if mesh is None:
+        return 1
+    each, rest = divmod(images, mesh.shape["data"] * mesh.shape["fsdp"])
+    return each if rest == 0 and 1 < each < _FEW_IMAGES else 1
 
 
 def latent_weights(batch: Batch, factor: int, balance: float = 0.0) -> jax.Array:

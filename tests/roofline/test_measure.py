@@ -7,7 +7,7 @@ import small_config
 from flax import nnx
 
 from segdiff_jax.errors import UserError
-from segdiff_jax.roofline import chips, compile, measure, report, steps
+from segdiff_jax.roofline import chips, compile, flops, measure, report, steps
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 31, 100])
@@ -113,7 +113,13 @@ def test_training_from_pixels_moves_weights_between_chips_and_no_activations():
     config.data = dataclasses.replace(config.data, cache_latents=False, image_size=(32, 32))
     config.model = dataclasses.replace(config.model, remat=True)
     config.mesh = dataclasses.replace(config.mesh, data=1, fsdp=-1)
-    made = measure.measure(config, measure.Target("v5e:2x2"))
+    target = measure.Target("v5e:2x2")
+    loops = measure._make(config, target).loops
+    assert loops is not None and loops.times == 4  # two photos and two masks a chip, in a loop
+    made = measure.measure(config, target)
+    encoders = 16 * flops.vae_encode(steps.networks(config).vae.config, 32, 32)
+    assert loops.body.model_flops == encoders / loops.times
+    assert made["per_chip"]["flops"]["total"] > made["per_chip"]["flops"]["model"]
     exchanges = made["per_chip"]["collectives"]
     print(exchanges)
     weights = sum(
