@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segdiff_jax.models import recompute
+from segdiff_jax.models import named_mesh, recompute
 from segdiff_jax.models.attention import KEPT, attention, joined
 
 Dtype = jnp.dtype | type
@@ -265,7 +265,7 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
         height, width = size or (2 * x.shape[1], 2 * x.shape[2])
-        return self.conv(upsample_nearest(x, (height, width)))
+        return self.conv(named_mesh.by_rows(upsample_nearest(x, (height, width))))
 
 
 def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:

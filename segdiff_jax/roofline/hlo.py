@@ -114,12 +114,25 @@ def collectives(text: str, chips: int, slices: int = 1) -> list[Collective]:
     """Every exchange between chips, summed by kind and network.
 
     Chips are numbered slice by slice: a group that spans two slices uses the data-center network.
-    XLA hides an exchange behind several fusions and writes it into each, under one channel.
+    XLA hides an exchange behind several fusions and writes it into each, under one channel. Between
+    slices it leaves the exchange to the runtime ("megascale"), to which it sends a chip's part.
     """
     totals: dict[tuple[str, str], list[float]] = {}
     channels: set[str] = set()
+
+    def add(kind: str, network: str, times: float, size: float, moved: float) -> None:
+        total = totals.setdefault((kind, network), [0.0, 0.0, 0.0])
+        for i, value in enumerate((1.0, size, moved)):
+            total[i] += times * value
+
     for computation, instruction, times in executed(text):
         kind = instruction.opcode.removesuffix("-start")
+        across = re.search(r"_xla_megascale_transfer_type=\"(\w+)\"", instruction.rest)
+        if kind == "send" and across:
+            kind = across[1].lower().replace("_", "-")
+            size = _sent_bytes(instruction) * (slices if kind == "all-gather" else 1)
+            add(kind, "dcn", times, size, size * _ring(kind, slices))
+            continue
         if kind not in _KINDS:
             continue
         channel = re.search(r"\bchannel_id=(\d+).*async_collective_fusion_config", instruction.rest)
@@ -139,11 +152,13 @@ def collectives(text: str, chips: int, slices: int = 1) -> list[Collective]:
             continue
         owner = groups // (chips // slices)
         network = "dcn" if (owner != owner[:, :1]).any() else "ici"
-        moved = size * _ring(kind, peers)
-        total = totals.setdefault((kind, network), [0.0, 0.0, 0.0])
-        for i, value in enumerate((1.0, size, moved)):
-            total[i] += times * value
+        add(kind, network, times, size, size * _ring(kind, peers))
     return [Collective(*key, *total) for key, total in sorted(totals.items())]
+
+
+def _sent_bytes(instruction: Instruction) -> float:
+    """A send returns (what is sent, context, token)."""
+    return float(size(instruction.shapes[0]))
 
 
 def _started_bytes(kind: str, instruction: Instruction) -> float:

@@ -158,18 +158,24 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
 
     `tree` holds arrays or `ShapeDtypeStruct`s; scalars are replicated. In a training state, or a
     part of it under the name it has there ({"params": ...}), large arrays are cut over replicas too
-    (`spread`). A network by itself is not.
+    (`spread`), unless each is a slice of its own: the network between slices is slow, and XLA was
+    seen to send it weights that it had gathered. A network by itself is not.
     """
-    sizes = dict(mesh.shape)
+    sizes, spreads = dict(mesh.shape), not _replicas_are_slices(mesh)
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names, shape = leaf_path(path), tuple(leaf.shape)
         spec = partition("/".join(names), shape, sizes)
-        if _SPREAD & set(names):
+        if spreads and _SPREAD & set(names):
             spec = spread(spec, shape, sizes)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _replicas_are_slices(mesh: Mesh) -> bool:
+    slices = {getattr(device, "slice_index", 0) for device in mesh.devices[:, 0, 0]}
+    return len(slices) == mesh.shape["data"] > 1
 
 
 def for_use(params: Any, mesh: Mesh) -> Any:

@@ -74,6 +74,21 @@ def test_groups_that_span_slices_use_the_data_center_network():
     assert found["reduce-scatter", "dcn"].count == 1
 
 
+def test_what_the_runtime_exchanges_between_slices_is_counted():
+    sends = "".join(
+        f"""  %send.{i} = (bf16[{size}]{{0}}, u32[]{{:S(2)}}, token[]) send(%x, %t), channel_id={i},
+ frontend_attributes={{_xla_megascale_target="{{1,2}}x{{0:3}}",_xla_megascale_transfer_type="{k}"}}
+""".replace(",\n", ", ")
+        for i, (k, size) in enumerate([("ALL_GATHER", 10), ("ALL_REDUCE", 40), ("ALL_GATHER", 2)])
+    )
+    text = f"ENTRY %main (x: bf16[10]) -> bf16[10] {{\n{sends}}}\n"
+    found = {c.kind: c for c in hlo.collectives(text, 8, 2)}
+    assert {c.network for c in found.values()} == {"dcn"}
+    gathered, reduced = found["all-gather"], found["all-reduce"]
+    assert (gathered.count, gathered.payload, gathered.moved) == (2, 2 * 24, 24)
+    assert (reduced.count, reduced.payload, reduced.moved) == (1, 80, 80)
+
+
 def test_kernels_count_their_products_as_often_as_they_run():
     assert hlo.kernel_flops(PROGRAM) == 5 * 2 * 2 * 5 * 2304 * 64 * 576
 

@@ -158,7 +158,7 @@ TWO_SLICES = """
     from jax.experimental import topologies
     from segdiff_jax.config import MeshConfig
     from segdiff_jax.errors import UserError
-    from segdiff_jax.training.sharding import make_mesh
+    from segdiff_jax.training.sharding import make_mesh, state_sharding
 
     found = topologies.get_topology_desc(
         platform="tpu", topology_name="v5e:2x2", num_slices=2
@@ -171,7 +171,9 @@ TWO_SLICES = """
     }.items():
         mesh = make_mesh(config, found)
         slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
-        meshes[name] = [dict(mesh.shape), slices.tolist()]
+        state = {"params": {"kernel": np.empty((1024, 512))}}
+        spec = state_sharding(state, mesh)["params"]["kernel"].spec
+        meshes[name] = [dict(mesh.shape), slices.tolist(), "data" in str(spec)]
     awkward = topologies.get_topology_desc(
         platform="tpu", topology_name="v5e:4x4", num_slices=2
     ).devices
@@ -200,13 +202,16 @@ def test_slices_are_told_apart_from_the_devices_within_them():
     assert run.returncode == 0, run.stderr
     meshes = json.loads(run.stdout.splitlines()[-1])
     # All chips of a slice next to each other: gradients cross the slow network once.
-    shape, slices = meshes["data"]
+    shape, slices, spread = meshes["data"]
+    assert spread
     assert shape == {"data": 8, "fsdp": 1, "tensor": 1}
     assert np.ravel(slices).tolist() == [0] * 4 + [1] * 4
-    shape, slices = meshes["ici"]
+    shape, slices, spread = meshes["ici"]
+    assert not spread  # weights do not cross the slow network
     assert shape == {"data": 2, "fsdp": 2, "tensor": 2}
     assert slices == [[[0, 0], [0, 0]], [[1, 1], [1, 1]]]
-    shape, slices = meshes["fsdp"]
+    shape, slices, spread = meshes["fsdp"]
+    assert spread
     assert shape == {"data": 2, "fsdp": 4, "tensor": 1}
     assert np.squeeze(slices).tolist() == [[0, 0, 1, 1]] * 2
     # 8 is no product of the 4 × 4 chips' axes: one of these is split.
