@@ -265,7 +265,9 @@ class Upsample(nnx.Module):
 
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
         height, width = size or (2 * x.shape[1], 2 * x.shape[2])
-        return self.conv(named_mesh.by_rows(upsample_nearest(x, (height, width))))
+        x = upsample_nearest(x, (height, width))
+        # Else XLA may move x between chips and leave the kernel, here where x is at its largest.
+        return self.conv(named_mesh.by_rows(x) if x.size > self.conv.kernel.size else x)
 
 
 def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
