@@ -189,4 +189,6 @@ def _next(fitting: dict[int, float], low: int, high: int, capacity: float) -> in
         slope = max((at_b - at_a) / (b - a), 1.0)
         predicted = b + int((capacity - at_b) / slope)
         guess = min(max(predicted, low + 1), 4 * low)
+        if high and guess >= high:  # memory jumped: the line does not hold there
+            guess = (low + high) // 2
     return min(max(guess, low + 1), high - 1) if high else guess
