@@ -103,7 +103,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
     lines = []
     for name in names:
         cells = [column.get(name, ("", None)) for column in columns]
-        line = f"{name:<34}" + "".join(f"{shown:>22}" for shown, _ in cells)
+        line = f"{name:<34}" + "".join(f"{shown:>26}" for shown, _ in cells)
         if len(cells) == 2 and all(cells[i][1] for i in (0, 1)):
             line += f"{cells[1][1] / cells[0][1]:>9.2f}×"
         lines.append(line.rstrip())
@@ -129,6 +129,8 @@ def rows(report: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     if report.get("planned"):
         shown["planned, not compiled"] = ("no code, no bytes", None)
     for name, size in figures["hbm"].items():
+        if name == "code" and report.get("planned"):
+            continue
         shown[f"HBM {name}, GiB"] = (f"{size / GIB:.2f}", size)
     shown["HBM of the chip, GiB"] = (f"{report['hbm_of_chip'] / GIB:.0f}", None)
     for name, count in figures["flops"].items():
