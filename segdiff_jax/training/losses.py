@@ -16,6 +16,7 @@ from segdiff_jax.diffusion import schedule as schedule_lib
 from segdiff_jax.models import named_mesh
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, encode_latents
+from segdiff_jax.training import sharding
 
 Batch = dict[str, Any]
 _FEW_IMAGES = 8  # a chip; from here on XLA leaves a convolution's batch as it is
@@ -100,7 +101,7 @@ def rounds_of_encoding(images: int, mesh: jax.sharding.AbstractMesh | None) -> i
     """How many times each chip of `mesh` (TPUs, or none) encodes its part of a batch."""
     if mesh is None:
         return 1
-    each, rest = divmod(images, mesh.shape["data"] * mesh.shape["fsdp"])
+    each, rest = divmod(images, sharding.batch_parts(mesh))
     return each if rest == 0 and 1 < each < _FEW_IMAGES else 1
 
 
