@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 import jax
 from jaxlib import _hlo, _jax  # type: ignore[attr-defined]  # not public, and so jax is pinned
 
+from segdiff_jax.errors import UserError
 from segdiff_jax.roofline.compile import Compiled, OutOfMemory, compile_step
 from segdiff_jax.roofline.steps import Step
 
@@ -85,9 +87,17 @@ def _wait(process, results: Connection, folder: Path) -> OutOfMemory | None:
                 return results.recv()
             except EOFError:
                 process.join()
-                raise RuntimeError(
-                    f"the compiler ended with exit code {process.exitcode}: see its messages above"
-                ) from None
+                raise _ended(process.exitcode) from None
+
+
+def _ended(code: int) -> Exception:
+    """For a compiler that left nothing: negative exit codes are signals."""
+    if code == -signal.SIGKILL:
+        return UserError(
+            "the compiler was killed, as Linux does where memory runs out: a plan of Stable "
+            "Diffusion 2 takes 5 GB; free some, or plan on a larger machine"
+        )
+    return RuntimeError(f"the compiler ended with exit code {code}: see its messages above")
 
 
 def read(plan: str, program: str, seconds: float) -> Compiled:

@@ -1,10 +1,12 @@
 """A step that is planned, in a process of its own, against the same step compiled."""
 
 import math
+import signal
 
 import pytest
 import small_config
 
+from segdiff_jax.errors import UserError
 from segdiff_jax.roofline import compile, hlo, plan, traffic
 
 
@@ -32,3 +34,8 @@ def test_what_does_not_fit_is_a_result():
 def test_a_compiler_that_ends_is_not_waited_for():
     with pytest.raises(RuntimeError, match="exit code 1"):
         plan.plan_step(math.sqrt, -1)
+
+
+def test_a_compiler_that_is_killed_is_said_to_have_lacked_memory():
+    with pytest.raises(UserError, match="memory runs out"):
+        plan.plan_step(signal.raise_signal, signal.SIGKILL)
