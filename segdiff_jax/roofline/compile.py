@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from segdiff_jax import tpu_compiler
 from segdiff_jax.errors import UserError
 from segdiff_jax.roofline.chips import Chip
 from segdiff_jax.roofline.steps import Step
@@ -23,15 +24,18 @@ _QUIET = {
 
 
 class Compiled(NamedTuple):
-    """Per chip and call. Sizes in bytes; costs with loops counted once, as XLA does."""
+    """Per chip and call. Sizes in bytes; costs with loops counted once, as XLA does.
+
+    None: not known before code is generated (`plan.py`).
+    """
 
     arguments: int
     outputs: int
     aliased: int  # outputs that reuse the memory of donated arguments
     temporaries: int
-    code: int
+    code: int | None
     flops: float
-    bytes_accessed: float
+    bytes_accessed: float | None
     text: str
     seconds: float
 
@@ -51,6 +55,7 @@ def devices(chip: Chip, topology: str, slices: int = 1) -> list[Any]:
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    tpu_compiler.set_flags()
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"chip_config_name": chip.config} if chip.config else {}

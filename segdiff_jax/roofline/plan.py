@@ -31,7 +31,7 @@ _POLL = 0.5  # seconds
 def plan_step(make: Callable[..., Step], *arguments: object) -> Compiled | OutOfMemory:
     """The step `make(*arguments)`, which is to be importable, planned and not compiled.
 
-    Without the size of the code and the bytes accessed, which XLA counts at the very end (0). The
+    Without the size of the code and the bytes accessed, which XLA counts at the very end. The
     finished program was seen to hold a little more in temporaries (docs/performance.md).
     """
     with tempfile.TemporaryDirectory() as folder, _dumping(folder):
@@ -114,5 +114,5 @@ def read(plan: str, program: str, seconds: float) -> Compiled:
     module = _hlo.hlo_module_from_text(program)
     costs = _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
     return Compiled(
-        **sizes, code=0, flops=costs["flops"], bytes_accessed=0.0, text=program, seconds=seconds
+        **sizes, code=None, flops=costs["flops"], bytes_accessed=None, text=program, seconds=seconds
     )

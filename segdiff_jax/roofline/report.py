@@ -30,7 +30,8 @@ def per_chip(
     if loops is not None:
         length, times, body = loops
         flops = times * body.flops + length * (flops - body.flops)
-        accessed = times * body.bytes_accessed + length * (accessed - body.bytes_accessed)
+        if accessed is not None and body.bytes_accessed is not None:
+            accessed = times * body.bytes_accessed + length * (accessed - body.bytes_accessed)
     exchanged = hlo.collectives(compiled.text, chips, slices)
     total = compiled.arguments + compiled.outputs - compiled.aliased + compiled.temporaries
     return {
@@ -40,7 +41,7 @@ def per_chip(
             "outputs": compiled.outputs,
             "reused": compiled.aliased,
             "code": compiled.code,
-            "total": total + compiled.code,
+            "total": total + (compiled.code or 0),
         },
         "flops": {"xla": flops, "kernels": kernels, "total": flops + kernels, "model": model_flops},
         "bytes_accessed": accessed,
@@ -65,16 +66,17 @@ def roofline(figures: dict[str, Any], chip: Chip, images: float) -> dict[str, An
     bound, "least", takes the traffic with HBM alone: no step is faster than that. Where XLA has not
     counted (`plan.py`), both are the latter.
     """
+    accessed, hbm_traffic = figures["bytes_accessed"], figures["hbm_traffic"]
     moved = {"ici": 0.0, "dcn": 0.0}
     for exchange in figures["collectives"]:
         moved[exchange["network"]] += exchange["moved"]
     times = {
         "compute": figures["flops"]["total"] / chip.flops,
-        "memory": (figures["bytes_accessed"] or figures["hbm_traffic"]) / chip.hbm_bandwidth,
+        "memory": (hbm_traffic if accessed is None else accessed) / chip.hbm_bandwidth,
         "network": moved["ici"] / chip.ici_bandwidth + moved["dcn"] / chip.dcn_bandwidth,
     }
     bound = max(times, key=lambda name: times[name])
-    step, hbm = times[bound], figures["hbm_traffic"] / chip.hbm_bandwidth
+    step, hbm = times[bound], hbm_traffic / chip.hbm_bandwidth
     return {
         **{f"{name}_seconds": seconds for name, seconds in times.items()},
         "hbm_seconds": hbm,
@@ -129,14 +131,13 @@ def rows(report: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     if report.get("planned"):
         shown["planned, not compiled"] = ("no code, no bytes", None)
     for name, size in figures["hbm"].items():
-        if name == "code" and report.get("planned"):
-            continue
-        shown[f"HBM {name}, GiB"] = (f"{size / GIB:.2f}", size)
+        if size is not None:
+            shown[f"HBM {name}, GiB"] = (f"{size / GIB:.2f}", size)
     shown["HBM of the chip, GiB"] = (f"{report['hbm_of_chip'] / GIB:.0f}", None)
     for name, count in figures["flops"].items():
         shown[f"FLOPs {name}, T"] = (f"{count / 1e12:.3f}", count)
     accessed = figures["bytes_accessed"]
-    if accessed:
+    if accessed is not None:
         shown["bytes accessed, GB"] = (f"{accessed / 1e9:.2f}", accessed)
     if "hbm_traffic" in figures:  # not in reports of the first version
         moved = figures["hbm_traffic"]
