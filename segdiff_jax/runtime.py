@@ -6,18 +6,16 @@ import os
 import jax
 from etils import epath
 
-from segdiff_jax import tpu_compiler
 from segdiff_jax.files import is_remote
 from segdiff_jax.training import processes
 
 
 def start(workdir: str = "") -> None:
-    """Sets the TPU compiler's flags and turns on the persistent compilation cache.
+    """Turns on the persistent compilation cache, unless the environment already sets it up.
 
-    If the environment sets one up, that is used. Ours is the user's on this machine, or with a
-    remote `workdir` a folder there: the machine that goes on after a preemption is a new one.
+    It is the user's on this machine, or with a remote `workdir` a folder there: the machine that
+    goes on after a preemption is a new one.
     """
-    tpu_compiler.set_flags()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
         remote = str(epath.Path(workdir) / "compile_cache") if is_remote(workdir) else ""

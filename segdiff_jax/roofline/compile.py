@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from segdiff_jax import tpu_compiler
 from segdiff_jax.errors import UserError
 from segdiff_jax.roofline.chips import Chip
 from segdiff_jax.roofline.steps import Step
@@ -55,7 +54,6 @@ def devices(chip: Chip, topology: str, slices: int = 1) -> list[Any]:
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    tpu_compiler.set_flags()
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"chip_config_name": chip.config} if chip.config else {}
