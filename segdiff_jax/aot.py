@@ -14,8 +14,8 @@ _DESCRIPTION = """Compile the step of a config for TPUs that are not here. Repor
 and whether it fits, FLOPs, bytes accessed, network traffic, and the roofline that follows.
 
 The function is the one that train (or the segmenter) jits; its arguments are shapes. No data, no
-weights and no TPU are needed, but pip install 'jax[tpu]' and, for Stable Diffusion 2, some 20 GB of
-memory and 20 minutes; --plan takes 5 GB and 2 minutes. The architecture is that of
+weights and no TPU are needed, but pip install 'jax[tpu]' and, for Stable Diffusion 2, some 15 GB of
+memory and 10 minutes; --plan takes 5 GB and 2 minutes. The architecture is that of
 config.model.preset, whatever config.init_from names. docs/performance.md says what figures mean."""
 
 
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--plan",
         action="store_true",
-        help="stop at XLA's plan of memory, in a tenth of the time: all but the bytes accessed and "
+        help="stop at XLA's plan of memory, in a quarter of the time: all but the bytes accessed and "
         "the code's size",
     )
     add("--search", action="store_true", help="find the largest batch per chip that fits")
