@@ -72,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--plan",
         action="store_true",
-        help="stop at XLA's plan of memory, in a quarter of the time: all but the bytes accessed and "
-        "the code's size",
+        help="stop at XLA's plan of memory, in a quarter of the time: all but the bytes accessed "
+        "and the code's size",
     )
     add("--search", action="store_true", help="find the largest batch per chip that fits")
     add("--json", metavar="FILE", help="also write the report here")

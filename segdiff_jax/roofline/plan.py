@@ -1,4 +1,4 @@
-"""Compiles a step as far as XLA's plan of memory, a quarter of the time: the rest is generating code.
+"""Compiles a step as far as XLA's plan of memory, a quarter of it all: the rest is generating code.
 
 XLA writes the scheduled program and its plan to files when it has them. A process of its own
 compiles until then, because a compilation cannot be stopped otherwise.
