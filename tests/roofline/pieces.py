@@ -1,11 +1,14 @@
 """Blocks of Stable Diffusion 2's UNet compiled alone for one v5e, 4 examples: minutes, not an hour.
 
 `python tests/roofline/pieces.py [xla_option=value ...]` prints FLOPs, XLA's bytes accessed, the
-part with HBM, temporaries and compile time of each, forward and with gradients. To try a change or
-an option of the compiler before the whole step is compiled.
+part with HBM, temporaries and code of each, how many cycles XLA estimates it to run, and what
+compiling takes: time, and user time of all cores. Forward and with gradients. To try a change or an
+option of the compiler before the whole step is compiled.
 """
 
 import os
+import re
+import resource
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -76,21 +79,31 @@ def report(name, function, arguments, mesh, options):
 
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))  # noqa: E731
     jitted = jax.jit(on_mesh, compiler_options=options)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
     made = compile.compile_step(Step(jitted, tuple(jax.tree.map(place, arguments)), 1, 0))
+    user = resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
     moved = traffic.hbm_bytes(made.text)
-    sizes = (made.bytes_accessed / 1e6, moved / 1e6, made.temporaries / 1e6)
+    sizes = (made.bytes_accessed, moved, made.temporaries, made.code)
     print(
-        f"{name:<42}{made.flops / 1e9:8.1f}" + "".join(f"{size:10.1f}" for size in sizes),
-        f"{made.seconds:8.0f}",
+        f"{name:<42}{made.flops / 1e9:8.1f}" + "".join(f"{size / 1e6:10.1f}" for size in sizes),
+        f"{estimated_cycles(made.text) / 1e6:9.2f}{made.seconds:9.0f}{user:9.1f}",
         flush=True,
     )
+
+
+def estimated_cycles(program):
+    """What XLA's cost model says of all fusions of a compiled program together."""
+    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', program)))
 
 
 def main(options):
     chip, topology = chips.parse_topology("v5e:2x2")
     device = np.array(compile.devices(chip, topology)[:1]).reshape(1, 1, 1)
     mesh = Mesh(device, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    print(f"{'':<42}{'GFLOP':>8}{'bytes, MB':>10}{'HBM, MB':>10}{'temp, MB':>10}{'s':>9}")
+    print(
+        f"{'':<42}{'GFLOP':>8}{'bytes, MB':>10}{'HBM, MB':>10}{'temp, MB':>10}{'code, MB':>10}"
+        f"{'M cycles':>10}{'s':>9}{'user s':>9}"
+    )
     for name, (kind, channels, size) in PIECES.items():
         make, inputs, frozen, apply = kind(channels, size)
         params, forward, both = functions(make, apply)

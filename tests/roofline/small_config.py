@@ -29,8 +29,12 @@ def train_step(topology: str) -> Step:
     return measure._make(get_config(), measure.Target(topology))
 
 
+def one_chip() -> NamedSharding:
+    """Of arrays that are a single v5e's."""
+    return NamedSharding(Mesh(np.array(devices(CHIPS["v5e"], "v5e:2x2")[:1]), "x"), P())
+
+
 def step_too_large() -> Step:
     """Returns 32 GB on a chip that has 16."""
-    chip = Mesh(np.array(devices(CHIPS["v5e"], "v5e:2x2")[:1]), "x")
-    array = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(chip, P()))
+    array = jax.ShapeDtypeStruct((), jnp.float32, sharding=one_chip())
     return Step(jax.jit(lambda x: jnp.full((2**20, 2**13), x)), (array,), 1, 0)

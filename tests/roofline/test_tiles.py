@@ -2,22 +2,18 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+import small_config
 
 from segdiff_jax.roofline import compile
-from segdiff_jax.roofline.chips import CHIPS
 from segdiff_jax.roofline.steps import Step
 from segdiff_jax.training.loop import TPU_OPTIONS
 
 
 def convolution(options: dict[str, str]) -> compile.Compiled:
     """Two of the size of Stable Diffusion 2's first level, and what is between them."""
-    chip = Mesh(np.array(compile.devices(CHIPS["v5e"], "v5e:2x2")[:1]), "x")
-    whole = NamedSharding(chip, P())
-    image = jax.ShapeDtypeStruct((4, 48, 48, 320), jnp.bfloat16, sharding=whole)
-    kernel = jax.ShapeDtypeStruct((3, 3, 320, 320), jnp.bfloat16, sharding=whole)
+    chip = small_config.one_chip()
+    image = jax.ShapeDtypeStruct((4, 48, 48, 320), jnp.bfloat16, sharding=chip)
+    kernel = jax.ShapeDtypeStruct((3, 3, 320, 320), jnp.bfloat16, sharding=chip)
     layout = ("NHWC", "HWIO", "NHWC")
 
     def apply(x, w):
