@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from segdiff_jax import codec, conditioning, workdir
+from segdiff_jax import codec, conditioning, runtime, workdir
 from segdiff_jax.config import Config, MeshConfig, SamplerConfig
 from segdiff_jax.data import transforms, vocabulary
 from segdiff_jax.data.vocabulary import ClassEntry
@@ -21,6 +21,7 @@ from segdiff_jax.diffusion import sampler as sampler_lib
 from segdiff_jax.diffusion.schedule import Schedule, make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.models.clip_text import CLIPText
+from segdiff_jax.models.layers import kernels_as_multiplied
 from segdiff_jax.models.tokenizer import Tokenizer
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
@@ -28,6 +29,8 @@ from segdiff_jax.segmentation import Segmentation, from_maps
 from segdiff_jax.training import processes, sharding
 from segdiff_jax.training.losses import to_pixels
 from segdiff_jax.training.placement import equal_parts, multiple, on_mesh, spread_rows
+
+_STATIC = 5  # the first arguments of `sample_jobs`, which are no arrays
 
 
 class Segmenter:
@@ -51,7 +54,7 @@ class Segmenter:
         self.mesh = mesh or sharding.make_mesh(MeshConfig())
         self._unet, unet_params = nnx.split(unet)
         self._vae, vae_params = nnx.split(vae)
-        self._unet_params = on_mesh(unet_params, self.mesh)
+        self._unet_params = self._for_sampling(unet_params)
         self._vae_params = on_mesh(vae_params, self.mesh)
         self._schedule = on_mesh(make_schedule(config.diffusion), self.mesh)
         self._tables: dict[tuple[ClassEntry, ...], conditioning.PromptTable] = {}
@@ -71,8 +74,11 @@ class Segmenter:
         """
         other = object.__new__(Segmenter)
         other.__dict__.update(self.__dict__)
-        other._unet_params = on_mesh(unet_params, self.mesh)
+        other._unet_params = self._for_sampling(unet_params)
         return other
+
+    def _for_sampling(self, unet_params: Any) -> Any:
+        return on_mesh(kernels_as_multiplied(self._unet, unet_params), self.mesh)
 
     def __call__(
         self,
@@ -192,9 +198,9 @@ class Segmenter:
             sharding.place(array, sharding.replicated(self.mesh))
             for array in (image_latents, groups, jax.random.key_data(jax.random.key(seed)))
         )
+        sample = sampler_on(self.mesh)
         results = [
-            _sample_spread(
-                self.mesh,
+            sample(
                 self._unet,
                 self._vae,
                 self.config.codec.context,
@@ -230,26 +236,28 @@ def to_gray(pixels: Any) -> jax.Array:
     return jnp.clip(pixels.mean(-1), -1.0, 1.0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def _sample_spread(
-    mesh: Mesh,
-    unet: nnx.GraphDef,
-    vae: nnx.GraphDef,
-    context_kind: str,
-    steps: int,
-    eta: float,
-    *arrays: Any,
-) -> jax.Array:
-    """`sample_jobs` on every device's part of the jobs.
+@functools.cache
+def sampler_on(mesh: Mesh) -> Any:
+    """`sample_jobs` under `jit`, on every device's part of the jobs; all but its arrays are static.
 
     A job needs nothing from another: left to the partitioner, parameters that are cut up would be
     exchanged in every step.
     """
-    sample = functools.partial(sample_jobs, unet, vae, context_kind, steps, eta)
     rows = sharding.rows_sharding(mesh).spec
-    specs = (*(P() for _ in arrays[:-2]), rows, P())
-    spread = jax.shard_map(sample, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
-    return spread(*arrays)
+
+    def sample(*arguments: Any) -> jax.Array:
+        static, arrays = arguments[:_STATIC], arguments[_STATIC:]
+        spread = jax.shard_map(
+            functools.partial(sample_jobs, *static),
+            mesh=mesh,
+            in_specs=(*(P() for _ in arrays[:-2]), rows, P()),
+            out_specs=rows,
+            check_vma=False,
+        )
+        return spread(*arrays)
+
+    options = runtime.compiler_options(mesh)
+    return jax.jit(sample, static_argnums=range(_STATIC), compiler_options=options)
 
 
 def sample_jobs(

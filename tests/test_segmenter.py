@@ -7,13 +7,16 @@ import sys
 import textwrap
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from segdiff_jax import segmentation
 from segdiff_jax import segmenter as segmenter_lib
 from segdiff_jax.data import vocabulary
 from segdiff_jax.errors import UserError
+from segdiff_jax.models.unet import UNet
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 CLASSES = ("sky", "building, edifice", "road")
@@ -187,6 +190,16 @@ def test_with_params_swaps_the_unet_only(model, image):
     assert other.config is model.config
 
 
+def test_kernels_are_kept_as_the_network_multiplies_them(tiny_networks, tiny_config):
+    unet, *rest = tiny_networks
+    graph, params = nnx.split(UNet(unet.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    model = segmenter_lib.Segmenter(nnx.merge(graph, params), *rest, tiny_config())
+    for kept in (model, model.with_params(params)):
+        dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(kept._unet_params)}
+        assert dtypes == {"float32", "bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}, "not the caller's"
+
+
 MERGED = """
     import json, sys
     import jax
@@ -247,12 +260,14 @@ ON_MESHES = """
     *networks, config = workdir.load_networks(sys.argv[1])
     config.sampler = dataclasses.replace(config.sampler, steps=2, ensemble=2, batch_size=12)
     source = open_source(config.data, config.data.val_split, config.seed)
-    sample, parts = segmenter._sample_spread, []
-    def watched(*arguments):
-        result = sample(*arguments)
-        parts.append([len(result), [s.data.shape[0] for s in result.addressable_shards]])
-        return result
-    segmenter._sample_spread = watched
+    sampler_on, parts = segmenter.sampler_on, []
+    def watched(mesh):
+        def sample(*arguments):
+            result = sampler_on(mesh)(*arguments)
+            parts.append([len(result), [s.data.shape[0] for s in result.addressable_shards]])
+            return result
+        return sample
+    segmenter.sampler_on = watched
 
     found = {}
     for name, sizes, devices in [

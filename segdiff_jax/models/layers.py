@@ -116,6 +116,31 @@ def conv(
     )
 
 
+def kernels_as_multiplied(network: nnx.GraphDef, params: Any) -> Any:
+    """`params` of `network` with each kernel in the dtype in which its layer multiplies.
+
+    Layers round the kernels that they are given; where they are called often with the same, once is
+    enough, and kernels in bfloat16 are half as large. What a layer computes stays the same to the
+    last bit. Not for training. Leaves may be `ShapeDtypeStruct`s; those that stay are not copied.
+    """
+
+    def multiplied(params: Any) -> Any:
+        module = nnx.merge(network, params)
+        for _, layer in nnx.iter_modules(module):
+            if isinstance(layer, nnx.Linear | nnx.Conv) and layer.dtype is not None:
+                layer.kernel.set_value(layer.kernel[...].astype(layer.dtype))
+        return nnx.split(module)[1]
+
+    def cast(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
+        if leaf.dtype == like.dtype:
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf.update(dtype=like.dtype)
+        return leaf.astype(like.dtype)
+
+    return jax.tree.map(cast, params, jax.eval_shape(multiplied, params))
+
+
 class GroupNorm(nnx.Module):
     """Group normalisation (arXiv 1803.08494), statistics in float32."""
 

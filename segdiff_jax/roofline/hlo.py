@@ -209,8 +209,23 @@ def _groups(rest: str, chips: int) -> np.ndarray:
     return everyone
 
 
+def estimated_cycles(text: str) -> float | None:
+    """Cycles of a chip that XLA's cost model gives its instructions, one after the other.
+
+    Attention kernels and exchanges are not among them. None in a plan, where code is missing.
+    """
+    found = [
+        times * int(cycles)
+        for _, instruction, times in executed(text)
+        for cycles in re.findall(r'"estimated_cycles":"(\d+)"', instruction.rest)
+        if int(cycles) < _NOT_ESTIMATED
+    ]
+    return sum(found) if found else None
+
+
 # Matrix products per attention kernel: q·k and p·v forward; again q·k, v·do, then dq, or dk and dv.
 _KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+_NOT_ESTIMATED = 2**40  # XLA writes the largest integer where it has no estimate
 _TOGETHER = 5  # where dkv makes dq too: more results than two sums and two gradients
 
 

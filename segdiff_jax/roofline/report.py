@@ -46,6 +46,7 @@ def per_chip(
         "flops": {"xla": flops, "kernels": kernels, "total": flops + kernels, "model": model_flops},
         "bytes_accessed": accessed,
         "hbm_traffic": traffic.hbm_bytes(compiled.text),
+        "estimated_cycles": hlo.estimated_cycles(compiled.text),
         "collectives": [
             {
                 "kind": c.kind,
@@ -142,6 +143,9 @@ def rows(report: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     if "hbm_traffic" in figures:  # not in reports of the first version
         moved = figures["hbm_traffic"]
         shown["of these with HBM, GB"] = (f"{moved / 1e9:.2f}", moved)
+    cycles = figures.get("estimated_cycles")
+    if cycles:
+        shown["cycles that XLA estimates, M"] = (f"{cycles / 1e6:.1f}", cycles)
     for exchange in figures["collectives"]:
         name = f"{exchange['kind']} ({exchange['network']})"
         shown[f"{name}, count"] = (f"{exchange['count']:g}", exchange["count"])

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segdiff_jax import codec, segmenter
+from segdiff_jax import codec, runtime, segmenter
 from segdiff_jax.conditioning import PromptTable
 from segdiff_jax.config import Config
 from segdiff_jax.data import scenes, vocabulary
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.models import presets
+from segdiff_jax.models.layers import kernels_as_multiplied
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, decode_latents
 from segdiff_jax.roofline import flops
@@ -119,8 +120,9 @@ def _encoding(config: Config, nets: Networks, mesh: jax.sharding.Mesh) -> Loops 
         sharding.abstract(params, sharding.replicated(mesh)),
         sharding.abstract(images, sharding.batch_sharding(mesh)),
     )
+    function = jax.jit(encode, compiler_options=runtime.compiler_options(mesh))
     needed = chips * flops.vae_encode(nets.vae.config, *size)
-    return Loops(1, rounds, Step(jax.jit(encode), arguments, chips, needed))
+    return Loops(1, rounds, Step(function, arguments, chips, needed))
 
 
 def train_batch(config: Config, nets: Networks) -> dict[str, jax.ShapeDtypeStruct]:
@@ -184,7 +186,7 @@ def _sampler(
     group = codec.group_size(classes, config.codec.classes_per_pass)
     latent = (*_latent_size(config, nets), nets.vae.config.latent_channels)
     everywhere = (
-        unet_params,
+        kernels_as_multiplied(unet_graph, unet_params),
         vae_params,
         _schedule(config),
         _table(nets, classes),
@@ -197,17 +199,18 @@ def _sampler(
         sharding.abstract(_key(), whole),
     )
     sampler = config.sampler
-    static = (mesh, unet_graph, vae_graph, config.codec.context, sampler.steps, sampler.eta)
+    static = (unet_graph, vae_graph, config.codec.context, sampler.steps, sampler.eta)
     count = flops.unet_count(config, nets.unet.config, nets.vae.config, classes, nets.text_tokens)
     decode_flops = flops.vae_decode(nets.vae.config, *config.data.image_size)
     decode = jax.jit(
-        lambda params, x: segmenter.to_gray(decode_latents(nnx.merge(vae_graph, params), x))
+        lambda params, x: segmenter.to_gray(decode_latents(nnx.merge(vae_graph, params), x)),
+        compiler_options=runtime.compiler_options(mesh),
     )
     one_each = sharding.abstract(jax.ShapeDtypeStruct((mesh.size, *latent), jnp.float32), rows)
     decode_each = Step(decode, (arrays[1], one_each), worth, mesh.size * decode_flops)
     total = jobs * (decode_flops + sampler.steps * count.forward)
     loops = Loops(sampler.steps, jobs // mesh.size, decode_each)
-    return Step(segmenter._sample_spread, (*static, *arrays), worth, total, loops)
+    return Step(segmenter.sampler_on(mesh), (*static, *arrays), worth, total, loops)
 
 
 def _train_flops(config: Config, nets: Networks) -> float:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from segdiff_jax import runtime
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
 from segdiff_jax.training import processes, sharding
@@ -20,15 +21,6 @@ from segdiff_jax.training.telemetry import GracefulStop, Telemetry
 from segdiff_jax.training.throughput import ProfileWindow, StartUp, Throughput
 
 log = logging.getLogger(__name__)
-
-# XLA may cut a product with a gathered kernel into many over its parts, summed in float32. Gathered
-# whole, the program is smaller, and faster to compile (docs/performance.md). And a product may take
-# 1 / 0.95 of what XLA estimates for its fastest tiles: those are unrolled into half as much code
-# again, and compiling is generating code.
-TPU_OPTIONS = {
-    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-    "xla_jf_convolution_performance_target": "0.95",
-}
 
 Validate = Callable[[int, TrainState, Telemetry], dict[str, float]]
 
@@ -49,12 +41,11 @@ def compile_step(step: StepFunction, state: TrainState, mesh: jax.sharding.Mesh)
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return step(*arguments)
 
-    on_tpu = mesh.devices.flat[0].platform == "tpu"
     return jax.jit(
         on_mesh,
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
-        compiler_options=TPU_OPTIONS if on_tpu else None,
+        compiler_options=runtime.compiler_options(mesh),
     )
 
 

@@ -7,7 +7,6 @@ option of the compiler before the whole step is compiled.
 """
 
 import os
-import re
 import resource
 import sys
 
@@ -21,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from segdiff_jax.models.layers import ResnetBlock
 from segdiff_jax.models.unet import SpatialTransformer, UNetConfig
-from segdiff_jax.roofline import chips, compile, traffic
+from segdiff_jax.roofline import chips, compile, hlo, traffic
 from segdiff_jax.roofline.steps import Step
 
 DTYPE, CONFIG = jnp.bfloat16, UNetConfig()
@@ -86,14 +85,9 @@ def report(name, function, arguments, mesh, options):
     sizes = (made.bytes_accessed, moved, made.temporaries, made.code)
     print(
         f"{name:<42}{made.flops / 1e9:8.1f}" + "".join(f"{size / 1e6:10.1f}" for size in sizes),
-        f"{estimated_cycles(made.text) / 1e6:9.2f}{made.seconds:9.0f}{user:9.1f}",
+        f"{hlo.estimated_cycles(made.text) / 1e6:9.2f}{made.seconds:9.0f}{user:9.1f}",
         flush=True,
     )
-
-
-def estimated_cycles(program):
-    """What XLA's cost model says of all fusions of a compiled program together."""
-    return sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', program)))
 
 
 def main(options):

@@ -200,3 +200,13 @@ def test_an_exchange_hidden_behind_fusions_is_one():
     assert reduce.count == 2  # of one channel too, but two exchanges
     sums = 2 * 100 * 4
     assert traffic.hbm_bytes(HIDDEN) == (10 + 40) * 4 + 2 * 100 * 4 + sums
+
+
+def test_estimated_cycles_count_loops_out_and_leave_out_what_is_not_estimated():
+    fusion = "{} = f32[8]{{0}} fusion(%arg), kind=kLoop, calls=%sum, backend_config={{{}}}"
+    cycles = '"window_config":{{"estimated_cycles":"{}"}}'
+    lines = [fusion.format(f"  %f.{i}", cycles.format(n)) for i, n in enumerate((7, 2**63 - 1))]
+    text = PROGRAM.replace("  ROOT %t =", f"{lines[0]}\n  ROOT %t =")
+    text = text.replace("  %gathered =", f"{lines[1]}\n{lines[0]}\n  %gathered =")
+    assert hlo.estimated_cycles(text) == 5 * 7 + 7
+    assert hlo.estimated_cycles(PROGRAM) is None

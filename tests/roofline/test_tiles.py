@@ -1,4 +1,4 @@
-"""What the training step asks of XLA's choice of tiles, seen in two convolutions for a v5e."""
+"""What training and sampling ask of XLA's choice of tiles, seen in two convolutions for a v5e."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import small_config
 
 from segdiff_jax.roofline import compile
 from segdiff_jax.roofline.steps import Step
-from segdiff_jax.training.loop import TPU_OPTIONS
+from segdiff_jax.runtime import TPU_OPTIONS
 
 
 def convolution(options: dict[str, str]) -> compile.Compiled:
