@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from segdiff_jax import codec, runtime, segmenter
 from segdiff_jax.conditioning import PromptTable
@@ -201,16 +202,34 @@ def _sampler(
     sampler = config.sampler
     static = (unet_graph, vae_graph, config.codec.context, sampler.steps, sampler.eta)
     count = flops.unet_count(config, nets.unet.config, nets.vae.config, classes, nets.text_tokens)
-    decode_flops = flops.vae_decode(nets.vae.config, *config.data.image_size)
-    decode = jax.jit(
-        lambda params, x: segmenter.to_gray(decode_latents(nnx.merge(vae_graph, params), x)),
-        compiler_options=runtime.compiler_options(mesh),
-    )
-    one_each = sharding.abstract(jax.ShapeDtypeStruct((mesh.size, *latent), jnp.float32), rows)
-    decode_each = Step(decode, (arrays[1], one_each), worth, mesh.size * decode_flops)
-    total = jobs * (decode_flops + sampler.steps * count.forward)
-    loops = Loops(sampler.steps, jobs // mesh.size, decode_each)
+    decoding = _decoding(config, nets, mesh)
+    total = jobs * (decoding.model_flops / mesh.size + sampler.steps * count.forward)
+    loops = Loops(sampler.steps, jobs // mesh.size, decoding)
     return Step(segmenter.sampler_on(mesh), (*static, *arrays), worth, total, loops)
+
+
+def _decoding(config: Config, nets: Networks, mesh: jax.sharding.Mesh) -> Step:
+    """The loop in which the sampler decodes, one job a chip at a time.
+
+    On every chip by itself, as there: where the partitioner cuts the batch, XLA makes another
+    program of it, which accesses more than the whole sampler does.
+    """
+    rows, (graph, params) = sharding.rows_sharding(mesh), nnx.split(nets.vae)
+    shape = (mesh.size, *_latent_size(config, nets), nets.vae.config.latent_channels)
+
+    def decode(params, latents):
+        return segmenter.to_gray(decode_latents(nnx.merge(graph, params), latents))
+
+    cut = jax.shard_map(
+        decode, mesh=mesh, in_specs=(P(), rows.spec), out_specs=rows.spec, check_vma=False
+    )
+    arguments = (
+        sharding.abstract(params, sharding.replicated(mesh)),
+        sharding.abstract(jax.ShapeDtypeStruct(shape, jnp.float32), rows),
+    )
+    needed = mesh.size * flops.vae_decode(nets.vae.config, *config.data.image_size)
+    function = jax.jit(cut, compiler_options=runtime.compiler_options(mesh))
+    return Step(function, arguments, mesh.size, needed)
 
 
 def _train_flops(config: Config, nets: Networks) -> float:

@@ -106,6 +106,19 @@ def test_the_sampler_needs_no_network_and_one_latent_per_image():
     assert (latents.shape[0], groups.shape, jobs.shape) == (1, (4, 1), (12, 3))
 
 
+def test_the_decoder_counted_apart_is_a_part_of_the_sampler():
+    # Left to the partitioner it was another program, which accessed more than the whole sampler.
+    config = small_config.get_config()
+    config.data = dataclasses.replace(config.data, image_size=(64, 64))
+    sampler = measure._make(config, measure.Target("v5e:2x2", step="evaluate"))
+    assert sampler.loops is not None
+    whole, part = map(compile.compile_step, (sampler, sampler.loops.body))
+    assert 0 < part.bytes_accessed < whole.bytes_accessed
+    assert 0 < part.flops < whole.flops
+    inside = sampler.loops.body.function.trace(*sampler.loops.body.arguments).jaxpr
+    assert [equation.primitive.name for equation in inside.eqns] == ["shard_map"]
+
+
 def test_training_from_pixels_moves_weights_between_chips_and_no_activations():
     # Photos and masks were encoded as [all photos; all masks], whose rows moved; from there on XLA
     # cut activations by channel and exchanged whole batches of them in every layer.
