@@ -30,8 +30,6 @@ from segdiff_jax.training import processes, sharding
 from segdiff_jax.training.losses import to_pixels
 from segdiff_jax.training.placement import equal_parts, multiple, on_mesh, spread_rows
 
-_STATIC = 5  # the first arguments of `sample_jobs`, which are no arrays
-
 
 class Segmenter:
     """A trained model, ready to segment. Make one with `load`.
@@ -78,6 +76,7 @@ class Segmenter:
         return other
 
     def _for_sampling(self, unet_params: Any) -> Any:
+        # Not the VAE's: a tenth of the size, and training has the same arrays in use.
         return on_mesh(kernels_as_multiplied(self._unet, unet_params), self.mesh)
 
     def __call__(
@@ -245,19 +244,14 @@ def sampler_on(mesh: Mesh) -> Any:
     """
     rows = sharding.rows_sharding(mesh).spec
 
-    def sample(*arguments: Any) -> jax.Array:
-        static, arrays = arguments[:_STATIC], arguments[_STATIC:]
-        spread = jax.shard_map(
-            functools.partial(sample_jobs, *static),
-            mesh=mesh,
-            in_specs=(*(P() for _ in arrays[:-2]), rows, P()),
-            out_specs=rows,
-            check_vma=False,
-        )
+    def sample(unet, vae, context_kind, steps, eta, *arrays):
+        own_jobs = functools.partial(sample_jobs, unet, vae, context_kind, steps, eta)
+        specs = (*(P() for _ in arrays[:-2]), rows, P())
+        spread = jax.shard_map(own_jobs, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
         return spread(*arrays)
 
     options = runtime.compiler_options(mesh)
-    return jax.jit(sample, static_argnums=range(_STATIC), compiler_options=options)
+    return jax.jit(sample, static_argnums=(0, 1, 2, 3, 4), compiler_options=options)
 
 
 def sample_jobs(

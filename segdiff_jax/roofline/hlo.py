@@ -209,6 +209,9 @@ def _groups(rest: str, chips: int) -> np.ndarray:
     return everyone
 
 
+_NOT_ESTIMATED = 2**40  # XLA writes the largest integer where it has no estimate
+
+
 def estimated_cycles(text: str) -> float | None:
     """Cycles of a chip that XLA's cost model gives its instructions, one after the other.
 
@@ -225,7 +228,6 @@ def estimated_cycles(text: str) -> float | None:
 
 # Matrix products per attention kernel: q·k and p·v forward; again q·k, v·do, then dq, or dk and dv.
 _KERNELS = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-_NOT_ESTIMATED = 2**40  # XLA writes the largest integer where it has no estimate
 _TOGETHER = 5  # where dkv makes dq too: more results than two sums and two gradients
 
 
