@@ -68,7 +68,7 @@ class Segmenter:
     def with_params(self, unet_params: Any) -> "Segmenter":
         """The same model with other UNet parameters: compiled functions are shared.
 
-        Parameters that are on the segmenter's mesh stay as they are cut up there.
+        They may be cut up, as those of a training state are: all processes gather them.
         """
         other = object.__new__(Segmenter)
         other.__dict__.update(self.__dict__)
@@ -76,8 +76,10 @@ class Segmenter:
         return other
 
     def _for_sampling(self, unet_params: Any) -> Any:
-        # Not the VAE's: a tenth of the size, and training has the same arrays in use.
-        return on_mesh(kernels_as_multiplied(self._unet, unet_params), self.mesh)
+        # Not the VAE's: a tenth of the size, and training has the same arrays in use. Rounded
+        # before they are gathered: half of the bytes to send and to hold.
+        rounded = kernels_as_multiplied(self._unet, unet_params)
+        return sharding.for_use(on_mesh(rounded, self.mesh), self.mesh)
 
     def __call__(
         self,

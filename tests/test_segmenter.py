@@ -190,13 +190,21 @@ def test_with_params_swaps_the_unet_only(model, image):
     assert other.config is model.config
 
 
-def test_kernels_are_kept_as_the_network_multiplies_them(tiny_networks, tiny_config):
+def test_kernels_are_kept_as_the_network_multiplies_them(tiny_networks, tiny_config, monkeypatch):
     unet, *rest = tiny_networks
     graph, params = nnx.split(UNet(unet.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    gathered, for_use = [], segmenter_lib.sharding.for_use
+
+    def watched(params, mesh):
+        gathered.append({leaf.dtype.name for leaf in jax.tree.leaves(params)})
+        return for_use(params, mesh)
+
+    monkeypatch.setattr(segmenter_lib.sharding, "for_use", watched)
     model = segmenter_lib.Segmenter(nnx.merge(graph, params), *rest, tiny_config())
     for kept in (model, model.with_params(params)):
         dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(kept._unet_params)}
         assert dtypes == {"float32", "bfloat16"}
+    assert gathered == [{"float32", "bfloat16"}] * 2, "rounded before they are sent"
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}, "not the caller's"
 
 
@@ -275,13 +283,18 @@ ON_MESHES = """
     ]:
         mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
         model = segmenter.Segmenter(*networks, config, mesh)
-        params = model._unet_params  # as validation gets them: cut up by the rules of training
-        model = model.with_params(jax.device_put(params, sharding.state_sharding(params, mesh)))
+        # As validation gets them: cut up by the rules of training.
+        cut = {"params": model._unet_params}
+        cut = jax.device_put(cut, sharding.state_sharding(cut, mesh))["params"]
+        model = model.with_params(cut)
+        whole = [[leaf.is_fully_replicated for leaf in jax.tree.leaves(params)]
+                 for params in (cut, model._unet_params)]
         parts.clear()
         result = evaluate(model, source, limit=2, seed=1, examples=2)
         gray, spread = model.maps([source[0]["image"]], source.vocabulary.classes,
                                   config.sampler, seed=1)
         found[name] = {"confusion": result.confusion.tolist(), "parts": parts[0],
+                       "whole": [all(leaves) for leaves in whole],
                        "labels": [e.prediction.tolist() for e in result.examples],
                        "gray": gray.tolist(), "spread": spread.tolist()}
     print(json.dumps(found))
@@ -302,6 +315,11 @@ def test_passes_and_members_are_shared_out_over_all_devices(on_meshes):
     assert on_meshes["1"]["parts"] == [12, [12]]
     for mesh in ("8", "2,2,2"):
         assert on_meshes[mesh]["parts"] == [16, [2] * 8]
+
+
+@pytest.mark.slow
+def test_parameters_that_are_cut_up_are_gathered(on_meshes):
+    assert on_meshes["2,2,2"]["whole"] == [False, True]
 
 
 @pytest.mark.slow

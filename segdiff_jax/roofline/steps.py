@@ -106,24 +106,25 @@ def train_step(config: Config, mesh: jax.sharding.Mesh) -> Step:
 
 def _encoding(config: Config, nets: Networks, mesh: jax.sharding.Mesh) -> Loops | None:
     """The loop in which few images a chip are encoded, one a chip at a time."""
-    rounds = losses.rounds_of_encoding(2 * config.train.batch_size, mesh.abstract_mesh)
-    if rounds == 1:
+    parts = losses.encoding_parts(2 * config.train.batch_size, mesh.abstract_mesh)
+    if parts is None:
         return None
     graph, params = nnx.split(nets.vae)
 
     def encode(params, images):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return losses.encode_one_by_one(nnx.merge(graph, params), images)
+            return losses.encode_one_by_one(nnx.merge(graph, params), images, parts.axes)
 
-    chips, size = sharding.batch_parts(mesh), config.data.image_size
-    images = jax.ShapeDtypeStruct((chips, *size, 3), jnp.float32)
+    # One image for each chip; for each pair of `tensor` peers, if they encode the same.
+    count, size = 2 * config.train.batch_size // parts.rounds, config.data.image_size
+    images = jax.ShapeDtypeStruct((count, *size, 3), jnp.float32)
     arguments = (
         sharding.abstract(params, sharding.replicated(mesh)),
-        sharding.abstract(images, sharding.batch_sharding(mesh)),
+        sharding.abstract(images, jax.sharding.NamedSharding(mesh, P(parts.axes))),
     )
     function = jax.jit(encode, compiler_options=runtime.compiler_options(mesh))
-    needed = chips * flops.vae_encode(nets.vae.config, *size)
-    return Loops(1, rounds, Step(function, arguments, chips, needed))
+    needed = count * flops.vae_encode(nets.vae.config, *size)
+    return Loops(1, parts.rounds, Step(function, arguments, count, needed))
 
 
 def train_batch(config: Config, nets: Networks) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,6 +1,7 @@
 """What the two stages minimise, as functions of a batch and a key."""
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,13 @@ class Corruption(NamedTuple):
 
     timesteps: jax.Array  # int [B]
     noise: jax.Array  # [B, h, w, c]
+
+
+class EncodingParts(NamedTuple):
+    """Images that are encoded one after the other: cut along `axes`, `rounds` on each chip."""
+
+    axes: tuple[str, ...]
+    rounds: int
 
 
 def to_pixels(image: jax.Array | np.ndarray) -> jax.Array:
@@ -74,19 +82,17 @@ def latents(vae: VAE, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def _encoded(vae: VAE, images: jax.Array) -> jax.Array:
-    """Latents of images [N, H, W, 3], on TPUs one after the other where a chip has few.
-
-    Of 2 to 7 images XLA makes many narrow ones, with six times the memory traffic of one or of 8
-    (docs/performance.md).
-    """
-    one_by_one = rounds_of_encoding(len(images), named_mesh.of_tpus()) > 1
-    return (encode_one_by_one if one_by_one else encode_latents)(vae, images)
+    """Latents of images [N, H, W, 3], on TPUs one after the other where a chip has few."""
+    parts = encoding_parts(len(images), named_mesh.of_tpus())
+    if parts is None:
+        return encode_latents(vae, images)
+    return named_mesh.by_rows(encode_one_by_one(vae, images, parts.axes))
 
 
-def encode_one_by_one(vae: VAE, images: jax.Array) -> jax.Array:
-    """Each chip of the named mesh encodes its images in a loop."""
+def encode_one_by_one(vae: VAE, images: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Each chip of the named mesh encodes its images, cut along `axes`, in a loop."""
     graph, params = nnx.split(vae)
-    rows = P(("data", "fsdp"))
+    rows = P(axes)
 
     @functools.partial(jax.shard_map, in_specs=(P(), rows), out_specs=rows, check_vma=False)
     def encode(params: Any, images: jax.Array) -> jax.Array:
@@ -97,12 +103,21 @@ def encode_one_by_one(vae: VAE, images: jax.Array) -> jax.Array:
     return encode(params, images)
 
 
-def rounds_of_encoding(images: int, mesh: jax.sharding.AbstractMesh | None) -> int:
-    """How many times each chip of `mesh` (TPUs, or none) encodes its part of a batch."""
+def encoding_parts(
+    images: int, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None
+) -> EncodingParts | None:
+    """How the chips of `mesh` share out images; None leaves it to XLA, as without TPUs.
+
+    Of 2 to 7 images a chip XLA makes many narrow ones, with six times the memory traffic of one or
+    of 8 (docs/performance.md). `tensor` peers take different images where there are enough of them.
+    """
     if mesh is None:
-        return 1
-    each, rest = divmod(images, sharding.batch_parts(mesh))
-    return each if rest == 0 and 1 < each < _FEW_IMAGES else 1
+        return None
+    for axes in (sharding.AXES, sharding.BATCH_AXES):
+        each, rest = divmod(images, math.prod(mesh.shape[axis] for axis in axes))
+        if rest == 0:
+            return EncodingParts(axes, each) if each < _FEW_IMAGES else None
+    return None
 
 
 def latent_weights(batch: Batch, factor: int, balance: float = 0.0) -> jax.Array:

@@ -25,6 +25,7 @@ from segdiff_jax.errors import UserError
 log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # `tensor` peers have the same examples
 SMALLEST_SPREAD = 2**16  # elements of an array that is worth cutting over replicas
 
 # The parts of a training state that are cut over replicas.
@@ -181,10 +182,13 @@ def _replicas_are_slices(mesh: Mesh) -> bool:
 def for_use(params: Any, mesh: Mesh) -> Any:
     """The parameters of a training state whole on every device, for the sampler.
 
-    All processes must call it. Parameters that are whole already are returned as they are.
+    All processes must call it. Parameters that are whole already, and shapes without arrays, are
+    returned as they are.
     """
     whole = replicated(mesh)
-    if all(leaf.sharding.is_equivalent_to(whole, leaf.ndim) for leaf in jax.tree.leaves(params)):
+    cut = lambda leaf: not leaf.sharding.is_equivalent_to(whole, leaf.ndim)  # noqa: E731
+    arrays = (leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
+    if not any(map(cut, arrays)):
         return params
     return jax.jit(lambda p: p, out_shardings=whole)(params)
 
@@ -219,7 +223,7 @@ def spread(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """A batch is cut along its leading axis over data × fsdp; `tensor` peers see the same part."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
@@ -229,7 +233,7 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
 
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a batch is cut."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:

@@ -8,7 +8,6 @@ from segdiff_jax.data.sources import open_source
 from segdiff_jax.evaluation import report
 from segdiff_jax.evaluation.evaluator import Example, evaluate
 from segdiff_jax.segmenter import Segmenter
-from segdiff_jax.training import sharding
 from segdiff_jax.training.loop import Validate
 from segdiff_jax.training.step import TrainState
 from segdiff_jax.training.telemetry import Telemetry
@@ -34,7 +33,7 @@ def validator(segmenter: Segmenter, config: Config) -> Validate:
     def validate(step: int, state: TrainState, telemetry: Telemetry) -> dict[str, float]:
         params = state.ema if config.optimizer.ema_decay else state.params
         result = evaluate(
-            segmenter.with_params(sharding.for_use(params, segmenter.mesh)),
+            segmenter.with_params(params),
             source,
             limit=config.train.eval_examples,
             seed=config.seed,

@@ -6,6 +6,7 @@ import pytest
 import small_config
 from flax import nnx
 
+from segdiff_jax.config import MeshConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.roofline import chips, compile, flops, measure, report, steps
 
@@ -117,6 +118,20 @@ def test_the_decoder_counted_apart_is_a_part_of_the_sampler():
     assert 0 < part.flops < whole.flops
     inside = sampler.loops.body.function.trace(*sampler.loops.body.arguments).jaxpr
     assert [equation.primitive.name for equation in inside.eqns] == ["shard_map"]
+
+
+def test_tensor_peers_do_not_encode_the_same_images():
+    config = small_config.get_config()
+    config.data = dataclasses.replace(config.data, cache_latents=False, image_size=(64, 64))
+    config.train.batch_size = 4
+    made = {}
+    for tensor in (1, 2):
+        config.mesh = MeshConfig(data=1, fsdp=-1, tensor=tensor)
+        made[tensor] = measure.measure(config, measure.Target("v5e:2x2"))["per_chip"]
+    encoded = 2 * flops.vae_encode(steps.networks(config).vae.config, 64, 64)  # a photo, a mask
+    more = made[2]["flops"]["total"] - made[1]["flops"]["total"]
+    print(more / encoded, made[2]["collectives"])
+    assert more < 0.3 * encoded, "half of what is not cut by channel, in the UNet alone"
 
 
 def test_training_from_pixels_moves_weights_between_chips_and_no_activations():

@@ -285,11 +285,22 @@ def test_cached_latents_are_used_as_they_are():
 
 def test_images_are_encoded_in_a_loop_where_a_chip_has_few():
     class Mesh:
-        shape = {"data": 2, "fsdp": 8, "tensor": 2}
+        shape = {"data": 2, "fsdp": 8, "tensor": 1}
 
-    counts = {16: 1, 32: 2, 64: 4, 112: 7, 128: 1, 512: 1, 24: 1}  # 24 do not divide over 16
-    assert {n: losses.rounds_of_encoding(n, Mesh) for n in counts} == counts
-    assert losses.rounds_of_encoding(64, None) == 1
+    counts = {16: 1, 32: 2, 64: 4, 112: 7}
+    assert {n: losses.encoding_parts(n, Mesh).rounds for n in counts} == counts
+    assert losses.encoding_parts(128, Mesh) is losses.encoding_parts(512, Mesh) is None
+    assert losses.encoding_parts(24, Mesh) is None, "they do not divide over 16"
+    assert losses.encoding_parts(64, None) is None
+
+
+def test_tensor_peers_encode_different_images_where_there_are_enough():
+    class Mesh:
+        shape = {"data": 2, "fsdp": 4, "tensor": 2}
+
+    assert losses.encoding_parts(32, Mesh) == (("data", "fsdp", "tensor"), 2)
+    assert losses.encoding_parts(24, Mesh) == (("data", "fsdp"), 3)  # 24 do not divide over 16
+    assert losses.encoding_parts(128, Mesh) is losses.encoding_parts(12, Mesh) is None
 
 
 def test_images_encoded_one_by_one_have_the_same_latents():
@@ -303,7 +314,7 @@ def test_images_encoded_one_by_one_have_the_same_latents():
     @jax.jit
     def run(images):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return losses.encode_one_by_one(vae, images)
+            return losses.encode_one_by_one(vae, images, ("data", "fsdp"))
 
     expected = encode_latents(vae, images)
     assert np.std(expected) > 0.01
