@@ -15,7 +15,7 @@ def get_config() -> Config:
     return dataclasses.replace(
         ade,
         # Levels are 0.013 apart and numbers near 1 in bfloat16 0.004: keep float32.
-        model=dataclasses.replace(ade.model, dtype="float32"),
+        model=dataclasses.replace(ade.model, dtype="float32", remat=True),
         codec=CodecConfig(classes_per_pass=0, context="mean"),
         # The schedule as SD2 ships it, which is what fine-tuning used in 2024.
         diffusion=dataclasses.replace(

@@ -13,7 +13,7 @@ from segdiff_jax.config import Config
 from segdiff_jax.diffusion.schedule import Schedule
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.training import losses
+from segdiff_jax.training import losses, sharding
 from segdiff_jax.training.optimizer import ema_update, learning_rate, make_optimizer
 
 Metrics = dict[str, jax.Array]
@@ -134,6 +134,8 @@ def _update(
     state: TrainState, grads: Any, metrics: Metrics, config: Config
 ) -> tuple[TrainState, Metrics]:
     optimizer = make_optimizer(config.optimizer)
+    if config.mesh.data != 1:  # else replicas are slices, which hold all that fsdp gives them
+        grads = sharding.summed_by_axes(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = config.optimizer.ema_decay

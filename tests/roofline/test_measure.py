@@ -9,6 +9,7 @@ from flax import nnx
 from segdiff_jax.config import MeshConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.roofline import chips, compile, flops, measure, report, steps
+from segdiff_jax.training import sharding
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 31, 100])
@@ -132,6 +133,15 @@ def test_tensor_peers_do_not_encode_the_same_images():
     more = made[2]["flops"]["total"] - made[1]["flops"]["total"]
     print(more / encoded, made[2]["collectives"])
     assert more < 0.3 * encoded, "half of what is not cut by channel, in the UNet alone"
+
+
+def test_gradients_are_scattered_where_16_chips_have_two_axes(monkeypatch):
+    monkeypatch.setattr(sharding, "SMALLEST_SPREAD", 2**10)
+    config = small_config.get_config()
+    config.train.batch_size, config.mesh = 16, MeshConfig(data=4, fsdp=4)
+    made = measure.measure(config, measure.Target("v5e:4x4"))
+    kinds = {exchange["kind"]: exchange["count"] for exchange in made["per_chip"]["collectives"]}
+    assert kinds["reduce-scatter"] >= 10, "there were none: all sums were whole on every chip"
 
 
 def test_training_from_pixels_moves_weights_between_chips_and_no_activations():
