@@ -141,7 +141,7 @@ def test_gradients_are_scattered_where_16_chips_have_two_axes(monkeypatch):
     config.train.batch_size, config.mesh = 16, MeshConfig(data=4, fsdp=4)
     made = measure.measure(config, measure.Target("v5e:4x4"))
     kinds = {exchange["kind"]: exchange["count"] for exchange in made["per_chip"]["collectives"]}
-    assert kinds["reduce-scatter"] >= 10, "there were none: all sums were whole on every chip"
+    assert kinds.get("reduce-scatter", 0) >= 10, "none: sums were whole on every chip"
 
 
 def test_training_from_pixels_moves_weights_between_chips_and_no_activations():
