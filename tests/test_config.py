@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from segdiff_jax.config import Config, from_dict, to_dict, validate
+from segdiff_jax.config import Config, from_dict, keys, to_dict, validate
 from segdiff_jax.errors import UserError
 
 
@@ -33,7 +33,16 @@ def test_a_learning_rate_that_is_no_number_to_step_with(value):
     [
         ("codec", "context", "sum", "mean, bound"),
         ("diffusion", "prediction_type", "epsilon", "rescale_betas_zero_snr"),
-        ("sampler", "steps", 1001, "between 1 and 1000"),
+        ("sampler", "steps", 1001, "num_train_timesteps=1000"),
+        ("sampler", "shortlist", -3, "at least 0"),
+        ("optimizer", "clip_norm", 0.0, "more than 0"),
+        ("optimizer", "beta1", 1.5, "at most"),
+        ("optimizer", "warmup_steps", -5, "at least 0"),
+        ("noise", "strength", -1.0, "at least 0"),
+        ("vae", "kl_weight", -1.0, "at least 0"),
+        ("vae", "batch_size", 0, "at least 1"),
+        ("train", "eval_examples", 0, "at least 1"),
+        ("mesh", "fsdp", 0, "-1"),
         ("optimizer", "accumulation", 5, "train.batch_size"),
         ("data", "source", "folder", "data.root"),
         ("vae", "steps", 0, "init_from"),
@@ -47,6 +56,12 @@ def test_bad_values_name_the_key_and_the_mend_in_one_line(group, key, value, say
     with pytest.raises(UserError) as error:
         validate(config)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_number_and_every_pair_of_numbers_declares_its_bounds():
+    numeric = (int, float, tuple[int, int])
+    without = [k for k, f, _ in keys(Config()) if f.type in numeric and "bounds" not in f.metadata]
+    assert without == []
 
 
 def test_a_profile_has_to_begin_within_the_run():
