@@ -1,5 +1,6 @@
-# Everything a fresh machine needs: Python 3.11, pip, make, git.
-PYTHON ?= python3.11
+# Everything a fresh machine needs: Python 3.11 or newer, pip, make, git.
+# The newest Python of those tested that runs; `make PYTHON=python3.11` chooses another.
+PYTHON ?= $(firstword $(foreach v,3.13 3.12 3.11,$(shell python$(v) -c 'print("python$(v)")' 2>/dev/null)) python3)
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
@@ -8,7 +9,7 @@ WORKDIR := $(DEMO)/workdir-$(SEED)
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo smoke test test-slow lint clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m segdiff_jax.train --config configs/demo.py --workdir $(WORKDIR) \
@@ -18,6 +19,22 @@ demo: $(VENV)/.runtime
 	  --classes @$(DEMO)/photos/classes.txt --output $(DEMO)/predictions --ensemble 4
 	$(BIN)/python -m segdiff_jax.evaluate --config configs/demo.py --checkpoint $(WORKDIR) \
 	  --output $(DEMO) --config.seed=$(SEED)
+
+# The demo's commands in a minute, on masks that mean nothing yet: for another Python or JAX.
+SMOKE := runs/smoke
+smoke: $(VENV)/.runtime
+	rm -rf $(SMOKE)
+	$(BIN)/python -m segdiff_jax.train --config configs/demo.py --workdir $(SMOKE)/workdir \
+	  --config.train.steps=20 --config.vae.steps=20 --config.data.scenes.train_examples=64
+	$(BIN)/python -m segdiff_jax.data.scenes --output $(SMOKE)/photos --count 2
+	$(BIN)/python -m segdiff_jax.predict --checkpoint $(SMOKE)/workdir \
+	  --images $(SMOKE)/photos/images --classes "background; plain red ring" \
+	  --output $(SMOKE)/predictions
+	$(BIN)/python -m segdiff_jax.export --checkpoint $(SMOKE)/workdir --format diffusers \
+	  --output $(SMOKE)/exported
+	$(BIN)/python -m segdiff_jax.predict --checkpoint $(SMOKE)/exported \
+	  --images $(SMOKE)/photos/images --classes "background; plain red ring" \
+	  --output $(SMOKE)/predictions-of-export
 
 # Two processes, a file at a time: most of a test is tracing and compiling, which uses one core.
 test: $(VENV)/.test
