@@ -56,6 +56,7 @@ def start(workdir: str = "") -> None:
 def _is_reached(cache: str) -> bool:
     try:
         epath.Path(cache).mkdir(parents=True, exist_ok=True)  # as JAX does
+        epath.Path(cache).exists()  # a store does nothing for the former
     except Exception as error:  # of the system, of a store's client, or for an unknown one
         _go_without(cache, error)
         return False
