@@ -8,6 +8,7 @@ import errno
 import inspect
 import io
 import math
+import os
 import runpy
 import sys
 import tokenize
@@ -22,15 +23,21 @@ from absl import flags
 from ml_collections import config_flags
 
 from segdiff_jax import config as config_module
+from segdiff_jax import waiting
 from segdiff_jax.config import Config, validate
 from segdiff_jax.errors import UserError
 
 PREFIX = "--config."
 
 # For the --help of the commands that use all devices of a pod (`training.processes.join`).
-SEVERAL_PROCESSES = """On a TPU pod run the same command on every worker: they find each other.
+SEVERAL_PROCESSES = (
+    """On a TPU pod run the same command on every worker: they find each other.
 Elsewhere, several processes need JAX_COORDINATOR_ADDRESS (host:port of process 0),
-JAX_NUM_PROCESSES and JAX_PROCESS_ID in their environment."""
+JAX_NUM_PROCESSES and JAX_PROCESS_ID in their environment.
+
+"""
+    + waiting.HELP
+)
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> NoReturn:
@@ -51,6 +58,9 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> NoR
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
+    if waiting.left_behind():
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 

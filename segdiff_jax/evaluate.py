@@ -102,7 +102,8 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
     data = {"source": config.data.source, "root": config.data.root, "split": split}
     summary = result.summary | {"checkpoint": args.checkpoint, "data": data}
     files.write_json(os.path.join(args.output, "metrics.json"), summary)
-    _write_page(args.output, summary, result.examples, source)
+    with processes.at_work("writes the page"):
+        _write_page(args.output, summary, result.examples, source)
     print(_text_table(summary))
     print(f"written: {os.path.join(args.output, 'metrics.json')} and index.html")
 

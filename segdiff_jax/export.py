@@ -6,12 +6,13 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from segdiff_jax import cli, files
+from segdiff_jax import cli, files, waiting
 from segdiff_jax.config import Config, SamplerConfig, to_dict
 from segdiff_jax.data import vocabulary
 from segdiff_jax.errors import UserError
@@ -22,13 +23,18 @@ if TYPE_CHECKING:
     from segdiff_jax.models.unet import UNet
     from segdiff_jax.models.vae import VAE
 
-_DESCRIPTION = """Export a trained model. The output appears whole or not at all.
+_DESCRIPTION = (
+    """Export a trained model. The output appears whole or not at all.
 
 diffusers: a folder in Stable Diffusion's layout, for diffusers and transformers (docs/pytorch.md)
 and for --checkpoint of predict, evaluate and export, with a model card and the config.
 stablehlo: the sampler (image, prompt embeddings, key -> map) as one file for jax.export, weights
 included up to 2 GiB and beside it from there on, which runs on CPU, CUDA and TPU without this
-package; sampler.json describes it."""
+package; sampler.json describes it.
+
+"""
+    + waiting.HELP
+)
 
 
 def main(argv: list[str]) -> None:
@@ -165,7 +171,9 @@ def _check_hub(repository: str, output: str) -> None:
         raise UserError(f"--output {output}: only a local folder can be pushed: push from there")
     try:
         validate_repo_id(repository)
-        HfApi().whoami()
+        _asked(HfApi().whoami)
+    except waiting.NoAnswer:
+        raise
     except Exception as error:  # the library raises its own, httpx's, OSError and ValueError
         raise _hub_error(repository, error) from error
 
@@ -177,16 +185,25 @@ def _push(repository: str, folder: str) -> str:
     api, root = HfApi(), Path(folder)
     paths = sorted(path for path in root.rglob("*") if path.is_file())
     try:
-        url = api.create_repo(repository, private=True, exist_ok=True)
+        url = _asked(lambda: api.create_repo(repository, private=True, exist_ok=True))
         # Not upload_folder: its uploads in batches make a commit of each.
-        api.create_commit(
-            repository,
-            [CommitOperationAdd(path.relative_to(root).as_posix(), path) for path in paths],
-            commit_message="Export from segdiff_jax",
+        operations = [CommitOperationAdd(path.relative_to(root).as_posix(), path) for path in paths]
+        commit = lambda: api.create_commit(  # noqa: E731
+            repository, operations, commit_message="Export from segdiff_jax"
         )
+        # How far it is cannot be seen, so it has no end but that of the library's own patience.
+        waiting.bounded(commit, waiting.Wait(f"Hugging Face to take {repository}", None))
+    except waiting.NoAnswer:
+        raise
     except Exception as error:
         raise _hub_error(repository, error) from error
     return str(url)
+
+
+def _asked(request: Callable[[], Any]) -> Any:
+    """The answer to a short request to Hugging Face."""
+    wait = waiting.Wait("Hugging Face", waiting.NETWORK, "check the network")
+    return waiting.bounded(request, wait)
 
 
 def _hub_error(repository: str, error: Exception) -> UserError:

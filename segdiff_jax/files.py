@@ -2,7 +2,8 @@
 
 Local files are written beside their target and renamed into place. An object in `gs://` appears
 only when its upload is complete, so it is written directly. What a store refuses, its client
-(gcsfs) tries again for half a minute; what fails then is a `UserError` that names the object.
+(gcsfs) tries again for half a minute; what fails then is a `UserError` that names the object. A
+store that does not answer at all is one after the time that `waiting` allows.
 """
 
 import contextlib
@@ -26,6 +27,8 @@ from segdiff_jax.errors import UserError
 # processes of a run write to the same folders. Its errors reach the user as ours, not as log lines.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+for _name in ("gs", "gcs"):  # imported when first needed: half a second
+    fsspec.register_implementation(_name, "segdiff_jax.gcs.FileSystem", clobber=True)
 for _name in ("gcsfs", "fsspec"):  # the latter tells of every object it opens
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 

@@ -44,6 +44,7 @@ def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> Non
     from segdiff_jax import workdir
     from segdiff_jax.evaluation import results
     from segdiff_jax.segmenter import Segmenter
+    from segdiff_jax.training import processes
 
     classes = requests.parse_classes(args.classes)
     results.check_names(paths, args.output)
@@ -60,7 +61,8 @@ def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> Non
         photo = images.read_image(path)
         found = segmenter(photo, classes.classes, **settings)
         if first:
-            rows.append(results.write(args.output, path, photo, found, classes, used))
+            with processes.at_work("writes its results"):
+                rows.append(results.write(args.output, path, photo, found, classes, used))
         progress(done, len(paths))
     if first:
         _write_page(args, rows, classes, settings)

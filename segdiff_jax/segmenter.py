@@ -200,24 +200,25 @@ class Segmenter:
             for array in (image_latents, groups, jax.random.key_data(jax.random.key(seed)))
         )
         sample = sampler_on(self.mesh)
-        results = [
-            sample(
-                self._unet,
-                self._vae,
-                self.config.codec.context,
-                sampler.steps,
-                sampler.eta,
-                self._unet_params,
-                self._vae_params,
-                self._schedule,
-                table,
-                image_latents,
-                groups,
-                spread_rows(part, self.mesh),
-                jax.random.wrap_key_data(key),
-            )
-            for part in equal_parts(jobs, chunk)
-        ]
+        with processes.at_work("compiles or runs the sampler"):
+            results = [
+                sample(
+                    self._unet,
+                    self._vae,
+                    self.config.codec.context,
+                    sampler.steps,
+                    sampler.eta,
+                    self._unet_params,
+                    self._vae_params,
+                    self._schedule,
+                    table,
+                    image_latents,
+                    groups,
+                    spread_rows(part, self.mesh),
+                    jax.random.wrap_key_data(key),
+                )
+                for part in equal_parts(jobs, chunk)
+            ]
         return np.concatenate([processes.gathered(r) for r in results])[: len(jobs)]
 
 

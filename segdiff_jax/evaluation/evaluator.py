@@ -1,7 +1,8 @@
 """A model against a labelled dataset: predictions at native resolution, one confusion matrix."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,9 +12,12 @@ from segdiff_jax import codec
 from segdiff_jax.config import SamplerConfig
 from segdiff_jax.data import transforms
 from segdiff_jax.data.sources import Source
+from segdiff_jax.data.vocabulary import ClassEntry
+from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import metrics, reconstruction
 from segdiff_jax.progress import Progress
 from segdiff_jax.segmenter import Segmenter, to_gray
+from segdiff_jax.training import processes
 from segdiff_jax.training.losses import to_pixels
 from segdiff_jax.training.placement import equal_parts, multiple
 
@@ -50,6 +54,9 @@ def evaluate(
     The vocabulary is closed whatever `config.codec.closed` says: every annotated pixel has a
     class, so *other* could only be wrong.
 
+    With several processes, all call this with the same arguments: each reads and scores its share
+    of the images, and all get the same figures. The examples are process 0's.
+
     Args:
       limit: number of images, spread evenly over the source (neighbours are often frames of one
         video); None = all.
@@ -65,7 +72,8 @@ def evaluate(
       `Result`. Where the source names novel classes, the summary has the trained / novel split.
 
     Raises:
-      UserError: an image or its labels cannot be read; the message names the file.
+      UserError: an image or its labels cannot be read (the message names the file), or the model
+        gives maps that are not finite.
     """
     sampler = sampler or segmenter.config.sampler
     if ceiling:
@@ -81,33 +89,84 @@ def evaluate(
     if progress:
         progress(0, total)
     for start in range(0, total, size):
-        records = [source[i] for i in chosen[start : start + size]]
-        full = records + records[-1:] * (size - len(records))  # one shape, one compilation
+        numbers = range(start, min(start + size, total))
+        owners = [_owner(i, shown) for i in numbers]
+        own = {i: source[chosen[i]] for i in numbers if owners[i - start] == processes.index()}
+        # One shape, one compilation: the last chunk is filled up with its last image.
+        full = [*range(len(numbers)), *[-1] * (size - len(numbers))]
+        images = _resized(own, owners, "image", segmenter)[full]
         spread = None
         if ceiling:
-            gray = _painted_and_back(segmenter, [r["labels"] for r in full], len(classes), sampler)
-            photos.append(_photos_and_back(segmenter, [r["image"] for r in full], len(records)))
+            labels = _resized(own, owners, "labels", segmenter)[full]
+            gray = _painted_and_back(segmenter, labels, len(classes), sampler)
+            photos.append(_photos_and_back(segmenter, images, len(numbers)))
         else:
-            gray, spread = segmenter.maps([r["image"] for r in full], classes, sampler, seed)
-        for i, record in enumerate(records):
-            spread_i = spread[i] if spread is not None and sampler.ensemble > 1 else None
-            native = record["labels"].shape
-            found = segmenter.segmentation(gray[i], spread_i, classes, native, 0.0, closed=True)
-            matrix += metrics.confusion(record["labels"], found.labels, len(classes))
-            if start + i in shown:
-                kept.append(
-                    Example(
-                        record["name"],
-                        record["image"],
-                        record["labels"],
-                        found.labels,
-                        found.uncertainty,
-                    )
-                )
+            gray, spread = segmenter.maps(list(images), classes, sampler, seed)
+        for i, record in own.items():
+            spread_i = spread[i - start] if spread is not None and sampler.ensemble > 1 else None
+            example = _scored(segmenter, gray[i - start], spread_i, classes, record)
+            matrix += metrics.confusion(example.labels, example.prediction, len(classes))
+            if i in shown:
+                kept.append(example)
         if progress:
-            progress(start + len(records), total)
+            progress(numbers[-1] + 1, total)
+    matrix = _summed(matrix)
     summary = _summary(matrix, segmenter, source, sampler, total, seed, ceiling)
-    return Result(matrix, summary | (reconstruction.summarize(photos) if photos else {}), kept)
+    if photos:
+        summary |= _checked(reconstruction.summarize(photos))
+    return Result(matrix, summary, kept)
+
+
+def _owner(image: int, shown: Collection[int]) -> int:
+    """The process that reads and scores an image; process 0 shows what is to be shown."""
+    return 0 if image in shown else image % processes.count()
+
+
+def _resized(
+    own: Mapping[int, Any], owners: Sequence[int], name: str, segmenter: Segmenter
+) -> np.ndarray:
+    """A chunk's "image" [I, h, w, 3] or "labels" [I, h, w] at the network's size, in every host.
+
+    own: the records that this one has read; owners: of each image of the chunk, the process.
+    """
+    size = segmenter.config.data.image_size
+    shape, kind = ((*size, 3), np.uint8) if name == "image" else (size, np.int32)
+    resize = transforms.resize_image if name == "image" else transforms.resize_labels
+    rows = np.zeros((max(map(owners.count, owners)), *shape), kind)
+    for row, record in zip(rows, own.values(), strict=False):
+        row[...] = resize(record[name], size)
+    every = processes.stacked(rows)  # [processes, rows, ...]
+    return every[owners, [owners[:i].count(owner) for i, owner in enumerate(owners)]]
+
+
+def _checked(figures: dict[str, Any]) -> dict[str, Any]:
+    for name, value in figures.items():
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{name} is {value}: check the weights of this checkpoint's VAE")
+    return figures
+
+
+def _scored(
+    segmenter: Segmenter,
+    gray: np.ndarray,
+    spread: np.ndarray | None,
+    classes: Sequence[ClassEntry],
+    record: Mapping[str, Any],
+) -> Example:
+    """What the maps [P, h, w] of an image say at its own size. `UserError` if they say nothing."""
+    name, labels = record["name"], record["labels"]
+    if not (np.isfinite(gray).all() and (spread is None or np.isfinite(spread).all())):
+        raise UserError(
+            f"{name}: the model's maps are not finite numbers, so there is nothing to score: "
+            "use an earlier checkpoint, or check the weights it was trained from"
+        )
+    found = segmenter.segmentation(gray, spread, classes, labels.shape, 0.0, closed=True)
+    return Example(name, record["image"], labels, found.labels, found.uncertainty)
+
+
+def _summed(matrix: np.ndarray) -> np.ndarray:
+    """The sum over all processes of an int64 matrix; as bytes, since JAX would make it int32."""
+    return processes.stacked(matrix.view(np.uint8)).view(np.int64).sum(0)
 
 
 def _spread(count: int, length: int) -> list[int]:
@@ -127,14 +186,15 @@ def _images_per_call(segmenter: Segmenter, num_classes: int, sampler: SamplerCon
 
 
 def _painted_and_back(
-    segmenter: Segmenter, labels: Sequence[np.ndarray], num_classes: int, sampler: SamplerConfig
+    segmenter: Segmenter, labels: np.ndarray, num_classes: int, sampler: SamplerConfig
 ) -> np.ndarray:
-    """Label maps of any sizes → the gray maps [I, P, h, w] that a perfect sampler would return."""
+    """Labels [I, h, w] → the gray maps [I, P, h, w] that a perfect sampler would return."""
     config = segmenter.config
     height, width = config.data.image_size
     groups = codec.groups(num_classes, codec.group_size(num_classes, config.codec.classes_per_pass))
-    small = jnp.stack([transforms.resize_labels(one, (height, width)) for one in labels])
-    painted = np.stack([np.asarray(codec.encode(small, ids)) for ids in groups], axis=1)
+    painted = np.stack(
+        [np.asarray(codec.encode(jnp.asarray(labels), ids)) for ids in groups], axis=1
+    )
     jobs = painted.reshape(-1, height, width, 1)  # [I * P, h, w, 1]
     chunk = multiple(min(sampler.batch_size, len(jobs)), segmenter.mesh.size)
     pixels = (np.broadcast_to(p, (*p.shape[:3], 3)) for p in equal_parts(jobs, chunk))
@@ -142,13 +202,9 @@ def _painted_and_back(
     return np.concatenate(back)[: len(jobs)].reshape(painted.shape)
 
 
-def _photos_and_back(
-    segmenter: Segmenter, images: Sequence[np.ndarray], count: int
-) -> reconstruction.Sums:
-    """The first `count` of `images` uint8 [H, W, 3] against themselves through the VAE."""
-    size = segmenter.config.data.image_size
-    fitted = np.stack([transforms.resize_image(image, size) for image in images])
-    pixels = np.asarray(to_pixels(fitted))
+def _photos_and_back(segmenter: Segmenter, images: np.ndarray, count: int) -> reconstruction.Sums:
+    """The first `count` of `images` uint8 [I, h, w, 3] against themselves through the VAE."""
+    pixels = np.asarray(to_pixels(images))
     return reconstruction.compare(pixels[:count], segmenter.reconstruct(pixels)[:count])
 
 
@@ -174,4 +230,6 @@ def _summary(
         "ceiling": ceiling,
     }
     figures = metrics.summarize(matrix, names, *split)
+    if reasons := metrics.undefined(figures):
+        figures["undefined"] = reasons
     return figures | {"images": images, "settings": settings}

@@ -96,6 +96,17 @@ def summarize(
     return result
 
 
+def undefined(figures: dict[str, Any]) -> dict[str, str]:
+    """Why figures of `summarize`, or IoUs of classes in it, are None: name → reason."""
+    reasons = {
+        name: "no class of these is in the labels"
+        for name, value in figures.items()
+        if value is None
+    }
+    absent = [name for name, value in figures["per_class"].items() if value is None]
+    return reasons | {f"per_class.{n}": "neither in the labels nor predicted" for n in absent}
+
+
 def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
 

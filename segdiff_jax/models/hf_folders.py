@@ -1,5 +1,6 @@
 """Where a Stable Diffusion folder is: on disk, in `gs://`, or on the Hugging Face hub."""
 
+import functools
 import json
 import os
 import re
@@ -9,8 +10,9 @@ from typing import Any
 import huggingface_hub
 from etils import epath
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import tqdm
 
-from segdiff_jax import files
+from segdiff_jax import files, waiting
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import safetensors_files
 
@@ -73,10 +75,16 @@ def _download(
         ]
 
     def fetch(patterns: list[str]) -> epath.Path:
-        path = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=small + patterns
+        advice = "check the network, or set HF_HUB_OFFLINE=1 to use what is in its cache"
+        wait = waiting.Wait(f"Hugging Face ({repository})", waiting.NETWORK, advice)
+        download = functools.partial(
+            huggingface_hub.snapshot_download,
+            repository,
+            revision=revision,
+            allow_patterns=small + patterns,
+            tqdm_class=_heard_by(wait),
         )
-        return epath.Path(path)
+        return epath.Path(waiting.bounded(download, wait))
 
     try:
         wanted = named(weighty, variant)
@@ -85,6 +93,8 @@ def _download(
         if variant or not bare:
             return root
         return fetch(wanted + named(bare, "*"))  # only now: variants double the bytes or more
+    except waiting.NoAnswer:
+        raise
     except Exception as error:  # the library raises its own, httpx's, OSError and ValueError
         told = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
         reason = " ".join(str(told or error).split())[:200] or repr(error)
@@ -93,6 +103,17 @@ def _download(
             f"{where}: no such folder, nor could it be had from Hugging Face ({reason}): "
             "check the name, the network and HF_HUB_OFFLINE"
         ) from error
+
+
+def _heard_by(wait: waiting.Wait) -> type[tqdm]:
+    """Progress bars whose progress is a sign of life to `wait`."""
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            wait.heard()
+            return super().update(n)
+
+    return Bar
 
 
 def read_json(path: epath.Path) -> tuple[dict[str, Any], str]:

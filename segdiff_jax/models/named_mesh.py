@@ -1,6 +1,6 @@
 """The mesh that is named while a function is traced, for what depends on the chips it is for.
 
-`training.loop.compile_step` names it, and so does a `shard_map`.
+`training.sharding.naming` names it for a training step, and so does a `shard_map`.
 """
 
 import jax

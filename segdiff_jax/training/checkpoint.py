@@ -26,6 +26,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote
 from segdiff_jax.training import processes
 from segdiff_jax.training.sharding import leaf_path
+from segdiff_jax.training.store_waits import seen
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ class Checkpoints:
         best = self._manager.best_step()
         return best if best in self.steps() else self.latest_step()
 
+    @seen
     def save(
         self,
         step: int,
@@ -145,6 +147,7 @@ class Checkpoints:
                 force=True,
             )
 
+    @seen
     def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """The state and metadata of `step`, or of the newest readable checkpoint.
 
@@ -155,15 +158,18 @@ class Checkpoints:
         """
         return self._newest_readable(lambda s: self._read(s, abstract), step)
 
+    @seen
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """The metadata alone, found as by `restore`: enough to rebuild the config."""
         return self._newest_readable(self._read_metadata, step)
 
+    @seen
     def wait(self) -> None:
         """Returns when the save under way is complete; raises `UserError` if it failed."""
         with self._writing():
             self._manager.wait_until_finished()
 
+    @seen
     def close(self) -> None:
         """`wait`, then release threads. No call may follow."""
         with self._writing():
@@ -248,7 +254,8 @@ def _in_all(read: Callable[[], Any]) -> Any:
     """`read()`; raises in every process where it raises in one, so that all try the same step."""
     result, damage = None, None
     try:
-        result = read()
+        with processes.at_work("reads a checkpoint"):
+            result = read()
     except (UserError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:

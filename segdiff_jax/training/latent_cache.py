@@ -23,7 +23,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from segdiff_jax import codec
+from segdiff_jax import codec, waiting
 from segdiff_jax.config import Config
 from segdiff_jax.data import pipeline, transforms
 from segdiff_jax.data.images import UnreadableError
@@ -58,6 +58,8 @@ def open_or_build(source: Source, vae: VAE, config: Config, folder: str) -> Late
     if reason is None:
         try:
             latents = Latents(folder, source)
+        except waiting.NoAnswer:  # which says nothing about the files
+            raise
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserError) as error:
             reason = f"cannot be read ({str(error).splitlines()[0]})"
     if processes.all_agree(latents is not None):
@@ -87,7 +89,8 @@ def build(
                 partial.rmtree()
             check_writable(partial)
         processes.barrier()
-        _write_shard(source, vae, config, partial, process_index, process_count)
+        with processes.at_work("encodes its share of the latent cache"):
+            _write_shard(source, vae, config, partial, process_index, process_count)
         processes.barrier()
         if process_index == 0:
             description = {"made_from": fingerprint(source, vae, config), "shards": process_count}

@@ -32,13 +32,14 @@ class Stopped(Exception):
 def compile_step(step: StepFunction, state: TrainState, mesh: jax.sharding.Mesh) -> StepFunction:
     """`step` under `jit`: the state keeps its sharding and its buffers are reused.
 
-    The mesh is named while `step` is traced, for attention kernels that XLA cannot cut up itself.
+    The mesh is named while `step` is traced, for attention kernels that XLA cannot cut up itself
+    and for the way gradients take (`sharding.naming`).
     """
     shardings = sharding.state_sharding(state, mesh)
 
     @functools.wraps(step)
     def on_mesh(*arguments: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with sharding.naming(mesh):
             return step(*arguments)
 
     return jax.jit(
@@ -104,7 +105,8 @@ def run(
                 startup.done("data")
             if starting and processes.count() > 1:
                 # Their compilations may end minutes apart; collectives of the CPU do not wait.
-                compiled = compiled.lower(state, frozen, batch, key).compile()
+                with processes.at_work("compiles the training step"):
+                    compiled = compiled.lower(state, frozen, batch, key).compile()
                 processes.barrier()
             profile.before(done, state)
             signalled = processes.any_raised(stop.requested)

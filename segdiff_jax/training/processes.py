@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -28,11 +29,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from segdiff_jax.errors import UserError
+from segdiff_jax.waiting import PROCESS, Wait, bounded
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-LONGEST_WAIT = 4 * 3600  # seconds at a barrier: one process may have a long file to write
+LONGEST_WAIT = 4 * 3600  # seconds for a process that is `at_work`
 
 _FAILED = "segdiff_jax/failed"  # key of the first failure: "code message"
+_AT, _WORK = "segdiff_jax/at/", "segdiff_jax/work/"  # of each process: last barrier; see `at_work`
 _SECONDS_BETWEEN_LOOKS = 1.0  # at that key; also how long a failing process 0 stays to be read
 # The words of the CPU's collectives, of RPCs and of the service when another process is gone.
 _GONE = re.compile(r"gloo|UNAVAILABLE|DEADLINE_EXCEEDED|heartbeat|coordination|socket", re.I)
@@ -44,7 +47,8 @@ def join() -> None:
 
     On Cloud TPU (Compute Engine, GKE) JAX finds the others by itself. Elsewhere the environment
     names them: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID. Without either this process is alone. Raises `UserError` for half of them.
+    JAX_PROCESS_ID. Without either this process is alone. Raises `UserError` for half of them, and
+    when the others do not come.
     """
     # JAX's own service would take SIGTERM, also before the loop can act on it.
     jax.config.update("jax_enable_preemption_service", False)
@@ -57,16 +61,38 @@ def join() -> None:
                 "give host:port, a number of processes and this one's number from 0"
             )
         size, number = map(int, numbers)
-        jax.distributed.initialize(address, size, number, cluster_detection_method="deactivate")
+        if not number < size:
+            raise UserError(f"JAX_PROCESS_ID={number}: of {size} processes the last is {size - 1}")
+        missing = functools.partial(_not_joined, address, size, number)
+        _initialize(missing, address, size, number, cluster_detection_method="deactivate")
     elif find_spec("libtpu") and "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu"):
         try:
-            jax.distributed.initialize()
+            _initialize("the other workers of this TPU")
         except ValueError as error:
             if "coordinator_address" not in str(error):  # the sign of a machine without a cluster
                 raise
     elif given:
-        missing = [name for name in VARIABLES if name not in given]
-        raise UserError(f"{next(iter(given))} is set, but {missing[0]} is not: set all or none")
+        absent = next(name for name in VARIABLES if name not in given)
+        raise UserError(f"{next(iter(given))} is set, but {absent} is not: set all or none")
+
+
+def _initialize(whom: str | Callable[[], str], *arguments: Any, **options: Any) -> None:
+    """`jax.distributed.initialize`, which would end the process with a stack of its own."""
+    options |= {"initialization_timeout": LONGEST_WAIT}
+    wait = Wait(whom, PROCESS, "start the same command in every process")
+    bounded(lambda: jax.distributed.initialize(*arguments, **options), wait)
+
+
+def _not_joined(address: str, size: int, number: int) -> str:
+    """Whom process `number` of `size` waits for, as far as it can know."""
+    if number == 0:
+        return "process 1" if size == 2 else f"some of the processes 1 to {size - 1}"
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+    except (OSError, ValueError, OverflowError):
+        return f"process 0, which cannot be reached at {address}"
+    return f"some of the other {size - 1} processes (process 0 is there)"
 
 
 def count() -> int:
@@ -83,10 +109,63 @@ def is_first() -> bool:
 
 
 def barrier() -> None:
-    """Returns when every process has come here."""
-    if count() > 1:
-        name = f"segdiff_jax/barrier/{next(_numbers)}"
-        _client().wait_at_barrier(name, LONGEST_WAIT * 1000)
+    """Returns when every process has come here.
+
+    Raises `NoAnswer` for one that neither comes in time nor is `at_work`.
+    """
+    if count() == 1:
+        return
+    number = next(_numbers)
+    _client().key_value_set(f"{_AT}{index()}", str(number), True)
+    wait = Wait(lambda: _described(_absent(number)), PROCESS, "see what it does and its log")
+    wait.watch(_signs_of_work(number))
+    name = f"segdiff_jax/barrier/{number}"
+    bounded(lambda: _client().wait_at_barrier(name, LONGEST_WAIT * 1000), wait)
+
+
+@contextlib.contextmanager
+def at_work(what: str) -> Iterator[None]:
+    """Lets the others wait on at a barrier, and tell why, while this process does long work.
+
+    what: "compiles the step", as it goes on after "process 1, which".
+    """
+    if count() == 1:
+        yield
+        return
+    key = f"{_WORK}{index()}"
+    _client().key_value_set(key, what, True)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the error in flight says more
+            _client().key_value_delete(key)
+
+
+def _absent(barrier: int) -> dict[int, str]:
+    """The processes that have not come to a barrier yet, and what each is at work with, or ""."""
+    at, work = (
+        {int(key.rsplit("/", 1)[1]): value for key, value in _client().key_value_dir_get(folder)}
+        for folder in (_AT, _WORK)
+    )
+    return {n: work.get(n, "") for n in range(count()) if int(at.get(n, -1)) < barrier}
+
+
+def _signs_of_work(barrier: int) -> Callable[[], int]:
+    """A count that grows while all that have not come to `barrier` are at work."""
+    looks = 0
+
+    def signs() -> int:
+        nonlocal looks
+        looks += all(_absent(barrier).values())
+        return looks
+
+    return signs
+
+
+def _described(absent: dict[int, str]) -> str:
+    """For whom one waits: the first few by number."""
+    named = [f"process {n}" + (f", which {work}" if work else "") for n, work in absent.items()]
+    return "; ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
 
 
 def _client() -> Any:

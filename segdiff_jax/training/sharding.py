@@ -6,11 +6,13 @@ same function places parameters, optimiser moments and their moving average, bec
 the latter two end in the path of the parameter.
 """
 
+import contextlib
+import contextvars
 import functools
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +32,7 @@ SMALLEST_SPREAD = 2**16  # elements of an array that is worth cutting over repli
 
 # The parts of a training state that are cut over replicas.
 _SPREAD = {"params", "ema", "mu", "nu"}
+_cut_over_replicas = contextvars.ContextVar("the rule of the mesh that is named", default=True)
 
 # Path regex → where `tensor` goes; the first match wins. Pairs such as q/k/v → out let the hidden
 # dimension stay cut between two matrix products. Linear kernels are [in, out], convolutions HWIO.
@@ -179,6 +182,20 @@ def _replicas_are_slices(mesh: Mesh) -> bool:
     return len(slices) == mesh.shape["data"] > 1
 
 
+@contextlib.contextmanager
+def naming(mesh: Mesh) -> Iterator[None]:
+    """Names `mesh` while a step is traced, with what an abstract mesh does not say of its devices.
+
+    So `summed_by_axes` and `state_sharding` go by one rule.
+    """
+    before = _cut_over_replicas.set(not _replicas_are_slices(mesh))
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield
+    finally:
+        _cut_over_replicas.reset(before)
+
+
 def for_use(params: Any, mesh: Mesh) -> Any:
     """The parameters of a training state whole on every device, for the sampler.
 
@@ -225,10 +242,13 @@ def summed_by_axes(grads: Any) -> Any:
     """Gradients cut as the parameters of a training state: over fsdp and tensor, then over data.
 
     libtpu has no scatter for 16 chips at once: there it sums everything on every chip. For 4 and
-    then 4 it has (docs/performance.md). For the named mesh; not where replicas are slices.
+    then 4 it has (docs/performance.md). For the mesh of `naming`; where replicas are slices, which
+    hold all that fsdp gives them, they stay as they are.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or min(mesh.shape[axis] for axis in BATCH_AXES) == 1:
+    if mesh.empty or not _cut_over_replicas.get():
+        return grads
+    if min(mesh.shape[axis] for axis in BATCH_AXES) == 1:
         return grads
     sizes = dict(mesh.shape)
 

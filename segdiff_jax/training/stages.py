@@ -87,12 +87,13 @@ def _train_vae(config: Config, workdir: str, source: Source, startup: StartUp) -
     state = _run(config, workdir, mesh, batches, step, None, params, make, None, work, startup)
     params = processes.gathered(state.ema or state.params)
     if processes.is_first():
-        vae = _with_scaling(nnx.merge(graph, params), config, source)
-        text_encoder, tokenizer = _new_text(config, source.vocabulary)
-        networks = Pretrained(
-            vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, schedule=config.diffusion
-        )
-        pretrained.save(networks, str(finished))
+        with processes.at_work("writes the VAE"):
+            vae = _with_scaling(nnx.merge(graph, params), config, source)
+            text_encoder, tokenizer = _new_text(config, source.vocabulary)
+            networks = Pretrained(
+                vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, schedule=config.diffusion
+            )
+            pretrained.save(networks, str(finished))
     processes.barrier()
 
 
@@ -104,8 +105,9 @@ def _train_diffusion(config: Config, workdir: str, source: Source, startup: Star
     if missing:
         start = _starting_point(config, workdir, startup)
         if processes.is_first():
-            parts = pretrained.load(start, ("vae", "text_encoder", "tokenizer"))
-            pretrained.save(parts._replace(schedule=config.diffusion), str(frozen_folder))
+            with processes.at_work("copies the frozen networks"):
+                parts = pretrained.load(start, ("vae", "text_encoder", "tokenizer"))
+                pretrained.save(parts._replace(schedule=config.diffusion), str(frozen_folder))
         processes.barrier()
     vae, text_encoder, tokenizer = workdirs.load_frozen(str(frozen_folder), dtype)
     entries = source.vocabulary.classes

@@ -134,8 +134,7 @@ def _update(
     state: TrainState, grads: Any, metrics: Metrics, config: Config
 ) -> tuple[TrainState, Metrics]:
     optimizer = make_optimizer(config.optimizer)
-    if config.mesh.data != 1:  # else replicas are slices, which hold all that fsdp gives them
-        grads = sharding.summed_by_axes(grads)
+    grads = sharding.summed_by_axes(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = config.optimizer.ema_decay

@@ -6,6 +6,7 @@ are ready and the next step is already queued: the device never waits for the ho
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import signal
@@ -119,11 +120,15 @@ class Telemetry:
                 self._interval = (step, since + time.perf_counter() - started)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Writes values under their own tags, e.g. {"validation/miou_present": 0.41}."""
+        """Writes values under their own tags, e.g. {"validation/miou_present": 0.41}.
+
+        Those that are not finite are left out: the loop stops at them and says so.
+        """
         if self._events is not None:
             from tensorboardX import summary
 
-            self._events.add(step, [summary.scalar(tag, v) for tag, v in values.items()])
+            finite = {tag: v for tag, v in values.items() if math.isfinite(v)}
+            self._events.add(step, [summary.scalar(tag, v) for tag, v in finite.items()])
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
         """Writes uint8 images, [H, W, 3] or [N, H, W, 3] side by side, under the tag `name`."""

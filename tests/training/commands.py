@@ -98,9 +98,10 @@ class Started:
         return [process.wait(timeout) for process in self.processes]
 
     def output(self, number=0):
-        """What a process wrote, without the greetings of the collectives' library."""
+        """What a process wrote, but for the collectives' greetings and words about waiting."""
         lines = self.logs[number].read_text(errors="replace").splitlines(keepends=True)
-        return "".join(line for line in lines if "peer ranks" not in line)
+        mine = [line for line in lines if "peer ranks" not in line]
+        return "".join(line for line in mine if not line.startswith("waiting for "))
 
     def finished(self):
         """Waits for success."""

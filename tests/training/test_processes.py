@@ -5,6 +5,7 @@ Each start costs a dozen seconds, so runs are shared: `alone` trains 12 steps in
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,13 +15,14 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import Run, free_port
+from commands import Run, Started, free_port
 from test_telemetry import read_scalars
 
 from segdiff_jax import workdir as workdirs
 from segdiff_jax.errors import UserError
 from segdiff_jax.training import processes
 from segdiff_jax.training.checkpoint import Checkpoints
+from segdiff_jax.waiting import PROCESS
 
 
 def losses(workdir, stage="diffusion"):
@@ -233,6 +235,7 @@ def test_flags_of_single_processes_are_agreed_on(assembled):
         ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES"),
         (dict(zip(processes.VARIABLES, ["a:1", "two", "0"], strict=True)), "two"),
         (dict(zip(processes.VARIABLES, ["a", "2", "0"], strict=True)), "host:port"),
+        (dict(zip(processes.VARIABLES, ["a:1", "2", "2"], strict=True)), "the last is 1"),
     ],
 )
 def test_half_an_address_is_a_clear_error(given, named, monkeypatch):
@@ -243,6 +246,73 @@ def test_half_an_address_is_a_clear_error(given, named, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     with pytest.raises(UserError, match=named):
         processes.join()
+
+
+LATE = """
+    import os, sys, time
+    from segdiff_jax import cli, waiting
+    from segdiff_jax.training import processes
+    waiting.FIRST_WORD, waiting.NEXT_WORD = 1.0, 1.0
+
+    def main(argv):
+        processes.join()
+        me = processes.index()
+        with processes.together():
+            processes.barrier()
+            if me == 1:
+                with processes.at_work("sleeps well"):
+                    time.sleep(6)
+            processes.barrier()
+            print("together", flush=True)
+            time.sleep(600 * me)
+            processes.barrier()
+
+    cli.run(main)
+"""
+
+
+def test_a_process_that_does_not_come_is_named_and_ends_all(tmp_path, monkeypatch):
+    monkeypatch.setenv(PROCESS, "3")
+    with Started(["-c", textwrap.dedent(LATE)], tmp_path / "log", 2, devices=2) as run:
+        assert run.wait(60) == [2, 2]
+    said = run.logs[0].read_text()
+    assert "waiting for process 1, which sleeps well for" in said  # longer than 3 s: it is at work
+    assert (
+        said.index("sleeps well") < said.index("together") < said.index("waiting for process 1 f")
+    )
+    last = "process 1: no answer for 3 s: see what it does and its log, or allow more with"
+    assert said.splitlines()[-1] == f"error: {last} {PROCESS}=SECONDS"
+    assert run.output(1).splitlines()[-1] == f"error: process 0 stopped: {last} {PROCESS}=SECONDS"
+    assert "Traceback" not in said + run.output(1)
+
+
+PREDICT = """
+    from segdiff_jax import cli, predict, waiting
+    waiting.FIRST_WORD, waiting.NEXT_WORD = 0.5, 1.0
+    cli.run(predict.main)
+"""
+
+
+def test_a_command_whose_peers_never_start_ends_in_one_line(tmp_path):
+    """Process 0 of two; and 1 of three, of which none is there."""
+    started = []
+    for number, size in ((0, 2), (1, 3)):
+        port = free_port()
+        environment = {
+            **{"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(size)},
+            **{"JAX_PROCESS_ID": str(number), "JAX_PLATFORMS": "cpu", PROCESS: "2"},
+        }
+        places = [f"--{name}={tmp_path / name}" for name in ("checkpoint", "images", "output")]
+        command = [sys.executable, "-c", textwrap.dedent(PREDICT), *places, "--classes=sky; road"]
+        environment = os.environ | environment
+        process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment)
+        started.append((process, f"process 0, which cannot be reached at 127.0.0.1:{port}"))
+    for (process, _), whom in zip(started, ("process 1", started[1][1]), strict=True):
+        out, error = process.communicate(timeout=120)
+        assert process.returncode == 2 and not out, error
+        *said, last = error.splitlines()
+        assert last.startswith(f"error: {whom}: no answer for 2 s: start the same command in every")
+        assert said and all(line.startswith(f"waiting for {whom} for") for line in said)
 
 
 def test_alone_everything_is_agreed_at_once():

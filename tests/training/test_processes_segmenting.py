@@ -59,21 +59,58 @@ def test_two_processes_predict_the_same_bytes_as_one(trained, photos, tmp_path):
     assert len(np.unique(labels)) > 1, "a constant mask would pass"
 
 
+# `python -m segdiff_jax.evaluate`, which tells of each image that it reads and enlarges.
+TELLING = """
+    import sys
+    from segdiff_jax import cli, evaluate
+    from segdiff_jax.data import sources
+    from segdiff_jax.segmenter import Segmenter
+
+    open_source, segmentation = sources.open_source, Segmenter.segmentation
+
+    class Telling:
+        def __init__(self, source):
+            self.source = source
+        def __len__(self):
+            return len(self.source)
+        def __getattr__(self, name):
+            return getattr(self.source, name)
+        def __getitem__(self, index):
+            print("reads", index, flush=True)
+            return self.source[index]
+
+    def enlarges(*arguments, **options):
+        print("scores", flush=True)
+        return segmentation(*arguments, **options)
+
+    sources.open_source = lambda *arguments: Telling(open_source(*arguments))
+    Segmenter.segmentation = enlarges
+    cli.run(evaluate.main)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ceiling", [False, True])
-def test_two_processes_evaluate_as_one(trained, tmp_path, ceiling):
-    found = []
+def test_two_processes_share_an_evaluation_and_score_as_one(trained, tmp_path, ceiling):
+    found, told = [], []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        arguments = ["--checkpoint", trained, "--output", str(folder / "o"), "--limit", "3"]
+        arguments = ["--checkpoint", trained, "--output", str(folder / "o"), "--rows", "1"]
         arguments += ["--config.sampler.ensemble=2", *(["--ceiling"] if ceiling else [])]
-        with Started(["-m", "segdiff_jax.evaluate", *arguments], folder / "log", processes) as run:
+        script = ["-c", textwrap.dedent(TELLING), *arguments]
+        with Started(script, folder / "log", processes) as run:
             run.finished()
+        told += [run.output(number).splitlines() for number in range(processes)]
         found.append(json.loads((folder / "o/metrics.json").read_text()))
-    assert run.output(1) == ""
-    assert found[0] == found[1] and found[0]["images"] == 3
+    reads = [[line for line in lines if line.startswith("reads")] for lines in told]
+    assert reads[0] == [f"reads {i}" for i in range(4)]
+    assert reads[1:] == [["reads 0", "reads 2"], ["reads 1", "reads 3"]]
+    assert [lines.count("scores") for lines in told] == [4, 2, 2]
+    assert [line for line in told[2] if line.split()[0] not in ("reads", "scores")] == []
+    assert found[0] == found[1] and found[0]["images"] == 4
     assert 0 < found[0]["pixel_accuracy"] < 1
+    assert (tmp_path / "2/o/examples.png").exists()
 
 
 @pytest.mark.slow

@@ -156,8 +156,11 @@ TWO_SLICES = """
     import json
     import numpy as np
     from jax.experimental import topologies
-    from segdiff_jax.config import MeshConfig
+    from segdiff_jax.config import Config, MeshConfig, ModelConfig
     from segdiff_jax.errors import UserError
+    from segdiff_jax.models import presets
+    from segdiff_jax.roofline.steps import train_step
+    from segdiff_jax.training import sharding
     from segdiff_jax.training.sharding import make_mesh, state_sharding
 
     found = topologies.get_topology_desc(
@@ -180,6 +183,17 @@ TWO_SLICES = """
     mesh = make_mesh(MeshConfig(data=2, fsdp=-1), awkward)
     slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
     meshes["awkward"] = [dict(mesh.shape), slices.tolist()]
+    sharding.SMALLEST_SPREAD = 0  # the arrays here are small
+    presets.PRESETS["micro"] = presets._small((32,), (4, 8), 32)
+    programs = {}
+    for name, sizes in {"1": (1, 4), "-1": (-1, 4), "within": (2, 2)}.items():
+        config = Config(mesh=MeshConfig(*sizes), model=ModelConfig(preset="micro"))
+        config.data.image_size = (16, 16)
+        mesh = make_mesh(config.mesh, found)
+        step = train_step(config, mesh)
+        programs[name] = step.function.lower(*step.arguments).as_text()
+        meshes[f"step {name}"] = [dict(mesh.shape), programs[name].count("sharding_constraint")]
+    meshes["same"] = programs["1"] == programs["-1"]
     try:
         make_mesh(MeshConfig(dcn_data=3), found)
     except UserError as error:
@@ -218,6 +232,10 @@ def test_slices_are_told_apart_from_the_devices_within_them():
     shape, slices = meshes["awkward"]
     assert shape == {"data": 4, "fsdp": 8, "tensor": 1}
     assert np.squeeze(slices).tolist() == [[0] * 8] * 2 + [[1] * 8] * 2
+    # A slice to each replica, however that is written: gradients stay within it as the state does.
+    assert meshes["step 1"] == meshes["step -1"] and meshes["same"]
+    assert meshes["step 1"][0] == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert meshes["step 1"][1] < meshes["step within"][1]
     assert "config.mesh.dcn_data" in meshes["error"] and "there are 2" in meshes["error"]
 
 
