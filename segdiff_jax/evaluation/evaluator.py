@@ -1,6 +1,7 @@
 """A model against a labelled dataset: predictions at native resolution, one confusion matrix."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,8 +10,8 @@ import numpy as np
 
 from segdiff_jax import codec
 from segdiff_jax.config import SamplerConfig
-from segdiff_jax.data import transforms
-from segdiff_jax.data.sources import Source
+from segdiff_jax.data import label_summary, transforms
+from segdiff_jax.data.sources import Source, count_ids
 from segdiff_jax.evaluation import metrics, reconstruction
 from segdiff_jax.progress import Progress
 from segdiff_jax.segmenter import Segmenter, to_gray
@@ -76,6 +77,7 @@ def evaluate(
     shown = set(_spread(min(examples, total), total))
     size = min(total, _images_per_call(segmenter, len(classes), sampler))
     matrix = np.zeros((len(classes), len(classes) + 1), np.int64)
+    ids: Counter[int] = Counter()  # of the mask files: pixels
     kept: list[Example] = []
     photos: list[reconstruction.Sums] = []
     if progress:
@@ -94,6 +96,7 @@ def evaluate(
             native = record["labels"].shape
             found = segmenter.segmentation(gray[i], spread_i, classes, native, 0.0, closed=True)
             matrix += metrics.confusion(record["labels"], found.labels, len(classes))
+            ids.update(record.get("ids") or count_ids(record["labels"]))
             if start + i in shown:
                 kept.append(
                     Example(
@@ -107,6 +110,7 @@ def evaluate(
         if progress:
             progress(start + len(records), total)
     summary = _summary(matrix, segmenter, source, sampler, total, seed, ceiling)
+    summary["labels"] = label_summary.figures(source, ids, total)
     return Result(matrix, summary | (reconstruction.summarize(photos) if photos else {}), kept)
 
 
