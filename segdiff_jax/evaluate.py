@@ -87,9 +87,10 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
     processes.check_same("images", [len(source), list(source.vocabulary.names)])
     if first:
         files.check_writable(args.output)
-        label_summary.report(source, config.data, split)
     unet, vae, text_encoder, tokenizer, _ = workdir.load_networks(args.checkpoint)
     _check_image_size(config, vae.config.downsampling)
+    if first:
+        label_summary.report(source, config.data, split)
     result = evaluate(
         Segmenter(unet, vae, text_encoder, tokenizer, config),
         source,

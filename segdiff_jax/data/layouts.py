@@ -262,9 +262,12 @@ def cityscapes(config: DataConfig, split: str) -> Layout:
     masks = root / "gtFine" / split
     for place in (images, masks):
         if not place.is_dir():
+            beside = place.parent.iterdir() if place.parent.is_dir() else ()
+            splits = sorted(path.name for path in beside if path.is_dir())
+            found = f"; found {', '.join(splits)}" if splits else nearby(root, "cityscapes")
             raise UserError(
-                f"{place}: {missing(place, 'folder')}, check config.data.root and the split's name"
-                f"{nearby(root, 'cityscapes')}"
+                f"{place}: {missing(place, 'folder')}, "
+                f"check config.data.root and the split's name{found}"
             )
     vocabulary = vocabularies.load(config.vocabulary or "cityscapes_19")
     count = _count(images, "_leftImg8bit")

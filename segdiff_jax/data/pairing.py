@@ -7,11 +7,12 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import PurePosixPath
 from typing import NoReturn
 
+import fsspec
 from etils import epath
 
 from segdiff_jax.data.images import missing
 from segdiff_jax.errors import UserError
-from segdiff_jax.files import is_remote
+from segdiff_jax.files import is_remote, reading
 
 IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".bmp", ".webp"),
@@ -114,7 +115,10 @@ def is_image(name: str) -> bool:
 def listing(folder: epath.Path) -> Iterator[str]:
     """Files below `folder`, as paths below it. Hidden files and folders are not listed."""
     if is_remote(folder):
-        yield from _listing_of_store(folder, "")
+        with reading(folder):  # one question, not one for each folder
+            store, top = fsspec.core.url_to_fs(os.fspath(folder))
+            names = [path[len(top.rstrip("/")) + 1 :] for path in store.find(top)]
+        yield from (name for name in names if not any(map(_hidden, name.split("/"))))
         return
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -127,17 +131,6 @@ def listing(folder: epath.Path) -> Iterator[str]:
         for name in names:
             if not _hidden(name):
                 yield name if below == "." else os.path.join(below, name)
-
-
-def _listing_of_store(folder: epath.Path, below: str) -> Iterator[str]:
-    for path in folder.iterdir():
-        if _hidden(path.name) or path == folder:
-            continue
-        # Each question to a store takes its time: what is named like a file is one.
-        if not path.suffix and path.is_dir():
-            yield from _listing_of_store(path, f"{below}{path.name}/")
-        else:
-            yield f"{below}{path.name}"
 
 
 def _hidden(name: str) -> bool:

@@ -8,19 +8,11 @@ from etils import epath
 
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data import images, layouts, scenes
-from segdiff_jax.data.layouts import (
-    IGNORE,
-    OUTSIDE,
-    Layout,
-    coco_stuff_lookup,
-    shifted_lookup,
-)
+from segdiff_jax.data.layouts import IGNORE, OUTSIDE, Layout
 from segdiff_jax.data.memory import Memory
-from segdiff_jax.data.pairing import IMAGE_EXTENSIONS
+from segdiff_jax.data.pairing import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
 from segdiff_jax.data.vocabulary import Vocabulary
 from segdiff_jax.errors import UserError
-
-__all__ = ["IGNORE", "IMAGE_EXTENSIONS", "coco_stuff_lookup", "shifted_lookup"]
 
 
 class Source(Protocol):
@@ -205,7 +197,7 @@ def _id_mend(ids: list[int], bad: list[int], lookup: np.ndarray) -> str:
         return f"to ignore it set config.data.ignore_ids={value}"
     if bad == [int(classes[-1]) + 1] and classes[0] == 0:
         return "if the first class has the id 1 in the masks, set config.data.first_id=1"
-    if len(ids) <= len(classes) and ids[-1] > classes[-1]:
+    if len(ids) == len(classes) and ids[-1] > classes[-1]:
         return (
             "if each class has a value of its own in the masks, list them in order: "
             f"--config.data.mask_values={','.join(map(str, ids))} --config.data.ignore_ids=()"

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from etils import epath
 
 from segdiff_jax import runtime
 from segdiff_jax.config import Config
+from segdiff_jax.data.pipeline import TrainBatches
 from segdiff_jax.errors import UserError
 from segdiff_jax.training import processes, sharding
 from segdiff_jax.training.checkpoint import Checkpoints
@@ -55,7 +56,7 @@ def run(
     step: StepFunction,
     state: TrainState,
     frozen: Frozen | None,
-    batches: Iterator[dict[str, np.ndarray]],
+    batches: TrainBatches,
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpoints,
     metadata: dict[str, Any],
@@ -99,7 +100,7 @@ def run(
         GracefulStop() as stop,
         contextlib.closing(telemetry),
         contextlib.closing(profile),
-        contextlib.closing(batches) if hasattr(batches, "close") else contextlib.nullcontext(),
+        contextlib.closing(batches),
     ):
         for done in range(first + 1, config.train.steps + 1):
             with throughput.waiting():

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 _SCALING_EXAMPLES = 64
 
 # (first example, rows that this process feeds) -> batches from there on
-Batches = Callable[[int, list[int]], Iterator[dict[str, np.ndarray]]]
+Batches = Callable[[int, list[int]], pipeline.TrainBatches]
 
 
 def train(
@@ -267,7 +267,7 @@ def _with_scaling(vae: VAE, config: Config, source: Source) -> VAE:
 def _batches(config: Config, source: Source, cached: tuple[VAE, str] | None = None) -> Batches:
     """A function that starts the batches; `cached`: the VAE and workdir of a latent cache."""
 
-    def start(example: int, rows: list[int]) -> Iterator[dict[str, np.ndarray]]:
+    def start(example: int, rows: list[int]) -> pipeline.TrainBatches:
         if cached is None:
             return pipeline.train_batches(source, config, config.seed, example, rows)
         folder = str(epath.Path(cached[1]) / workdirs.LATENTS)

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from segdiff_jax.config import DataConfig
-from segdiff_jax.data import sources, vocabulary
+from segdiff_jax.data import layouts, vocabulary
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.sources import open_source
 from segdiff_jax.errors import UserError
@@ -180,7 +180,7 @@ COCO_RAW = {
 
 
 def test_coco_stuff_mapping_matches_the_published_names():
-    lookup, vocab = sources.coco_stuff_lookup(), vocabulary.load("coco_stuff_171")
+    lookup, vocab = layouts.coco_stuff_lookup(), vocabulary.load("coco_stuff_171")
     assert (lookup[:182] >= 0).sum() == len(vocab) == 182 - 11
     mapped = lookup[:182][lookup[:182] >= 0]
     assert mapped.tolist() == list(range(171))
@@ -196,7 +196,7 @@ def test_coco_stuff_trees(tmp_path, layout):
         "downloaded": ("{}", "stuffthingmaps_trainval2017/{}"),
     }[layout]
     raw = np.array([[0, 12, 91], [181, 255, 26]])
-    expected = sources.coco_stuff_lookup()[raw]
+    expected = layouts.coco_stuff_lookup()[raw]
     for part in ("train2017", "val2017"):
         write(tmp_path / images.format(part) / "000000000009.jpg", photo(3, (2, 3)))
         folder_of_masks = tmp_path / masks.format(part)
@@ -461,4 +461,5 @@ def test_cityscapes_tree(tmp_path, inside):
     assert open_source(config, "val", 0)[0]["labels"][0].tolist() == labels
     config.vocabulary = "camvid_11"
     check_error(config, ["11 classes", "have 19", "config.data.vocabulary"])
-    check_error(DataConfig(source="cityscapes", root=str(tmp_path)), ["test"], split="test")
+    config.vocabulary = ""
+    check_error(config, ["leftImg8bit/test: no such folder", "found train, val"], split="test")
