@@ -268,7 +268,7 @@ def _check_type(value: Any, kind: Any) -> None:
             raise TypeError
         if inner[-1] is Ellipsis:
             inner = inner[:1] * len(value)
-        if len(inner) != len(value) or not value:
+        if len(inner) != len(value) or (not value and kind == tuple[str, ...]):
             raise TypeError
         for item, item_kind in zip(value, inner, strict=True):
             _check_type(item, item_kind)

@@ -20,7 +20,7 @@ OPTIMIZERS = ("adamw", "muon")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 PREDICTIONS = ("v_prediction", "epsilon", "sample")
 SPACINGS = ("trailing", "leading", "linspace")
-SOURCES = ("scenes", "folder", "ade20k", "coco_stuff", "tfds")
+SOURCES = ("scenes", "folder", "ade20k", "coco_stuff", "pascal_voc", "cityscapes", "tfds")
 
 
 def number(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
@@ -66,6 +66,15 @@ class DataConfig:
     train_split: str = "train"
     val_split: str = "val"
     vocabulary: str = ""  # packaged name ("ade20k_150") or a classes.txt; "" = root/classes.txt
+    first_id: int = number(0, 0, 65535)  # folder: the first class's id in the masks; below: ignored
+    mask_values: tuple[int, ...] = number(
+        (), 0, 65535
+    )  # folder: each class's id in the masks, in order; () = first_id, first_id + 1, ...
+    ignore_ids: tuple[int, ...] = number((255,), 0, 65535)  # folder: ids in the masks to ignore
+    mask_suffix: str = ""  # folder: "_mask" pairs a.jpg with a_mask.png
+    exif: str = choice("apply", ("apply", "ignore"))  # turn photos and masks as their tags say
+    max_value: int = number(0, 0, 65535)  # white in 16-bit gray photos; 0 = by each photo's range
+    max_pixels: int = number(89_478_485, 1)  # larger images are not read
     image_size: tuple[int, int] = number((96, 128), 8, 16384)  # (height, width) the networks see
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
@@ -265,6 +274,13 @@ def _impossible_combinations(c: Config) -> None:
         raise UserError(
             f"config.data.root is empty: source {c.data.source!r} needs --config.data.root=FOLDER"
         )
+    plain = DataConfig()
+    for name in ("first_id", "mask_values", "ignore_ids", "mask_suffix"):
+        if c.data.source != "folder" and getattr(c.data, name) != getattr(plain, name):
+            raise UserError(
+                f"config.data.{name}: source {c.data.source!r} has ids and names of its own: "
+                "use it with config.data.source=folder, or leave it out"
+            )
     if c.stage == "diffusion" and not c.init_from and c.vae.steps < 1:
         raise UserError(
             "config.init_from is empty and config.vae.steps is 0: "

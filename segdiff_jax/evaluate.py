@@ -67,6 +67,7 @@ def main(argv: list[str]) -> None:
 def _evaluate(args: argparse.Namespace, config: Config) -> None:
     """Every process evaluates, the first one writes."""
     from segdiff_jax import files, workdir
+    from segdiff_jax.data import label_summary
     from segdiff_jax.data.sources import open_source
     from segdiff_jax.evaluation.evaluator import evaluate
     from segdiff_jax.progress import reporter
@@ -88,6 +89,8 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
         files.check_writable(args.output)
     unet, vae, text_encoder, tokenizer, _ = workdir.load_networks(args.checkpoint)
     _check_image_size(config, vae.config.downsampling)
+    if first:
+        label_summary.report(source, config.data, split)
     result = evaluate(
         Segmenter(unet, vae, text_encoder, tokenizer, config),
         source,

@@ -1,8 +1,11 @@
 """Segments photos: `python -m segdiff_jax.predict --checkpoint W --images a.jpg --output O …`."""
 
 import argparse
+import functools
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from segdiff_jax import cli, files
@@ -48,8 +51,12 @@ def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> Non
 
     classes = requests.parse_classes(args.classes)
     results.check_names(paths, args.output)
-    settings = _settings(args, workdir.read_config(args.checkpoint), classes)
-    _check_images(paths, reporter("check", enabled=first))
+    config = workdir.read_config(args.checkpoint)
+    settings = _settings(args, config, classes)
+    read = functools.partial(
+        images.read_photo, max_pixels=config.data.max_pixels, max_value=config.data.max_value
+    )
+    _check_images(paths, read, reporter("check", enabled=first))
     if first:
         files.check_writable(args.output)
     segmenter = Segmenter.load(args.checkpoint)
@@ -58,7 +65,7 @@ def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> Non
     progress = reporter("predict", enabled=first)
     progress(0, len(paths))
     for done, path in enumerate(paths, 1):
-        photo = images.read_image(path)
+        photo = read(path).pixels
         found = segmenter(photo, classes.classes, **settings)
         if first:
             with processes.at_work("writes its results"):
@@ -131,11 +138,17 @@ def _share(text: str) -> float:
     return value
 
 
-def _check_images(paths: Sequence[str], progress: Progress) -> None:
+def _check_images(
+    paths: Sequence[str], read: Callable[[str], images.Photo], progress: Progress
+) -> None:
     """Decodes every image once: a broken one is found before anything is loaded or written."""
+    guessed: Counter[int] = Counter()
     for done, path in enumerate(paths, 1):
-        images.read_image(path)
+        guessed[read(path).guessed_max] += 1
         progress(done, len(paths))
+    del guessed[0]  # nothing to guess
+    if guessed:
+        logging.warning("%s", images.guessed_range(guessed, len(paths)))
 
 
 def _settings(args: argparse.Namespace, config: Config, classes: Vocabulary) -> dict[str, Any]:

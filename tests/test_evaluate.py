@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segdiff_jax import cli, evaluate, workdir
+from segdiff_jax import cli, evaluate, train, workdir
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -46,7 +46,7 @@ def files(tmp_path, data, tiny_networks, tiny_config, monkeypatch):
     monkeypatch.setattr(
         workdir, "load_networks", lambda path: (*tiny_networks, workdir.read_config(path))
     )
-    monkeypatch.setattr("segdiff_jax.runtime.start", lambda: None)
+    monkeypatch.setattr("segdiff_jax.runtime.start", lambda *_: None)
     return tmp_path
 
 
@@ -183,3 +183,88 @@ def test_help_explains_every_flag(capsys):
     text = capsys.readouterr().out
     assert caught.value.code == 0
     assert "--ceiling" in text and "sampler.ensemble" in text
+
+
+def _masks(files, values, names="sky\nbuilding\nroad\n"):
+    """Three masks of 20×28, of these (id, share) in stripes."""
+    (files / "data" / "classes.txt").write_text(names)
+    for i in range(3):
+        mask = np.concatenate([np.full((20, width), value) for value, width in values], axis=1)
+        Image.fromarray(mask.astype(np.uint8)).save(files / "data" / "val" / "masks" / f"p{i}.png")
+
+
+def _labels(files):
+    return json.loads((files / "o" / "metrics.json").read_text())["labels"]
+
+
+def test_labels_are_summed_up_before_and_exactly_after(files, capsys):
+    _masks(files, [(0, 7), (2, 14), (255, 7)], "background\nroad\nsky\nsea\n")
+    code, output = _run(files, capsys, "--limit", "2")
+    assert code == 0, output.err
+    line = "labels of 'val': 3 of 3 pairs seen, ids 0, 2, 255, 25.0% ignored, no pair shows 'road'"
+    assert line in output.err
+    assert _labels(files) == {
+        "pairs": 2,
+        "ids": [0, 2, 255],
+        "absent_classes": ["road", "sea"],
+        "share_ignored": 0.25,
+    }
+
+
+def test_masks_of_0_and_255_only_are_named_with_the_mend(files, capsys):
+    _masks(files, [(0, 20), (255, 8)], "background\ncrack\n")
+    code, output = _run(files, capsys, "--ceiling")
+    assert code == 0 and "hold only 0 and 255" in output.err and "'crack'" in output.err
+    assert _labels(files)["absent_classes"] == ["crack"]
+    flags = ("--config.data.mask_values=0,255", "--config.data.ignore_ids=()")
+    assert all(flag in output.err for flag in flags), "the mend, as it is to be typed"
+    code, output = _run(files, capsys, "--ceiling", *flags)
+    assert code == 0 and "hold only" not in output.err and "all classes occur" in output.err
+    assert _labels(files)["absent_classes"] == [] and _labels(files)["share_ignored"] == 0
+
+
+def test_background_without_a_class_is_named(files, capsys):
+    """Masks of VOC, 0 for background, with a list that begins with the first object."""
+    _masks(files, [(0, 20), (1, 4), (2, 4)])
+    code, output = _run(files, capsys, "--ceiling")
+    assert code == 0 and "the commonest id is 0, which is 'sky'" in output.err
+    assert "config.data.first_id=1" in output.err
+    _masks(files, [(0, 20), (1, 4), (3, 4)])
+    code, output = _run(files, capsys, "--ceiling", "--config.data.first_id=1")
+    assert code == 0 and "commonest" not in output.err
+    assert _labels(files)["ids"] == [0, 1, 3]
+    assert _labels(files)["share_ignored"] == pytest.approx(20 / 28)
+    for names in ("Void\nbuilding\nroad\n", "no road\nroad\nsky\n", "other_things\na\nb\n"):
+        _masks(files, [(0, 20), (1, 4), (2, 4)], names)
+        assert "commonest" not in _run(files, capsys, "--ceiling")[1].err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "train"])
+def test_nothing_but_ignore_is_an_error(files, capsys, command):
+    _masks(files, [(255, 28)])
+    if command == "evaluate":
+        code, output = _run(files, capsys)
+    else:
+        flags = ["--config", str(files / "config.py"), "--config.data.train_split=val"]
+        with pytest.raises(SystemExit) as caught:
+            cli.run(train.main, [*flags, "--workdir", str(files / "t")])
+        code, output = caught.value.code, capsys.readouterr()
+    assert code == 2 and "every labelled pixel of split 'val' is ignored (ids 255)" in output.err
+    assert output.err.count("error:") == 1 and "Traceback" not in output.err
+
+
+def test_doubtful_photos_are_counted_in_one_line(files, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    images = files / "data" / "val" / "images"
+    for i in range(2):
+        Image.open(images / f"p{i}.png").save(images / f"p{i}.png", exif=exif)
+    Image.fromarray(np.full((20, 28), 4000, np.uint16)).save(images / "p2.png")
+    code, output = _run(files, capsys, "--ceiling")
+    assert code == 0
+    assert "2 of 3 photos are turned by an EXIF tag" in output.err
+    assert "config.data.exif=ignore" in output.err
+    assert "1 of 3 photos have 16-bit files" in output.err and "max_value=4095" in output.err
+    flags = ("--config.data.exif=ignore", "--config.data.max_value=4095")
+    output = _run(files, capsys, "--ceiling", *flags)[1]
+    assert "EXIF" not in output.err and "16-bit" not in output.err

@@ -228,3 +228,17 @@ def test_help_explains_every_flag(capsys):
     text = capsys.readouterr().out
     for flag in ("--images", "--classes", "--steps", "--ensemble", "--seed", "--threshold"):
         assert flag in text
+
+
+def test_a_guessed_range_of_photos_is_said_once(place, capsys, tiny_config):
+    for name in ("dim", "bright"):
+        values = np.full((16, 16), 300 if name == "dim" else 4000, np.uint16)
+        Image.fromarray(values).save(place / "in" / f"{name}.png")
+    code, output = _run(place, capsys)
+    assert code == 0 and output.err.count("2 of 4 photos have 16-bit files") == 1
+    assert "range 0…1023 and 0…4095" in output.err and "config.data.max_value=4095" in output.err
+    config = tiny_config()
+    config.data.max_value = 4095
+    workdir.write_config(str(place / "w"), config)
+    code, output = _run(place, capsys)
+    assert code == 0 and "16-bit" not in output.err

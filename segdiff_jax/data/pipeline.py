@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from segdiff_jax.config import Config
-from segdiff_jax.data import transforms
+from segdiff_jax.data import chance, transforms
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.sources import Source
 from segdiff_jax.errors import UserError
@@ -89,7 +89,8 @@ def batches(
             num_workers=config.data.workers, per_worker_buffer_size=2
         )
         iterable = iterable.mp_prefetch(workers)
-    return TrainBatches(iter(iterable), len(records), config.data.max_unreadable)
+    shared = config.data.workers > 0
+    return TrainBatches(iter(iterable), len(records), config.data.max_unreadable, shared)
 
 
 class TrainBatches:
@@ -100,8 +101,15 @@ class TrainBatches:
     met: with several processes each counts its own.
     """
 
-    def __init__(self, batches: Iterator[dict[str, Any]], length: int, max_unreadable: float):
+    def __init__(
+        self,
+        batches: Iterator[dict[str, Any]],
+        length: int,
+        max_unreadable: float,
+        shared: bool = False,
+    ):
         self.unreadable: dict[int, str] = {}
+        self._shared = shared  # whether the arrays lie in memory shared with worker processes
         self._batches = batches
         self._length = length
         self._max_unreadable = max_unreadable
@@ -113,6 +121,13 @@ class TrainBatches:
     def __iter__(self) -> "TrainBatches":
         return self
 
+    def close(self) -> None:
+        """Ends the worker processes. There are no batches after it."""
+        close = getattr(self._batches, "close", None)
+        if close is not None:
+            close()
+        self._batches = iter(())  # Grain's own, freed while Python ends, would fail noisily
+
     def __next__(self) -> dict[str, np.ndarray]:
         batch = next(self._batches)
         for record, message in batch.pop("unreadable"):
@@ -121,6 +136,10 @@ class TrainBatches:
                 logging.warning("skipped: %s", message)
         if self.unreadable_count > self._max_unreadable * self._length:
             raise too_many_unreadable(self.unreadable, self._length, self._max_unreadable)
+        if self._shared:
+            # What workers send lies in shared memory, which is freed with the array: JAX may hold
+            # on to that until the process ends, too late.
+            batch = {name: np.array(values) for name, values in batch.items()}
         return batch
 
 
@@ -197,7 +216,7 @@ class Draws:
 
     def generator(self, index: int) -> np.random.Generator:
         """The source of all that is random in example `index`: first augmentation, then classes."""
-        return np.random.default_rng((self.seed, index))
+        return chance.generator(self.seed, "example", index)
 
     def view(self, rng: np.random.Generator) -> int:
         """Which of the `views` fixed views an example shows."""
@@ -205,7 +224,7 @@ class Draws:
 
     def view_generator(self, record: int, view: int) -> np.random.Generator:
         """The source of the augmentation of a fixed view."""
-        return np.random.default_rng((self.seed, record, view))
+        return chance.generator(self.seed, "view", record, view)
 
     def class_ids(self, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """int32 [G]: the classes to ask of `labels`, as `draw_classes` takes them."""

@@ -8,7 +8,6 @@ function of (seed, split, index).
 
 import io
 import itertools
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from PIL import Image
 
 from segdiff_jax import cli
 from segdiff_jax.config import ScenesConfig
+from segdiff_jax.data import chance
 from segdiff_jax.data.memory import Memory
 from segdiff_jax.data.vocabulary import ClassEntry, Vocabulary
 from segdiff_jax.files import write_bytes, write_text
@@ -96,7 +96,7 @@ class ScenesSource:
         return {"image": image, "labels": labels, "name": f"{self.split}_{index:06d}"}
 
     def _rng(self, stream: int, index: int) -> np.random.Generator:
-        return np.random.default_rng((self.seed, zlib.crc32(self.split.encode()), stream, index))
+        return chance.generator(self.seed, self.split, stream, index)
 
     def _classes(self, rng: np.random.Generator, index: int) -> list[int]:
         # Two colours a scene, so that colour alone does not tell its shapes apart. Their phrases

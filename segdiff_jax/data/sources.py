@@ -1,30 +1,25 @@
 """Datasets as random-access, picklable sequences of image/label pairs."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from etils import epath
 
 from segdiff_jax.config import DataConfig
-from segdiff_jax.data import images, scenes
-from segdiff_jax.data import vocabulary as vocabularies
+from segdiff_jax.data import images, layouts, scenes
+from segdiff_jax.data.layouts import IGNORE, OUTSIDE, Layout
 from segdiff_jax.data.memory import Memory
+from segdiff_jax.data.pairing import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
 from segdiff_jax.data.vocabulary import Vocabulary
 from segdiff_jax.errors import UserError
 
-IGNORE = 255
-_OUTSIDE = -1  # marks ids that are no class in a lookup table
-IMAGE_EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".bmp", ".webp"),
-    *(".tif", ".tiff", ".gif", ".ppm", ".pgm"),
-)
-# Of the 182 ids of COCO-Stuff's own PNGs (0-based), those that COCO never annotated.
-_COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
-
 
 class Source(Protocol):
-    """source[i] = {"image": uint8 [H, W, 3], "labels": uint8 [H, W] (255: ignore), "name": str}."""
+    """source[i] = {"image": uint8 [H, W, 3], "labels": uint8 [H, W] (255: ignore), "name": str}.
+
+    Sources of files add "ids": {id in the mask file: pixels}.
+    """
 
     vocabulary: Vocabulary
     novel: tuple[int, ...]  # ids that training never shows
@@ -43,40 +38,53 @@ def open_source(config: DataConfig, split: str, seed: int) -> Source:
         train = split == config.train_split
         keep = config.cache_images
         return scenes.ScenesSource(config.scenes, config.image_size, train, seed, keep)
-    readers: dict[str, Callable[[DataConfig, str], Source]] = {
-        "folder": _folder,
-        "ade20k": _ade20k,
-        "coco_stuff": _coco_stuff,
-        "tfds": _tfds,
+    if config.source == "tfds":
+        from segdiff_jax.data.tfds_source import TfdsSource  # it imports this module
+
+        return TfdsSource(config.root, split)
+    readers: dict[str, Callable[[DataConfig, str], Layout]] = {
+        "folder": layouts.folder,
+        "ade20k": layouts.ade20k,
+        "coco_stuff": layouts.coco_stuff,
+        "pascal_voc": layouts.pascal_voc,
+        "cityscapes": layouts.cityscapes,
     }
     if config.source not in readers:
-        choices = ", ".join(("scenes", *readers))
+        choices = ", ".join(("scenes", *readers, "tfds"))
         raise UserError(f"config.data.source={config.source!r}: choose one of {choices}")
-    source = readers[config.source](config, split)
+    source = PairSource(readers[config.source](config, split), config)
     if not len(source):
         raise UserError(f"{config.root}: no images in split {split!r}, check config.data.root")
     return source
 
 
+class Look(NamedTuple):
+    """What a pair shows, found without decoding a photo of 8 bits."""
+
+    ids: dict[int, int]  # id in the mask file: pixels
+    turn_unsure: bool  # EXIF turns the photo, and nothing tells whether the mask wants that
+    guessed_max: int  # the range by which a photo of 16 bits is read if that is a guess, else 0
+
+
 class PairSource:
     """Image files and the label files that belong to them.
 
-    lookup: int16 [256], from the id in the file to the class id; `_OUTSIDE` is an error.
+    lookup: int16 [n], from the id in the file to the class id, see `Layout`.
     """
 
     novel: tuple[int, ...] = ()
 
-    def __init__(
-        self,
-        pairs: list[tuple[str, str]],
-        vocabulary: Vocabulary,
-        lookup: np.ndarray,
-        cache: bool,
-    ):
-        self.pairs = pairs
-        self.vocabulary = vocabulary
-        self.lookup = lookup
-        self._memory = Memory(cache)
+    def __init__(self, layout: Layout, config: DataConfig):
+        self.pairs, self.vocabulary, self.lookup = layout
+        self.config = config
+        self._memory = Memory(config.cache_images)
+        classes = np.setdiff1d(self.lookup, (IGNORE, OUTSIDE))
+        if len(classes) != len(self.vocabulary):
+            raise UserError(
+                f"{self.vocabulary.name}: {len(self.vocabulary)} classes, but the masks of "
+                f"config.data.source={config.source} have {len(classes)}: "
+                "correct config.data.vocabulary"
+            )
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -86,160 +94,112 @@ class PairSource:
             raise IndexError(index)
         return self._memory.get(index, self._read)
 
+    def look(self, index: int) -> Look:
+        """What pair `index` shows. Raises as reading it does, but finds less damage in photos."""
+        image_path, mask_path = self.pairs[index]
+        limit, exif = self.config.max_pixels, self.config.exif
+        photo = images.look_at(image_path, limit, exif=exif, max_value=self.config.max_value)
+        labels = images.read_labels(mask_path, limit, exif=exif)
+        self._check_sizes(index, photo.size, labels.shape)
+        ids = count_ids(labels)
+        self._check_ids(ids, mask_path)
+        unsure = photo.orientation in (2, 3, 4) or (
+            photo.orientation > 4 and photo.size[0] == photo.size[1]
+        )
+        if unsure and exif == "apply":
+            unsure = images.look_at(mask_path, limit).orientation == 1
+        return Look(ids, unsure and exif == "apply", photo.guessed_max)
+
     def _read(self, index: int) -> dict[str, Any]:
         image_path, mask_path = self.pairs[index]
-        image = images.read_image(image_path)
-        labels = images.read_labels(mask_path)
-        if image.shape[:2] != labels.shape:
-            raise UserError(
-                f"{mask_path}: {labels.shape[1]}x{labels.shape[0]} pixels, but its image has "
-                f"{image.shape[1]}x{image.shape[0]}: make the sizes equal"
+        limit, exif = self.config.max_pixels, self.config.exif
+        image = images.read_image(image_path, limit, exif=exif, max_value=self.config.max_value)
+        labels = images.read_labels(mask_path, limit, exif=exif)
+        self._check_sizes(index, image.shape[:2], labels.shape)
+        ids = count_ids(labels)
+        self._check_ids(ids, mask_path)
+        labels = self.lookup.astype(np.uint8)[labels]
+        name = epath.Path(image_path).stem
+        return {"image": image, "labels": labels, "name": name, "ids": ids}
+
+    def _check_sizes(self, index: int, image: tuple[int, ...], mask: tuple[int, ...]) -> None:
+        if image == mask:
+            return
+        image_path, mask_path = self.pairs[index]
+        mend = "make the sizes equal"
+        turned = images.look_at(image_path, self.config.max_pixels).orientation > 4
+        if turned and image[::-1] == mask:
+            applied = self.config.exif == "apply"
+            fits = "stored" if applied else "turned"
+            other = "ignore" if applied else "apply"
+            mend = (
+                "the photo is turned by its EXIF tag, and the mask fits its "
+                f"{fits} pixels: set config.data.exif={other}"
             )
-        labels = to_class_ids(labels, self.lookup, mask_path, self.vocabulary)
-        return {"image": image, "labels": labels, "name": epath.Path(image_path).stem}
+        raise UserError(
+            f"{mask_path}: {mask[1]}x{mask[0]} pixels, but its image has "
+            f"{image[1]}x{image[0]}: {mend}"
+        )
+
+    def _check_ids(self, ids: dict[int, int], mask_path: str) -> None:
+        folder = self.config.source == "folder"
+        check_ids(ids, self.lookup, mask_path, self.vocabulary, configurable=folder)
+
+
+def count_ids(labels: np.ndarray) -> dict[int, int]:
+    """{id: pixels} of the ids in `labels` [...], in order."""
+    if labels.min() < 0:
+        ids, pixels = np.unique(labels, return_counts=True)
+        return dict(zip(ids.tolist(), pixels.tolist(), strict=True))
+    pixels = np.bincount(labels.ravel())
+    return {int(i): int(pixels[i]) for i in np.flatnonzero(pixels)}
 
 
 def to_class_ids(
     labels: np.ndarray, lookup: np.ndarray, path: str, vocabulary: Vocabulary
 ) -> np.ndarray:
     """uint8 [H, W]: `labels` through `lookup`; `UserError` for an id that is no class."""
-    low, high = int(labels.min()), int(labels.max())
-    outside = low if low < 0 else high
-    if 0 <= low <= high <= 255:
-        present = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
-        bad = present[lookup[present] == _OUTSIDE]
-        if not bad.size:
-            return lookup.astype(np.uint8)[labels]
-        outside = int(bad[0])
+    check_ids(count_ids(labels), lookup, path, vocabulary)
+    return lookup.astype(np.uint8)[labels]
+
+
+def check_ids(
+    ids: dict[int, int],
+    lookup: np.ndarray,
+    path: str,
+    vocabulary: Vocabulary,
+    configurable: bool = False,
+) -> None:
+    """Raises `UserError` for an id that `lookup` knows nothing of.
+
+    configurable: whether the keys of a `folder` can say what it means.
+    """
+    bad = [i for i in ids if not 0 <= i < len(lookup) or lookup[i] == OUTSIDE]
+    if not bad:
+        return
+    ignored = [int(i) for i in np.flatnonzero(lookup == IGNORE)]
+    shown = ", ".join(map(str, ignored[:3])) + (", ..." if len(ignored) > 3 else "")
+    mend = _id_mend(sorted(ids), bad, lookup) if configurable else ""
     raise UserError(
-        f"{path}: id {outside} is none of the {len(vocabulary)} classes of {vocabulary.name} "
-        f"and not {IGNORE} (ignore): correct the mask or the class list"
+        f"{path}: id {bad[0]} is none of the {len(vocabulary)} classes of {vocabulary.name} "
+        f"and not ignored ({shown or 'no id is'}): "
+        f"{mend or 'correct the mask or the class list'}"
     )
 
 
-def _identity_lookup(vocabulary: Vocabulary) -> np.ndarray:
-    """int16 [256]: ids as they are, 255 is ignore."""
-    if len(vocabulary) > IGNORE:
-        raise UserError(
-            f"{vocabulary.name}: {len(vocabulary)} classes, but a label map holds at most "
-            f"{IGNORE}: shorten the class list"
+def _id_mend(ids: list[int], bad: list[int], lookup: np.ndarray) -> str:
+    """Which key would give the ids that are no class a meaning, if one is likely meant."""
+    classes = np.flatnonzero((lookup != OUTSIDE) & (lookup != IGNORE))
+    labelled = [i for i in ids if i not in (IGNORE, 65535) or i in classes]
+    if bad in ([255], [65535]) and len(labelled) > 1:
+        ignored = [int(i) for i in np.flatnonzero(lookup == IGNORE)] + bad
+        value = ",".join(map(str, ignored))
+        return f"to ignore it set config.data.ignore_ids={value}"
+    if bad == [int(classes[-1]) + 1] and classes[0] == 0:
+        return "if the first class has the id 1 in the masks, set config.data.first_id=1"
+    if len(ids) == len(classes) and ids[-1] > classes[-1]:
+        return (
+            "if each class has a value of its own in the masks, list them in order: "
+            f"--config.data.mask_values={','.join(map(str, ids))} --config.data.ignore_ids=()"
         )
-    lookup = np.full(256, _OUTSIDE, np.int16)
-    lookup[: len(vocabulary)] = np.arange(len(vocabulary))
-    lookup[IGNORE] = IGNORE
-    return lookup
-
-
-def shifted_lookup() -> np.ndarray:
-    """int16 [256]: ADE20K's ids, where 0 is *other* and classes are 1…150."""
-    lookup = np.full(256, _OUTSIDE, np.int16)
-    lookup[1:151] = np.arange(150)
-    lookup[[0, IGNORE]] = IGNORE
-    return lookup
-
-
-def coco_stuff_lookup() -> np.ndarray:
-    """int16 [256]: the 182 ids of COCO-Stuff's PNGs to the 171 classes that are annotated."""
-    lookup = np.full(256, _OUTSIDE, np.int16)
-    used = np.setdiff1d(np.arange(182), _COCO_UNUSED)
-    lookup[used] = np.arange(len(used))
-    lookup[IGNORE] = IGNORE
-    return lookup
-
-
-def _folder(config: DataConfig, split: str) -> Source:
-    root = epath.Path(config.root)
-    if not root.is_dir():
-        raise UserError(f"config.data.root={config.root}: no such folder, correct the path")
-    flat = not (root / split).is_dir() and (root / "images").is_dir()
-    base = root if flat else root / split
-    pairs = _pairs(base / "images", base / "masks")
-    vocabulary = vocabularies.load(config.vocabulary or _class_file(root))
-    return PairSource(pairs, vocabulary, _identity_lookup(vocabulary), config.cache_images)
-
-
-def _class_file(root: epath.Path) -> epath.Path:
-    path = root / "classes.txt"
-    if not path.exists():
-        raise UserError(
-            f"{path}: no such file, write one class name a line in id order "
-            "or set config.data.vocabulary"
-        )
-    return path
-
-
-def _ade20k(config: DataConfig, split: str) -> Source:
-    root = _descend(config.root, "ADEChallengeData2016")
-    part = {"train": "training", "val": "validation"}.get(split, split)
-    pairs = _pairs(root / "images" / part, root / "annotations" / part)
-    vocabulary = vocabularies.load(config.vocabulary or "ade20k_150")
-    return PairSource(pairs, vocabulary, shifted_lookup(), config.cache_images)
-
-
-def _coco_stuff(config: DataConfig, split: str) -> Source:
-    """Images in images/train2017 or train2017. Labels are either COCO-Stuff's own 182 ids
-    (stuffthingmaps) or the 171 train ids that mmsegmentation's converter writes beside them."""
-    root = _descend(config.root, "coco_stuff164k")
-    part = {"train": "train2017", "val": "val2017"}.get(split, split)
-    image_folder = _first_folder(root, (f"images/{part}", part))
-    parents = ("annotations", "stuffthingmaps", "stuffthingmaps_trainval2017")
-    mask_folder = _first_folder(root, tuple(f"{parent}/{part}" for parent in parents))
-    vocabulary = vocabularies.load(config.vocabulary or "coco_stuff_171")
-    suffix = "_labelTrainIds"
-    converted = any(path.stem.endswith(suffix) for path in mask_folder.iterdir())
-    pairs = _pairs(image_folder, mask_folder, suffix if converted else "")
-    lookup = _identity_lookup(vocabulary) if converted else coco_stuff_lookup()
-    return PairSource(pairs, vocabulary, lookup, config.cache_images)
-
-
-def _descend(root: str, name: str) -> epath.Path:
-    """`root`, or the dataset's own folder inside it."""
-    path = epath.Path(root)
-    if not path.is_dir():
-        raise UserError(f"config.data.root={root}: no such folder, correct the path")
-    return path / name if (path / name).is_dir() else path
-
-
-def _first_folder(root: epath.Path, names: Iterable[str]) -> epath.Path:
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-    raise UserError(f"{root}: no folder {' or '.join(names)}, check config.data.root")
-
-
-def _pairs(
-    image_folder: epath.Path, mask_folder: epath.Path, mask_suffix: str = ""
-) -> list[tuple[str, str]]:
-    """Images and masks of the same stem, by name. Every image must have a mask."""
-    image_files, mask_files = _by_stem(image_folder), _by_stem(mask_folder)
-    for stem, path in image_files.items():
-        if stem + mask_suffix not in mask_files:
-            raise UserError(
-                f"{path}: no mask {mask_folder / (stem + mask_suffix)}.png, "
-                "add it or remove the image"
-            )
-    return [
-        (str(path), str(mask_files[stem + mask_suffix]))
-        for stem, path in sorted(image_files.items())
-    ]
-
-
-def _by_stem(folder: epath.Path) -> dict[str, epath.Path]:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder, check config.data.root and the split's name")
-    files: dict[str, epath.Path] = {}
-    for path in folder.iterdir():
-        if path.suffix.lower() not in IMAGE_EXTENSIONS or path.name.startswith("."):
-            continue
-        if path.stem in files:
-            raise UserError(
-                f"{path}: has the same stem as {files[path.stem].name}, rename or remove one"
-            )
-        files[path.stem] = path
-    return files
-
-
-def _tfds(config: DataConfig, split: str) -> Source:
-    from segdiff_jax.data.tfds_source import TfdsSource  # it imports this module
-
-    return TfdsSource(config.root, split)
+    return ""

@@ -14,7 +14,8 @@ from etils import epath
 
 from segdiff_jax.data import vocabulary as vocabularies
 from segdiff_jax.data.images import UnreadableError
-from segdiff_jax.data.sources import IGNORE, shifted_lookup, to_class_ids
+from segdiff_jax.data.layouts import IGNORE, shifted_lookup
+from segdiff_jax.data.sources import to_class_ids
 from segdiff_jax.errors import UserError
 
 DATASET = "scene_parse150"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,8 @@ import numpy as np
 
 from segdiff_jax import codec
 from segdiff_jax.config import SamplerConfig
-from segdiff_jax.data import transforms
-from segdiff_jax.data.sources import Source
+from segdiff_jax.data import label_summary, transforms
+from segdiff_jax.data.sources import Source, count_ids
 from segdiff_jax.data.vocabulary import ClassEntry
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import metrics, reconstruction
@@ -84,6 +85,7 @@ def evaluate(
     shown = set(_spread(min(examples, total), total))
     size = min(total, _images_per_call(segmenter, len(classes), sampler))
     matrix = np.zeros((len(classes), len(classes) + 1), np.int64)
+    ids: Counter[int] = Counter()  # of the mask files: pixels
     kept: list[Example] = []
     photos: list[reconstruction.Sums] = []
     if progress:
@@ -106,12 +108,14 @@ def evaluate(
             spread_i = spread[i - start] if spread is not None and sampler.ensemble > 1 else None
             example = _scored(segmenter, gray[i - start], spread_i, classes, record)
             matrix += metrics.confusion(example.labels, example.prediction, len(classes))
+            ids.update(record.get("ids") or count_ids(record["labels"]))
             if i in shown:
                 kept.append(example)
         if progress:
             progress(numbers[-1] + 1, total)
     matrix = _summed(matrix)
     summary = _summary(matrix, segmenter, source, sampler, total, seed, ceiling)
+    summary["labels"] = label_summary.figures(source, _summed_ids(ids), total)
     if photos:
         summary |= _checked(reconstruction.summarize(photos))
     return Result(matrix, summary, kept)
@@ -137,6 +141,14 @@ def _resized(
         row[...] = resize(record[name], size)
     every = processes.stacked(rows)  # [processes, rows, ...]
     return every[owners, [owners[:i].count(owner) for i, owner in enumerate(owners)]]
+
+
+def _summed_ids(ids: Mapping[int, int]) -> dict[int, int]:
+    """{id of at most 16 bits: pixels} over all processes."""
+    pixels = np.zeros(2**16, np.int64)
+    pixels[list(ids)] = list(ids.values())
+    everywhere = _summed(pixels)
+    return {int(i): int(everywhere[i]) for i in np.flatnonzero(everywhere)}
 
 
 def _checked(figures: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from segdiff_jax.training.sharding import replicated
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 3
+_FORMAT = 4
 _PAIRS_AT_ONCE = 16  # read, encoded and written together
 _ENCODED_AT_ONCE = 8  # images in one call of the VAE, per device
 
@@ -125,6 +125,7 @@ def fingerprint(source: Source, vae: VAE, config: Config) -> dict[str, Any]:
         "format": _FORMAT,
         "vae": [digest.hexdigest(), dataclasses.asdict(vae.config), np.dtype(vae.dtype).name],
         "source": [data.source, data.root, data.train_split, data.vocabulary],
+        "reading": [data.first_id, data.mask_values, data.ignore_ids, data.exif, data.max_value],
         "scenes": dataclasses.asdict(data.scenes) if data.source == "scenes" else {},
         "seed": config.seed if seeded else None,
         "pairs": [len(source), _files(source)],

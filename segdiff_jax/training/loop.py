@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from etils import epath
 
 from segdiff_jax import runtime
 from segdiff_jax.config import Config
+from segdiff_jax.data.pipeline import TrainBatches
 from segdiff_jax.errors import UserError
 from segdiff_jax.training import processes, sharding
 from segdiff_jax.training.checkpoint import Checkpoints
@@ -56,7 +57,7 @@ def run(
     step: StepFunction,
     state: TrainState,
     frozen: Frozen | None,
-    batches: Iterator[dict[str, np.ndarray]],
+    batches: TrainBatches,
     mesh: jax.sharding.Mesh,
     checkpoints: Checkpoints,
     metadata: dict[str, Any],
@@ -66,10 +67,10 @@ def run(
 ) -> TrainState:
     """Trains `state` to config.train.steps and returns it.
 
-    `batches` starts at the state's step, with the rows that this process feeds. `metadata` goes
-    into every checkpoint; its "next_example" is the data position at the start and moves on.
-    `flops` are what the networks need for one step over all devices. The parts of `startup` end
-    with the first step, in one log line.
+    `batches` starts at the state's step, with the rows that this process feeds, and is closed at
+    the end. `metadata` goes into every checkpoint; its "next_example" is the data position at the
+    start and moves on. `flops` are what the networks need for one step over all devices. The parts
+    of `startup` end with the first step, in one log line.
 
     Raises `UserError` when the loss stops being finite (no checkpoint of such a state is written)
     and `Stopped` after a signal. All processes then do so at the same step: they see the same loss,
@@ -96,7 +97,12 @@ def run(
                 "lower config.optimizer.learning_rate, or config.optimizer.clip_norm"
             )
 
-    with GracefulStop() as stop, contextlib.closing(telemetry), contextlib.closing(profile):
+    with (
+        GracefulStop() as stop,
+        contextlib.closing(telemetry),
+        contextlib.closing(profile),
+        contextlib.closing(batches),
+    ):
         for done in range(first + 1, config.train.steps + 1):
             with throughput.waiting():
                 batch = _placed(next(batches), mesh, batch_size)

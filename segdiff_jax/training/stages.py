@@ -1,9 +1,10 @@
 """The two stages of training, from a config to a finished workdir."""
 
+import contextlib
 import dataclasses
 import logging
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from segdiff_jax import __version__, conditioning
 from segdiff_jax import workdir as workdirs
 from segdiff_jax.config import Config
-from segdiff_jax.data import latents, pipeline
+from segdiff_jax.data import label_summary, latents, pipeline
 from segdiff_jax.data.prompts import prompts
 from segdiff_jax.data.sources import Source, open_source
 from segdiff_jax.data.vocabulary import Vocabulary
@@ -41,15 +42,18 @@ log = logging.getLogger(__name__)
 _SCALING_EXAMPLES = 64
 
 # (first example, rows that this process feeds) -> batches from there on
-Batches = Callable[[int, list[int]], Iterator[dict[str, np.ndarray]]]
+Batches = Callable[[int, list[int]], pipeline.TrainBatches]
 
 
-def train(config: Config, workdir: str, startup: StartUp | None = None) -> None:
+def train(
+    config: Config, workdir: str, startup: StartUp | None = None, first_stage: bool = True
+) -> None:
     """Runs `config.stage` in `workdir`, the VAE stage before it where it is needed.
 
     Continues from the newest checkpoint in `workdir`. Every process of the run calls this, and all
     see the same `workdir`. Raises `UserError` for what a user can mend and `loop.Stopped` after a
-    signal. `startup` tells in the log what the time to the first step went to.
+    signal. `startup` tells in the log what the time to the first step went to. The first stage says
+    what the labels hold.
     """
     startup = startup or StartUp()
     if workdirs.is_workdir(workdir):
@@ -63,6 +67,8 @@ def train(config: Config, workdir: str, startup: StartUp | None = None) -> None:
             "choose a --workdir that all machines share, such as gs://..."
         )
     source = open_source(config.data, config.data.train_split, config.seed)
+    if first_stage and processes.is_first():
+        label_summary.report(source, config.data, config.data.train_split)
     startup.done("data")
     if config.stage == "vae":
         _train_vae(config, workdir, source, startup)
@@ -194,7 +200,7 @@ def _starting_point(config: Config, workdir: str, startup: StartUp) -> str:
         data=dataclasses.replace(config.data, cache_latents=False),
     )
     folder = str(epath.Path(workdir) / workdirs.VAE_STAGE)
-    train(first, folder, startup)
+    train(first, folder, startup, first_stage=False)
     return str(epath.Path(folder) / workdirs.PRETRAINED)
 
 
@@ -246,7 +252,10 @@ def _new_text(config: Config, vocabulary: Vocabulary) -> tuple[CLIPText, Any]:
 
 def _with_scaling(vae: VAE, config: Config, source: Source) -> VAE:
     """`vae` with the scaling factor that gives training latents unit variance."""
-    rows = next(pipeline.train_batches(source, config, config.seed, batch_size=_SCALING_EXAMPLES))
+    with contextlib.closing(
+        pipeline.train_batches(source, config, config.seed, batch_size=_SCALING_EXAMPLES)
+    ) as batches:
+        rows = next(batches)
     batch = {name: jnp.asarray(values) for name, values in rows.items()}
     pixels = jnp.concatenate(
         [losses.to_pixels(batch["image"]), losses.mask_images(batch["labels"], batch["class_ids"])]
@@ -260,7 +269,7 @@ def _with_scaling(vae: VAE, config: Config, source: Source) -> VAE:
 def _batches(config: Config, source: Source, cached: tuple[VAE, str] | None = None) -> Batches:
     """A function that starts the batches; `cached`: the VAE and workdir of a latent cache."""
 
-    def start(example: int, rows: list[int]) -> Iterator[dict[str, np.ndarray]]:
+    def start(example: int, rows: list[int]) -> pipeline.TrainBatches:
         if cached is None:
             return pipeline.train_batches(source, config, config.seed, example, rows)
         folder = str(epath.Path(cached[1]) / workdirs.LATENTS)

@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from segdiff_jax.data.images import UnreadableError, read_image, read_labels
+from segdiff_jax.data.images import UnreadableError, read_image, read_labels, read_photo
 from segdiff_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -52,18 +52,57 @@ def test_sixteen_bit_gray_is_scaled_not_clipped(save, name):
     assert read_image(save(values, name))[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+@pytest.mark.parametrize("white", [255, 1023, 4095, 16383])
+def test_gray_of_fewer_bits_in_sixteen_is_read_by_its_range(save, name, white):
+    """Cameras and scanners store 10, 12 or 14 bits so."""
+    path = save(np.array([[0, white // 2, white]], np.uint16), name)
+    assert np.abs(read_image(path)[0, :, 0].astype(int) - [0, 127, 255]).max() <= 1
+    assert read_photo(path).guessed_max == white
+    in_full = read_photo(path, max_value=65535)
+    assert in_full.guessed_max == 0 and in_full.pixels.max() == round(white / 257)
+
+
+def test_max_value_gives_all_photos_of_a_set_one_range(save):
+    dim, bright = (save(np.full((2, 2), v, np.uint16), f"{v}.png") for v in (800, 4000))
+    assert read_image(dim, max_value=4095).max() == round(800 / 4095 * 255)
+    assert read_image(bright, max_value=4095).max() == round(4000 / 4095 * 255)
+    with pytest.raises(UserError, match=r"a pixel of 4000, more than config\.data\.max_value=1023"):
+        read_image(bright, max_value=1023)
+    assert (read_image(save(RGB, "8bit.png"), max_value=4095) == RGB).all()
+
+
+def test_a_range_that_the_file_names_is_no_guess(tmp_path):
+    path = tmp_path / "a.pgm"
+    path.write_bytes(b"P5 2 1 4095\n" + bytes([0x03, 0x20, 0x00, 0x00]))
+    photo = read_photo(path)
+    assert photo.guessed_max == 0 and photo.pixels[0, :, 0].tolist() == [round(800 / 4095 * 255), 0]
+
+
+def test_twelve_bit_colour_is_not_read_as_black(tmp_path):
+    path = tmp_path / "dark.png"
+    path.write_bytes(_deep_png([0x0FFF, 0x0808, 0, 0x0101, 0x0404, 0x0C0C]))
+    with pytest.raises(
+        UnreadableError, match=r"dark\.png: 16-bit colour that uses 12 bits or fewer"
+    ):
+        read_image(path)
+
+
 def test_sixteen_bit_rgb_keeps_its_high_bytes(tmp_path):
-    # PIL cannot write such files, so this one is made by hand.
-    row = b"\0" + struct.pack(">6H", 0xFFFF, 0x8080, 0, 0x0101, 0x4040, 0xC0C0)
+    path = tmp_path / "deep.png"
+    path.write_bytes(_deep_png([0xFFFF, 0x8080, 0, 0x0101, 0x4040, 0xC0C0]))
+    assert read_image(path).tolist() == [[[255, 128, 0], [1, 64, 192]]]
+
+
+def _deep_png(values):
+    """Two pixels of 16-bit colour. PIL cannot write such files, so this one is made by hand."""
+    row = b"\0" + struct.pack(">6H", *values)
     header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(row)), (b"IEND", b"")]
-    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in chunks
     )
-    path = tmp_path / "deep.png"
-    path.write_bytes(data)
-    assert read_image(path).tolist() == [[[255, 128, 0], [1, 64, 192]]]
 
 
 def test_transparency_is_composited_over_white(save):
@@ -103,8 +142,13 @@ def test_exif_orientation_is_undone(save, orientation):
     }[orientation](RGB)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    path = save(np.ascontiguousarray(stored), exif=exif)
-    assert (read_image(path) == RGB).all()
+    for name in ("a.png", "a.tif"):
+        path = save(np.ascontiguousarray(stored), name, exif=exif)
+        assert (read_image(path) == RGB).all()
+        assert (read_image(path, exif="ignore") == stored).all()
+        mask = save(np.ascontiguousarray(stored[..., 0]), name, exif=exif)
+        assert (read_labels(mask) == RGB[..., 0]).all()
+        assert (read_labels(mask, exif="ignore") == stored[..., 0]).all()
 
 
 def test_multi_picture_jpeg_of_a_phone_is_not_animated(save):
@@ -144,12 +188,35 @@ def test_truncated_jpeg_and_directory_are_unreadable(tmp_path, save):
         read_image(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
 def test_animated_images_are_refused(save, name):
     frames = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (0, 120, 255)]
     path = save(frames[0], name, save_all=True, append_images=frames[1:])
     with pytest.raises(UnreadableError, match=r"animated \(3 frames\)"):
         read_image(path)
+
+
+def test_pages_of_a_tiff_are_not_called_animated(save):
+    pages = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (0, 120)]
+    path = save(pages[0], "scan.tif", save_all=True, append_images=pages[1:])
+    for reader in (read_image, read_labels):
+        with pytest.raises(UnreadableError, match=r"scan\.tif: has 2 pages: save one"):
+            reader(path)
+
+
+def test_max_pixels_reaches_beyond_the_limit_of_pil(save, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    path = save(RGB)
+    assert read_image(path, max_pixels=RGB.size).shape == RGB.shape
+    with pytest.raises(UnreadableError, match=r"more than 53 pixels.*config\.data\.max_pixels"):
+        read_image(path, max_pixels=53)
+
+
+def test_a_link_to_nothing_is_called_that(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "moved" / "a.png")
+    for reader in (read_image, read_labels):
+        with pytest.raises(UnreadableError, match=r"a\.png: a link to .*moved/a\.png, which does"):
+            reader(tmp_path / "a.png")
 
 
 def test_decompression_bombs_are_refused_before_decoding(tmp_path, save):
@@ -178,6 +245,11 @@ def test_gray_labels_are_ids(save, name):
     assert (read_labels(save(GRAY, name)) == GRAY).all()
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_gray_saved_as_colours_are_ids_too(save, mode):
+    assert (read_labels(save(Image.fromarray(GRAY).convert(mode))) == GRAY).all()
+
+
 def test_wide_labels_keep_ids_above_255(save):
     small = np.array([[0, 3, 255]], np.uint16)
     large = np.array([[0, 846, 65535]], np.uint16)
@@ -188,7 +260,8 @@ def test_wide_labels_keep_ids_above_255(save):
 
 
 def test_images_that_hold_no_ids_are_refused(save):
-    with pytest.raises(UserError, match="RGB colours are not class ids"):
-        read_labels(save(RGB))
+    for mode in ("RGB", "RGBA"):
+        with pytest.raises(UserError, match=f"{mode} colours are not class ids, save a palette"):
+            read_labels(save(Image.fromarray(RGB).convert(mode)))
     with pytest.raises(UserError, match="JPEG changes class ids"):
         read_labels(save(GRAY, "a.jpg"))

@@ -1,6 +1,8 @@
 import dataclasses
 import itertools
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 from segdiff_jax.config import AugmentConfig, Config, ScenesConfig, TrainConfig
 from segdiff_jax.data import vocabulary
 from segdiff_jax.data.images import UnreadableError
-from segdiff_jax.data.pipeline import draw_classes, eval_examples, train_batches
+from segdiff_jax.data.pipeline import Draws, draw_classes, eval_examples, train_batches
 from segdiff_jax.data.sources import open_source
 from segdiff_jax.errors import UserError
 
@@ -162,6 +164,28 @@ def test_worker_processes_deliver_the_same_batches(scene_source):
     assert all(equal(a, b) for a, b in zip(here, there, strict=True))
 
 
+WITH_WORKERS = """
+if __name__ == "__main__":
+    import itertools
+    from segdiff_jax.config import Config
+    from segdiff_jax.data.pipeline import train_batches
+    from segdiff_jax.data.sources import open_source
+
+    config = Config()
+    config.data.source, config.data.workers, config.train.batch_size = "scenes", 2, 4
+    batches = train_batches(open_source(config.data, "train", 0), config, 0)
+    kept = list(itertools.islice(batches, 3))  # as JAX keeps those that it computes from
+    batches.close()
+    assert next(batches, None) is None
+"""
+
+
+def test_worker_processes_leave_nothing_behind(tmp_path):
+    (tmp_path / "run.py").write_text(WITH_WORKERS)
+    done = subprocess.run([sys.executable, tmp_path / "run.py"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_records_are_replaced_counted_and_logged_once(caplog, workers):
     config = make_config(batch_size=6)
@@ -253,6 +277,17 @@ def test_present_classes_are_drawn_evenly_whatever_their_area():
     drawn = [int(draw_classes(labels, np.arange(9), 1, 0.0, rng)[0]) for _ in range(1500)]
     shares = np.bincount(drawn, minlength=9) / 1500
     assert set(drawn) == {0, 4, 7} and np.abs(shares[[0, 4, 7]] - 1 / 3).max() < 0.05
+
+
+def test_examples_and_fixed_views_are_drawn_from_different_streams():
+    draws = Draws(Numbered(), make_config(), 3)
+    streams = [
+        *(draws.generator(i) for i in range(20)),
+        *(draws.view_generator(i, view) for i in range(20) for view in range(2)),
+    ]
+    assert len({stream.random() for stream in streams}) == 60
+    again = Draws(Numbered(), make_config(), 3).view_generator(5, 1).random()
+    assert again == draws.view_generator(5, 1).random()
 
 
 def test_slot_order_is_random():

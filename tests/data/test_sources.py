@@ -1,3 +1,4 @@
+import os
 import pickle
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from PIL import Image
 
 from segdiff_jax.config import DataConfig
-from segdiff_jax.data import sources, vocabulary
+from segdiff_jax.data import layouts, vocabulary
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.sources import open_source
 from segdiff_jax.errors import UserError
@@ -179,7 +180,7 @@ COCO_RAW = {
 
 
 def test_coco_stuff_mapping_matches_the_published_names():
-    lookup, vocab = sources.coco_stuff_lookup(), vocabulary.load("coco_stuff_171")
+    lookup, vocab = layouts.coco_stuff_lookup(), vocabulary.load("coco_stuff_171")
     assert (lookup[:182] >= 0).sum() == len(vocab) == 182 - 11
     mapped = lookup[:182][lookup[:182] >= 0]
     assert mapped.tolist() == list(range(171))
@@ -195,7 +196,7 @@ def test_coco_stuff_trees(tmp_path, layout):
         "downloaded": ("{}", "stuffthingmaps_trainval2017/{}"),
     }[layout]
     raw = np.array([[0, 12, 91], [181, 255, 26]])
-    expected = sources.coco_stuff_lookup()[raw]
+    expected = layouts.coco_stuff_lookup()[raw]
     for part in ("train2017", "val2017"):
         write(tmp_path / images.format(part) / "000000000009.jpg", photo(3, (2, 3)))
         folder_of_masks = tmp_path / masks.format(part)
@@ -222,3 +223,243 @@ def test_coco_stuff_without_labels_lists_where_it_looked(tmp_path):
 
 def test_unknown_source_lists_the_known(root):
     check_error(DataConfig(source="zip", root=str(root)), ["'zip'", "folder", "scenes"])
+
+
+def test_sub_folders_are_searched_and_masks_mirror_them(tmp_path):
+    for name in ("a/x.PNG", "b c/x.JPG", "b c/deep/y.png", "z.png"):
+        write(tmp_path / "train" / "images" / name, photo(1))
+        write((tmp_path / "train" / "masks" / name).with_suffix(".Png"), np.ones((6, 8)))
+    for clutter in ("images/.ipynb_checkpoints/z.png", "images/__MACOSX/z.png", "masks/._z.png"):
+        write(tmp_path / "train" / clutter, photo(0))
+    for name in (".DS_Store", "Thumbs.db", "b c/Thumbs.db"):
+        (tmp_path / "train" / "images" / name).write_bytes(b"x")
+    (tmp_path / "train" / "images" / "a" / "loop").symlink_to(tmp_path / "train" / "images")
+    source = open_source(folder(tmp_path, vocabulary="camvid_11"), "train", 0)
+    below = [os.path.relpath(image, tmp_path / "train/images") for image, _ in source.pairs]
+    assert below == ["a/x.PNG", "b c/deep/y.png", "b c/x.JPG", "z.png"]
+    assert all((source[i]["labels"] == 1).all() for i in range(4))
+
+
+def test_upper_and_lower_case_of_names_may_differ_where_that_is_clear(root):
+    write(root / "train" / "images" / "IMG_1.JPG", photo(7))
+    write(root / "train" / "masks" / "img_1.png", np.full((6, 8), 2))
+    source = open_source(folder(root), "train", 0)
+    assert source[0]["name"] == "IMG_1" and (source[0]["labels"] == 2).all()
+    write(root / "train" / "images" / "img_1.png", photo(8))
+    check_error(folder(root), ["IMG_1.JPG", "img_1.png", "upper and lower case", "rename"])
+
+
+@pytest.mark.parametrize("layout", ["two folders", "beside", "in images", "flat"])
+def test_mask_suffix(tmp_path, layout):
+    images, masks = {
+        "two folders": ("train/images", "train/masks"),
+        "beside": ("train", "train"),
+        "in images": ("train/images", "train/images"),
+        "flat": (".", "."),
+    }[layout]
+    for name in ("a", "sub/b"):
+        write(tmp_path / images / f"{name}.jpg", photo(3))
+        write(tmp_path / masks / f"{name}_mask.png", np.ones((6, 8)))
+    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    source = open_source(folder(tmp_path, mask_suffix="_mask"), "train", 0)
+    assert [source[i]["name"] for i in range(len(source))] == ["a", "b"]
+    assert (source[0]["labels"] == 1).all()
+    if layout != "flat":
+        check_error(folder(tmp_path), ["config.data.mask_suffix=_mask"])
+
+
+def test_images_by_split_are_not_mixed(tmp_path):
+    for split, value in (("train", 0), ("val", 1)):
+        write(tmp_path / "images" / split / f"{split}.png", photo(1))
+        write(tmp_path / "masks" / split / f"{split}.png", np.full((6, 8), value))
+    config = folder(tmp_path, vocabulary="camvid_11")
+    for split in ("train", "val"):
+        source = open_source(config, split, 0)
+        assert [source[i]["name"] for i in range(len(source))] == [split]
+    check_error(config, ["test"], split="test")
+
+
+def test_masks_without_image_are_counted(root, caplog):
+    for stem in ("x", "y"):
+        write(root / "train" / "masks" / f"{stem}.png", np.zeros((6, 8)))
+    assert len(open_source(folder(root), "train", 0)) == 3
+    assert "2 masks have no image and are left out" in caplog.text and "x.png" in caplog.text
+
+
+def test_what_lies_nearby_is_said(root, tmp_path):
+    for i in range(3):
+        (root / "train" / "masks" / f"p{i}.png").rename(root / "train" / "masks" / f"p{i}-gt.png")
+    check_error(folder(root), ["3 of 3 images", "*-gt", "config.data.mask_suffix=-gt"])
+    (root / "train" / "masks").rename(root / "train" / "labels")
+    check_error(folder(root), ["train/masks: no such folder", "train/labels", "rename it to masks"])
+    (root / "val" / "images").rename(root / "val" / "pictures")
+    check_error(folder(root), ["val/images", "2 images in", "val/pictures"], split="val")
+    write(root / "other" / "masks" / "p0.png", photo(0))
+    (root / "other" / "images").mkdir()
+    (root / "other" / "images" / "p0.heic").write_bytes(b"x")
+    check_error(folder(root), ["no images", "1 *.heic", "PNG or JPEG"], split="other")
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["leftImg8bit/train/aachen/a.png", "gtFine/train/aachen/b.png"], "source=cityscapes"),
+        (["VOC2012/JPEGImages/a.jpg", "VOC2012/SegmentationClass/a.png"], "source=pascal_voc"),
+        (["images/training/a.jpg", "annotations/training/a.png"], "source=ade20k"),
+        (["ADE20K_2021_17_01/images/ADE/training/x/a.jpg"], "full ADE20K"),
+        (["train2017/a.jpg", "annotations/train2017/a.png"], "source=coco_stuff"),
+    ],
+)
+def test_known_data_sets_are_recognised(tmp_path, names, words):
+    for name in names:
+        write(tmp_path / name, photo(0))
+    check_error(folder(tmp_path), ["no such folder", words])
+
+
+def test_links_to_nothing_are_called_that(root):
+    (root / "train" / "images" / "p1.png").unlink()
+    (root / "train" / "images" / "p1.png").symlink_to(root / "gone.png")
+    check_error(folder(root), ["p1.png: a link to", "gone.png, which does not exist"], index=1)
+    (root / "train" / "masks").rename(root / "elsewhere")
+    (root / "train" / "masks").symlink_to(root / "moved")
+    check_error(folder(root), ["train/masks: a link to", "moved, which does not exist"])
+
+
+def labels_of(root, mask, **options):
+    write(root / "train" / "masks" / "p0.png", mask)
+    return open_source(folder(root, **options), "train", 0)[0]["labels"].ravel().tolist()
+
+
+def test_first_id_says_where_the_classes_begin(root):
+    mask = np.array([[0, 1, 2, 3, 255, 1, 1, 1]] * 6)
+    assert labels_of(root, mask, first_id=1)[:5] == [255, 0, 1, 2, 255]
+    check_error(folder(root), ["p0.png", "id 3 ", "config.data.first_id=1"], index=0)
+
+
+def test_ignore_ids(root):
+    mask = np.array([[0, 1, 2, 7, 255, 1, 1, 1]] * 6)
+    assert labels_of(root, mask, ignore_ids=(255, 7))[:5] == [0, 1, 2, 255, 255]
+    check_error(folder(root, ignore_ids=()), ["id 7 ", "no id is"], index=0)
+    check_error(folder(root, ignore_ids=(2, 255)), ["id 2", "'road'", "ignore_ids=255"])
+    Image.fromarray(np.full((6, 8), 65535, np.uint16)).save(root / "train" / "masks" / "p0.tif")
+    (root / "train" / "masks" / "p0.png").unlink()
+    source = open_source(folder(root, ignore_ids=(65535,)), "train", 0)
+    assert (source[0]["labels"] == 255).all() and source[0]["ids"] == {65535: 48}
+
+
+def test_masks_of_0_and_255_are_two_classes_by_mask_values(root):
+    (root / "classes.txt").write_text("background\ncrack\n")
+    mask = np.array([[0, 255] * 4] * 6)
+    both = {"mask_values": (0, 255)}
+    assert labels_of(root, mask, **both, ignore_ids=())[:2] == [0, 1]
+    check_error(folder(root, **both), ["id 255", "'crack'", "--config.data.ignore_ids=()"])
+    check_error(folder(root, ignore_ids=()), ["--config.data.mask_values=0,255"], index=0)
+    check_error(folder(root, mask_values=(0, 1, 2)), ["3 values for the 2 classes"])
+    check_error(folder(root, mask_values=(3, 3)), ["a value of its own"])
+
+
+def stored_and_seen(orientation):
+    """A photo's stored pixels, 6 × 8, and the EXIF that turns them."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return np.arange(144, dtype=np.uint8).reshape(6, 8, 3), exif
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_exif_may_be_ignored_where_masks_fit_the_stored_pixels(root, orientation):
+    stored, exif = stored_and_seen(orientation)
+    Image.fromarray(stored).save(root / "train" / "images" / "p0.png", exif=exif)
+    labels = np.arange(48).reshape(6, 8) % 3
+    assert labels_of(root, labels, exif="ignore") == labels.ravel().tolist()
+    assert (open_source(folder(root, exif="ignore"), "train", 0)[0]["image"] == stored).all()
+    if orientation == 6:
+        check_error(folder(root), ["stored pixels", "set config.data.exif=ignore"], index=0)
+        write(root / "train" / "masks" / "p0.png", np.rot90(labels, -1))
+        turned = open_source(folder(root), "train", 0)[0]
+        assert (turned["image"] == np.rot90(stored, -1)).all()
+        check_error(folder(root, exif="ignore"), ["turned pixels", "exif=apply"], index=0)
+
+
+def test_twelve_bit_photos_and_large_ones_by_key(root):
+    Image.fromarray(np.full((6, 8), 800, np.uint16)).save(root / "train" / "images" / "p0.png")
+    source = open_source(folder(root, max_value=4095), "train", 0)
+    assert (source[0]["image"] == 50).all()
+    check_error(folder(root, max_pixels=47), ["p0.png: more than 47 pixels", "max_pixels"], index=0)
+
+
+@pytest.mark.parametrize("inside", ["VOCdevkit/VOC2012", "VOC2012", ""])
+def test_pascal_voc_tree(tmp_path, inside):
+    base = tmp_path / inside
+    ids = np.array([[0, 1], [20, 255]])
+    for name in ("2007_000032", "2007 033"):
+        write(base / "JPEGImages" / f"{name}.jpg", photo(3, (2, 2)))
+    image = Image.fromarray(ids.astype(np.uint8), "P")
+    image.putpalette(list(range(256)) * 3)
+    (base / "SegmentationClass").mkdir()
+    image.save(base / "SegmentationClass" / "2007_000032.png")
+    write(base / "SegmentationClassAug" / "2007 033.png", ids[::-1])
+    write(base / "JPEGImages" / "in_no_list.jpg", photo(3))
+    lists = base / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_bytes(b"2007_000032\r\n2007 033 \r\n\r\n")
+    (lists / "val.txt").write_text("2007_000032\n")
+    config = DataConfig(source="pascal_voc", root=str(tmp_path))
+    source = open_source(config, "train", 0)
+    assert len(source.vocabulary) == 21 and source.vocabulary.names[:2] == (
+        "background",
+        "aeroplane",
+    )
+    assert [source[i]["name"] for i in range(len(source))] == ["2007_000032", "2007 033"]
+    assert source[0]["labels"].tolist() == ids.tolist()
+    assert source[1]["labels"].tolist() == ids[::-1].tolist()
+    assert len(open_source(config, "val", 0)) == 1
+    twenty = DataConfig(source="pascal_voc", root=str(tmp_path), vocabulary="pascal_voc_20")
+    source = open_source(twenty, "train", 0)
+    assert source[0]["labels"].tolist() == [[255, 0], [19, 255]]
+    assert source.vocabulary.names[0] == "aeroplane" and source.vocabulary.names[19] == "tvmonitor"
+    twenty.vocabulary = "camvid_11"
+    check_error(twenty, ["11 classes", "20, or 21 with background"])
+    check_error(config, ["trainaug.txt: no such file", "train, val"], split="trainaug")
+    (lists / "val.txt").write_text("2007_000032\nmissing\n")
+    check_error(config, ["JPEGImages", "'missing'", "list of 'val'"], split="val")
+
+
+# labelIds of Cityscapes beside the names in its labels.py.
+CITYSCAPES = {
+    7: "road",
+    8: "sidewalk",
+    17: "pole",
+    23: "sky",
+    26: "car",
+    31: "train",
+    33: "bicycle",
+}
+
+
+@pytest.mark.parametrize("inside", ["", "leftImg8bit"])
+def test_cityscapes_tree(tmp_path, inside):
+    ids = np.array([[*CITYSCAPES, 0, 3, 6, 29, 30]])
+    stems = {"train": ("aachen", "aachen_000000_000019"), "val": ("ulm", "ulm_000001_000019")}
+    for split, (city, stem) in stems.items():
+        write(
+            tmp_path / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", photo(1, ids.shape)
+        )
+        masks = tmp_path / "gtFine" / split / city
+        write(masks / f"{stem}_gtFine_labelIds.png", ids)
+        write(masks / f"{stem}_gtFine_instanceIds.png", ids)
+        write(masks / f"{stem}_gtFine_color.png", photo(9))
+    config = DataConfig(source="cityscapes", root=str(tmp_path / inside))
+    source = open_source(config, "train", 0)
+    assert source.vocabulary.name == "cityscapes_19" and len(source) == 1
+    labels = source[0]["labels"][0].tolist()
+    assert labels[len(CITYSCAPES) :] == [255] * 5
+    assert [source.vocabulary.names[i] for i in labels[: len(CITYSCAPES)]] == [*CITYSCAPES.values()]
+    city, stem = stems["train"]
+    trained = np.array([[0, 18, 255, 5, 5, 5, 5, 5, 5, 5, 5, 5]])
+    write(tmp_path / "gtFine" / "train" / city / f"{stem}_gtFine_labelTrainIds.png", trained)
+    assert open_source(config, "train", 0)[0]["labels"].tolist() == trained.tolist()
+    assert open_source(config, "val", 0)[0]["labels"][0].tolist() == labels
+    config.vocabulary = "camvid_11"
+    check_error(config, ["11 classes", "have 19", "config.data.vocabulary"])
+    config.vocabulary = ""
+    check_error(config, ["leftImg8bit/test: no such folder", "found train, val"], split="test")

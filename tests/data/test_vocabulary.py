@@ -13,6 +13,7 @@ SIZES = {
     "pascal_context_459": 459,
     "pascal_context_59": 59,
     "pascal_voc_20": 20,
+    "pascal_voc_21": 21,
 }
 
 

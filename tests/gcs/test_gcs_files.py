@@ -1,13 +1,17 @@
 """Single objects: large ones go up in chunks, of which any can fail."""
 
+import io
 import logging
 
 import numpy as np
 import pytest
 from emulator import Fault
 from etils import epath
+from PIL import Image
 
 from segdiff_jax import files
+from segdiff_jax.config import DataConfig
+from segdiff_jax.data.sources import open_source
 from segdiff_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("impatient")
@@ -68,3 +72,19 @@ def test_what_another_process_writes_is_seen(gcs, bucket):
     assert sorted(p.name for p in folder.iterdir()) == ["a", "b"]
     gcs.delete("folder/a")
     assert not (folder / "a").exists()
+
+
+def test_a_folder_of_pairs_with_sub_folders(gcs, bucket):
+    picture = io.BytesIO()
+    Image.fromarray(np.ones((4, 4), np.uint8)).save(picture, "png")
+    for name in ("a", "sub.1/b", "sub/deep/c", ".hidden/d"):
+        gcs.put(f"data/train/images/{name}.png", picture.getvalue())
+        gcs.put(f"data/train/masks/{name}_mask.png", picture.getvalue())
+    gcs.put("data/train/images/README", b"x")
+    gcs.put("data/classes.txt", b"sky\nroad\n")
+    config = DataConfig(source="folder", root=f"{bucket}/data", mask_suffix="_mask")
+    source = open_source(config, "train", 0)
+    assert [source[i]["name"] for i in range(len(source))] == ["a", "b", "c"]
+    config.mask_suffix = ""
+    with pytest.raises(UserError, match=r"gs://bucket/.*a\.png: no mask .*mask_suffix=_mask"):
+        open_source(config, "train", 0)

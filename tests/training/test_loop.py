@@ -43,7 +43,7 @@ class Run:
             optimizer=OptimizerConfig(),
             train=TrainConfig(**{"steps": 6, "batch_size": 2, "checkpoint_every": 2} | train),
         )
-        self.taken = []
+        self.taken, self.closed = [], False
 
     def __call__(self, losses=None, validate=None, before=None):
         losses = losses or {}
@@ -58,11 +58,14 @@ class Run:
             first = int(state.step)
 
             def batches():
-                for number in range(first + 1, 1000):
-                    if before is not None:
-                        before(number)
-                    self.taken.append(number)
-                    yield {"rows": np.array([losses.get(number, 0.5), number], np.float32)}
+                try:
+                    for number in range(first + 1, 1000):
+                        if before is not None:
+                            before(number)
+                        self.taken.append(number)
+                        yield {"rows": np.array([losses.get(number, 0.5), number], np.float32)}
+                finally:
+                    self.closed = True
 
             state = loop.run(
                 self.config, self.workdir, step, state, jnp.ones(()), batches(), mesh,
@@ -88,6 +91,7 @@ def test_a_run_takes_each_batch_once_and_keeps_the_newest_checkpoints(tmp_path):
     run = Run(tmp_path)
     state = run()
     assert run.taken == [1, 2, 3, 4, 5, 6] and int(state.step) == 6
+    assert run.closed, "worker processes end with the loop"
     assert float(state.params["total"]) == total(6)
     assert run.saved() == ([4, 6], total(6), {"note": "x", "next_example": 112})
 

@@ -1,0 +1,195 @@
+"""Which images and masks of two folders belong together; where none do, what lies nearby."""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import PurePosixPath
+from typing import NoReturn
+
+import fsspec
+from etils import epath
+
+from segdiff_jax.data.images import missing
+from segdiff_jax.errors import UserError
+from segdiff_jax.files import is_remote, reading
+
+IMAGE_EXTENSIONS = (
+    *(".jpg", ".jpeg", ".png", ".bmp", ".webp"),
+    *(".tif", ".tiff", ".gif", ".ppm", ".pgm"),
+)
+_FOLDERS_GLANCED_AT = 200
+_SHOWN = 4  # of a list in a message
+
+Pairs = list[tuple[str, str]]
+
+
+def pairs(
+    image_folder: epath.Path,
+    mask_folder: epath.Path,
+    mask_suffix: str = "",
+    image_suffix: str = "",
+) -> Pairs:
+    """(image, mask) of equal names, in the order of the names.
+
+    A name is the path below the folder without extension and suffix. Upper and lower case may
+    differ where that leaves no doubt. Both folders may be the same, if the masks have a suffix.
+    Masks without an image are left out, with a warning that counts them. Raises `UserError` for an
+    image without mask, for files that share a name, and for folders that do not exist.
+    """
+    beside = mask_folder == image_folder
+    images = _by_name(image_folder, image_suffix, without=mask_suffix if beside else "")
+    masks = _by_name(mask_folder, mask_suffix)
+    folded = {name.casefold(): path for name, path in masks.items()}
+    found = {name: folded.get(name.casefold()) for name in images}
+    lonely = [name for name, mask in found.items() if mask is None]
+    if lonely:
+        _refuse_without_mask(images, lonely, mask_folder, mask_suffix)
+    extra = sorted(set(masks.values()) - set(found.values()))
+    if extra and images:
+        what = "mask has" if len(extra) == 1 else "masks have"
+        logging.warning("%d %s no image and are left out, such as %s", len(extra), what, extra[0])
+    return [(images[name], found[name] or "") for name in sorted(images)]
+
+
+def _refuse_without_mask(
+    images: dict[str, str], lonely: list[str], mask_folder: epath.Path, mask_suffix: str
+) -> NoReturn:
+    first = min(lonely)
+    count = f" ({len(lonely)} of {len(images)} images have none)" if len(lonely) > 1 else ""
+    masks = [os.path.splitext(name)[0] for name in listing(mask_folder) if is_image(name)]
+    mend = suffix_hint(lonely, masks)
+    if not mend and {_base(name) for name in masks} & {_base(name) for name in lonely}:
+        mend = "found masks of these names in other sub-folders: mirror those of the images"
+    raise UserError(
+        f"{images[first]}: no mask {mask_folder / (first + mask_suffix)}.png{count}: "
+        f"{mend or 'add it or remove the image'}"
+    )
+
+
+def _base(name: str) -> str:
+    return PurePosixPath(name).name
+
+
+def suffix_hint(images: Collection[str], masks: Iterable[str]) -> str:
+    """What to do where masks are there and only named otherwise: "found …", or ""."""
+    wanted = set(images)
+    endings: Counter[str] = Counter()
+    for name in masks:
+        starts = (name[:cut] for cut in range(len(name) - 1, 0, -1))
+        start = next((start for start in starts if start in wanted), None)
+        if start:
+            endings[name[len(start) :]] += 1
+    ending, count = endings.most_common(1)[0] if endings else ("", 0)
+    if not count or 2 * count < len(wanted):
+        return ""
+    return f"found {count} masks named *{ending}: set config.data.mask_suffix={ending}"
+
+
+def _by_name(folder: epath.Path, suffix: str = "", without: str = "") -> dict[str, str]:
+    """Image files below `folder` whose stem ends with `suffix`, by name; not those of `without`."""
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: {missing(folder, 'folder')}, check config.data.root and the split's name"
+        )
+    found: dict[str, str] = {}
+    folded: dict[str, str] = {}
+    for name in listing(folder):
+        stem = os.path.splitext(name)[0]
+        if not is_image(name) or not stem.endswith(suffix) or (without and stem.endswith(without)):
+            continue
+        path, key = str(folder / name), stem[: len(stem) - len(suffix)]
+        twin = folded.setdefault(key.casefold(), path)
+        if twin != path:
+            same = "the same stem" if key in found else "the same stem but for upper and lower case"
+            one, other = sorted((twin, path))
+            raise UserError(f"{one}: has {same} as {other}: rename or remove one")
+        found[key] = path
+    return found
+
+
+def is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+
+
+def listing(folder: epath.Path) -> Iterator[str]:
+    """Files below `folder`, as paths below it. Hidden files and folders are not listed."""
+    if is_remote(folder):
+        with reading(folder):  # one question, not one for each folder
+            store, top = fsspec.core.url_to_fs(os.fspath(folder))
+            names = [path[len(top.rstrip("/")) + 1 :] for path in store.find(top)]
+        yield from (name for name in names if not any(map(_hidden, name.split("/"))))
+        return
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not _hidden(name))
+        if real in seen:
+            continue  # a link to a folder above it
+        seen.add(real)
+        below = os.path.relpath(place, folder)
+        for name in names:
+            if not _hidden(name):
+                yield name if below == "." else os.path.join(below, name)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def nearby(root: epath.Path, source: str) -> str:
+    """ "; this looks like …" or "; found …": what there is where `source` found nothing, or ""."""
+    counts = _glance(root)
+    around = {part for folder in counts for part in folder.split("/")}
+    around |= {root.name, root.parent.name}
+    for marks, name, other in _LAYOUTS:
+        if marks <= around and other != source:
+            return f"; this looks like {name}: set config.data.source={other}"
+    if {"images", "ADE"} <= around or any(part.startswith("ADE20K_20") for part in around):
+        return (
+            "; this looks like the full ADE20K, whose *_seg.png are colours: "
+            "get ADEChallengeData2016, the scene parsing benchmark, for config.data.source=ade20k"
+        )
+    folders = [folder for folder, count in counts.items() if count]
+    for folder in folders:
+        stems = [path.stem for path in (root / folder).iterdir() if is_image(path.name)]
+        hint = suffix_hint(stems, stems)
+        if hint and source == "folder":
+            return f"; in {root / folder}: {hint}"
+    shown = [f"{counts[folder]} images in {root / folder}" for folder in folders[:_SHOWN]]
+    more = f" and {len(folders) - _SHOWN} more folders" if len(folders) > _SHOWN else ""
+    return f"; found {', '.join(shown)}{more}" if shown else ""
+
+
+# Folders that give a data set away, its name, and its source here.
+_LAYOUTS = (
+    ({"leftImg8bit"}, "Cityscapes", "cityscapes"),
+    ({"JPEGImages", "SegmentationClass"}, "Pascal VOC", "pascal_voc"),
+    ({"ADEChallengeData2016"}, "ADE20K", "ade20k"),
+    ({"images", "annotations", "training"}, "ADE20K", "ade20k"),
+    ({"stuffthingmaps"}, "COCO-Stuff", "coco_stuff"),
+    ({"stuffthingmaps_trainval2017"}, "COCO-Stuff", "coco_stuff"),
+    ({"annotations", "train2017"}, "COCO-Stuff", "coco_stuff"),
+)
+
+
+def _glance(root: epath.Path) -> dict[str, int]:
+    """Folders in `root`, two levels down, with the number of images directly in each."""
+    counts: dict[str, int] = {}
+    waiting = [("", root)]
+    while waiting and len(counts) < _FOLDERS_GLANCED_AT:
+        below, folder = waiting.pop(0)
+        counts[below] = 0
+        try:
+            inside = sorted(folder.iterdir())
+        except OSError:
+            continue
+        for path in inside:
+            if is_image(path.name):
+                counts[below] += not _hidden(path.name)
+            elif not path.suffix and not _hidden(path.name) and path.is_dir():
+                name = f"{below}/{path.name}".lstrip("/")
+                counts.setdefault(name, 0)
+                if name.count("/") < 2:
+                    waiting.append((name, path))
+    return counts
