@@ -32,7 +32,9 @@ def start(workdir: str = "") -> None:
     goes on after a preemption is a new one.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        home = os.environ.get("XDG_CACHE_HOME", "")
+        if not os.path.isabs(home):  # not set, or to be ignored, as its specification says
+            home = os.path.expanduser("~/.cache")
         remote = str(epath.Path(workdir) / "compile_cache") if is_remote(workdir) else ""
         cache = remote or os.path.join(home, "segdiff_jax")
         jax.config.update("jax_compilation_cache_dir", cache)
