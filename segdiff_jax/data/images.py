@@ -1,6 +1,8 @@
 """Photos and label maps from bytes on disk (local or gs://), whatever their pixel format."""
 
 import io
+import os
+import stat
 import warnings
 
 import numpy as np
@@ -19,6 +21,10 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 class UnreadableError(UserError):
     """A file that cannot be decoded: while training, some of these may be skipped."""
+
+
+class TooLargeError(UnreadableError):
+    """An image of more pixels than are allowed."""
 
 
 def read_image(path: epath.PathLike, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -67,22 +73,30 @@ def _open(path: epath.PathLike, max_pixels: int) -> Image.Image:
     """The decoded image, upright. `format` survives."""
     try:
         with files.reading(path):
+            # A pipe would be waited for, a device such as /dev/zero never ends.
+            if not files.is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
+                raise UnreadableError(
+                    f"{path}: cannot be read, it is {_kind_of(path)}, not a file: check the path"
+                )
             data = epath.Path(path).read_bytes()
     except FileNotFoundError as error:
-        raise UnreadableError(f"{path}: no such file, check the path") from error
+        broken = files.dangling(path)
+        raise UnreadableError(broken or f"{path}: no such file, check the path") from error
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UnreadableError(f"{path}: cannot be read ({reason}), check the path") from error
     if not data:
         raise UnreadableError(f"{path}: empty file, replace or remove it")
+    if Image.MAX_IMAGE_PIXELS is not None:  # PIL has a limit of its own, for the whole process
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     try:
         image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
-        raise UnreadableError(_too_large(path, max_pixels)) from error
+        raise TooLargeError(_too_large(path, max_pixels)) from error
     except Exception as error:  # PIL's plugins raise anything on damaged headers
         raise UnreadableError(f"{path}: not an image, replace or remove it") from error
     if image.width * image.height > max_pixels:
-        raise UnreadableError(_too_large(path, max_pixels))
+        raise TooLargeError(_too_large(path, max_pixels))
     try:
         # Phones write MPO: a JPEG with a preview behind it, whose first frame is the photo.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
@@ -93,6 +107,12 @@ def _open(path: epath.PathLike, max_pixels: int) -> Image.Image:
     if frames > 1:
         raise UnreadableError(f"{path}: animated ({frames} frames), save one frame as PNG or JPEG")
     return _upright(image)
+
+
+def _kind_of(path: epath.PathLike) -> str:
+    mode = os.stat(path).st_mode
+    kinds = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+    return next((kind for kind, holds in kinds.items() if holds(mode)), "a device")
 
 
 def _too_large(path: epath.PathLike, max_pixels: int) -> str:
