@@ -1,11 +1,12 @@
 """Segments photos: `python -m segdiff_jax.predict --checkpoint W --images a.jpg --output O …`."""
 
 import argparse
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from segdiff_jax import cli, files
+from segdiff_jax import cli, ownership
 from segdiff_jax.config import Config
 from segdiff_jax.data import images, requests, vocabulary
 from segdiff_jax.data.vocabulary import Vocabulary
@@ -13,11 +14,13 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import report
 from segdiff_jax.progress import Progress, reporter
 
+_MOST_NAMED = 10  # unreadable images in one message
 _DESCRIPTION = (
     """Segment photos into the classes you name.
 
 Per image: O/<name>_labels.png (class ids, palette), O/<name>_overlay.png with a legend,
 O/<name>_uncertainty.png (for an ensemble of two or more) and O/<name>.json; O/index.html over all.
+<name> is the image's without its extension, or with it where several would be equal.
 The same seed gives the same bytes.
 
 """
@@ -34,9 +37,14 @@ def main(argv: list[str]) -> None:
     processes.join()
     runtime.start_logging()
     with processes.together():
-        paths = requests.find_images(args.images)
+        paths, ours = requests.without_results(requests.find_images(args.images))
         processes.check_same("--images", paths)
-        _predict(args, paths, processes.is_first())
+        first = processes.is_first()
+        if ours and first:
+            print(f"left out: {_counted(ours)} of an earlier run, such as {ours[0]}", flush=True)
+        if not paths:
+            raise UserError(f"--images {ours[0]}: only results of an earlier run: name the photos")
+        _predict(args, paths, first)
 
 
 def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> None:
@@ -46,25 +54,38 @@ def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> Non
     from segdiff_jax.segmenter import Segmenter
 
     classes = requests.parse_classes(args.classes)
-    results.check_names(paths, args.output)
     settings = _settings(args, workdir.read_config(args.checkpoint), classes)
-    _check_images(paths, reporter("check", enabled=first))
+    names = results.names(paths)
     if first:
-        files.check_writable(args.output)
+        results.check_output(args.output, names)
+    unreadable = _unreadable(paths, args, reporter("check", enabled=first))
+    paths = [path for path in paths if path not in unreadable]
     segmenter = Segmenter.load(args.checkpoint)
     used = results.all_settings(settings, segmenter.config) | {"checkpoint": args.checkpoint}
     rows = []
     progress = reporter("predict", enabled=first)
-    progress(0, len(paths))
-    for done, path in enumerate(paths, 1):
-        photo = images.read_image(path)
-        found = segmenter(photo, classes.classes, **settings)
+    with contextlib.ExitStack() as stack:
         if first:
-            rows.append(results.write(args.output, path, photo, found, classes, used))
-        progress(done, len(paths))
+            written = results.outputs(names[path] for path in paths)
+            stack.enter_context(ownership.claimed(args.output, results.KIND, written))
+        progress(0, len(paths))
+        for done, path in enumerate(paths, 1):
+            photo = images.read_image(path, args.max_pixels)
+            found = segmenter(photo, classes.classes, **settings)
+            if first:
+                target = os.path.join(args.output, names[path])
+                rows.append(results.write(target, path, photo, found, classes, used))
+            progress(done, len(paths))
+        if first:
+            _write_page(args, rows, classes, settings, unreadable)
     if first:
-        _write_page(args, rows, classes, settings)
-        print(f"{len(paths)} images segmented: {os.path.join(args.output, 'index.html')}")
+        skipped = f", {len(unreadable)} unreadable left out" if unreadable else ""
+        page = os.path.join(args.output, results.PAGE)
+        print(f"{len(paths)} images segmented{skipped}: {page}")
+
+
+def _counted(paths: Sequence[str]) -> str:
+    return f"{len(paths)} result" + ("s" if len(paths) > 1 else "")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--images",
         required=True,
         nargs="+",
+        type=cli.path,
         metavar="IMAGE",
         help="image files, folders of them, or patterns such as 'dir/*.png'",
     )
@@ -86,7 +108,25 @@ def _parser() -> argparse.ArgumentParser:
         "or @FILE with one class a line; "
         f"or one of {', '.join(vocabulary.packaged())}",
     )
-    add("--output", required=True, metavar="DIR", help="folder for the results")
+    add(
+        "--output",
+        required=True,
+        type=cli.path,
+        metavar="DIR",
+        help="folder for the results; of the files there, only earlier results are replaced",
+    )
+    add(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out images that cannot be read, and list them in index.html",
+    )
+    add(
+        "--max-pixels",
+        type=cli.positive_int,
+        default=images.MAX_PIXELS,
+        metavar="N",
+        help=f"refuse larger images; default: {images.MAX_PIXELS:,}",
+    )
     add(
         "--steps",
         type=cli.positive_int,
@@ -129,11 +169,33 @@ def _share(text: str) -> float:
     return value
 
 
-def _check_images(paths: Sequence[str], progress: Progress) -> None:
-    """Decodes every image once: a broken one is found before anything is loaded or written."""
+def _unreadable(
+    paths: Sequence[str], args: argparse.Namespace, progress: Progress
+) -> dict[str, str]:
+    """Decodes every image once, before anything is loaded or written: path → why it cannot be.
+
+    Raises `UserError`, which names them, unless they are to be skipped and others are left.
+    """
+    found: dict[str, images.UnreadableError] = {}
     for done, path in enumerate(paths, 1):
-        images.read_image(path)
-        progress(done, len(paths))
+        try:
+            images.read_image(path, args.max_pixels)
+        except images.UnreadableError as error:
+            found[path] = error
+        if not found or args.skip_unreadable:
+            progress(done, len(paths))
+    reasons = {path: str(error) for path, error in found.items()}
+    if not found or (args.skip_unreadable and len(found) < len(paths)):
+        return reasons
+    shown = "; ".join(list(reasons.values())[:_MOST_NAMED])
+    more = f"; and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    mends = []
+    if any(isinstance(error, images.TooLargeError) for error in found.values()):
+        mends.append("--max-pixels N reads larger ones")
+    if len(found) < len(paths):
+        mends.append("--skip-unreadable leaves them out")
+    counted = f"{len(found)} of {len(paths)} images cannot be read: " if len(paths) > 1 else ""
+    raise UserError("".join((counted, shown, more, *(f"; {mend}" for mend in mends))))
 
 
 def _settings(args: argparse.Namespace, config: Config, classes: Vocabulary) -> dict[str, Any]:
@@ -167,6 +229,7 @@ def _write_page(
     rows: Sequence[report.Row],
     classes: Vocabulary,
     settings: Mapping[str, Any],
+    unreadable: Mapping[str, str],
 ) -> None:
     legend = report.Table(
         "Classes",
@@ -174,11 +237,15 @@ def _write_page(
         [(entry.name, ", ".join(entry.synonyms)) for entry in classes.classes],
         colors=[[int(c) for c in color] for color in classes.palette()],
     )
+    tables = [legend]
+    if unreadable:
+        left_out = list(unreadable.items())
+        tables.append(report.Table("Left out: cannot be read", ["image", "why"], left_out))
     note = ", ".join(f"{name} {value}" for name, value in settings.items())
     report.page(
         os.path.join(args.output, "index.html"),
         f"{len(rows)} images, {len(classes)} classes",
-        tables=[legend],
+        tables=tables,
         rows=rows,
         note=f"{args.checkpoint}: {note}. Uncertainty is brightest at each image's own maximum.",
     )
