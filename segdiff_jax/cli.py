@@ -104,7 +104,11 @@ def path(text: str) -> str:
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     # The shell expands `--output ~/x` itself, but not `--output=~/x`.
-    return text if os.path.lexists(text.split("/")[0]) else os.path.expanduser(text)
+    place = text if os.path.lexists(text.split("/")[0]) else os.path.expanduser(text)
+    broken = files.dangling(place)
+    if broken:
+        raise argparse.ArgumentTypeError(broken)
+    return place
 
 
 def positive_int(text: str) -> int:

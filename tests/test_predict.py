@@ -421,3 +421,13 @@ def test_an_output_is_not_touched_before_the_checkpoint_is_known_to_load(
     monkeypatch.setattr(workdir, "load_networks", damaged)
     assert _run(place, capsys)[0] == 2
     assert not (place / "o").exists()
+
+
+@pytest.mark.parametrize("flag", ["--images", "--output", "--checkpoint"])
+def test_a_link_to_nothing_is_named(place, capsys, flag):
+    (place / "link").symlink_to("unmounted")
+    for value in ("link", "link/below"):
+        code, output = _run(place, capsys, flag, str(place / value))
+        assert code == 2 and output.err.count("\n") == 1 and flag in output.err
+        assert f"{place}/link: a link to unmounted, which does not exist" in output.err
+    assert not (place / "o").exists() and not (place / "unmounted").exists()
