@@ -176,29 +176,24 @@ def check_whole(directory: os.PathLike[str] | str, kind: str) -> None:
             f"(there is {inside[0]}): choose another folder, or if it is an export of an earlier "
             "version, which kept no such list, remove it yourself"
         )
-    foreign = _tree(folder) - listed[kind] - {MARKER}
+    foreign = _foreign(folder, listed[kind])
     if foreign:
         raise UserError(
-            f"{folder / min(foreign)}: is no part of the export in this folder, which would be "
+            f"{folder / foreign[0]}: is no part of the export in this folder, which would be "
             "replaced: move it away or choose another folder"
         )
 
 
-def _tree(folder: epath.Path) -> set[str]:
-    """Names of all files below `folder`; also of links to folders, and of empty folders."""
-    found = set()
-    with files.writing(folder):
-        for root, folders, names in epath.Path(folder).walk():
-            prefix = os.path.relpath(root, folder) if root != folder else ""
-            leaves = [name for name in folders if _is_leaf(root / name)]
-            found |= {os.path.join(prefix, name) for name in (*names, *leaves) if name}
-    return found
-
-
-def _is_leaf(folder: epath.Path) -> bool:
-    if files.is_remote(folder):
-        return False  # folders of an object store are but the names of what is in them
-    return os.path.islink(folder) or not os.listdir(folder)
+def _foreign(folder: epath.Path, listed: Collection[str]) -> list[str]:
+    """Names in `folder` that are neither listed nor folders of what is, in order."""
+    above = {parent.as_posix() for name in listed for parent in PurePosixPath(name).parents}
+    below = {os.path.join(parent, n) for parent in above for n in _entries(folder / parent)}
+    inside = {os.path.normpath(name) for name in below}
+    foreign = inside - set(listed) - above - {MARKER}
+    if not files.is_remote(folder):
+        foreign |= {name for name in above if os.path.islink(folder / name) and name != "."}
+        foreign |= {name for name in inside & set(listed) if os.path.isdir(folder / name)}
+    return sorted(foreign)
 
 
 @contextlib.contextmanager

@@ -71,6 +71,8 @@ def test_an_own_folder_is_replaced_and_an_empty_one_filled(tmp_path):
         lambda d: (d / "weights").symlink_to(d.parent),
         lambda d: (d / ".DS_Store").write_text("x"),
         lambda d: (d / "gone").symlink_to("nowhere"),
+        lambda d: ((d / "scheduler").rename(d.parent / "s"), (d / "scheduler").symlink_to("../s")),
+        lambda d: ((d / "model_index.json").unlink(), (d / "model_index.json").mkdir()),
     ],
 )
 def test_a_folder_with_a_file_of_the_user_is_left_alone(tmp_path, put):

@@ -204,6 +204,6 @@ def test_an_earlier_export_stays_until_the_new_one_is_whole(make_segmenter, tmp_
     stablehlo.write(model, folder, model.config.sampler)
     assert json.loads((folder / stablehlo.DESCRIPTION).read_text())["sampler"]["steps"] == 1
     (folder / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="thesis.tex: is no part of an export"):
+    with pytest.raises(UserError, match="thesis.tex: is no part of the export"):
         stablehlo.write(model, folder, model.config.sampler)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

@@ -74,7 +74,8 @@ def test_stablehlo_export(gcs, bucket, write, tmp_path):
         + ["--format", "stablehlo", "--dtype", "bfloat16"]
     )
     stored = gcs.objects("hlo/")
-    assert set(stored) == {"hlo/sampler.stablehlo", "hlo/sampler.json"}
+    names = {"sampler.stablehlo", "sampler.json", ownership.MARKER}
+    assert set(stored) == {f"hlo/{name}" for name in names}
     assert json.loads(stored["hlo/sampler.json"])["weights_dtype"] == "bfloat16"
     function = jax.export.deserialize(bytearray(stored["hlo/sampler.stablehlo"]))
     assert set(function.platforms) == {"cpu", "cuda", "tpu"}

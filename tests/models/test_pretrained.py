@@ -154,7 +154,7 @@ def test_an_earlier_export_is_replaced_and_anything_else_refused(ours, exported,
     ]
     (target / "thesis.tex").write_text("precious")
     before = contents(target)
-    with pytest.raises(UserError, match="thesis.tex: is no part of an export"):
+    with pytest.raises(UserError, match="thesis.tex: is no part of the export"):
         save(small, target, extra_files={"README.md": "newer"})
     assert contents(target) == before
     assert os.listdir(tmp_path) == ["model"]
