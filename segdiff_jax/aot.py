@@ -47,7 +47,13 @@ def main(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("segdiff_jax.aot", _DESCRIPTION, cli.config_help())
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="Python file with get_config()")
+    add(
+        "--config",
+        required=True,
+        type=cli.path,
+        metavar="FILE",
+        help="Python file with get_config()",
+    )
     add(
         "--topology",
         required=True,
@@ -76,8 +82,13 @@ def _parser() -> argparse.ArgumentParser:
         "and the code's size",
     )
     add("--search", action="store_true", help="find the largest batch per chip that fits")
-    add("--json", metavar="FILE", help="also write the report here")
-    add("--compare", metavar="FILE", help="an earlier --json report, shown beside this one")
+    add("--json", type=cli.path, metavar="FILE", help="also write the report here")
+    add(
+        "--compare",
+        type=cli.path,
+        metavar="FILE",
+        help="an earlier --json report, shown beside this one",
+    )
     return parser
 
 

@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from segdiff_jax import config as config_module
-from segdiff_jax import waiting
+from segdiff_jax import files, waiting
 from segdiff_jax.config import Config, validate
 from segdiff_jax.errors import UserError
 
@@ -46,6 +46,10 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> NoR
     A `UserError`, or a disk that fills up, becomes one line on stderr without a traceback.
     """
     code = 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A file name, or a terminal, that is no UTF-8 must not end the work.
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -65,7 +69,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> NoR
 
 
 def _complain(message: str) -> int:
-    print(f"error: {_one_line(message)}", file=sys.stderr)
+    print(f"error: {files.shown(_one_line(message))}", file=sys.stderr)
     return 2
 
 
@@ -90,9 +94,29 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
+        type=path,
         metavar="DIR",
         help="workdir of a training run, or an exported folder; local or gs://",
     )
+
+
+def path(text: str) -> str:
+    """For `type=` of every argument that names a file or folder; `~` at its start is expanded.
+
+    An empty name would mean the current folder: nearly always a shell variable that is not set.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty path: is a shell variable in it not set?")
+    try:
+        files.check_scheme(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    # The shell expands `--output ~/x` itself, but not `--output=~/x`.
+    place = text if os.path.lexists(text.split("/")[0]) else os.path.expanduser(text)
+    broken = files.dangling(place)
+    if broken:
+        raise argparse.ArgumentTypeError(broken)
+    return place
 
 
 def positive_int(text: str) -> int:
@@ -185,6 +209,8 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
 
 def _override(config: Config, key: str, values: list[str]) -> Config:
     kind = _kind(key)
+    if key in config_module.PATHS:
+        values = [os.path.expanduser(value) for value in values]  # no shell does it behind "="
     if kind == tuple[str, ...]:
         values = [_quote(value) for value in values]
     elif typing.get_origin(kind) is tuple:

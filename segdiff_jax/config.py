@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from segdiff_jax.errors import UserError
+from segdiff_jax.files import check_scheme
 
 STAGES = ("vae", "diffusion")
 OPTIMIZERS = ("adamw", "muon")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 PREDICTIONS = ("v_prediction", "epsilon", "sample")
 SPACINGS = ("trailing", "leading", "linspace")
+PATHS = ("data.root", "data.vocabulary", "init_from")  # keys that name files or folders
 SOURCES = ("scenes", "folder", "ade20k", "coco_stuff", "pascal_voc", "cityscapes", "tfds")
 
 
@@ -237,6 +239,7 @@ def validate(config: Config) -> Config:
     """Returns `config`, or raises `UserError` naming the first bad key and the mend."""
     for key, item, value in keys(config):
         _check_declared(f"config.{key}", item, value)
+    _check_paths(config)
     _impossible_combinations(config)
     return config
 
@@ -254,6 +257,18 @@ def _check_declared(key: str, item: dataclasses.Field[Any], value: Any) -> None:
             least = f"more than {low}" if above else f"at least {low}"
             bounds = least if high == math.inf else f"{least} and at most {high}"
             raise UserError(f"{key}={value}: must be {bounds}")
+
+
+def _check_paths(config: Config) -> None:
+    for key, _, value in keys(config):
+        if key not in PATHS or not value:
+            continue
+        if not value.strip():
+            raise UserError(f"config.{key}={value!r}: an empty path: is a shell variable not set?")
+        try:
+            check_scheme(value)
+        except UserError as error:
+            raise UserError(f"config.{key}: {error}") from error
 
 
 def _impossible_combinations(c: Config) -> None:

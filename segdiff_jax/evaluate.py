@@ -1,8 +1,11 @@
 """Scores a model: `python -m segdiff_jax.evaluate --checkpoint W --output O`."""
 
 import argparse
+import contextlib
 import os
 from typing import Any
+
+from etils import epath
 
 from segdiff_jax import cli
 from segdiff_jax.config import Config
@@ -66,7 +69,7 @@ def main(argv: list[str]) -> None:
 
 def _evaluate(args: argparse.Namespace, config: Config) -> None:
     """Every process evaluates, the first one writes."""
-    from segdiff_jax import files, workdir
+    from segdiff_jax import files, ownership, workdir
     from segdiff_jax.data import label_summary
     from segdiff_jax.data.sources import open_source
     from segdiff_jax.evaluation.evaluator import evaluate
@@ -86,31 +89,37 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
     source = open_source(config.data, split, config.seed)
     processes.check_same("images", [len(source), list(source.vocabulary.names)])
     if first:
-        files.check_writable(args.output)
+        ownership.check(args.output, _KIND, _OUTPUTS)
     unet, vae, text_encoder, tokenizer, _ = workdir.load_networks(args.checkpoint)
     _check_image_size(config, vae.config.downsampling)
     if first:
         label_summary.report(source, config.data, split)
-    result = evaluate(
-        Segmenter(unet, vae, text_encoder, tokenizer, config),
-        source,
-        limit=args.limit,
-        seed=args.seed,
-        examples=args.rows,
-        ceiling=args.ceiling,
-        progress=reporter("evaluate", enabled=first),
-    )
-    if not first:
-        return
-    data = {"source": config.data.source, "root": config.data.root, "split": split}
-    summary = result.summary | {"checkpoint": args.checkpoint, "data": data}
-    files.write_json(os.path.join(args.output, "metrics.json"), summary)
-    with processes.at_work("writes the page"):
+    segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config)
+    with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(ownership.claimed(args.output, _KIND, _OUTPUTS))
+        result = evaluate(
+            segmenter,
+            source,
+            limit=args.limit,
+            seed=args.seed,
+            examples=args.rows,
+            ceiling=args.ceiling,
+            progress=reporter("evaluate", enabled=first),
+        )
+        if not first:
+            return
+        stack.enter_context(processes.at_work("writes the page"))
+        data = {"source": config.data.source, "root": config.data.root, "split": split}
+        summary = result.summary | {"checkpoint": args.checkpoint, "data": data}
+        files.write_json(os.path.join(args.output, "metrics.json"), summary)
         _write_page(args.output, summary, result.examples, source)
     print(_text_table(summary))
     print(f"written: {os.path.join(args.output, 'metrics.json')} and index.html")
 
 
+_KIND = "evaluation"  # of a folder's marker (`ownership`)
+_OUTPUTS = ("metrics.json", "index.html", "examples.png")
 _SHEET_ROWS = 4  # of examples.png
 
 
@@ -119,12 +128,19 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--config",
+        type=cli.path,
         metavar="FILE",
         help="Python file with get_config(): data, sampler and codec; "
         "default: the config that the checkpoint was trained with",
     )
     cli.add_checkpoint(parser)
-    add("--output", required=True, metavar="DIR", help="folder for metrics.json and index.html")
+    add(
+        "--output",
+        required=True,
+        type=cli.path,
+        metavar="DIR",
+        help="folder for metrics.json and index.html; only those of an earlier run are replaced",
+    )
     add("--split", help="split of the dataset; default: config.data.val_split")
     add(
         "--limit",
@@ -181,7 +197,10 @@ def _write_page(output: str, summary: dict[str, Any], examples: list[Any], sourc
         report.comparison(e.name, e.image, e.prediction, palette, e.labels, e.uncertainty)
         for e in examples
     ]
-    if rows:
+    if not rows:
+        with files.writing(output):  # an earlier one would show other results
+            epath.Path(output, "examples.png").unlink(missing_ok=True)
+    else:
         sheet = report.encode(report.contact_sheet(rows[:_SHEET_ROWS]))
         files.write_bytes(os.path.join(output, "examples.png"), sheet)
     report.page(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from segdiff_jax import cli, files, waiting
+from segdiff_jax import cli, files, ownership, waiting
 from segdiff_jax.config import Config, SamplerConfig, to_dict
 from segdiff_jax.data import vocabulary
 from segdiff_jax.errors import UserError
@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
     from segdiff_jax import runtime, workdir
 
     runtime.start()
+    _check_output(args, workdir.read_config(args.checkpoint))
     networks = workdir.load_networks(args.checkpoint, args.weights)
     if args.format == "diffusers":
         write_folder(*networks, args.output, args.dtype)
@@ -70,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         required=True,
         metavar="DIR",
-        help="the folder to make, local or gs://; an earlier export there is replaced",
+        type=cli.path,
+        help="the folder to make, local or gs://; an export that this command wrote there is "
+        "replaced, any other file left alone",
     )
     add("--format", required=True, choices=("diffusers", "stablehlo"), help="see above")
     add(
@@ -114,6 +117,17 @@ def _check_arguments(args: argparse.Namespace) -> None:
                 )
 
 
+def _check_output(args: argparse.Namespace, config: Config) -> None:
+    """Raises `UserError`, before minutes of work, if the output would replace what is not its own.
+
+    Never replaced: what the export is made from, whoever wrote it.
+    """
+    ownership.check_apart(args.output, "--checkpoint", args.checkpoint)
+    if config.init_from:
+        ownership.check_apart(args.output, "the run's init_from", config.init_from)
+    ownership.check_whole(args.output, args.format)
+
+
 def _sampler(args: argparse.Namespace, config: Config) -> SamplerConfig:
     total = config.diffusion.num_train_timesteps
     if args.steps and args.steps > total:
@@ -148,7 +162,7 @@ def write_folder(
     card = model_card(config, unet.config, vae.config)
     parts = pretrained.Pretrained(unet, vae, text_encoder, tokenizer, config.diffusion)
     extra = {"README.md": card, workdir.EXPORT_SETTINGS: settings}
-    pretrained.save(parts, directory, dtype=dtype, extra_files=extra)
+    pretrained.save(parts, directory, dtype=dtype, extra_files=extra, kind="diffusers")
 
 
 def portable(config: Config) -> Config:
@@ -184,6 +198,7 @@ def _push(repository: str, folder: str) -> str:
 
     api, root = HfApi(), Path(folder)
     paths = sorted(path for path in root.rglob("*") if path.is_file())
+    paths = [path for path in paths if path.name != ownership.MARKER]  # it is about this disk
     try:
         url = _asked(lambda: api.create_repo(repository, private=True, exist_ok=True))
         # Not upload_folder: its uploads in batches make a commit of each.

@@ -11,9 +11,10 @@ import errno
 import json
 import logging
 import os
-import shutil
+import re
+import secrets
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ for _name in ("gs", "gcs"):  # imported when first needed: half a second
 for _name in ("gcsfs", "fsspec"):  # the latter tells of every object it opens
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
+_UNDECODED = re.compile("[\udc80-\udcff]")  # bytes of a file name that were no UTF-8
 _STORE_CLIENTS = ("gcsfs", "aiohttp", "requests", "google")  # whose own exceptions may come through
 
 
@@ -40,9 +42,33 @@ def is_remote(path: os.PathLike[str] | str) -> bool:
     return "://" in os.fspath(path)
 
 
+def check_scheme(path: os.PathLike[str] | str) -> None:
+    """Raises `UserError` unless `path` is local or in `gs://`: no other store is read or written.
+
+    Everything that opens a file passes here, and what a user gives is checked before any work.
+    """
+    text = os.fspath(path)
+    if re.match("gs://[^/]", text):
+        return
+    if re.match("gs:/", text, re.IGNORECASE):
+        raise UserError(f"{text}: a place in a bucket is written gs://BUCKET/PATH")
+    if is_remote(text):
+        scheme = text.partition("://")[0].lower()
+        mends = {"file": "leave file:// out", "hf": "write OWNER/NAME for a model on Hugging Face"}
+        mend = mends.get(scheme, "copy the files to such a place")
+        raise UserError(f"{text}: {scheme}:// is not supported, only local paths and gs://: {mend}")
+
+
+def shown(text: str) -> str:
+    """`text` as UTF-8 can hold it: the bytes of a file name that are no UTF-8 become `\\xe9`."""
+    visible = _UNDECODED.sub(lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", text)
+    return visible.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 @contextlib.contextmanager
 def writing(path: os.PathLike[str] | str) -> Iterator[None]:
     """Turns what goes wrong with a disk or an object store into a `UserError` that names `path`."""
+    check_scheme(path)
     try:
         yield
     except Exception as error:
@@ -57,6 +83,7 @@ def reading(path: os.PathLike[str] | str) -> Iterator[None]:
 
     A missing object still is a `FileNotFoundError`, and errors of local files pass as they are.
     """
+    check_scheme(path)
     try:
         yield
     except Exception as error:
@@ -89,13 +116,60 @@ def write_bytes(path: os.PathLike[str] | str, data: bytes) -> None:
 
 
 def write_text(path: os.PathLike[str] | str, text: str) -> None:
-    """`write_bytes` of `text` in UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
+    """`write_bytes` of `text` in UTF-8; what UTF-8 cannot hold as `shown` says."""
+    write_bytes(path, shown(text).encode("utf-8"))
 
 
 def write_json(path: os.PathLike[str] | str, value: Any) -> None:
-    """`write_bytes` of `value` as indented JSON. NaN and infinity raise `ValueError`: not JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """`write_bytes` of `to_json`."""
+    write_text(path, to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """`value` as indented JSON. NaN and infinity raise `ValueError`: they are not JSON.
+
+    Bytes of file names that are no UTF-8 are visible, as in `shown`.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    # `shown`, with its backslash escaped as strings in JSON have it.
+    return _UNDECODED.sub(lambda found: f"\\\\x{ord(found[0]) - 0xDC00:02x}", text)
+
+
+def check_place(directory: os.PathLike[str] | str) -> None:
+    """Raises `UserError` where a folder cannot be made or written to, as far as looking tells.
+
+    Writes nothing. Of an object store only the name is looked at.
+    """
+    check_scheme(directory)
+    if is_remote(directory):
+        return
+    path = Path(os.path.abspath(directory))
+    broken = _dangling(path)
+    if broken:
+        raise UserError(broken)
+    with writing(directory):
+        while not os.path.exists(path):
+            path = path.parent
+        if not os.path.isdir(path):
+            code = errno.EEXIST if path == Path(os.path.abspath(directory)) else errno.ENOTDIR
+            raise OSError(code, os.strerror(code))
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def dangling(path: os.PathLike[str] | str) -> str | None:
+    """What is wrong where `path`, or a folder it lies in, is a link to nothing; else None."""
+    return None if is_remote(path) else _dangling(Path(os.path.abspath(path)))
+
+
+def _dangling(path: Path) -> str | None:
+    for part in (path, *path.parents):
+        if os.path.islink(part) and not os.path.exists(part):
+            return (
+                f"{part}: a link to {os.readlink(part)}, which does not exist: "
+                "mend the link or name another place"
+            )
+    return None
 
 
 def check_writable(directory: os.PathLike[str] | str) -> None:
@@ -116,96 +190,33 @@ def check_writable(directory: os.PathLike[str] | str) -> None:
                 file.write(b"x")
 
 
-@contextlib.contextmanager
-def whole_folder(
-    directory: os.PathLike[str] | str, last: str, others: Collection[str]
-) -> Iterator[epath.Path]:
-    """A folder to write into that becomes `directory` only when the block ends without error.
-
-    Locally it is renamed into place. An object store cannot rename: there the block must write the
-    file `last` last, and readers must refuse a folder without it. An earlier `directory` that
-    holds nothing but `last` and `others` is replaced.
-
-    Raises `UserError` if it holds anything else, or the place cannot be written.
-    """
-    with writing(directory):
-        target = epath.Path(directory)
-        earlier = target.exists()
-        foreign = {path.name for path in target.iterdir()} - {last, *others} if earlier else set()
-        if foreign:
-            raise UserError(
-                f"{target / min(foreign)}: is no part of an export: choose another folder"
-            )
-        if is_remote(directory):
-            if earlier:
-                (target / last).unlink(missing_ok=True)  # first: no half passes for a whole
-                target.rmtree()
-            yield target
-            return
-        final = Path(os.path.abspath(directory))
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name[:100]}."))
-        try:
-            work = temporary / "new"
-            work.mkdir()  # not the temporary folder: mkdtemp makes it readable by us alone
-            yield epath.Path(work)
-            for path in work.rglob("*"):
-                _sync(path)
-            _replace(final, work, temporary / "old")
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)  # delayed allocation reports a full disk only here
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace(final: Path, new: Path, old: Path) -> None:
-    """Puts the folder `new` in place of `final`, which moves to `old` if it exists."""
-    if not final.exists():
-        os.rename(new, final)
-        return
-    os.rename(final, old)
-    try:
-        os.rename(new, final)
-    except BaseException:
-        os.rename(old, final)
-        raise
-
-
 def _write_local(path: Path, data: bytes) -> None:
     path = Path(os.path.realpath(path))  # a link stays a link
     if path.exists() and not path.is_file() and not path.is_dir():
         path.write_bytes(data)  # a device or pipe such as /dev/stdout: not to be renamed over
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
+    temporary = path.parent / f".segdiff.{secrets.token_hex(4)}"
+    # Not tempfile's, which we alone may read: what a plain file allows is up to the umask.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # delayed allocation reports a full disk only here
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only we can read
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _explain(path: os.PathLike[str] | str, error: Exception) -> UserError:
     place = os.fspath(path)
     if is_remote(path):
         return UserError(f"cannot write {place}: {_store_reason(error)}")
+    broken = dangling(path)
+    if broken:
+        return UserError(f"cannot write {place}: {broken}")
     mends = {
         errno.ENOSPC: "the disk is full: free some space or choose another place",
         errno.EDQUOT: "the disk quota is used up: free some space or choose another place",
@@ -215,6 +226,7 @@ def _explain(path: os.PathLike[str] | str, error: Exception) -> UserError:
         errno.EISDIR: "it is a directory: choose another name or remove it",
         errno.ENOTDIR: "part of the path is a file, not a directory: choose another place",
         errno.EEXIST: "it is a file, not a directory: choose another name or remove it",
+        errno.EBUSY: "a disk is mounted there: name a folder inside it",
         errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
     }
     reason = (

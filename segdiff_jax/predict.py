@@ -1,6 +1,7 @@
 """Segments photos: `python -m segdiff_jax.predict --checkpoint W --images a.jpg --output O …`."""
 
 import argparse
+import contextlib
 import functools
 import logging
 import os
@@ -8,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from segdiff_jax import cli, files
+from segdiff_jax import cli, ownership
 from segdiff_jax.config import Config
 from segdiff_jax.data import images, requests, vocabulary
 from segdiff_jax.data.vocabulary import Vocabulary
@@ -16,11 +17,13 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import report
 from segdiff_jax.progress import Progress, reporter
 
+_MOST_NAMED = 10  # unreadable images in one message
 _DESCRIPTION = (
     """Segment photos into the classes you name.
 
 Per image: O/<name>_labels.png (class ids, palette), O/<name>_overlay.png with a legend,
 O/<name>_uncertainty.png (for an ensemble of two or more) and O/<name>.json; O/index.html over all.
+<name> is the image's without its extension, or with it where several would be equal.
 The same seed gives the same bytes.
 
 """
@@ -37,9 +40,14 @@ def main(argv: list[str]) -> None:
     processes.join()
     runtime.start_logging()
     with processes.together():
-        paths = requests.find_images(args.images)
+        paths, ours = requests.without_results(requests.find_images(args.images))
         processes.check_same("--images", paths)
-        _predict(args, paths, processes.is_first())
+        first = processes.is_first()
+        if ours and first:
+            print(f"left out: {_counted(ours)} of an earlier run, such as {ours[0]}", flush=True)
+        if not paths:
+            raise UserError(f"--images {ours[0]}: only results of an earlier run: name the photos")
+        _predict(args, paths, first)
 
 
 def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> None:
@@ -50,30 +58,45 @@ def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> Non
     from segdiff_jax.training import processes
 
     classes = requests.parse_classes(args.classes)
-    results.check_names(paths, args.output)
     config = workdir.read_config(args.checkpoint)
     settings = _settings(args, config, classes)
+    names = results.names(paths)
     read = functools.partial(
-        images.read_photo, max_pixels=config.data.max_pixels, max_value=config.data.max_value
+        images.read_photo,
+        max_pixels=args.max_pixels or config.data.max_pixels,
+        max_value=config.data.max_value,
     )
-    _check_images(paths, read, reporter("check", enabled=first))
     if first:
-        files.check_writable(args.output)
+        results.check_output(args.output, names)
+    unreadable = _unreadable(paths, read, args.skip_unreadable, reporter("check", enabled=first))
+    paths = [path for path in paths if path not in unreadable]
     segmenter = Segmenter.load(args.checkpoint)
     used = results.all_settings(settings, segmenter.config) | {"checkpoint": args.checkpoint}
     rows = []
     progress = reporter("predict", enabled=first)
-    progress(0, len(paths))
-    for done, path in enumerate(paths, 1):
-        photo = read(path).pixels
-        found = segmenter(photo, classes.classes, **settings)
+    with contextlib.ExitStack() as stack:
         if first:
-            with processes.at_work("writes its results"):
-                rows.append(results.write(args.output, path, photo, found, classes, used))
-        progress(done, len(paths))
+            written = results.outputs(names[path] for path in paths)
+            stack.enter_context(ownership.claimed(args.output, results.KIND, written))
+        progress(0, len(paths))
+        for done, path in enumerate(paths, 1):
+            photo = read(path).pixels
+            found = segmenter(photo, classes.classes, **settings)
+            if first:
+                target = os.path.join(args.output, names[path])
+                with processes.at_work("writes its results"):
+                    rows.append(results.write(target, path, photo, found, classes, used))
+            progress(done, len(paths))
+        if first:
+            _write_page(args, rows, classes, settings, unreadable)
     if first:
-        _write_page(args, rows, classes, settings)
-        print(f"{len(paths)} images segmented: {os.path.join(args.output, 'index.html')}")
+        skipped = f", {len(unreadable)} unreadable left out" if unreadable else ""
+        page = os.path.join(args.output, results.PAGE)
+        print(f"{len(paths)} images segmented{skipped}: {page}")
+
+
+def _counted(paths: Sequence[str]) -> str:
+    return f"{len(paths)} result" + ("s" if len(paths) > 1 else "")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "--images",
         required=True,
         nargs="+",
+        type=cli.path,
         metavar="IMAGE",
         help="image files, folders of them, or patterns such as 'dir/*.png'",
     )
@@ -95,7 +119,24 @@ def _parser() -> argparse.ArgumentParser:
         "or @FILE with one class a line; "
         f"or one of {', '.join(vocabulary.packaged())}",
     )
-    add("--output", required=True, metavar="DIR", help="folder for the results")
+    add(
+        "--output",
+        required=True,
+        type=cli.path,
+        metavar="DIR",
+        help="folder for the results; of the files there, only earlier results are replaced",
+    )
+    add(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out images that cannot be read, and list them in index.html",
+    )
+    add(
+        "--max-pixels",
+        type=cli.positive_int,
+        metavar="N",
+        help="refuse larger images; default: as the checkpoint's config says (data.max_pixels)",
+    )
     add(
         "--steps",
         type=cli.positive_int,
@@ -138,17 +179,43 @@ def _share(text: str) -> float:
     return value
 
 
-def _check_images(
-    paths: Sequence[str], read: Callable[[str], images.Photo], progress: Progress
-) -> None:
-    """Decodes every image once: a broken one is found before anything is loaded or written."""
+def _unreadable(
+    paths: Sequence[str],
+    read: Callable[[str], images.Photo],
+    skip: bool,
+    progress: Progress,
+) -> dict[str, str]:
+    """Decodes every image once, before anything is loaded or written: path → why it cannot be.
+
+    Raises `UserError`, which names them, unless they are to be skipped and others are left.
+    """
+    found: dict[str, images.UnreadableError] = {}
     guessed: Counter[int] = Counter()
     for done, path in enumerate(paths, 1):
-        guessed[read(path).guessed_max] += 1
-        progress(done, len(paths))
+        try:
+            guessed[read(path).guessed_max] += 1
+        except images.UnreadableError as error:
+            found[path] = error
+        if not found or skip:
+            progress(done, len(paths))
+    if found and not (skip and len(found) < len(paths)):
+        raise _all_unreadable(found, len(paths))
     del guessed[0]  # nothing to guess
     if guessed:
         logging.warning("%s", images.guessed_range(guessed, len(paths)))
+    return {path: str(error) for path, error in found.items()}
+
+
+def _all_unreadable(found: Mapping[str, images.UnreadableError], total: int) -> UserError:
+    shown = "; ".join(str(error) for error in list(found.values())[:_MOST_NAMED])
+    more = f"; and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    mends = []
+    if any(isinstance(error, images.TooLargeError) for error in found.values()):
+        mends.append("--max-pixels N reads larger ones")
+    if len(found) < total:
+        mends.append("--skip-unreadable leaves them out")
+    counted = f"{len(found)} of {total} images cannot be read: " if total > 1 else ""
+    return UserError("".join((counted, shown, more, *(f"; {mend}" for mend in mends))))
 
 
 def _settings(args: argparse.Namespace, config: Config, classes: Vocabulary) -> dict[str, Any]:
@@ -182,6 +249,7 @@ def _write_page(
     rows: Sequence[report.Row],
     classes: Vocabulary,
     settings: Mapping[str, Any],
+    unreadable: Mapping[str, str],
 ) -> None:
     legend = report.Table(
         "Classes",
@@ -189,11 +257,15 @@ def _write_page(
         [(entry.name, ", ".join(entry.synonyms)) for entry in classes.classes],
         colors=[[int(c) for c in color] for color in classes.palette()],
     )
+    tables = [legend]
+    if unreadable:
+        left_out = list(unreadable.items())
+        tables.append(report.Table("Left out: cannot be read", ["image", "why"], left_out))
     note = ", ".join(f"{name} {value}" for name, value in settings.items())
     report.page(
         os.path.join(args.output, "index.html"),
         f"{len(rows)} images, {len(classes)} classes",
-        tables=[legend],
+        tables=tables,
         rows=rows,
         note=f"{args.checkpoint}: {note}. Uncertainty is brightest at each image's own maximum.",
     )

@@ -39,7 +39,9 @@ def start(workdir: str = "") -> None:
     waiting.check_limits()
     given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if given is None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        home = os.environ.get("XDG_CACHE_HOME", "")
+        if not os.path.isabs(home):  # not set, or to be ignored, as its specification says
+            home = os.path.expanduser("~/.cache")
         remote = str(epath.Path(workdir) / "compile_cache") if is_remote(workdir) else ""
         cache = remote or os.path.join(home, "segdiff_jax")
         jax.config.update("jax_compilation_cache_dir", cache)

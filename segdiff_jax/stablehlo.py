@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from segdiff_jax import codec, conditioning, files, segmenter
+from segdiff_jax import codec, conditioning, files, ownership, segmenter
 from segdiff_jax.config import SamplerConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import safetensors_files
@@ -59,7 +59,7 @@ def write(
         `config.model.dtype`.
 
     Raises:
-      UserError: a weight overflows float16, or the place cannot be written.
+      UserError: a weight overflows float16, or the place holds other files or cannot be written.
     """
     function: Callable[..., jax.Array] = sample_with(model, sampler)
     inputs: tuple[Any, ...] = _inputs(model)
@@ -70,8 +70,8 @@ def write(
     else:
         function = functools.partial(function, _stored(model, dtype))
     data = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*inputs).serialize()
-    others = DESCRIPTION, WEIGHTS
-    with files.whole_folder(directory, last=FUNCTION, others=others) as folder:
+    names = [FUNCTION, DESCRIPTION, *([WEIGHTS] if beside else [])]
+    with ownership.whole_folder(directory, "stablehlo", names, last=FUNCTION) as folder:
         about = describe(model, sampler, dtype)
         text = json.dumps(about, indent=2, ensure_ascii=False)
         files.write_text(folder / DESCRIPTION, text + "\n")

@@ -19,11 +19,16 @@ def main(argv: list[str]) -> None:
     overrides, rest = cli.split_config_flags(argv)
     parser = cli.parser("segdiff_jax.train", _DESCRIPTION, cli.config_help())
     parser.add_argument(
-        "--config", required=True, metavar="FILE", help="Python file with get_config()"
+        "--config",
+        required=True,
+        type=cli.path,
+        metavar="FILE",
+        help="Python file with get_config()",
     )
     parser.add_argument(
         "--workdir",
         required=True,
+        type=cli.path,
         metavar="DIR",
         help="where checkpoints, logs and TensorBoard events go; local or gs://",
     )

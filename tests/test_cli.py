@@ -248,3 +248,47 @@ def test_interrupt_of_a_real_process():
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130 and errors.strip() == "interrupted"
+
+
+@pytest.mark.parametrize("key", ["data.root", "data.vocabulary", "init_from"])
+def test_paths_of_the_config(path, tmp_path, monkeypatch, key):
+    """On the command line and in the file alike."""
+    for value, says in (
+        (" ", "an empty path: is a shell variable not set?"),
+        ("s3://b/x", "s3:// is not supported, only local paths and gs://"),
+        ("gs:/b/x", "is written gs://BUCKET/PATH"),
+    ):
+        error = _error(path, [f"--config.{key}={value}"])
+        assert f"config.{key}" in error and says in error
+    with open(path, "a") as file:
+        file.write(
+            f"\nmake = get_config\ndef get_config():\n    c = make()\n    c.{key} = 'x://y'\n"
+        )
+        file.write("    return c\n")
+    assert f"config.{key}: x://y: x:// is not supported" in _error(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = cli.load_config(path, [f"--config.{key}=~/sd"])
+    assert f"{tmp_path}/sd" in str(dataclasses.asdict(config))
+
+
+def test_a_path_flag(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cli.path("~/x") == "/home/me/x"
+    (tmp_path / "~").mkdir()
+    assert cli.path("~/x") == "~/x", "a folder of that name"
+    assert cli.path(" a/") == " a/" and cli.path("gs://b/x") == "gs://b/x"
+
+
+@pytest.mark.parametrize("flag", ["--workdir", "--config"])
+@pytest.mark.parametrize(
+    ("value", "says"), [("", "an empty path"), ("s3://b/x", "s3:// is not supported")]
+)
+def test_training_takes_no_other_places(path, tmp_path, monkeypatch, flag, value, says):
+    from segdiff_jax import train
+
+    monkeypatch.chdir(tmp_path)
+    before = os.listdir(tmp_path)
+    with pytest.raises(UserError, match=f"argument {flag}: .*{says}") as caught:
+        train.main(["--config", path, "--workdir", str(tmp_path / "w"), flag, value])
+    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == before

@@ -1,12 +1,13 @@
 """`python -m segdiff_jax.evaluate`: what it writes, and what it says of bad input."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from segdiff_jax import cli, evaluate, train, workdir
+from segdiff_jax import cli, evaluate, ownership, train, workdir
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -73,6 +74,7 @@ def test_writes_metrics_and_page(files, capsys):
     page = (files / "o" / "index.html").read_text()
     assert page.count("<figcaption>truth") == page.count("<figcaption>uncertainty") == 2
     assert sorted(p.name for p in (files / "o").iterdir()) == [
+        ownership.MARKER,
         "examples.png",
         "index.html",
         "metrics.json",
@@ -175,6 +177,55 @@ def test_output_that_is_a_file(files, capsys):
     code, output = _run(files, capsys)
     assert code == 2 and f"cannot write {files / 'o'}" in output.err
     assert (files / "o").read_text() == "mine"
+
+
+def test_only_its_own_files_are_replaced(files, capsys):
+    (files / "o").mkdir()
+    (files / "o" / "metrics.json").write_text("mine")
+    code, output = _run(files, capsys)
+    assert code == 2 and "metrics.json: would be replaced" in output.err
+    assert [p.name for p in (files / "o").iterdir()] == ["metrics.json"]
+    assert (files / "o" / "metrics.json").read_text() == "mine"
+
+
+def test_an_earlier_sheet_of_examples_goes(files, capsys):
+    assert _run(files, capsys, "--limit=1")[0] == 0
+    (files / "o" / "notes.txt").write_text("mine")
+    assert _run(files, capsys, "--limit=1", "--rows=0")[0] == 0
+    assert {p.name for p in (files / "o").iterdir()} == {
+        *(ownership.MARKER, "index.html", "metrics.json", "notes.txt")
+    }
+    assert ownership.owned(files / "o") == {"evaluation": {"index.html", "metrics.json"}}
+
+
+def test_into_the_workdir_and_beside_its_files(files, capsys):
+    before = (files / "w" / "config.json").read_bytes()
+    for _ in range(2):
+        assert _run(files, capsys, "--limit=1", "--output", str(files / "w"))[0] == 0
+    assert (files / "w" / "config.json").read_bytes() == before
+
+
+def test_a_name_that_is_no_utf8(files, capsys):
+    for folder in ("images", "masks"):
+        place = os.fsencode(files / "data" / "val" / folder)
+        os.rename(place + b"/p1.png", place + b"/caf\xe9.png")
+    code, output = _run(files, capsys)
+    assert code == 0, output.err
+    assert "caf\\xe9" in (files / "o" / "index.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("flag", ["--output", "--checkpoint", "--config", "--config.data.root"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (" ", "an empty path: is a shell variable"),
+        ("s3://b/x", "s3:// is not supported, only local paths and gs://"),
+    ],
+)
+def test_paths_that_are_none(files, capsys, flag, value, message):
+    code, output = _run(files, capsys, f"{flag}={value}", config=flag != "--config")
+    assert code == 2 and message in output.err and flag.lstrip("-") in output.err
+    assert output.err.count("\n") == 1 and not (files / "o").exists()
 
 
 def test_help_explains_every_flag(capsys):

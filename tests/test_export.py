@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -10,7 +11,7 @@ import pytest
 import safetensors.numpy
 import transformers
 
-from segdiff_jax import cli, export, workdir
+from segdiff_jax import cli, export, ownership, workdir
 from segdiff_jax.config import Config, DataConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import pretrained
@@ -148,8 +149,74 @@ def test_bad_arguments_leave_nothing(arguments, message, exported, tmp_path, cap
     assert not any(tmp_path.iterdir())
 
 
+def refused(capsys, checkpoint, output, *more):
+    """The one line with which an export is refused; nothing beside it or in it has changed."""
+    before = {path: path.is_file() and path.read_bytes() for path in output.parent.rglob("*")}
+    argv = ["--checkpoint", str(checkpoint), "--output", str(output), "--format", "diffusers"]
+    with pytest.raises(SystemExit) as caught:
+        cli.run(export.main, [*argv, *more])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1
+    after = {path: path.is_file() and path.read_bytes() for path in output.parent.rglob("*")}
+    assert after == before
+    return error
+
+
+def test_the_list_of_files_is_that_of_the_files(exported):
+    (listed,) = ownership.owned(exported).values()
+    assert listed == set(contents(exported)) - {ownership.MARKER}
+
+
+def test_only_an_export_that_this_command_wrote_is_replaced(exported, tmp_path, capsys):
+    shutil.copytree(exported, tmp_path / "a" / "m")
+    thesis = tmp_path / "a" / "m" / "unet" / "my thesis.txt"
+    thesis.write_text("years")
+    error = refused(capsys, exported, tmp_path / "a" / "m")
+    assert f"{thesis}: is no part of the export" in error
+    thesis.unlink()
+    error = refused(capsys, exported, tmp_path / "a" / "m", "--format", "stablehlo")
+    assert "holds diffusers files of segdiff_jax" in error
+    run(exported, tmp_path / "a" / "m")
+    (tmp_path / "a" / "m" / ownership.MARKER).unlink()  # what others publish has none
+    error = refused(capsys, exported, tmp_path / "a" / "m")
+    assert "this command wrote it" in error and "remove it yourself" in error
+
+
+@pytest.mark.parametrize("where", [".", "new", "../link", "../link/new", ".."])
+def test_what_the_export_is_made_from_is_never_the_output(where, exported, tmp_path, capsys):
+    shutil.copytree(exported, tmp_path / "x" / "m")  # with its list: an export could replace it
+    (tmp_path / "x" / "link").symlink_to("m")
+    output = Path(f"{tmp_path}/x/m/{where}")
+    assert "--checkpoint" in refused(capsys, tmp_path / "x" / "m", output)
+    config = workdir.read_config(str(exported))
+    config.init_from = str(tmp_path / "x" / "m")
+    workdir.write_config(str(tmp_path / "w"), config)
+    assert "the run's init_from" in refused(capsys, tmp_path / "w", output)
+
+
+def test_a_link_is_followed(exported, tmp_path, capsys):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    run(exported, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "disk") == contents(exported)
+    (tmp_path / "gone").symlink_to("unmounted")
+    error = refused(capsys, exported, tmp_path / "gone")
+    assert "gone: a link to unmounted, which does not exist" in error
+
+
+@pytest.mark.parametrize("flag", ["--output", "--checkpoint"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("", "an empty path"), (" ", "an empty path"), ("s3://b/x", "s3:// is not supported")],
+)
+def test_paths_that_are_none(exported, tmp_path, capsys, flag, value, message):
+    error = refused(capsys, exported, tmp_path / "m", flag, value)
+    assert message in error and flag in error
+
+
 def test_a_workdir_is_never_overwritten(trained, tmp_path):
     before = sorted(p.name for p in Path(trained).iterdir())
-    with pytest.raises(UserError, match="is no part of an export: choose another folder"):
+    with pytest.raises(UserError, match="is the same folder as --checkpoint"):
         run(trained, trained)
     assert sorted(p.name for p in Path(trained).iterdir()) == before

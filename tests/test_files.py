@@ -10,8 +10,11 @@ import stat
 import pytest
 from etils import epath
 
-from segdiff_jax import files
+from segdiff_jax import files, ownership
+from segdiff_jax.data import images, requests
 from segdiff_jax.errors import UserError
+from segdiff_jax.models import pretrained
+from segdiff_jax.segmenter import Segmenter
 
 
 def _message(call, *args) -> str:
@@ -46,6 +49,49 @@ def test_permissions_are_those_of_a_plain_file(tmp_path):
     files.write_bytes(tmp_path / "ours", b"")
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "ours")}
     assert len(modes) == 1
+
+
+def test_the_umask_of_the_process_is_left_alone(tmp_path, monkeypatch):
+    """Other threads make files too."""
+
+    def touched(mask):
+        raise AssertionError("umask was set")
+
+    before = os.umask(0o027)
+    try:
+        monkeypatch.setattr(os, "umask", touched)
+        files.write_bytes(tmp_path / "ours", b"")
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == 0o640
+
+
+def test_a_long_name_of_wide_letters(tmp_path):
+    files.write_bytes(tmp_path / ("字" * 85), b"x")
+    assert os.listdir(tmp_path) == ["字" * 85]
+
+
+@pytest.mark.parametrize("scheme", ["s3", "http", "foo", "S3", "hf", "file"])
+def test_other_stores_are_refused_wherever_a_path_is_opened(tmp_path, monkeypatch, scheme):
+    monkeypatch.chdir(tmp_path)
+    place = f"{scheme}://bucket/x"
+    for call in (
+        *(lambda: files.write_text(place, "x"), lambda: files.check_writable(place)),
+        *(lambda: images.read_image(place), lambda: Segmenter.load(place)),
+        *(lambda: pretrained.load(place), lambda: ownership.owned(place)),
+        *(lambda: requests.find_images([place]), lambda: requests.parse_classes("@" + place)),
+    ):
+        assert f"{scheme.lower()}:// is not supported, only local paths and gs://" in _message(call)
+    assert os.listdir(tmp_path) == []
+
+
+def test_bytes_that_are_no_utf8_are_shown(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \xff")
+    files.write_json(tmp_path / "a.json", {name: [name]})
+    assert json.loads((tmp_path / "a.json").read_bytes()) == {"caf\\xe9 \\xff": ["caf\\xe9 \\xff"]}
+    files.write_text(tmp_path / "a.txt", f"é{name}\ud800")
+    assert (tmp_path / "a.txt").read_text("utf-8") == "écaf\\xe9 \\xff\\ud800"
 
 
 def test_json(tmp_path):

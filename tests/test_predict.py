@@ -1,12 +1,16 @@
 """`python -m segdiff_jax.predict`: its files, their bytes, and what it says of bad input."""
 
 import json
+import os
+import re
+import socket
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from segdiff_jax import cli, files, predict, workdir
+from segdiff_jax import cli, files, ownership, predict, workdir
 from segdiff_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -38,7 +42,9 @@ def _run(place, capsys, *more, images=("in",), classes=CLASSES, output="o"):
 
 
 def _names(folder):
-    return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    """What is in a folder, but for the list of what was written there."""
+    inside = folder.iterdir() if folder.exists() else []
+    return sorted(p.name for p in inside if p.name != ownership.MARKER)
 
 
 def test_files_of_each_image(place, capsys):
@@ -188,9 +194,9 @@ def test_what_one_gray_image_cannot_hold(place, capsys, tiny_config):
 
 def test_results_never_overwrite_each_other_or_a_photo(place, capsys):
     (place / "more").mkdir()
-    Image.new("RGB", (20, 20)).save(place / "more" / "a.jpg")
+    Image.new("RGB", (20, 20)).save(place / "more" / "a.png")
     code, output = _run(place, capsys, images=("in", "more"))
-    assert code == 2 and "in/a.png" in output.err and "more/a.jpg" in output.err
+    assert code == 2 and "in/a.png" in output.err and "more/a.png" in output.err
     Image.new("RGB", (20, 20)).save(place / "in" / "a_labels.png")
     before = (place / "in" / "a_labels.png").read_bytes()
     code, output = _run(place, capsys, output="in")
@@ -199,7 +205,7 @@ def test_results_never_overwrite_each_other_or_a_photo(place, capsys):
 
 
 def test_a_disk_that_fills_up_leaves_whole_sets(place, capsys, monkeypatch):
-    write, budget = files.write_bytes, [5]
+    write, budget = files.write_bytes, [6]
 
     def limited(path, data):
         budget[0] -= 1
@@ -208,7 +214,8 @@ def test_a_disk_that_fills_up_leaves_whole_sets(place, capsys, monkeypatch):
         write(path, data)
 
     monkeypatch.setattr(files, "write_bytes", limited)
-    code, output = _run(place, capsys)  # three files an image: the second image's third fails
+    # The list of files, then three an image: the second image's third fails.
+    code, output = _run(place, capsys)
     assert code == 2 and "the disk is full" in output.err
     assert _names(place / "o") == ["a.json", "a_labels.png", "a_overlay.png"]
 
@@ -242,3 +249,199 @@ def test_a_guessed_range_of_photos_is_said_once(place, capsys, tiny_config):
     workdir.write_config(str(place / "w"), config)
     code, output = _run(place, capsys)
     assert code == 0 and "16-bit" not in output.err
+
+
+def _photo(path, size=(20, 20), seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+
+
+def _folder(path):
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+def test_results_beside_the_photos_are_not_taken_for_photos(place, capsys):
+    photos = {"a.png", "b.bmp"}
+    code, output = _run(place, capsys, output="in")
+    assert code == 0 and "left out" not in output.out
+    first = _folder(place / "in")
+    for images in (("in",), ("in/*",), ("in/a.png", "in/b.bmp", "in/a_labels.png")):
+        code, output = _run(place, capsys, output="in", images=images)
+        assert code == 0, output.err
+        assert "left out: " in output.out and "of an earlier run" in output.out
+        assert "2 images segmented" in output.out
+    assert _folder(place / "in").keys() == first.keys()
+    assert all(_folder(place / "in")[name] == first[name] for name in photos)
+    code, output = _run(place, capsys, output="o", images=("in/a_labels.png",))
+    assert code == 2 and "only results of an earlier run" in output.err
+    assert not (place / "o").exists()
+
+
+def test_output_inside_the_photos_that_a_pattern_finds(place, capsys):
+    for count in ("", "left out: 4 results"):
+        code, output = _run(place, capsys, output="in/out", images=("in/**/*.png", "in/b.bmp"))
+        assert code == 0 and count in output.out and "2 images segmented" in output.out, output.err
+
+
+def test_photos_that_are_named_like_results(place, capsys):
+    """Nothing says that they are results: somebody's masks, or another program's."""
+    for name in ("x_labels.png", "x_overlay.png"):
+        _photo(place / "in" / name)
+    code, output = _run(place, capsys, output="o")
+    assert code == 0 and "4 images segmented" in output.out
+    assert "x_labels_labels.png" in _names(place / "o")
+
+
+@pytest.mark.parametrize("name", ["index.html", "a.json", "b_uncertainty.png", "a_labels.png"])
+def test_a_file_that_predict_did_not_write_is_not_replaced(place, capsys, name):
+    (place / "o").mkdir()
+    (place / "o" / name).write_text("mine")
+    code, output = _run(place, capsys)
+    assert code == 2 and f"{place / 'o' / name}: would be replaced" in output.err
+    assert output.err.count("\n") == 1 and _folder(place / "o") == {name: b"mine"}
+
+
+def test_what_an_evaluation_wrote_is_not_replaced(place, capsys):
+    with ownership.claimed(place / "o", "evaluation", ["index.html"]):
+        (place / "o" / "index.html").write_text("scores")
+    code, output = _run(place, capsys)
+    assert code == 2 and "index.html: is part of the evaluation here" in output.err
+    assert (place / "o" / "index.html").read_text() == "scores"
+
+
+def test_a_stopped_run_is_gone_on_with(place, capsys, monkeypatch):
+    """Whenever it is killed, the list names all that may be there."""
+    write, seen = files.write_bytes, []
+
+    def dying(path, data):
+        seen.append(path)
+        if len(seen) == 6:
+            raise SystemExit(9)  # nothing can be done about a kill: nothing is cleaned up
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_bytes", dying)
+        patch.setattr(ownership, "settle", lambda *_: None)
+        assert _run(place, capsys)[0] == 9
+    assert _names(place / "o"), "it had begun"
+    (place / "o" / "notes.txt").write_text("mine")
+    code, output = _run(place, capsys)
+    assert code == 0, output.err
+    assert (place / "o" / "notes.txt").read_text() == "mine"
+
+
+def test_a_link_as_output_is_followed(place, capsys):
+    (place / "disk").mkdir()
+    (place / "o").symlink_to("disk")
+    assert _run(place, capsys)[0] == 0
+    assert (place / "o").is_symlink() and "index.html" in _names(place / "disk")
+    (place / "gone").symlink_to("unmounted")
+    code, output = _run(place, capsys, output="gone")
+    assert code == 2 and "gone: a link to unmounted, which does not exist" in output.err
+    assert not (place / "unmounted").exists()
+
+
+def test_equal_stems_keep_their_extensions(place, capsys):
+    _photo(place / "in" / "a.jpg")
+    assert _run(place, capsys)[0] == 0
+    found = _names(place / "o")
+    assert {"a.jpg_labels.png", "a.png.json", "b_overlay.png"} <= set(found)
+    assert "a_labels.png" not in found
+    said = json.loads((place / "o" / "a.jpg.json").read_text())
+    assert said["image"].endswith("in/a.jpg") and said["files"]["labels"] == "a.jpg_labels.png"
+
+
+def test_a_name_that_is_no_utf8(place, capsys):
+    os.rename(place / "in" / "a.png", os.fsencode(place / "in") + b"/caf\xe9.png")
+    code, output = _run(place, capsys, "--ensemble", "2")
+    assert code == 0, output.err
+    said = json.loads((place / "o" / "caf\\xe9.json").read_text("utf-8"))
+    assert said["image"].endswith("in/caf\\xe9.png")
+    assert (place / "o" / said["files"]["labels"]).exists()
+    page = (place / "o" / "index.html").read_text("utf-8")
+    assert "in/caf\\xe9.png" in page
+    links = [unquote(link) for link in re.findall(r'src="([^":]*)"', page)]
+    assert len(links) == 6 and all((place / "o" / link).exists() for link in links)
+
+
+@pytest.mark.parametrize("flag", ["--images", "--output", "--checkpoint"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "an empty path: is a shell variable"),
+        (" \t", "an empty path: is a shell variable"),
+        ("s3://bucket/x", "s3:// is not supported, only local paths and gs://"),
+        ("http://host/x.png", "http:// is not supported, only local paths and gs://"),
+        ("foo://x", "foo:// is not supported, only local paths and gs://"),
+        ("file:///tmp/x", "leave file:// out"),
+        ("gs://", "gs://BUCKET/PATH"),
+        ("gs:/bucket/x", "gs://BUCKET/PATH"),
+        ("GS://bucket/x", "gs://BUCKET/PATH"),
+    ],
+)
+def test_paths_that_are_none(place, capsys, flag, value, message):
+    code, output = _run(place, capsys, flag, value)
+    assert code == 2 and message in output.err and flag in output.err
+    assert output.err.count("\n") == 1 and not (place / "o").exists()
+
+
+def test_only_files_are_opened(place, capsys):
+    os.mkfifo(place / "in" / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(place / "in" / "s.png"))
+    (place / "in" / "folder.png").mkdir()  # is no image of its parent
+    code, output = _run(place, capsys)
+    assert code == 2 and "2 of 4 images cannot be read" in output.err
+    assert "pipe.png: cannot be read, it is a pipe" in output.err
+    assert "s.png: cannot be read, it is a socket" in output.err
+    for path, kind in (("/dev/zero", "a device"), (str(place / "in" / "pipe.png"), "a pipe")):
+        code, output = _run(place, capsys, images=(path,))
+        assert code == 2 and f"{path}: cannot be read, it is {kind}" in output.err
+    assert not (place / "o").exists()
+
+
+def test_all_unreadable_photos_are_named(place, capsys):
+    for i in range(12):
+        (place / "in" / f"x{i:02}.png").write_bytes(b"")
+    (place / "in" / "gone.png").symlink_to("nowhere")
+    code, output = _run(place, capsys)
+    assert code == 2 and "13 of 15 images cannot be read: " in output.err
+    assert "gone.png: a link to nowhere, which does not exist" in output.err
+    assert "x08.png: empty file" in output.err and "x09" not in output.err
+    assert "; and 3 more; --skip-unreadable leaves them out" in output.err
+    assert output.err.count("\n") == 1 and not (place / "o").exists()
+    code, output = _run(place, capsys, "--skip-unreadable")
+    assert code == 0 and "2 images segmented, 13 unreadable left out" in output.out
+    page = (place / "o" / "index.html").read_text()
+    assert "x11.png: empty file" in page and page.count("<h3>") == 2
+    code, output = _run(place, capsys, "--skip-unreadable", images=("in/x*",), output="p")
+    assert code == 2 and "12 of 12 images cannot be read" in output.err
+    assert not (place / "p").exists()
+
+
+def test_pixels_are_limited_as_asked(place, capsys):
+    code, output = _run(place, capsys, "--max-pixels=500")
+    assert code == 2 and "a.png: more than 500 pixels" in output.err
+    assert "--max-pixels N reads larger ones" in output.err
+    assert _run(place, capsys, "--max-pixels=560")[0] == 0
+
+
+def test_an_output_is_not_touched_before_the_checkpoint_is_known_to_load(
+    place, capsys, monkeypatch
+):
+    def damaged(path):
+        raise UserError(f"{path}: every checkpoint is damaged")
+
+    monkeypatch.setattr(workdir, "load_networks", damaged)
+    assert _run(place, capsys)[0] == 2
+    assert not (place / "o").exists()
+
+
+@pytest.mark.parametrize("flag", ["--images", "--output", "--checkpoint"])
+def test_a_link_to_nothing_is_named(place, capsys, flag):
+    (place / "link").symlink_to("unmounted")
+    for value in ("link", "link/below"):
+        code, output = _run(place, capsys, flag, str(place / value))
+        assert code == 2 and output.err.count("\n") == 1 and flag in output.err
+        assert f"{place}/link: a link to unmounted, which does not exist" in output.err
+    assert not (place / "o").exists() and not (place / "unmounted").exists()

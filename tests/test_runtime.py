@@ -29,6 +29,16 @@ def test_programs_are_kept_where_the_next_start_finds_them(settings, workdir, ex
     assert settings["jax_compilation_cache_dir"] == expected
 
 
+@pytest.mark.parametrize("value", ["", "cache", None])
+def test_a_cache_that_is_no_absolute_path_is_as_if_not_set(settings, monkeypatch, value):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    if value is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+    runtime.start()
+    assert settings["jax_compilation_cache_dir"] == "/home/me/.cache/segdiff_jax"
+
+
 def test_the_environment_decides_first(settings, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/shared")
     runtime.start("gs://bucket/runs/one")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from segdiff_jax import conditioning, export, files, stablehlo
+from segdiff_jax import conditioning, export, ownership, stablehlo
 from segdiff_jax.data import vocabulary
 from segdiff_jax.errors import UserError
 from segdiff_jax.models.unet import UNet
@@ -71,6 +71,7 @@ def test_a_process_without_this_package_gets_the_same_maps(trained, image, tmp_p
     argv = ["--checkpoint", trained, "--output", str(tmp_path / "m"), "--format", "stablehlo"]
     export.main([*argv, "--steps", "3", "--ensemble", "2"])
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        ownership.MARKER,
         "sampler.json",
         "sampler.stablehlo",
     ]
@@ -131,7 +132,9 @@ def test_weights_beyond_the_limit_lie_beside(make_segmenter, image, tmp_path, mo
     model = make_segmenter()
     stablehlo.write(model, tmp_path / "m", model.config.sampler)
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "m").iterdir()}
-    assert set(sizes) == {stablehlo.FUNCTION, stablehlo.DESCRIPTION, stablehlo.WEIGHTS}
+    names = {stablehlo.FUNCTION, stablehlo.DESCRIPTION, stablehlo.WEIGHTS}
+    assert set(sizes) == names | {ownership.MARKER}
+    assert ownership.owned(tmp_path / "m") == {"stablehlo": names}
     assert sizes[stablehlo.WEIGHTS] >= stablehlo._size(model, "float32")
     contexts = np.asarray(model.table(CLASSES).hidden)
     found = call_elsewhere(tmp_path / "m", tmp_path, image, contexts, seed=2)
@@ -185,21 +188,22 @@ def test_overflow_is_refused_and_leaves_nothing(make_segmenter, tmp_path):
 def test_an_earlier_export_stays_until_the_new_one_is_whole(make_segmenter, tmp_path, monkeypatch):
     model = make_segmenter()
     folder = tmp_path / "m"
-    folder.mkdir()
-    for name in (stablehlo.FUNCTION, stablehlo.DESCRIPTION):
-        (folder / name).write_text("earlier")
+    names = stablehlo.FUNCTION, stablehlo.DESCRIPTION
+    with ownership.claimed(folder, "stablehlo", names):
+        for name in names:
+            (folder / name).write_text("earlier")
 
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "_sync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(UserError, match="the disk is full"):
         stablehlo.write(model, folder, model.config.sampler)
-    assert {p.read_text() for p in folder.iterdir()} == {"earlier"}
+    assert {(folder / name).read_text() for name in names} == {"earlier"}
     monkeypatch.undo()
     stablehlo.write(model, folder, model.config.sampler)
     assert json.loads((folder / stablehlo.DESCRIPTION).read_text())["sampler"]["steps"] == 1
     (folder / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="thesis.tex: is no part of an export"):
+    with pytest.raises(UserError, match="thesis.tex: is no part of the export"):
         stablehlo.write(model, folder, model.config.sampler)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]

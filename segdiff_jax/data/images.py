@@ -2,6 +2,7 @@
 
 import io
 import os
+import stat
 import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -219,9 +220,15 @@ def _opened(path: epath.PathLike, max_pixels: int) -> Image.Image:
     """The image, its header read and its pixels not yet."""
     try:
         with files.reading(path):
+            # A pipe would be waited for, a device such as /dev/zero never ends.
+            if not files.is_remote(path) and not stat.S_ISREG(os.stat(path).st_mode):
+                raise UnreadableError(
+                    f"{path}: cannot be read, it is {_kind_of(path)}, not a file: check the path"
+                )
             data = epath.Path(path).read_bytes()
     except FileNotFoundError as error:
-        raise UnreadableError(f"{path}: {missing(path)}, check the path") from error
+        broken = files.dangling(path)
+        raise UnreadableError(broken or f"{path}: no such file, check the path") from error
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UnreadableError(f"{path}: cannot be read ({reason}), check the path") from error
@@ -238,6 +245,12 @@ def _opened(path: epath.PathLike, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         raise TooLargeError(_too_large(path, max_pixels))
     return image
+
+
+def _kind_of(path: epath.PathLike) -> str:
+    mode = os.stat(path).st_mode
+    kinds = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+    return next((kind for kind, holds in kinds.items() if holds(mode)), "a device")
 
 
 def _too_large(path: epath.PathLike, max_pixels: int) -> str:

@@ -8,12 +8,12 @@ function of (seed, split, index).
 
 import io
 import itertools
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
-from segdiff_jax import cli
+from segdiff_jax import cli, ownership
 from segdiff_jax.config import ScenesConfig
 from segdiff_jax.data import chance
 from segdiff_jax.data.memory import Memory
@@ -93,7 +93,10 @@ class ScenesSource:
     def _draw(self, index: int) -> dict:
         rng = self._rng(0, index)
         image, labels = render(rng, self._classes(rng, index), self.size)
-        return {"image": image, "labels": labels, "name": f"{self.split}_{index:06d}"}
+        return {"image": image, "labels": labels, "name": self.name(index)}
+
+    def name(self, index: int) -> str:
+        return f"{self.split}_{index:06d}"
 
     def _rng(self, stream: int, index: int) -> np.random.Generator:
         return chance.generator(self.seed, self.split, stream, index)
@@ -202,22 +205,30 @@ def _interpolation(length: int, points: int) -> np.ndarray:
 def main(argv: list[str]) -> None:
     """Writes validation scenes as a folder dataset: images/, masks/, classes.txt."""
     parser = cli.parser("segdiff_jax.data.scenes", "Write procedural scenes as image files.")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--output", required=True, type=cli.path, metavar="DIR", help="folder to write"
+    )
     parser.add_argument("--count", type=int, default=8, help="scenes to write (default 8)")
     parser.add_argument("--size", type=int, default=64, help="height and width (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="which scenes (default 0)")
     args = parser.parse_args(argv)
     config = ScenesConfig(val_examples=args.count)
     source = ScenesSource(config, (args.size, args.size), train=False, seed=args.seed)
+    outputs = ["classes.txt"]
     for folder in ("images", "masks"):
-        (Path(args.output) / folder).mkdir(parents=True, exist_ok=True)
-    write_text(Path(args.output) / "classes.txt", "\n".join(source.vocabulary.names) + "\n")
+        outputs += [f"{folder}/{source.name(index)}.png" for index in range(len(source))]
+    with ownership.claimed(args.output, "scenes", outputs):
+        _write(source, epath.Path(args.output))
+
+
+def _write(source: ScenesSource, output: epath.Path) -> None:
+    write_text(output / "classes.txt", "\n".join(source.vocabulary.names) + "\n")
     for index in range(len(source)):
         scene = source[index]
         for folder, array in (("images", scene["image"]), ("masks", scene["labels"])):
             buffer = io.BytesIO()
             Image.fromarray(array).save(buffer, "PNG")
-            write_bytes(Path(args.output) / folder / f"{scene['name']}.png", buffer.getvalue())
+            write_bytes(output / folder / f"{scene['name']}.png", buffer.getvalue())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from etils import epath
 
-from segdiff_jax import files
+from segdiff_jax import files, ownership
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import hf_config, hf_folders, safetensors_files, weights
@@ -27,6 +27,14 @@ from segdiff_jax.models.vae import VAE
 from segdiff_jax.models.weights import Place
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "schedule")
+_FILES = {  # of each component's folder
+    **{name: ("config.json", f"{stem}.safetensors") for name, stem in hf_folders.STEM.items()},
+    "tokenizer": (
+        *("vocab.json", "merges.txt"),
+        *("tokenizer_config.json", "special_tokens_map.json"),
+    ),
+    "schedule": ("scheduler_config.json",),
+}
 _POSITIONS = "text_model.embeddings.position_embedding.weight"
 
 
@@ -153,34 +161,44 @@ def save(
     *,
     dtype: str = "float32",
     extra_files: Mapping[str, str] | None = None,
+    kind: str = "pretrained",
 ) -> None:
     """Writes the parts that are not None as a folder that diffusers, transformers and `load` read.
 
     The folder appears whole or not at all: locally it is renamed into place, in `gs://` (which
     cannot rename) `model_index.json`, without which `load` refuses a folder, comes last. An earlier
-    export is replaced; a folder with anything else in it is refused. The bytes depend only on the
-    input.
+    folder that this function wrote is replaced; one with anything else in it is refused
+    (`ownership`). The bytes depend only on the input.
 
     Args:
       pretrained: what to write.
       directory: local or `gs://` folder.
       dtype: of the stored weights: "float32", "bfloat16" or "float16".
       extra_files: relative path → text, to appear together with the weights.
+      kind: what `ownership` calls the folder; only one of the same kind is replaced.
 
     Raises:
-      UserError: the place cannot be written, or a weight overflows float16.
+      UserError: the place holds other files or cannot be written, or a weight overflows float16.
     """
     if dtype not in safetensors_files.FLOATS:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(safetensors_files.FLOATS)}")
     extra = extra_files or {}
-    folders = map(hf_folders.folder_name, COMPONENTS)
-    with files.whole_folder(
-        directory, last=INDEX, others={*folders, *(path.split("/")[0] for path in extra)}
-    ) as folder:
+    names = [*_file_names(pretrained), *extra, INDEX]
+    with ownership.whole_folder(directory, kind, names, last=INDEX) as folder:
         for path, text in extra.items():
             files.write_text(folder / path, text)
         _write_components(pretrained, folder, dtype)
         files.write_json(folder / INDEX, _model_index(pretrained))
+
+
+def _file_names(pretrained: Pretrained) -> list[str]:
+    """What `_write_components` writes, relative to its folder."""
+    return [
+        f"{hf_folders.folder_name(component)}/{name}"
+        for component, part in pretrained._asdict().items()
+        if part is not None
+        for name in _FILES[component]
+    ]
 
 
 def _write_components(pretrained: Pretrained, folder: epath.Path, dtype: str) -> None:

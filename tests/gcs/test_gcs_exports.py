@@ -12,7 +12,7 @@ import pytest
 from emulator import Fault
 from flax import nnx
 
-from segdiff_jax import export
+from segdiff_jax import export, ownership
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import pretrained
 
@@ -74,7 +74,8 @@ def test_stablehlo_export(gcs, bucket, write, tmp_path):
         + ["--format", "stablehlo", "--dtype", "bfloat16"]
     )
     stored = gcs.objects("hlo/")
-    assert set(stored) == {"hlo/sampler.stablehlo", "hlo/sampler.json"}
+    names = {"sampler.stablehlo", "sampler.json", ownership.MARKER}
+    assert set(stored) == {f"hlo/{name}" for name in names}
     assert json.loads(stored["hlo/sampler.json"])["weights_dtype"] == "bfloat16"
     function = jax.export.deserialize(bytearray(stored["hlo/sampler.stablehlo"]))
     assert set(function.platforms) == {"cpu", "cuda", "tpu"}
@@ -84,7 +85,7 @@ def test_a_folder_that_is_no_export_is_left_alone(gcs, bucket, write):
     from etils import epath
 
     epath.Path(f"{bucket}/mine/thesis.txt").write_text("years")
-    with pytest.raises(UserError, match="gs://bucket/mine/thesis.txt: is no part of an export"):
+    with pytest.raises(UserError, match="gs://bucket/mine: is not empty .*there is thesis.txt"):
         write(f"{bucket}/mine")
     assert gcs.objects() == {"mine/thesis.txt": b"years"}
 
@@ -148,3 +149,36 @@ def test_a_killed_export_is_no_export(gcs, bucket, write, tiny_networks, tmp_pat
         pretrained.load(f"{bucket}/out")
     subprocess.run(command, check=True, capture_output=True)
     assert_loads(f"{bucket}/out", tiny_networks[0])
+
+
+def test_only_listed_files_are_replaced(gcs, bucket, write):
+    write(f"{bucket}/m")
+    names = {name.removeprefix("m/") for name in gcs.objects("m/")}
+    assert ownership.owned(f"{bucket}/m") == {"diffusers": names - {ownership.MARKER}}
+    gcs.put("m/unet/thesis.txt", b"years")
+    before = gcs.objects()
+    with pytest.raises(UserError, match="m/unet/thesis.txt: is no part of the export"):
+        write(f"{bucket}/m")
+    assert gcs.objects() == before
+    gcs.delete("m/unet/thesis.txt")
+    write(f"{bucket}/m")
+    assert gcs.objects() == {k: v for k, v in before.items() if k != "m/unet/thesis.txt"}
+    for output in ("m", "m/", "m/new", ""):
+        argv = ["--checkpoint", f"{bucket}/m", "--output", f"{bucket}/{output}"]
+        with pytest.raises(UserError, match="--checkpoint gs://bucket/m, which is only read"):
+            export.main([*argv, "--format", "diffusers"])
+
+
+def test_claims(gcs, bucket):
+    folder = f"{bucket}/o"
+    with ownership.claimed(folder, "x", ["a", "sub/b", "never"]):
+        assert set(gcs.objects()) == {f"o/{ownership.MARKER}"}, "before the first file"
+        gcs.put("o/a", b"1")
+        gcs.put("o/sub/b", b"1")
+    assert ownership.owned(folder) == {"x": {"a", "sub/b"}}
+    gcs.put("o/never", b"of the user")
+    with pytest.raises(UserError, match="gs://bucket/o/never: would be replaced"):
+        ownership.claim(folder, "x", ["a", "never"])
+    with ownership.claimed(f"{bucket}/p", "x", ["a"]):
+        pass
+    assert not gcs.objects("p/")

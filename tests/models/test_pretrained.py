@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch_oracles import normal, random_ours, relative_error, run, text_encoder, unet, vae, write
 
+from segdiff_jax import ownership
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import hf_config, pretrained
@@ -146,13 +147,14 @@ def test_an_earlier_export_is_replaced_and_anything_else_refused(ours, exported,
     shutil.copytree(exported, target)
     save(small, target, extra_files={"README.md": "new"})
     assert sorted(contents(target)) == [
+        ownership.MARKER,
         "README.md",
         "model_index.json",
         "scheduler/scheduler_config.json",
     ]
     (target / "thesis.tex").write_text("precious")
     before = contents(target)
-    with pytest.raises(UserError, match="thesis.tex: is no part of an export"):
+    with pytest.raises(UserError, match="thesis.tex: is no part of the export"):
         save(small, target, extra_files={"README.md": "newer"})
     assert contents(target) == before
     assert os.listdir(tmp_path) == ["model"]

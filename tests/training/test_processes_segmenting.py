@@ -8,6 +8,8 @@ import pytest
 from commands import Started
 from PIL import Image
 
+from segdiff_jax import ownership
+
 CLASSES = "sky; striped blue triangle; red disc, red circle"
 
 # `python -m segdiff_jax.predict`, with something done to it from inside.
@@ -38,7 +40,8 @@ def asked(trained, photos, output):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    names = (path for path in folder.iterdir() if path.name != ownership.MARKER)
+    return {path.name: path.read_bytes() for path in names}
 
 
 @pytest.mark.slow
