@@ -18,8 +18,9 @@ GOOD = """
 from segdiff_jax.config import Config
 
 def get_config(size="small"):
-    config = Config(stage="vae")
+    config = Config()
     config.data.source = "scenes"
+    config.vae.steps = 5
     config.train.steps = 7 if size == "small" else 70
     return config
 """
@@ -63,8 +64,12 @@ def test_file_alone(path):
             lambda c: c.prompts.templates,
             ("a photo of a {class}, outdoors",),
         ),
-        ("--config.prompts.templates=a,b", lambda c: c.prompts.templates, ("a,b",)),
-        ("--config.prompts.templates=('a', 'b')", lambda c: c.prompts.templates, ("a", "b")),
+        ("--config.prompts.templates={class},b", lambda c: c.prompts.templates, ("{class},b",)),
+        (
+            "--config.prompts.templates=('a {class}', '{class}')",
+            lambda c: c.prompts.templates,
+            ("a {class}", "{class}"),
+        ),
     ],
 )
 def test_override(path, flag, read, value):
@@ -80,11 +85,19 @@ def test_only_the_named_key_changes(path):
 
 
 def test_repeated_flags(path):
-    flags = ["--config.seed=1", "--config.data.image_size=8,8", "--config.prompts.templates=a"]
-    again = ["--config.seed=2", "--config.data.image_size=16,24", "--config.prompts.templates=b"]
+    flags = [
+        "--config.seed=1",
+        "--config.data.image_size=8,8",
+        "--config.prompts.templates={class}",
+    ]
+    again = [
+        "--config.seed=2",
+        "--config.data.image_size=16,24",
+        "--config.prompts.templates=b {class}",
+    ]
     config = cli.load_config(path, flags + again)
     assert (config.seed, config.data.image_size) == (2, (16, 24))  # the last one counts
-    assert config.prompts.templates == ("a", "b")  # but templates add up
+    assert config.prompts.templates == ("{class}", "b {class}")  # but templates add up
 
 
 @pytest.mark.parametrize(

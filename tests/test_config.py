@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from segdiff_jax.config import Config, from_dict, keys, to_dict, validate
+from segdiff_jax.config import Config, from_dict, to_dict, validate
 from segdiff_jax.errors import UserError
+from segdiff_jax.fields import leaves as keys
 
 
 def valid() -> Config:

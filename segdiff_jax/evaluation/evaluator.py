@@ -1,9 +1,10 @@
 """A model against a labelled dataset: predictions at native resolution, one confusion matrix."""
 
 import dataclasses
+import functools
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,10 +14,10 @@ from segdiff_jax import codec
 from segdiff_jax.config import SamplerConfig
 from segdiff_jax.data import label_summary, transforms
 from segdiff_jax.data.sources import Source, count_ids
-from segdiff_jax.data.vocabulary import ClassEntry
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import metrics, reconstruction
 from segdiff_jax.progress import Progress
+from segdiff_jax.segmentation import Segmentation
 from segdiff_jax.segmenter import Segmenter, to_gray
 from segdiff_jax.training import processes
 from segdiff_jax.training.losses import to_pixels
@@ -48,12 +49,13 @@ def evaluate(
     sampler: SamplerConfig | None = None,
     examples: int = 0,
     ceiling: bool = False,
+    open_vocabulary: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Segments the images of `source` into its own vocabulary and counts what is right.
 
-    The vocabulary is closed whatever `config.codec.closed` says: every annotated pixel has a
-    class, so *other* could only be wrong.
+    The vocabulary is closed whatever `config.codec.closed` says, unless `open_vocabulary`: every
+    annotated pixel has a class, so *other* can only be wrong.
 
     With several processes, all call this with the same arguments: each reads and scores its share
     of the images, and all get the same figures. The examples are process 0's.
@@ -67,6 +69,7 @@ def evaluate(
       examples: number of images to keep for a report, spread evenly.
       ceiling: the ground truth through codec and VAE and back, in place of a prediction: what a
         perfect UNet would score. The summary then also says what the VAE leaves of the photos.
+      open_vocabulary: pixels below `config.codec.threshold` are *other* and count as wrong.
       progress: called with (done, total) images.
 
     Returns:
@@ -80,6 +83,10 @@ def evaluate(
     if ceiling:
         sampler = dataclasses.replace(sampler, ensemble=1, shortlist=0)
     classes = source.vocabulary.classes
+    threshold = segmenter.config.codec.threshold if open_vocabulary else 0.0
+    decide = functools.partial(
+        segmenter.segmentation, classes=classes, threshold=threshold, closed=not open_vocabulary
+    )
     total = len(source) if limit is None else min(limit, len(source))
     chosen = _spread(total, len(source))
     shown = set(_spread(min(examples, total), total))
@@ -106,7 +113,7 @@ def evaluate(
             gray, spread = segmenter.maps(list(images), classes, sampler, seed)
         for i, record in own.items():
             spread_i = spread[i - start] if spread is not None and sampler.ensemble > 1 else None
-            example = _scored(segmenter, gray[i - start], spread_i, classes, record)
+            example = _scored(decide, gray[i - start], spread_i, record)
             matrix += metrics.confusion(example.labels, example.prediction, len(classes))
             ids.update(record.get("ids") or count_ids(record["labels"]))
             if i in shown:
@@ -115,6 +122,9 @@ def evaluate(
             progress(numbers[-1] + 1, total)
     matrix = _summed(matrix)
     summary = _summary(matrix, segmenter, source, sampler, total, seed, ceiling)
+    summary["settings"] |= {"closed": not open_vocabulary}
+    if open_vocabulary:
+        summary["settings"]["threshold"] = threshold
     summary["labels"] = label_summary.figures(source, _summed_ids(ids), total)
     if photos:
         summary |= _checked(reconstruction.summarize(photos))
@@ -159,10 +169,9 @@ def _checked(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scored(
-    segmenter: Segmenter,
+    decide: Callable[..., Segmentation],
     gray: np.ndarray,
     spread: np.ndarray | None,
-    classes: Sequence[ClassEntry],
     record: Mapping[str, Any],
 ) -> Example:
     """What the maps [P, h, w] of an image say at its own size. `UserError` if they say nothing."""
@@ -172,7 +181,7 @@ def _scored(
             f"{name}: the model's maps are not finite numbers, so there is nothing to score: "
             "use an earlier checkpoint, or check the weights it was trained from"
         )
-    found = segmenter.segmentation(gray, spread, classes, labels.shape, 0.0, closed=True)
+    found = decide(gray, spread, size=labels.shape)
     return Example(name, record["image"], labels, found.labels, found.uncertainty)
 
 
@@ -238,7 +247,6 @@ def _summary(
         "classes_per_pass": config.codec.classes_per_pass,
         "context": config.codec.context,
         "image_size": list(config.data.image_size),
-        "closed": True,
         "ceiling": ceiling,
     }
     figures = metrics.summarize(matrix, names, *split)

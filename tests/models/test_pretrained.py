@@ -336,7 +336,7 @@ def test_only_what_is_asked_for_must_exist(exported, tmp_path):
         ("unet", {"norm_num_groups": 33}, "33 does not divide 320"),
         ("unet", {"a_new_option": 3}, "a_new_option=3"),
         ("unet", {"_class_name": "SD3Transformer2DModel"}, "SD3Transformer2DModel"),
-        ("unet", {"in_channels": "4"}, "in_channels='4' must be of type int"),
+        ("unet", {"in_channels": "4"}, "in_channels='4': must be int"),
         ("vae", {"shift_factor": 0.1}, "shift_factor"),
         ("vae", {"use_quant_conv": False}, "use_quant_conv"),
         ("vae", {"_class_name": "VQModel"}, "VQModel"),
