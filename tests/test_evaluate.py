@@ -44,7 +44,9 @@ def files(tmp_path, data, tiny_networks, tiny_config, monkeypatch):
     (tmp_path / "config.py").write_text(CONFIG.format(root=str(data)))
     workdir.write_config(str(tmp_path / "w"), tiny_config())
     monkeypatch.setattr(
-        workdir, "load_networks", lambda path: (*tiny_networks, workdir.read_config(path))
+        workdir,
+        "load_with_step",
+        lambda path, which: ((*tiny_networks, workdir.read_config(path)), None),
     )
     monkeypatch.setattr("segdiff_jax.runtime.start", lambda: None)
     return tmp_path

@@ -18,7 +18,9 @@ def place(tmp_path, tiny_networks, tiny_config, monkeypatch):
     """A workdir with the tiny networks, and two photos."""
     workdir.write_config(str(tmp_path / "w"), tiny_config())
     monkeypatch.setattr(
-        workdir, "load_networks", lambda path: (*tiny_networks, workdir.read_config(path))
+        workdir,
+        "load_with_step",
+        lambda path, which: ((*tiny_networks, workdir.read_config(path)), None),
     )
     monkeypatch.setattr("segdiff_jax.runtime.start", lambda: None)
     rng = np.random.default_rng(0)

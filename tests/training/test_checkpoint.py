@@ -95,13 +95,13 @@ def test_last_n_and_the_best_are_kept(tmp_path):
     assert checkpoints.steps() == [2, 6, 7]
 
 
-def test_without_metrics_the_last_n_are_kept_and_the_best_is_the_newest(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+def test_without_metrics_the_last_n_are_kept_and_none_is_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, best_metric="miou")
     for step in (1, 2, 3):
         checkpoints.save(step, {"x": jnp.zeros(2)}, {})
     checkpoints.wait()
     assert checkpoints.steps() == [2, 3]
-    assert checkpoints.best_step() == 3
+    assert checkpoints.best_step() is None
 
 
 def test_saving_a_step_twice_keeps_the_first(tmp_path):
