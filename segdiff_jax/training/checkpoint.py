@@ -341,6 +341,7 @@ def _options(
         cleanup_tmp_directories=not read_only and not remote,
         read_only=read_only,
         create=False,
+        lightweight_initialize=read_only,  # else it reads every metrics file, damaged ones too
         save_interval_steps=0 if read_only else 1,
     )
 

@@ -154,6 +154,8 @@ def _create(path: epath.Path, content: dict[str, Any]) -> bool:
     with writing(path):
         try:
             if is_remote(path):
+                if _holder(path):
+                    return False  # not every store knows the condition of the next line
                 _put(path, content, mode="create")
             else:
                 with open(path, "xb") as file:
