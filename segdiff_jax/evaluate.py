@@ -93,7 +93,8 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
     processes.check_same("images", [len(source), list(source.vocabulary.names)])
     if first:
         ownership.check(args.output, _KIND, _OUTPUTS)
-    unet, vae, text_encoder, tokenizer, _ = workdir.load_networks(args.checkpoint)
+    networks, step = workdir.load_with_step(args.checkpoint, which=args.which)
+    unet, vae, text_encoder, tokenizer, _ = networks
     check_image_size(config, vae.config.downsampling, f"the VAE of {args.checkpoint}")
     if first:
         label_summary.report(source, config.data, split)
@@ -115,7 +116,8 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
             return
         stack.enter_context(processes.at_work("writes the page"))
         data = {"source": config.data.source, "root": config.data.root, "split": split}
-        summary = result.summary | {"checkpoint": args.checkpoint, "data": data}
+        read = {"checkpoint": args.checkpoint, "checkpoint_step": step, "data": data}
+        summary = result.summary | read
         files.write_json(os.path.join(args.output, "metrics.json"), summary)
         _write_page(args.output, summary, result.examples, source)
     print(_text_table(summary))

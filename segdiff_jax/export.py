@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 
     runtime.start()
     _check_output(args, workdir.read_config(args.checkpoint))
-    networks = workdir.load_networks(args.checkpoint, args.weights)
+    networks = workdir.load_networks(args.checkpoint, args.weights, args.which)
     if args.format == "diffusers":
         write_folder(*networks, args.output, args.dtype)
     else:

@@ -70,8 +70,11 @@ def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> Non
         results.check_output(args.output, names)
     unreadable = _unreadable(paths, read, args.skip_unreadable, reporter("check", enabled=first))
     paths = [path for path in paths if path not in unreadable]
-    segmenter = Segmenter.load(args.checkpoint)
-    used = results.all_settings(settings, segmenter.config) | {"checkpoint": args.checkpoint}
+    segmenter = Segmenter.load(args.checkpoint, args.which)
+    used = results.all_settings(settings, segmenter.config) | {
+        "checkpoint": args.checkpoint,
+        "checkpoint_step": segmenter.checkpoint_step,
+    }
     rows = []
     progress = reporter("predict", enabled=first)
     with contextlib.ExitStack() as stack:

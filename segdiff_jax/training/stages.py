@@ -6,7 +6,7 @@ import logging
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from segdiff_jax.models.tokenizer import train_tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.roofline import flops
-from segdiff_jax.training import latent_cache, loop, losses, origin, processes, sharding
+from segdiff_jax.training import latent_cache, lock, loop, losses, origin, processes, sharding
 from segdiff_jax.training.checkpoint import Checkpoints, check_config
 from segdiff_jax.training.placement import placer
 from segdiff_jax.training.step import Frozen, TrainState, diffusion_step, init_state, vae_step
@@ -51,57 +51,106 @@ def train(
     """Runs `config.stage` in `workdir`, the VAE stage before it where it is needed.
 
     Continues from the newest checkpoint in `workdir`. Every process of the run calls this, and all
-    see the same `workdir`. Raises `UserError` for what a user can mend and `loop.Stopped` after a
-    signal. `startup` tells in the log what the time to the first step went to. The first stage says
-    what the labels hold.
+    see the same `workdir`, which is locked meanwhile (`lock.held`). Nothing is written there before
+    all is known that could forbid it. Raises `UserError` for what a user can mend and
+    `loop.Stopped` after a signal. `startup` tells in the log what the time to the first step went
+    to. The first stage says what the labels hold.
     """
     startup = startup or StartUp()
-    if workdirs.is_workdir(workdir):
-        earlier = (of_stage(c) for c in (workdirs.read_config(workdir), config))
-        check_config(*map(workdirs.to_dict, earlier))
+    _check_start(config, workdir)
     origin.check(config, workdir)
     source = open_source(config.data, config.data.train_split, config.seed)
     origin.check_balance(config, source)
+    if config.train.eval_every and config.stage != "vae":
+        open_source(config.data, config.data.val_split, config.seed)
     if first_stage and processes.is_first():
         label_summary.report(source, config.data, config.data.train_split)
     startup.done("data")
-    if processes.is_first():
-        workdirs.write_config(workdir, config)
-    processes.barrier()
-    if not workdirs.is_workdir(workdir):
+    processes.barrier()  # all have looked
+    held = lock.held(workdir) if processes.is_first() else contextlib.nullcontext()
+    with held as guard:
+        processes.barrier()
+        _check_start(config, workdir)  # who held the lock before may have begun something
+        run = Run(config, workdir, source, startup, guard)
+        if config.stage == "vae":
+            _train_vae(run)
+        else:
+            _train_diffusion(run)
+
+
+class Run(NamedTuple):
+    """What all parts of a start need."""
+
+    config: Config
+    workdir: str
+    source: Source
+    startup: StartUp
+    guard: Callable[[], None] | None  # of `Checkpoints`; in the first process
+
+
+def _check_start(config: Config, workdir: str) -> None:
+    """Raises `UserError` for what the folders, the config and the devices say against the run."""
+    if not workdir.strip():
+        raise UserError("--workdir is empty: name a folder (is a variable unset?)")
+    workdirs.check_new(workdir, config.data.root)
+    if workdirs.is_workdir(workdir):
+        earlier = (of_stage(c) for c in (workdirs.read_config(workdir), config))
+        check_config(*map(workdirs.to_dict, earlier))
+    start = config.init_from
+    if start and not workdirs.is_workdir(start) and not pretrained.is_whole(start):
+        workdirs.check_not_inside(start)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.local_rows(mesh, of_stage(config).train.batch_size)
+    if config.stage != "vae" and not config.init_from:
+        sharding.local_rows(mesh, config.vae.batch_size)
+
+
+def _begin(run: Run) -> None:
+    """Marks the folder as the workdir of this run, unless it is that already."""
+    if processes.all_agree(workdirs.is_workdir(run.workdir)):
+        return
+    _write_config(run)
+    if not workdirs.is_workdir(run.workdir):
         raise UserError(
-            f"{workdir}: process {processes.index()} does not see what process 0 wrote there: "
+            f"{run.workdir}: process {processes.index()} does not see what process 0 wrote there: "
             "choose a --workdir that all machines share, such as gs://..."
         )
-    if config.stage == "vae":
-        _train_vae(of_stage(config), workdir, source, startup)
-    else:
-        _train_diffusion(config, workdir, source, startup)
 
 
-def _train_vae(config: Config, workdir: str, source: Source, startup: StartUp) -> None:
+def _write_config(run: Run) -> None:
+    if processes.is_first():
+        workdirs.write_config(run.workdir, run.config)
+    processes.barrier()
+
+
+def _train_vae(run: Run) -> None:
+    config, workdir = of_stage(run.config), run.workdir
+    own = run._replace(config=config)
     finished = epath.Path(workdir) / workdirs.PRETRAINED
     if pretrained.is_whole(finished):
-        log.info("%s: the VAE stage is done", workdir)
-        return
+        done = _newest_step(workdir) or config.train.steps  # whose checkpoints are gone is done
+        if done >= config.train.steps:
+            _nothing_to_do(own, done)
+            return
+    processes.barrier()  # all have looked
     mesh, given = sharding.make_mesh(config.mesh), None
     if config.init_from:
         folder = origin.folder(config.init_from)
         given = pretrained.load(
             folder, ("vae",), variant=origin.variant(config), place=placer(mesh)
         ).vae
+    _begin(run)
     vae = given or nnx.eval_shape(lambda: _new_vae(config))
     graph, params = nnx.split(vae)
     make = None if given else lambda: nnx.state(_new_vae(config))
-    batches = _batches(config, source)
-    startup.done("weights")
+    run.startup.done("weights")
     step, work = vae_step(graph, config), flops.train_example(config, None, vae.config, 0, 0)
-    state = _run(config, workdir, mesh, batches, step, None, params, make, None, work, startup)
+    state = _run(own, mesh, _batches(own), step, None, params, make, None, work)
     params = processes.gathered(state.ema or state.params)
     if processes.is_first():
         with processes.at_work("writes the VAE"):
-            vae = _with_scaling(nnx.merge(graph, params), config, source)
-            text_encoder, tokenizer = _new_text(config, source.vocabulary)
+            vae = _with_scaling(nnx.merge(graph, params), config, run.source)
+            text_encoder, tokenizer = _new_text(config, run.source.vocabulary)
             networks = Pretrained(
                 vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, schedule=config.diffusion
             )
@@ -109,30 +158,17 @@ def _train_vae(config: Config, workdir: str, source: Source, startup: StartUp) -
     processes.barrier()
 
 
-def _train_diffusion(config: Config, workdir: str, source: Source, startup: StartUp) -> None:
-    frozen_folder = epath.Path(workdir) / workdirs.PRETRAINED
-    dtype = jnp.dtype(config.model.dtype)
-    missing = not pretrained.is_whole(frozen_folder)
-    processes.barrier()  # all have looked
-    if missing:
-        folder = _starting_point(config, workdir, startup)
-        if processes.is_first():
-            with processes.at_work("copies the frozen networks"):
-                parts = pretrained.load(
-                    folder, ("vae", "text_encoder", "tokenizer"), variant=origin.variant(config)
-                )
-                pretrained.save(parts._replace(schedule=config.diffusion), str(frozen_folder))
-        processes.barrier()
-    vae, text_encoder, tokenizer = workdirs.load_frozen(str(frozen_folder), dtype)
-    entries = source.vocabulary.classes
+def _train_diffusion(run: Run) -> None:
+    config, workdir = run.config, run.workdir
+    dtype, mesh = jnp.dtype(config.model.dtype), sharding.make_mesh(config.mesh)
+    # What a checkpoint of this run replaces need not be read.
+    saved = _saved_unet_config(config, workdir)
+    given = None if saved else _given_unet(config, dtype, mesh)
+    vae, text_encoder, tokenizer = _frozen_networks(run, dtype)
+    entries = run.source.vocabulary.classes
     table = conditioning.encode_prompts(text_encoder, tokenizer, entries, config.prompts.templates)
     vae_graph, vae_params = nnx.split(vae)
     frozen = Frozen(vae_params, make_schedule(config.diffusion), table)
-
-    # What a checkpoint of this run replaces need not be read.
-    saved = _saved_unet_config(config, workdir)
-    mesh = sharding.make_mesh(config.mesh)
-    given = None if saved else _given_unet(config, dtype, mesh)
     unet_config = saved or (
         given.config
         if given
@@ -161,34 +197,62 @@ def _train_diffusion(config: Config, workdir: str, source: Source, startup: Star
 
         segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, mesh)
         validate = validator(segmenter, config)
-    batches = _batches(config, source, (vae, workdir) if config.data.cache_latents else None)
+    batches = _batches(run, vae if config.data.cache_latents else None)
     work = flops.train_example(config, unet_config, vae.config, *table.hidden.shape[:2])
-    startup.done("weights")
-    _run(
-        config,
-        workdir,
-        mesh,
-        batches,
-        step,
-        frozen,
-        params,
-        make,
-        unet_config,
-        work,
-        startup,
-        validate,
+    run.startup.done("weights")
+    _run(run, mesh, batches, step, frozen, params, make, unet_config, work, validate)
+
+
+def _frozen_networks(run: Run, dtype: Any) -> tuple[VAE, CLIPText, Any]:
+    """The networks that are not trained; copied into the workdir first where they are not yet."""
+    folder = epath.Path(run.workdir) / workdirs.PRETRAINED
+    missing = not pretrained.is_whole(folder)
+    processes.barrier()  # all have looked
+    if not missing:
+        _begin(run)
+        return workdirs.load_frozen(str(folder), dtype)
+    if not run.config.init_from:
+        _begin(run)  # the VAE stage takes its time, in a folder below
+    start = _starting_point(run)
+    kept = workdirs.load_frozen(start, jnp.dtype(jnp.float32), origin.variant(run.config))
+    _begin(run)
+    if processes.is_first():
+        with processes.at_work("copies the frozen networks"):
+            pretrained.save(Pretrained(None, *kept, run.config.diffusion), str(folder))
+    processes.barrier()
+    return workdirs.load_frozen(str(folder), dtype)
+
+
+def _nothing_to_do(run: Run, done: int) -> None:
+    key = "vae.steps" if run.config.stage == "vae" else "train.steps"
+    log.info(
+        "%s: nothing to do: the %s stage has done %d steps, and config.%s is %d: raise it to go on",
+        run.workdir,
+        run.config.stage,
+        done,
+        key,
+        run.config.train.steps,
     )
 
 
-def _starting_point(config: Config, workdir: str, startup: StartUp) -> str:
+def _newest_step(workdir: str) -> int | None:
+    folder = epath.Path(workdir) / workdirs.CHECKPOINTS
+    if not processes.all_agree(folder.exists()):
+        return None
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return checkpoints.latest_step()
+
+
+def _starting_point(run: Run) -> str:
     """The folder with the frozen networks: given, or made by the VAE stage first."""
+    config = run.config
     if config.init_from:
         return origin.folder(config.init_from)
     # A trace of the profiler is of the stage that was asked for.
     untraced = dataclasses.replace(config.train, profile_steps=0)
     first = dataclasses.replace(config, stage="vae", train=untraced)
-    folder = str(epath.Path(workdir) / workdirs.VAE_STAGE)
-    train(first, folder, startup, first_stage=False)
+    folder = str(epath.Path(run.workdir) / workdirs.VAE_STAGE)
+    train(first, folder, run.startup, first_stage=False)
     return str(epath.Path(folder) / workdirs.PRETRAINED)
 
 
@@ -266,22 +330,22 @@ def _with_scaling(vae: VAE, config: Config, source: Source) -> VAE:
     return vae
 
 
-def _batches(config: Config, source: Source, cached: tuple[VAE, str] | None = None) -> Batches:
-    """A function that starts the batches; `cached`: the VAE and workdir of a latent cache."""
+def _batches(run: Run, vae: VAE | None = None) -> Batches:
+    """A function that starts the batches; with `vae`, from the latent cache of the workdir."""
+    config, source = run.config, run.source
 
     def start(example: int, rows: list[int]) -> pipeline.TrainBatches:
-        if cached is None:
+        if vae is None:
             return pipeline.train_batches(source, config, config.seed, example, rows)
-        folder = str(epath.Path(cached[1]) / workdirs.LATENTS)
-        stored = latent_cache.open_or_build(source, cached[0], config, folder)
+        folder = str(epath.Path(run.workdir) / workdirs.LATENTS)
+        stored = latent_cache.open_or_build(source, vae, config, folder)
         return latents.train_batches(stored, config, config.seed, example, rows)
 
     return start
 
 
 def _run(
-    config: Config,
-    workdir: str,
+    run: Run,
     mesh: Mesh,
     batches: Batches,
     step: Any,
@@ -290,13 +354,13 @@ def _run(
     make: Callable[[], Any] | None,
     unet_config: UNetConfig | None,
     work: float,
-    startup: StartUp,
     validate: loop.Validate | None = None,
 ) -> TrainState:
     """Places the state on `mesh`, newest checkpoint first, and trains it to the end.
 
     `params` are arrays on the mesh, or shapes that `make` fills; `work`: FLOPs of one example.
     """
+    config, workdir, startup = run.config, run.workdir, run.startup
     rows = sharding.local_rows(mesh, config.train.batch_size)
     abstract = jax.eval_shape(lambda p: init_state(p, config), params)
     shardings = sharding.state_sharding(abstract, mesh)
@@ -308,11 +372,16 @@ def _run(
     with Checkpoints(
         epath.Path(workdir) / workdirs.CHECKPOINTS,
         keep=config.train.keep_checkpoints,
-        best_metric="miou_present" if validate else None,
+        best_metric=workdirs.BEST_METRIC,  # also where this part of the run does not validate
+        guard=run.guard,
     ) as checkpoints:
         if checkpoints.latest_step() is not None:
             state, stored = checkpoints.restore(sharding.abstract(abstract, shardings))
             done, written_by = int(state.step), stored.get("code", "unknown")
+            if done >= config.train.steps:
+                if config.stage != "vae":  # which has its networks to write
+                    _nothing_to_do(run, done)
+                return state
             # Without one, it is a checkpoint of the first version.
             position = stored.get("next_example", done * config.train.batch_size)
             metadata["next_example"] = position
@@ -324,8 +393,7 @@ def _run(
             state = create()
         else:
             state = jax.jit(lambda p: init_state(p, config), out_shardings=shardings)(params)
-        if int(state.step) >= config.train.steps:
-            return state
+        _write_config(run)  # what may change in a run, its steps for one, may have changed
         if frozen is not None:
             frozen = sharding.place(frozen, sharding.replicated(mesh))
         log.info("%s: %.2f M parameters", config.stage, workdirs.parameter_count(params) / 1e6)
