@@ -148,7 +148,7 @@ def test_search_finds_the_largest_batch_per_chip(small, monkeypatch, capsys, kin
 
 
 def report():
-    flops = dict.fromkeys(("xla", "kernels", "total", "analytic"), 1e12)
+    flops = dict.fromkeys(("xla", "loops", "kernels", "total", "analytic"), 1e12)
     per_chip = {"hbm": {"total": 2**30}, "flops": flops, "bytes_accessed": 1e9, "collectives": {}}
     names = ("compute_seconds", "memory_seconds", "step_seconds", "mfu", "images_per_second")
     made = {"fits": True, "hbm_of_chip": 2**34, "compile_seconds": 1.0, "per_chip": per_chip}
