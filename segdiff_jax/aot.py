@@ -1,23 +1,81 @@
-"""What a TPU would make of a config: `python -m segdiff_jax.aot --config C --topology v5e:4x4`."""
+"""What a TPU would make of a config: `python -m segdiff_jax.aot --config C --topology v5e:4x4`.
+
+config, topology ─► the step that train or the segmenter jits, on shapes with shardings
+                      ├─► trace: FLOPs of attention kernels, rounds of loops
+                      └─► compile: fits or not, HBM, FLOPs, bytes accessed, collectives
+and peaks, price ─► roofline, MFU, images/s, hours, dollars
+"""
 
 import argparse
-import json
+import dataclasses
+import importlib.metadata
+import math
 import os
+import re
 import sys
-from pathlib import Path
-from typing import Any
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from segdiff_jax import cli
-from segdiff_jax.config import of_stage
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from segdiff_jax import cli, codec, files, segmenter
+from segdiff_jax.conditioning import PromptTable
+from segdiff_jax.config import Config, of_stage, to_dict
+from segdiff_jax.data import scenes, vocabulary
+from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
+from segdiff_jax.models import flops, presets
+from segdiff_jax.models.layers import kernels_as_multiplied
+from segdiff_jax.models.unet import UNet
+from segdiff_jax.models.vae import VAE
+from segdiff_jax.parallel import chips
+from segdiff_jax.training import loop, sharding
+from segdiff_jax.training.placement import multiple
+from segdiff_jax.training.step import Frozen, diffusion_step, init_state, vae_step
 
-_DESCRIPTION = """Compile the step of a config for TPUs that are not here. Reported per chip: memory
-and whether it fits, FLOPs, bytes accessed, network traffic, and the roofline that follows.
+_DESCRIPTION = """Compile the step of a config for TPUs that are not here. Printed per chip: whether
+it fits, memory by part, FLOPs, bytes accessed, collectives, and the roofline that follows.
 
 The function is the one that train (or the segmenter) jits; its arguments are shapes. No data, no
 weights and no TPU are needed, but pip install 'jax[tpu]' and, for Stable Diffusion 2, some 15 GB of
-memory and 10 minutes; --plan takes 5 GB and 2 minutes. The architecture is that of
-config.model.preset, whatever config.init_from names. docs/performance.md says what figures mean."""
+memory and 5 to 10 minutes; --search compiles once for every batch that it tries. The architecture
+is config.model.preset, whatever config.init_from names. docs/performance.md says what they mean."""
+
+_GIB = 2**30
+_UNKNOWN_CLASSES = 150  # where only the data would tell: the prompt table is all it changes
+
+# An exchange between chips in a compiled program; "send" is one between slices. XLA may hide one
+# behind several fusions and write it into each, under the same channel.
+_COLLECTIVE = re.compile(
+    r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-(?:permute|broadcast)|send)"
+    r"(?:-start)?\(.*?\bchannel_id=(\d+)"
+)
+
+
+class Step(NamedTuple):
+    """A jitted function and what to lower it for. The counts are per call, over all chips."""
+
+    function: Any
+    arguments: tuple[Any, ...]  # ShapeDtypeStructs with shardings, or static values
+    batch: int  # training examples, or jobs of the sampler
+    images: float  # training examples, or segmented images
+    flops: float  # what the networks need, by the analytic count
+
+
+class _Networks(NamedTuple):
+    """Abstract networks, as train builds them, and the sizes that follow from a config."""
+
+    unet: UNet
+    vae: VAE
+    table: PromptTable  # of all classes
+    group: int  # classes per pass
+    tokens: int  # of the context
+    latent: tuple[int, int, int]  # h, w, c
 
 
 def main(argv: list[str]) -> None:
@@ -26,21 +84,35 @@ def main(argv: list[str]) -> None:
     if not any(flag.startswith(f"{cli.PREFIX}data.root=") for flag in overrides):
         overrides = [f"{cli.PREFIX}data.root=unused", *overrides]  # no data is read
     config = of_stage(cli.load_config(args.config, overrides))
-    before = [_read(args.compare)] if args.compare else []
+    jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
+    jax.config.update("jax_enable_compilation_cache", False)  # only devices can load what it holds
+    chip, devices = chips.stand_ins(args.topology, args.slices)
+    if args.json:
+        files.check_writable(os.path.dirname(args.json) or ".")  # now, not after the compilation
+    if args.price is not None:
+        if not 0 <= args.price < math.inf:
+            raise UserError(f"--price {args.price}: must be a number of dollars, at least 0")
+        chip = dataclasses.replace(chip, price=args.price)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    parts = sharding.batch_parts(mesh) if args.step == "train" else mesh.size  # of a batch
 
-    os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler needs no device and must not look for one
-    from segdiff_jax import files
-    from segdiff_jax.roofline import measure, report
+    def report(config: Config) -> dict[str, Any]:
+        step = make_step(config, mesh, args.step, args.classes)
+        steps = config.train.steps if args.step == "train" else None
+        return {
+            "topology": args.topology,
+            "slices": args.slices,
+            "chips": mesh.size,
+            "mesh": dict(mesh.shape),
+            "step": args.step,
+            "batch_per_chip": step.batch / parts,
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+            "config": to_dict(config),
+            **measure(step, chip, mesh.size, steps),
+        }
 
-    if args.plan and args.step != "train":
-        raise UserError(f"--plan: not with --step {args.step}, whose loops are compiled apart")
-    target = measure.Target(args.topology, args.slices, args.step, args.images, args.classes)
-    if args.search:
-        log = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
-        config, made = measure.search(config, target, log, planned=args.plan)
-    else:
-        made = measure.measure(config, target, planned=args.plan)
-    print(report.table([*before, made]))
+    made = _search(config, parts, args.step, report) if args.search else report(config)
+    print(_table(made))
     if args.json:
         files.write_json(args.json, made)
 
@@ -48,61 +120,230 @@ def main(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("segdiff_jax.aot", _DESCRIPTION, cli.config_help())
     add = parser.add_argument
-    add(
-        "--config",
-        required=True,
-        type=cli.path,
-        metavar="FILE",
-        help="Python file with get_config()",
-    )
-    add(
-        "--topology",
-        required=True,
-        metavar="CHIP:SHAPE",
-        help="v4, v5e, v5p or v6e and the shape of a slice, such as v5e:4x4 or v5p:2x2x2",
-    )
+    add("--config", required=True, type=cli.path, metavar="FILE", help="file with get_config()")
+    shapes = f"{', '.join(chips.CHIPS)} and the shape of a slice, such as v5e:4x4 or v5p:2x2x2"
+    add("--topology", required=True, metavar="CHIP:SHAPE", help=shapes)
     add("--slices", type=cli.positive_int, default=1, metavar="N", help="slices of it (1)")
-    add(
-        "--step",
-        choices=("train", "sample", "evaluate"),
-        default="train",
-        help="train: a training step. sample: all passes and members of --images at once. "
-        "evaluate: config.sampler.batch_size of them, as evaluate runs (train)",
-    )
-    add("--images", type=cli.positive_int, default=1, metavar="N", help="of --step sample (1)")
-    add(
-        "--classes",
-        type=cli.positive_int,
-        metavar="K",
-        help="of --step sample (the config's vocabulary)",
-    )
-    add(
-        "--plan",
-        action="store_true",
-        help="stop at XLA's plan of memory, in a quarter of the time: all but the bytes accessed "
-        "and the code's size",
-    )
-    add("--search", action="store_true", help="find the largest batch per chip that fits")
+    kinds = "a training step, or config.sampler.batch_size jobs of the sampler at once (train)"
+    add("--step", choices=("train", "sample"), default="train", help=kinds)
+    asked = "about which --step sample asks an image (the config's vocabulary)"
+    add("--classes", type=cli.positive_int, metavar="K", help=asked)
+    add("--price", type=float, metavar="DOLLARS", help="per chip and hour (a list price)")
     add("--json", type=cli.path, metavar="FILE", help="also write the report here")
-    add(
-        "--compare",
-        type=cli.path,
-        metavar="FILE",
-        help="an earlier --json report, shown beside this one",
-    )
+    add("--search", action="store_true", help="find the largest batch per chip that fits")
     return parser
 
 
-def _read(path: str) -> dict[str, Any]:
+def make_step(config: Config, mesh: Mesh, kind: str = "train", classes: int | None = None) -> Step:
+    """The step of `kind`, "train" or "sample", as it is jitted for `mesh`.
+
+    classes: K that the sampler is asked about; by default the config's vocabulary, or 150 where
+    only the data would tell. Raises `UserError` for a batch that does not divide over the mesh.
+    """
+    named = config.data.vocabulary
+    if classes is None and (named or config.data.source == "scenes"):
+        classes = len(vocabulary.load(named) if named else scenes.vocabulary())
+    nets = _networks(config, classes or _UNKNOWN_CLASSES)
+    return (_train_step if kind == "train" else _sample_step)(config, nets, mesh)
+
+
+def _networks(config: Config, classes: int) -> _Networks:
+    preset, dtype = presets.architecture(config.model.preset), jnp.dtype(config.model.dtype)
+    text, channels = preset.text_encoder, preset.vae.latent_channels
+    unet_config = presets.unet_between(config.model.preset, channels, text.hidden_size)
+    remat = config.model.remat
+    unet = nnx.eval_shape(lambda: UNet(unet_config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    vae = nnx.eval_shape(lambda: VAE(preset.vae, dtype=dtype, rngs=nnx.Rngs(0)))
+    hidden = _floats(classes, text.max_position_embeddings, text.hidden_size)
+    table = PromptTable(hidden, _floats(classes, text.hidden_size))
+    group = codec.group_size(classes, config.codec.classes_per_pass)
+    tokens = group if config.codec.context == "bound" else text.max_position_embeddings
+    height, width = (size // preset.vae.downsampling for size in config.data.image_size)
+    return _Networks(unet, vae, table, group, tokens, (height, width, channels))
+
+
+def _floats(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
+    """The step of config.stage, as `training.loop` compiles it."""
+    count, size, vae_only = config.train.batch_size, config.data.image_size, config.stage == "vae"
+    sharding.local_rows(mesh, count)  # as train does, for its error
+    whole = sharding.replicated(mesh)
+    (unet, unet_params), (vae, vae_params) = nnx.split(nets.unet), nnx.split(nets.vae)
+    schedule = jax.eval_shape(lambda: make_schedule(config.diffusion))
+    frozen = None if vae_only else Frozen(vae_params, schedule, nets.table)
+    step = vae_step(vae, config) if vae_only else diffusion_step(unet, vae, config)
+    params = vae_params if vae_only else unet_params
+    state = jax.eval_shape(lambda p: init_state(p, config), params)
+    state = sharding.abstract(state, sharding.state_sharding(state, mesh))
+    cached = config.data.cache_latents and not vae_only
+    shapes: dict[str, Any] = {"class_ids": ((count, nets.group), jnp.int32)}
+    if cached:
+        latents = ((count, *nets.latent), jnp.float32)
+        shapes |= dict.fromkeys(("image_latents", "mask_latents"), latents)
+        shapes |= dict.fromkeys(("shown", "valid"), ((count, *nets.latent[:2]), jnp.bool_))
+    else:
+        shapes |= {"image": ((count, *size, 3), jnp.uint8), "labels": ((count, *size), jnp.uint8)}
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    arguments = (
+        state,
+        sharding.abstract(frozen, whole),
+        sharding.abstract(batch, sharding.batch_sharding(mesh)),
+        sharding.abstract(jax.eval_shape(lambda: jax.random.key(0)), whole),
+    )
+    network = None if vae_only else nets.unet.config
+    needed = flops.train_example(network, nets.vae.config, size, nets.tokens, cached)
+    return Step(loop.compile_step(step, state, mesh), arguments, count, count, count * needed)
+
+
+def _sample_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
+    """One call of the segmenter's sampler.
+
+    The images that it is worth are its UNet calls over those that an image needs: a shortlist
+    needs one for every pass, and the full budget for its classes only.
+    """
+    sampler = config.sampler
+    jobs = multiple(sampler.batch_size, mesh.size)
+    passes = codec.num_groups(len(nets.table.pooled), nets.group)
+    full = min(sampler.shortlist, passes) or passes
+    calls = full * sampler.ensemble * sampler.steps + (passes if full < passes else 0)
+    once = flops.unet(nets.unet.config, *nets.latent[:2], nets.tokens).forward
+    decoded = flops.vae_decode(nets.vae.config, *config.data.image_size)
+    needed = jobs * (sampler.steps * once + decoded)
+    return Step(*_sampler(config, nets, mesh, jobs), jobs, jobs * sampler.steps / calls, needed)
+
+
+def _sampler(config: Config, nets: _Networks, mesh: Mesh, jobs: int) -> tuple[Any, tuple[Any, ...]]:
+    """`segmenter.sampler_on` and its arguments: all that this file knows of how it is called."""
+    whole, rows = sharding.replicated(mesh), sharding.rows_sharding(mesh)
+    (unet, unet_params), (vae, vae_params) = nnx.split(nets.unet), nnx.split(nets.vae)
+    passes = codec.num_groups(len(nets.table.pooled), nets.group)
+    everywhere = (
+        kernels_as_multiplied(unet, unet_params),
+        vae_params,
+        jax.eval_shape(lambda: make_schedule(config.diffusion)),
+        nets.table,
+        _floats(-(-jobs // passes), *nets.latent),
+        jax.ShapeDtypeStruct((passes, nets.group), jnp.int32),
+    )
+    indices = sharding.abstract(jax.ShapeDtypeStruct((jobs, 3), jnp.int32), rows)
+    key = sharding.abstract(jax.eval_shape(lambda: jax.random.key(0)), whole)
+    static = (unet, vae, config.codec.context, config.sampler.steps, config.sampler.eta)
+    arrays = (*(sharding.abstract(tree, whole) for tree in everywhere), indices, key)
+    return segmenter.sampler_on(mesh), (*static, *arrays)
+
+
+def measure(step: Step, chip: chips.Chip, count: int, steps: int | None) -> dict[str, Any]:
+    """What `count` chips make of `step`, and of a run of so many `steps`.
+
+    XLA counts the body of a loop once. The other rounds are added from the traced function's matrix
+    products, and bytes are taken to grow by as much.
+    """
+    started, trace = time.monotonic(), step.function.trace(*step.arguments)
+    made: dict[str, Any] = {"fits": False, "hbm_of_chip": chip.hbm}
     try:
-        values = json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"--compare {path}: {error.strerror}: give an earlier --json") from error
-    except ValueError as error:
-        raise UserError(f"--compare {path}: not JSON: give an earlier --json report") from error
-    if not isinstance(values, dict) or "per_chip" not in values and "why" not in values:
-        raise UserError(f"--compare {path}: no report of segdiff_jax.aot: give an earlier --json")
-    return values
+        program = trace.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return made | {"why": _excerpt(str(error))}
+    made |= {"fits": True, "compile_seconds": time.monotonic() - started}
+    memory, costs = program.memory_analysis(), program.cost_analysis()
+    hbm = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,  # beside arguments
+        "temporaries": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+    }
+    traced, analytic = flops.traced(trace.jaxpr), step.flops / count
+    kernels, rounds = traced.kernels / count, (traced.run - traced.once) / count
+    total = costs["flops"] + rounds + kernels
+    accessed = costs["bytes accessed"] * (1 + rounds / costs["flops"])
+    counted = {"xla": costs["flops"], "loops": rounds, "kernels": kernels}
+    made["per_chip"] = {
+        "hbm": hbm | {"total": sum(hbm.values())},
+        "flops": counted | {"total": total, "analytic": analytic},
+        "bytes_accessed": accessed,
+        "collectives": Counter(name for name, _ in set(_COLLECTIVE.findall(program.as_text()))),
+    }
+    bounds = {"compute": total / chip.flops, "memory": accessed / chip.hbm_bandwidth}
+    slowest = max(bounds.values())
+    made["roofline"] = {f"{name}_seconds": seconds for name, seconds in bounds.items()} | {
+        "step_seconds": slowest,
+        "mfu": analytic / (slowest * chip.flops),
+        "images_per_second": step.images / slowest,
+    }
+    if steps is not None:  # of FLOPs alone too: the bytes are not HBM's only
+        hours = [steps * seconds / 3600 for seconds in (bounds["compute"], slowest)]
+        dollars = [count * chip.price * h for h in hours]
+        made["run"] = {"steps": steps, "hours": hours, "dollars": dollars, "price": chip.price}
+    return made
+
+
+def _excerpt(message: str) -> str:
+    """Of the compiler's message its reason and the largest buffers that it names, 24 lines."""
+    lines = message.removeprefix("RESOURCE_EXHAUSTED: ").splitlines()
+    return "\n".join([line.strip() for line in lines if line.strip(" =")][:24])
+
+
+def _search(
+    config: Config, parts: int, kind: str, report: Callable[[Config], dict[str, Any]]
+) -> dict[str, Any]:
+    """The report of the largest batch per chip that fits: doubled or halved, then bisected."""
+    if kind == "train" and config.optimizer.accumulation > 1:
+        raise UserError("--search: set config.optimizer.accumulation=1: a micro-batch has to fit")
+    group = "train" if kind == "train" else "sampler"
+    low, high, best = 0, None, None  # the largest that fits, the smallest that does not
+    tried = max(1, getattr(config, group).batch_size // parts)
+    while high is None or high - low > 1:
+        part = dataclasses.replace(getattr(config, group), batch_size=tried * parts)
+        made = report(dataclasses.replace(config, **{group: part}))
+        print(f"{tried} a chip: {_fit(made)}", file=sys.stderr, flush=True)
+        low, high, best = (tried, high, made) if made["fits"] else (low, tried, best)
+        tried = 2 * low if high is None else (low + high) // 2
+    if best is None:
+        raise UserError("--search: not even 1 per chip fits: try more chips, config.mesh.fsdp=-1")
+    return best
+
+
+def _fit(made: dict[str, Any]) -> str:
+    if not made["fits"]:
+        return f"NO\n{made['why']}"
+    used = made["per_chip"]["hbm"]["total"]
+    return f"yes, {used / _GIB:.3g} of {made['hbm_of_chip'] / _GIB:.0f} GiB"
+
+
+def _table(made: dict[str, Any]) -> str:
+    axes = " ".join(f"{axis}={size}" for axis, size in made["mesh"].items())
+    rows = {
+        "topology": f"{made['slices']} × {made['topology']}, {made['chips']} chips, mesh {axes}",
+        "step": f"{made['step']}, batch {made['batch_per_chip']:g} a chip",
+        "fits": _fit(made),
+    }
+    if made["fits"]:
+        chip, line = made["per_chip"], made["roofline"]
+        done = {name: f"{count / 1e12:.4g}" for name, count in chip["flops"].items()}
+        ratio = chip["flops"]["total"] / chip["flops"]["analytic"]
+        found = ", ".join(f"{name} {n}" for name, n in sorted(chip["collectives"].items()))
+        times = [1e3 * line[f"{name}_seconds"] for name in ("step", "compute", "memory")]
+        rows |= {f"  {name}": f"{size / _GIB:.3g} GiB" for name, size in chip["hbm"].items()}
+        rows |= {
+            "TFLOP": f"{done['total']}, {ratio:.3f} of the analytic {done['analytic']}: XLA counts "
+            f"{done['xla']}, rounds of loops add {done['loops']}, kernels {done['kernels']}",
+            "bytes accessed": f"{chip['bytes_accessed'] / 1e9:.4g} GB",
+            "collectives": found or "none",
+            "roofline": "{:.4g} ms: FLOPs {:.4g} ms, bytes {:.4g} ms".format(*times),
+            "MFU there": f"{line['mfu']:.1%}",
+            "images/s there": f"{line['images_per_second']:.4g}",
+        }
+        if "run" in made:
+            run, both = made["run"], "{:.3g} by FLOPs alone, {:.3g} at the roofline"
+            rows[f"{run['steps']:,} steps, hours"] = both.format(*run["hours"])
+            rows[f"dollars at {run['price']:.2f}"] = both.format(*run["dollars"])
+        rows["compiled in"] = f"{made['compile_seconds']:.0f} s"
+    return "\n".join(f"{name:<24}{text}" for name, text in rows.items())
 
 
 if __name__ == "__main__":

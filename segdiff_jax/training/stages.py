@@ -15,7 +15,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from segdiff_jax import __version__, conditioning
+from segdiff_jax import __version__, codec, conditioning
 from segdiff_jax import workdir as workdirs
 from segdiff_jax.config import Config, of_stage
 from segdiff_jax.data import label_summary, latents, pipeline
@@ -24,13 +24,12 @@ from segdiff_jax.data.sources import Source, open_source
 from segdiff_jax.data.vocabulary import Vocabulary
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
-from segdiff_jax.models import presets, pretrained
+from segdiff_jax.models import flops, presets, pretrained
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.pretrained import Pretrained
 from segdiff_jax.models.tokenizer import train_tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.roofline import flops
 from segdiff_jax.training import latent_cache, lock, loop, losses, origin, processes, sharding
 from segdiff_jax.training.checkpoint import Checkpoints, check_config
 from segdiff_jax.training.placement import placer
@@ -144,7 +143,8 @@ def _train_vae(run: Run) -> None:
     graph, params = nnx.split(vae)
     make = None if given else lambda: nnx.state(_new_vae(config))
     run.startup.done("weights")
-    step, work = vae_step(graph, config), flops.train_example(config, None, vae.config, 0, 0)
+    step = vae_step(graph, config)
+    work = flops.train_example(None, vae.config, config.data.image_size, 0)
     state = _run(own, mesh, _batches(own), step, None, params, make, None, work)
     params = processes.gathered(state.ema or state.params)
     if processes.is_first():
@@ -198,7 +198,10 @@ def _train_diffusion(run: Run) -> None:
         segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, mesh)
         validate = validator(segmenter, config)
     batches = _batches(run, vae if config.data.cache_latents else None)
-    work = flops.train_example(config, unet_config, vae.config, *table.hidden.shape[:2])
+    group = codec.group_size(len(entries), config.codec.classes_per_pass)
+    tokens = group if config.codec.context == "bound" else table.hidden.shape[1]
+    cached = config.data.cache_latents
+    work = flops.train_example(unet_config, vae.config, config.data.image_size, tokens, cached)
     run.startup.done("weights")
     _run(run, mesh, batches, step, frozen, params, make, unet_config, work, validate)
 

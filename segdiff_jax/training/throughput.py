@@ -13,9 +13,9 @@ import jax
 from etils import epath
 
 from segdiff_jax import files
-from segdiff_jax.roofline.chips import CHIPS, Chip
+from segdiff_jax.parallel.chips import CHIPS, Chip
 
-_KINDS = {  # `jax.Device.device_kind` of the chips in `roofline.chips`
+_KINDS = {  # `jax.Device.device_kind` of the chips in `parallel.chips`
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
     "TPU v5e": "v5e",
@@ -36,7 +36,7 @@ class Throughput:
     """Rates over the steps between two calls of `report`.
 
     Args:
-      flops: of one step over all devices, counted from the architecture (`roofline.flops`).
+      flops: of one step over all devices, counted from the architecture (`models.flops`).
       devices: that take the step; all of them by default.
     """
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from segdiff_jax.models import attention
-from segdiff_jax.roofline import chips, compile
+from segdiff_jax.parallel import chips
 
 WIDTH = 64
 
@@ -154,9 +154,9 @@ def test_the_kernel_is_for_tpu_meshes_only():
     [(1936, 2, WIDTH), (4096, 2, WIDTH), (4096, 1, 512)],
 )
 def test_the_kernel_and_its_gradients_fit_the_chip(length, heads, width, topology):
-    chip, name = chips.parse_topology(topology)
+    _, found = chips.stand_ins(topology)
     axes = ("data", "fsdp", "tensor")
-    device = np.array(compile.devices(chip, name)[:1]).reshape(1, 1, 1)
+    device = np.array(found[:1]).reshape(1, 1, 1)
     mesh = jax.sharding.Mesh(device, axes, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
     def loss(query, key, value):

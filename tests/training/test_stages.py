@@ -16,13 +16,13 @@ import pytest
 from flax import nnx
 from test_telemetry import read_scalars
 
+from segdiff_jax import aot
 from segdiff_jax import workdir as workdirs
 from segdiff_jax.data import pipeline
 from segdiff_jax.data.scenes import vocabulary
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import pretrained
 from segdiff_jax.models.unet import UNet
-from segdiff_jax.roofline import steps
 from segdiff_jax.segmenter import Segmenter
 from segdiff_jax.training import latent_cache, loop, losses, sharding, stages
 from segdiff_jax.training.checkpoint import Checkpoints
@@ -93,7 +93,7 @@ def test_reported_flops_are_those_of_the_step_that_aot_reports(trained, micro_co
     mesh = sharding.make_mesh(config.mesh)
     seconds = scalars["diffusion/step_seconds"][6]
     per_chip = scalars["diffusion/tflops_per_chip"][6] * 1e12 * seconds
-    expected = steps.train_step(config, mesh).model_flops / mesh.size
+    expected = aot.make_step(config, mesh).flops / mesh.size
     assert expected > 1e6 and per_chip == pytest.approx(expected, rel=1e-3)
 
 

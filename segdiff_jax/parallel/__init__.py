@@ -1,0 +1,1 @@
+"""Everything that knows how many devices there are, and which."""

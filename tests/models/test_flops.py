@@ -1,0 +1,99 @@
+"""The analytic count against the products that JAX traces, and those against counts by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from segdiff_jax.models import flops, presets
+from segdiff_jax.models.attention import fused
+from segdiff_jax.models.unet import UNet
+from segdiff_jax.models.vae import VAE
+
+
+def traced(function, *arguments):
+    return flops.traced(jax.jit(function).trace(*arguments).jaxpr)
+
+
+def floats(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.fixture(scope="module", params=["tiny", "sd2"])
+def architecture(request):
+    return presets.architecture(request.param)
+
+
+def test_unet_forward_and_training(architecture):
+    config = architecture.unet
+    graph, params = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+    run = lambda p, x, t, c: nnx.merge(graph, p)(x, t, c)  # noqa: E731
+    context = floats(1, 7, config.cross_attention_dim)
+    inputs = floats(1, 16, 24, config.in_channels), floats(1, dtype=jnp.int32), context
+    count = flops.unet(config, 16, 24, 7)
+    assert count.forward == pytest.approx(traced(run, params, *inputs).run, rel=1e-12)
+    # A transposed strided convolution is traced with holes in its input, which the count leaves
+    # out: so the trace may be above it, by what the few down-sampling layers add.
+    gradient = jax.grad(lambda p, *rest: run(p, *rest).sum())
+    assert count.train <= traced(gradient, params, *inputs).run <= 1.04 * count.train
+
+
+def test_vae(architecture):
+    config = architecture.vae
+    graph, params = nnx.split(nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0))))
+    encode = lambda p, x: nnx.merge(graph, p).encode(x)  # noqa: E731
+    decode = lambda p, x: nnx.merge(graph, p).decode(x)  # noqa: E731
+    image, latent = floats(1, 32, 48, 3), floats(1, 4, 6, config.latent_channels)
+    assert flops.vae_encode(config, 32, 48) == traced(encode, params, image).run
+    assert flops.vae_decode(config, 32, 48) == traced(decode, params, latent).run
+
+
+def test_a_training_example_of_each_kind():
+    unet, vae, _ = presets.architecture("tiny")
+    example = flops.train_example(unet, vae, (64, 96), 10)
+    cached = flops.train_example(unet, vae, (64, 96), 10, cached=True)
+    encoded = flops.vae_encode(vae, 64, 96)
+    assert cached == flops.unet(unet, 8, 12, 10).train
+    assert example - cached == pytest.approx(2 * encoded)  # a photo and a mask
+    alone = flops.train_example(None, vae, (64, 96), 0)
+    assert alone == 3 * (encoded + flops.vae_decode(vae, 64, 96))
+
+
+def test_products_and_convolutions_by_hand_and_by_xla():
+    product = lambda a, b: jnp.einsum("bij,bjk->bik", a, b)  # noqa: E731
+    assert traced(product, floats(2, 3, 4), floats(2, 4, 5)).run == 2 * (2 * 3 * 5) * 4
+    layout = ("NHWC", "HWIO", "NHWC")
+    conv = lambda x, w: jax.lax.conv_general_dilated(  # noqa: E731
+        x, w, (2, 2), "VALID", dimension_numbers=layout
+    )
+    given = floats(3, 9, 9, 4), floats(3, 3, 4, 6)
+    assert traced(conv, *given).run == 2 * (3 * 4 * 4 * 6) * (3 * 3 * 4)
+    program = jax.jit(conv).lower(*given).compile()
+    assert traced(conv, *given).run == program.cost_analysis()["flops"]
+
+
+def test_a_loop_runs_its_body_and_xla_counts_it_once():
+    def loop(x, w):
+        step = lambda x, _: (x @ w, None)  # noqa: E731
+        return jax.lax.scan(step, x, None, length=5)[0] @ w
+
+    found = traced(loop, floats(4, 8), floats(8, 8))
+    one = 2 * 4 * 8 * 8
+    assert found == (6 * one, 2 * one, 0)
+
+
+def test_the_part_of_one_device_counts_for_each():
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    wide = mesh.abstract_mesh.update(axis_sizes=(4, 2))
+    product = jax.shard_map(jnp.matmul, mesh=wide, in_specs=(P("data"), P()), out_specs=P("data"))
+    assert traced(product, floats(8, 3), floats(3, 5)).run == 2 * (2 * 5) * 3 * 8
+
+
+def test_attention_kernels_are_counted_apart():
+    q = k = floats(2, 512, 128, dtype=jnp.bfloat16)  # [B, S, N · D]
+    attend = lambda q, k, v: fused(q, k, v, 64)  # noqa: E731
+    product = 2 * 2 * 2 * 512 * 512 * 64
+    assert traced(attend, q, k, k) == (0, 0, 2 * product)
+    gradient = jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2))
+    assert traced(gradient, q, k, k).kernels == pytest.approx((2 + 5) * product)
