@@ -77,6 +77,15 @@ def test_override(path, flag, read, value):
     assert got == value and type(got) is type(value)
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("()", ()), ("0", (0,)), ("0,255", (0, 255)), ("(65535,)", (65535,))]
+)
+def test_a_tuple_of_numbers_of_any_length(path, text, value):
+    flags = ["--config.data.source=folder", "--config.data.root=x"]
+    config = cli.load_config(path, [*flags, f"--config.data.ignore_ids={text}"])
+    assert config.data.ignore_ids == value
+
+
 def test_only_the_named_key_changes(path):
     before, after = cli.load_config(path), cli.load_config(path, ["--config.train.steps=9"])
     after.train.steps = before.train.steps
@@ -117,6 +126,10 @@ def test_repeated_flags(path):
         ("--config.optimizer.beta1=x", ["must be float", "beta1=0.9"]),
         ("--config.optimizer.beta1=nan", ["must be float"]),
         ("--config.codec.closed=maybe", ["must be bool", "closed=false"]),
+        ("--config.data.ignore_ids=-1", ["config.data.ignore_ids", "at least 0"]),
+        ("--config.data.ignore_ids=a", ["tuple[int, ...]", "ignore_ids=255"]),
+        ("--config.data.mask_suffix=_mask", ["config.data.mask_suffix", "source=folder"]),
+        ("--config.data.exif=turn", ["config.data.exif='turn'", "apply, ignore"]),
         ("--config.data.image_size=96", ["tuple[int, int]", "image_size=96,128"]),
         ("--config.data.image_size=96,12.5", ["tuple[int, int]"]),
         ("--config.data.image_size=a,b", ["tuple[int, int]"]),

@@ -308,6 +308,7 @@ def test_nothing_but_ignore_is_an_error(files, capsys, command):
         with pytest.raises(SystemExit) as caught:
             cli.run(train.main, [*flags, "--workdir", str(files / "t")])
         code, output = caught.value.code, capsys.readouterr()
+    assert "labels of 'val': 3 of 3 pairs seen, ids 255, 100.0% ignored" in output.err
     assert code == 2 and "every labelled pixel of split 'val' is ignored (ids 255)" in output.err
     assert output.err.count("error:") == 1 and "Traceback" not in output.err
 

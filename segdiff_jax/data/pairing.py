@@ -2,6 +2,7 @@
 
 import logging
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import PurePosixPath
@@ -40,8 +41,8 @@ def pairs(
     beside = mask_folder == image_folder
     images = _by_name(image_folder, image_suffix, without=mask_suffix if beside else "")
     masks = _by_name(mask_folder, mask_suffix)
-    folded = {name.casefold(): path for name, path in masks.items()}
-    found = {name: folded.get(name.casefold()) for name in images}
+    folded = {_folded(name): path for name, path in masks.items()}
+    found = {name: folded.get(_folded(name)) for name in images}
     lonely = [name for name, mask in found.items() if mask is None]
     if lonely:
         _refuse_without_mask(images, lonely, mask_folder, mask_suffix)
@@ -99,13 +100,18 @@ def _by_name(folder: epath.Path, suffix: str = "", without: str = "") -> dict[st
         if not is_image(name) or not stem.endswith(suffix) or (without and stem.endswith(without)):
             continue
         path, key = str(folder / name), stem[: len(stem) - len(suffix)]
-        twin = folded.setdefault(key.casefold(), path)
+        twin = folded.setdefault(_folded(key), path)
         if twin != path:
             same = "the same stem" if key in found else "the same stem but for upper and lower case"
             one, other = sorted((twin, path))
             raise UserError(f"{one}: has {same} as {other}: rename or remove one")
         found[key] = path
     return found
+
+
+def _folded(name: str) -> str:
+    """The same for names that some file system takes for one: by case, by how accents are coded."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def is_image(name: str) -> bool:

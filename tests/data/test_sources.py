@@ -245,6 +245,9 @@ def test_upper_and_lower_case_of_names_may_differ_where_that_is_clear(root):
     write(root / "train" / "masks" / "img_1.png", np.full((6, 8), 2))
     source = open_source(folder(root), "train", 0)
     assert source[0]["name"] == "IMG_1" and (source[0]["labels"] == 2).all()
+    write(root / "train" / "images" / "cafe\u0301.png", photo(7))  # as macOS writes "café"
+    write(root / "train" / "masks" / "caf\u00e9.png", np.full((6, 8), 2))
+    assert len(open_source(folder(root), "train", 0)) == 5
     write(root / "train" / "images" / "img_1.png", photo(8))
     check_error(folder(root), ["IMG_1.JPG", "img_1.png", "upper and lower case", "rename"])
 
