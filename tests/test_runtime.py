@@ -29,7 +29,14 @@ def test_programs_are_kept_where_the_next_start_finds_them(settings, workdir, ex
     assert settings["jax_compilation_cache_dir"] == expected
 
 
-def test_the_environment_decides_first(settings, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/shared")
+def test_an_empty_cache_home_is_none(settings, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/me")
+    runtime.start()
+    assert settings["jax_compilation_cache_dir"] == "/home/me/.cache/segdiff_jax"
+
+
+def test_the_environment_decides_first(settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "shared"))
     runtime.start("gs://bucket/runs/one")
     assert "jax_compilation_cache_dir" not in settings

@@ -1,7 +1,6 @@
 """A model against a labelled dataset: predictions at native resolution, one confusion matrix."""
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -112,9 +111,7 @@ def evaluate(
             progress(numbers[-1] + 1, total)
     matrix = _summed(matrix)
     summary = _summary(matrix, segmenter, source, sampler, total, seed, ceiling)
-    if photos:
-        summary |= _checked(reconstruction.summarize(photos))
-    return Result(matrix, summary, kept)
+    return Result(matrix, summary | (reconstruction.summarize(photos) if photos else {}), kept)
 
 
 def _owner(image: int, shown: Collection[int]) -> int:
@@ -137,13 +134,6 @@ def _resized(
         row[...] = resize(record[name], size)
     every = processes.stacked(rows)  # [processes, rows, ...]
     return every[owners, [owners[:i].count(owner) for i, owner in enumerate(owners)]]
-
-
-def _checked(figures: dict[str, Any]) -> dict[str, Any]:
-    for name, value in figures.items():
-        if value is not None and not math.isfinite(value):
-            raise UserError(f"{name} is {value}: check the weights of this checkpoint's VAE")
-    return figures
 
 
 def _scored(
@@ -205,7 +195,10 @@ def _painted_and_back(
 def _photos_and_back(segmenter: Segmenter, images: np.ndarray, count: int) -> reconstruction.Sums:
     """The first `count` of `images` uint8 [I, h, w, 3] against themselves through the VAE."""
     pixels = np.asarray(to_pixels(images))
-    return reconstruction.compare(pixels[:count], segmenter.reconstruct(pixels)[:count])
+    decoded = segmenter.reconstruct(pixels)
+    if not np.isfinite(decoded).all():
+        raise UserError("photos through the VAE are not finite numbers: check its weights")
+    return reconstruction.compare(pixels[:count], decoded[:count])
 
 
 def _summary(
