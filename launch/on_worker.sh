@@ -66,7 +66,9 @@ attend() { # LOGS COMMAND...
   trap 'stopped=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
   printf 'started %s: %s\n' "$started" "$(<"$dir/command")" >>"$log"
   ln -sfn "$log" "$dir/log"
-  PYTHONUNBUFFERED=1 "${@:2}" >>"$log" 2>&1 &
+  # Nobody watches: patience costs less than a run that stops for good over a bad half hour.
+  SEGDIFF_NETWORK_TIMEOUT=900 SEGDIFF_PROCESS_TIMEOUT=1800 PYTHONUNBUFFERED=1 \
+    "${@:2}" >>"$log" 2>&1 &
   child=$!
   ((!stopped)) || kill -TERM "$child" 2>/dev/null || true
   upload_now_and_then "$log" "$upload_to" 9>&- &

@@ -39,7 +39,7 @@ def test_a_cache_that_is_no_absolute_path_is_as_if_not_set(settings, monkeypatch
     assert settings["jax_compilation_cache_dir"] == "/home/me/.cache/segdiff_jax"
 
 
-def test_the_environment_decides_first(settings, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/shared")
+def test_the_environment_decides_first(settings, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "shared"))
     runtime.start("gs://bucket/runs/one")
     assert "jax_compilation_cache_dir" not in settings

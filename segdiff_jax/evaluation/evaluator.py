@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -126,9 +125,7 @@ def evaluate(
     if open_vocabulary:
         summary["settings"]["threshold"] = threshold
     summary["labels"] = label_summary.figures(source, _summed_ids(ids), total)
-    if photos:
-        summary |= _checked(reconstruction.summarize(photos))
-    return Result(matrix, summary, kept)
+    return Result(matrix, summary | (reconstruction.summarize(photos) if photos else {}), kept)
 
 
 def _owner(image: int, shown: Collection[int]) -> int:
@@ -159,13 +156,6 @@ def _summed_ids(ids: Mapping[int, int]) -> dict[int, int]:
     pixels[list(ids)] = list(ids.values())
     everywhere = _summed(pixels)
     return {int(i): int(everywhere[i]) for i in np.flatnonzero(everywhere)}
-
-
-def _checked(figures: dict[str, Any]) -> dict[str, Any]:
-    for name, value in figures.items():
-        if value is not None and not math.isfinite(value):
-            raise UserError(f"{name} is {value}: check the weights of this checkpoint's VAE")
-    return figures
 
 
 def _scored(
@@ -226,7 +216,10 @@ def _painted_and_back(
 def _photos_and_back(segmenter: Segmenter, images: np.ndarray, count: int) -> reconstruction.Sums:
     """The first `count` of `images` uint8 [I, h, w, 3] against themselves through the VAE."""
     pixels = np.asarray(to_pixels(images))
-    return reconstruction.compare(pixels[:count], segmenter.reconstruct(pixels)[:count])
+    decoded = segmenter.reconstruct(pixels)
+    if not np.isfinite(decoded).all():
+        raise UserError("photos through the VAE are not finite numbers: check its weights")
+    return reconstruction.compare(pixels[:count], decoded[:count])
 
 
 def _summary(

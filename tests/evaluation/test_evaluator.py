@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from segdiff_jax.data import vocabulary
+from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import metrics
 from segdiff_jax.evaluation.evaluator import evaluate
 from segdiff_jax.segmenter import Segmenter
@@ -112,3 +113,37 @@ def test_ceiling_goes_through_the_vae_and_not_the_unet(model, monkeypatch):
     monkeypatch.setattr(Segmenter, "maps", lambda *a: pytest.fail("the ceiling needs no UNet"))
     summary = evaluate(model, MemorySource(), ceiling=True).summary
     assert summary["miou_present"] < 0.9, "a random VAE keeps little"
+
+
+def test_maps_that_are_not_finite_stop_with_the_image(model, monkeypatch):
+    maps = Segmenter.maps
+
+    def spoilt(self, *arguments):
+        gray, spread = maps(self, *arguments)
+        gray = np.array(gray)
+        gray[-1, 0, 0, 0] = np.nan
+        return gray, spread
+
+    monkeypatch.setattr(Segmenter, "maps", spoilt)
+    with pytest.raises(UserError, match="photo_0: the model's maps are not finite") as caught:
+        evaluate(model, MemorySource(2))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_vae_that_gives_no_numbers_stops_the_ceiling(model, monkeypatch, value):
+    broken = lambda self, pixels: np.full_like(pixels, value)  # noqa: E731
+    monkeypatch.setattr(Segmenter, "reconstruct", broken)
+    with pytest.raises(UserError, match="not finite"):
+        evaluate(model, MemorySource(2), ceiling=True)
+
+
+def test_a_figure_without_a_number_has_a_reason(model):
+    source = MemorySource(2, novel=(1,))
+    for record in source.records:
+        record["labels"] = np.where(record["labels"] == 1, 255, record["labels"])
+    summary = evaluate(model, source).summary
+    assert summary["miou_novel"] is summary["miou_harmonic"] is None
+    assert summary["undefined"]["miou_novel"] == "no class of these is in the labels"
+    assert set(summary["undefined"]) >= {"miou_novel", "miou_harmonic"}
+    assert "undefined" not in evaluate(model, MemorySource(2)).summary

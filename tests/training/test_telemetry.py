@@ -1,3 +1,4 @@
+import contextlib
 import io
 import logging
 import os
@@ -250,3 +251,13 @@ def test_a_full_disk_loses_the_curve_and_not_the_run(tmp_path, caplog):
         telemetry.close()
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert 1 <= len(warnings) <= 3  # writing, flushing and closing, once each
+
+
+def test_what_is_not_finite_is_no_scalar(tmp_path):
+    with contextlib.closing(Telemetry(tmp_path, 3, 1, log_every=1, stage="s")) as telemetry:
+        for step, loss in enumerate([1.0, float("nan"), float("inf")], 1):
+            telemetry.step(step, {"loss": jnp.asarray(loss), "rate": jnp.asarray(0.5)})
+        telemetry.scalars(3, {"validation/a": float("-inf"), "validation/b": 0.25})
+    found = read_scalars(tmp_path)
+    assert found["s/loss"] == {1: 1.0} and set(found["s/rate"]) == {1, 2, 3}
+    assert "validation/a" not in found and found["validation/b"] == {3: 0.25}
