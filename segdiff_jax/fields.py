@@ -146,7 +146,7 @@ def suggestion(cls: type, key: str, name: str = "") -> str:
     keys = [known for known, _, _ in leaves(cls)]
     last = key.rsplit(".", 1)[-1]
     near = [k for k in keys if k.rsplit(".", 1)[-1] == last]  # right name, wrong group
-    near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    near = near or difflib.get_close_matches(key, keys, n=1)
     near = near or [k for k in keys if difflib.get_close_matches(last, [k.rsplit(".", 1)[-1]])]
     return f": did you mean {name}{near[0]}?" if near else ""
 

@@ -186,7 +186,8 @@ def load_with_step(
                 f"{path}: an export has no checkpoints to choose from: leave --which out"
             )
         return _load_export(path), None
-    check_image_size(config, str(epath.Path(path) / PRETRAINED))
+    if pretrained.is_whole(epath.Path(path) / PRETRAINED):
+        check_image_size(config, str(epath.Path(path) / PRETRAINED))
     unet, config, step = load_unet(path, weights, which=which)
     frozen = load_frozen(str(epath.Path(path) / PRETRAINED), jnp.dtype(config.model.dtype))
     return (unet, *frozen, config), step

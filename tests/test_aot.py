@@ -172,6 +172,8 @@ def test_search_says_when_nothing_fits(small, monkeypatch):
         ([*ADE, "--config.train.batchsize=6"], "did you mean config.train.batch_size"),
         ([*ADE, "--config.mesh.fsdp=3"], "config.mesh.*4 devices|config.mesh.*there are 4"),
         ([*ADE, "--config.model.preset=sd9"], "config.model.preset"),
+        ([*ADE, "--config.data.image_size=500,512"], "image_size=500,512: must be multiples of 8"),
+        ([*ADE, "--config.stage=vae", "--config.train.batch_size=4"], "config.vae.batch_size"),
         ([*ADE, "--search", "--config.optimizer.accumulation=2"], "config.optimizer.accumulation"),
         ([*ADE, "--slices", "0"], "--slices"),
         ([*ADE, "--price", "nan"], "--price"),

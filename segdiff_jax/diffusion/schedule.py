@@ -44,7 +44,8 @@ def make_schedule(config: DiffusionConfig) -> Schedule:
     """
     betas = _betas(config)
     if config.rescale_betas_zero_snr:
-        betas = _rescale_zero_terminal_snr(betas)
+        with np.errstate(invalid="ignore"):
+            betas = _rescale_zero_terminal_snr(betas)
     alphas_cumprod = _cumprod(np.float32(1.0) - betas)
     least = alphas_cumprod.min()
     if not np.isfinite(alphas_cumprod).all() or (least == 0 and not config.rescale_betas_zero_snr):

@@ -117,7 +117,7 @@ class Tokenizer:
         try:
             roles, added = _special_tokens(folder, config)
             vocab, merges = _vocabulary(folder)
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
             raise UserError(f"{folder}: damaged tokenizer files ({error}): fetch again") from error
         try:
             return Tokenizer(vocab, merges, roles, added, length)
@@ -221,7 +221,8 @@ def _backend(
             unk_token=unknown,
         )
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"vocab.json and merges.txt do not fit each other ({error})") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"vocab.json and merges.txt do not fit each other ({reason})") from error
     backend = tokenizers.Tokenizer(model)
     spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
