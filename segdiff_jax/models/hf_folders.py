@@ -1,16 +1,15 @@
 """Where a Stable Diffusion folder is: on disk, in `gs://`, or on the Hugging Face hub."""
 
-import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import huggingface_hub
 from etils import epath
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from segdiff_jax import files
+from segdiff_jax import files, stored
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import safetensors_files
 
@@ -35,11 +34,22 @@ def locate(
     Raises `UserError` when there is no such folder or repository, or it lacks a component.
     """
     with files.reading(source):
-        return _locate(source, components, revision, variant)
+        root = _root(source, revision, lambda name, at: _download(name, at, components, variant))
+        for name in components:
+            if not (root / folder_name(name)).exists():
+                folder = root / folder_name(name)
+                raise UserError(f"{folder}: no such folder: {source} has no {name}")
+        return root
 
 
-def _locate(
-    source: str, components: Collection[str], revision: str | None, variant: str | None
+def locate_configs(source: str) -> epath.Path:
+    """The folder that `source` means; of a repository only the small files are downloaded."""
+    with files.reading(source):
+        return _root(source, None, lambda name, at: _fetch(name, at, _small([*STEM, "schedule"])))
+
+
+def _root(
+    source: str, revision: str | None, download: Callable[[str, str | None], epath.Path]
 ) -> epath.Path:
     repository = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", source)
     root = epath.Path(source)
@@ -47,22 +57,22 @@ def _locate(
         if revision:
             raise UserError(f"{source}: a folder has no revision {revision!r}: leave it out")
     elif repository:
-        root = _download(repository[1], repository[2] or revision, components, variant)
+        root = download(repository[1], repository[2] or revision)
     else:
         raise UserError(f"{source}: no such folder, nor a Hugging Face repository: check the name")
     if not (root / INDEX).exists():
         raise UserError(f"{source}: no {INDEX}: give a Stable Diffusion folder (is it whole?)")
-    for name in components:
-        if not (root / folder_name(name)).exists():
-            raise UserError(f"{root / folder_name(name)}: no such folder: {source} has no {name}")
     return root
+
+
+def _small(components: Collection[str]) -> list[str]:
+    folders = map(folder_name, components)
+    return [INDEX, *(f"{folder}/*{end}" for folder in folders for end in (".json", ".txt"))]
 
 
 def _download(
     repository: str, revision: str | None, components: Collection[str], variant: str | None
 ) -> epath.Path:
-    folders = [folder_name(name) for name in components]
-    small = [INDEX, *(f"{folder}/*{end}" for folder in folders for end in (".json", ".txt"))]
     weighty = [name for name in components if name in STEM]
 
     def named(names: list[str], variant: str | None) -> list[str]:
@@ -73,18 +83,23 @@ def _download(
         ]
 
     def fetch(patterns: list[str]) -> epath.Path:
+        return _fetch(repository, revision, _small(components) + patterns)
+
+    wanted = named(weighty, variant)
+    root = fetch(wanted)
+    bare = [n for n in weighty if not safetensors_files.are_there(root / n, STEM[n], variant)]
+    if not bare:
+        return root
+    # Only now: variants double the bytes or more. A variant may be of the UNet alone.
+    return fetch(wanted + named(bare, None if variant else "*"))
+
+
+def _fetch(repository: str, revision: str | None, patterns: list[str]) -> epath.Path:
+    try:
         path = huggingface_hub.snapshot_download(
-            repository, revision=revision, allow_patterns=small + patterns
+            repository, revision=revision, allow_patterns=patterns
         )
         return epath.Path(path)
-
-    try:
-        wanted = named(weighty, variant)
-        root = fetch(wanted)
-        bare = [n for n in weighty if not safetensors_files.are_there(root / n, STEM[n], variant)]
-        if variant or not bare:
-            return root
-        return fetch(wanted + named(bare, "*"))  # only now: variants double the bytes or more
     except Exception as error:  # the library raises its own, httpx's, OSError and ValueError
         told = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
         reason = " ".join(str(told or error).split())[:200] or repr(error)
@@ -99,11 +114,9 @@ def read_json(path: epath.Path) -> tuple[dict[str, Any], str]:
     """The object in a JSON file, and the file's name for messages about it."""
     try:
         with files.reading(path):
-            value = json.loads(path.read_text())
+            data = path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file: fetch the folder again") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: fetch it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no JSON object: fetch it again")
-    return value, os.fspath(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): fetch it again") from error
+    return stored.parse_object(data, path), os.fspath(path)

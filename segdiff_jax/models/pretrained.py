@@ -18,12 +18,12 @@ from segdiff_jax import files
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import hf_config, hf_folders, safetensors_files, weights
-from segdiff_jax.models.clip_text import CLIPText
-from segdiff_jax.models.hf_folders import INDEX, read_json
+from segdiff_jax.models.clip_text import CLIPText, CLIPTextConfig
+from segdiff_jax.models.hf_folders import INDEX, STEM, read_json
 from segdiff_jax.models.layers import Dtype
 from segdiff_jax.models.tokenizer import Tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
-from segdiff_jax.models.vae import VAE
+from segdiff_jax.models.vae import VAE, VAEConfig
 from segdiff_jax.models.weights import Place
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "schedule")
@@ -59,7 +59,8 @@ def load(
         reads only that.
       components: which of `COMPONENTS` to read; the others need not exist.
       revision: branch, tag or commit of a repository.
-      variant: "fp16" reads `*.fp16.safetensors`. By default the plain files, or the only variant.
+      variant: "fp16" reads `*.fp16.safetensors` where there are any, else the plain files. By
+        default the plain files, or the only variant.
       dtype: of activations. Parameters become float32 whatever the file holds.
       remat: recompute the UNet's blocks in the backward pass.
       widen_conv_in: make the UNet take image latent ⊕ noisy latent: an input one latent wide is
@@ -90,6 +91,47 @@ def load(
     for name, plan in plans.items():
         parts[name] = weights.fill(plan, place)
     return Pretrained(**parts)
+
+
+class Described(NamedTuple):
+    """What a Stable Diffusion folder says of its parts; None where it has no such part."""
+
+    root: epath.Path
+    unet: UNetConfig | None
+    vae: VAEConfig | None
+    text_encoder: CLIPTextConfig | None
+    schedule: DiffusionConfig | None
+
+
+def describe(
+    source: os.PathLike[str] | str,
+    components: Collection[str] = ("unet", "vae", "text_encoder", "schedule"),
+    variant: str | None = None,
+) -> Described:
+    """The configs of `components` in a folder, checked as `load` checks them; no weight is read.
+
+    Raises `UserError` for what `load` would refuse of them, and for a `variant` of the weights that
+    no part of a local folder has.
+    """
+    root = hf_folders.locate_configs(os.fspath(source))
+    readers = {
+        "unet": hf_config.read_unet,
+        "vae": hf_config.read_vae,
+        "text_encoder": hf_config.read_text_encoder,
+        "schedule": hf_config.read_schedule,
+    }
+    found: dict[str, Any] = dict.fromkeys(readers)
+    for name in components:
+        folder = root / hf_folders.folder_name(name)
+        file = "scheduler_config.json" if name == "schedule" else "config.json"
+        with files.reading(folder):
+            there = folder.exists()
+        found[name] = readers[name](*read_json(folder / file)) if there else None
+    kept = {v for name, stem in STEM.items() for v in safetensors_files.variants(root / name, stem)}
+    if variant and kept and variant not in kept:  # of a repository no weights are here yet
+        others = ", ".join(sorted(name or "the plain files" for name in kept))
+        raise UserError(f"{root}: no weights of the variant {variant!r}, but {others}: choose")
+    return Described(root, **found)
 
 
 def _plans(

@@ -6,6 +6,7 @@ one tensor is in memory at a time, and every way a file can be broken is a `User
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from segdiff_jax import files
+from segdiff_jax import files, stored
 from segdiff_jax.errors import UserError
 
 _DTYPES = {
@@ -35,6 +36,9 @@ _NAMES = (  # how weights are published, best first; the last three are indices 
 )
 _MAX_HEADER = 100_000_000  # the library's own limit
 _ALIGNMENT = 8
+_BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def find(folder: epath.Path, stem: str, variant: str | None) -> list[epath.Path]
     """The files that hold the weights `stem` of a component, in order: see `_NAMES`.
 
     Without a variant the plain files are preferred, then whichever single variant is there: all of
-    them end up as float32. Raises `UserError` when there are none, or only pickles.
+    them end up as float32. With one the plain files are taken where it is missing, for many are of
+    the UNet alone; the log says so. Raises `UserError` when there are none, or only pickles.
     """
     with files.reading(folder):
         names = sorted(path.name for path in folder.iterdir())
@@ -64,9 +69,12 @@ def find(folder: epath.Path, stem: str, variant: str | None) -> list[epath.Path]
             if len(present) > 1:
                 raise UserError(
                     f"{folder}: there are only the variants {', '.join(sorted(present))}: "
-                    "choose one of them"
+                    f"choose one, for a training with --config.init_variant={min(present)}"
                 )
             (wanted,) = present
+        if wanted not in present and "" in present:
+            log.info("%s: has no variant %s, its plain files are read", folder, wanted)
+            wanted = ""
         if wanted not in present:
             others = ", ".join(sorted(name or "the plain files" for name in present))
             raise UserError(f"{folder}: {variant}: there is no such variant, but {others}: choose")
@@ -75,11 +83,20 @@ def find(folder: epath.Path, stem: str, variant: str | None) -> list[epath.Path]
 
 
 def are_there(folder: epath.Path, stem: str, variant: str | None) -> bool:
-    """Whether `find` would find them."""
+    """Whether the weights are there as `variant`, or as whichever `find` takes without one."""
     try:
+        if variant and variant not in variants(folder, stem):
+            return False
         return bool(find(folder, stem, variant))
     except (UserError, FileNotFoundError):
         return False
+
+
+def variants(folder: epath.Path, stem: str) -> list[str]:
+    """The variants that `find` can choose from, "" for the plain files."""
+    with files.reading(folder):
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return sorted(_variants(stem, names))
 
 
 def patterns(stem: str, variant: str | None) -> list[str]:
@@ -115,8 +132,9 @@ def _no_weights(folder: epath.Path, names: list[str]) -> UserError:
 
 
 def _shards(index: epath.Path) -> list[epath.Path]:
+    values = stored.parse_object(index.read_bytes(), index)
     try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(values["weight_map"].values()))
         plain = all(re.fullmatch(r"[\w.-]+\.safetensors", name) for name in shards)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not an index of safetensors shards: fetch it again") from error
@@ -137,6 +155,9 @@ def read_header(path: epath.Path) -> dict[str, Entry]:
                 start = file.read(8)
                 length = int.from_bytes(start, "little") if len(start) == 8 else -1
                 if not 2 <= length <= min(_MAX_HEADER, size - 8):
+                    reason = stored.instead(start + file.read(stored.HEAD))
+                    if reason:
+                        raise UserError(f"{path}: {reason}")
                     raise UserError(f"{path}: damaged or not a safetensors file: fetch it again")
                 header = json.loads(file.read(length))
         data = 8 + length
@@ -150,7 +171,7 @@ def read_header(path: epath.Path) -> dict[str, Entry]:
             for name, value in header.items()
             if name != "__metadata__"
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _BROKEN as error:
         raise UserError(f"{path}: cannot be read as safetensors: fetch it again") from error
     expected = data
     for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):

@@ -18,7 +18,7 @@ from etils import epath
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from segdiff_jax import files
+from segdiff_jax import files, stored
 from segdiff_jax.errors import UserError
 
 BOS = "<|startoftext|>"
@@ -110,15 +110,18 @@ class Tokenizer:
         """
         folder = epath.Path(directory)
         config = _read_json(folder / "tokenizer_config.json", optional=True)
-        roles, added = _special_tokens(folder, config)
-        vocab, merges = _vocabulary(folder)
         length = config.get("model_max_length", 77)
         if not isinstance(length, int | float):
             raise UserError(f"{folder}/tokenizer_config.json: model_max_length must be a number")
         length = int(length) if length < 1e6 else 77  # transformers writes 1e30 for "not known"
         try:
+            roles, added = _special_tokens(folder, config)
+            vocab, merges = _vocabulary(folder)
+        except (TypeError, ValueError, AttributeError, LookupError) as error:
+            raise UserError(f"{folder}: damaged tokenizer files ({error}): fetch again") from error
+        try:
             return Tokenizer(vocab, merges, roles, added, length)
-        except UserError as error:
+        except (UserError, TypeError) as error:
             raise UserError(f"{folder}: {error}") from error
 
     def save(self, directory: os.PathLike[str] | str) -> None:
@@ -218,7 +221,8 @@ def _backend(
             unk_token=unknown,
         )
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"vocab.json and merges.txt do not fit each other ({error})") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"vocab.json and merges.txt do not fit each other ({reason})") from error
     backend = tokenizers.Tokenizer(model)
     spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
     backend.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
@@ -228,26 +232,31 @@ def _backend(
     return backend
 
 
-def _read_text(path: epath.Path) -> str:
+def _read_bytes(path: epath.Path) -> bytes:
     try:
         with files.reading(path):
-            return path.read_text(encoding="utf-8")
+            return path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file: give a CLIP tokenizer folder") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}): fetch it again") from error
+
+
+def _read_text(path: epath.Path) -> str:
+    data = _read_bytes(path)
+    reason = stored.instead(data)
+    if reason:
+        raise UserError(f"{path}: {reason}")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read ({error}): fetch it again") from error
 
 
 def _read_json(path: epath.Path, optional: bool = False) -> dict[str, Any]:
     if optional and not path.exists():
         return {}
-    try:
-        value = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error}): fetch it again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no JSON object: fetch it again")
-    return value
+    return stored.parse_object(_read_bytes(path), path)
 
 
 def _vocabulary(folder: epath.Path) -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -75,7 +75,8 @@ def check(plans: Iterable[Plan]) -> None:
 def fill(plan: Plan, place: Place | None = None) -> nnx.Module:
     """The module of a checked plan, in float32, with the arrays from its files.
 
-    `place` puts each host array, named "component/path", on devices.
+    `place` puts each host array, named "component/path", on devices. Raises `UserError` for a
+    tensor that is not finite in float32.
     """
     variables = plan.variables
     for name, array in safetensors_files.read(plan.entries):
@@ -83,11 +84,23 @@ def fill(plan: Plan, place: Place | None = None) -> nnx.Module:
         array = key_map.from_file(path, array.reshape(plan.shapes[name]))
         if plan.widened and path == _CONV_IN:  # [h, w, in, out]
             array = np.concatenate([array, array], axis=2).astype(np.float32) / 2
-        array = np.ascontiguousarray(array, np.float32)
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(array, np.float32)
+        if not all_finite(array):
+            raise UserError(
+                f"{plan.entries[name].file}: {name} holds NaN or infinity: these weights cannot be "
+                "used: fetch the file again, or take an earlier checkpoint of that training"
+            )
         # A copy by default: JAX may otherwise keep the buffer, which cannot be donated later.
         leaf = jnp.array(array) if place is None else place(f"{plan.component}/{path}", array)
         variables[plan.keys[name]] = variables[plan.keys[name]].replace(leaf)
     return nnx.merge(plan.graph, nnx.from_flat_state(variables))
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether no element is NaN or infinite: a sum is a third of the cost of looking at each."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(array.sum()) or np.isfinite(array).all())
 
 
 def write(component: str, module: nnx.Module, folder: epath.Path, dtype: str) -> None:

@@ -24,6 +24,7 @@ from etils import epath
 
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote
+from segdiff_jax.models.weights import all_finite
 from segdiff_jax.training import processes
 from segdiff_jax.training.sharding import leaf_path
 
@@ -47,6 +48,7 @@ MAY_DIFFER = (
     "diffusion.timestep_spacing",  # the sampler's, as the next two
     "diffusion.set_alpha_to_one",
     "diffusion.steps_offset",
+    "diffusion.convert_prediction",  # permits a start, says nothing of the state
 )
 SWITCHES = ("optimizer.ema_decay",)  # the value may change, zero and not zero may not
 
@@ -216,6 +218,7 @@ class Checkpoints:
 
         stored, restored, metadata = _in_all(read)
         _verify(restored, metadata["checksums"], stored)
+        _check_finite(restored)
         arrays = _flat(restored)
         leaves, structure = jax.tree_util.tree_flatten_with_path(wanted)
         in_order = [arrays[leaf_path(path)] for path, _ in leaves]
@@ -399,6 +402,17 @@ def _verify(tree: dict[str, Any], expected: dict[str, int], stored: Any) -> None
     for name, value in _checksums({"/".join(path): x for path, x in same.items()}).items():
         if value != expected[name]:
             raise ValueError(f"the contents of {name} do not match their checksum")
+
+
+def _check_finite(tree: dict[str, Any]) -> None:
+    """NaN passes a checksum; whoever goes on from it would blame the data or the learning rate."""
+    bad = None
+    for path, array in _flat(tree).items():
+        if bad is None and jnp.issubdtype(array.dtype, jnp.floating):
+            mine = (part.data for part in array.addressable_shards if part.replica_id == 0)
+            bad = None if all(all_finite(np.asarray(data)) for data in mine) else path
+    if not processes.all_agree(bad is None):
+        raise ValueError(f"{'/'.join(bad or ('an array',))} holds NaN or infinity")
 
 
 def _first_line(error: Exception) -> str:

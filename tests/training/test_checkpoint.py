@@ -69,6 +69,20 @@ def test_a_reader_may_take_part_of_the_state(two):
     assert_same(state, {"ema": make_state(20)["ema"]})
 
 
+def test_a_checkpoint_with_nan_is_passed_over_or_named(two, caplog):
+    checkpoints = Checkpoints(two)
+    state = make_state(30)
+    state["ema"]["blocks"][10]["bias"] = jnp.array([1.0, jnp.nan, 1.0])
+    checkpoints.save(30, state, {"example": 960})
+    checkpoints.close()
+    reader = Checkpoints(two, read_only=True)
+    with pytest.raises(UserError, match="ema/blocks/10/bias holds NaN or infinity"):
+        reader.restore(abstract(make_state(0)), step=30)
+    restored, _ = reader.restore(abstract(make_state(0)))
+    assert_same(restored, make_state(20))
+    assert "ema/blocks/10/bias holds NaN or infinity" in caplog.text
+
+
 def test_saving_does_not_see_what_the_next_step_does_to_donated_buffers(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0)
