@@ -3,16 +3,13 @@
 import argparse
 import ast
 import dataclasses
-import difflib
 import errno
 import inspect
 import io
-import math
 import runpy
 import sys
 import tokenize
 import traceback
-import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +19,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from segdiff_jax import config as config_module
-from segdiff_jax.config import Config, validate
+from segdiff_jax import fields
+from segdiff_jax.config import Config, check_overridden, get, validate
 from segdiff_jax.errors import UserError
 
 PREFIX = "--config."
@@ -143,13 +141,14 @@ def split_config_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, rest
 
 
-def load_config(path_or_spec: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path_or_spec: str, overrides: Sequence[str] = (), use: str = "train") -> Config:
     """The config that a file's `get_config()` returns, overridden and validated.
 
     Args:
       path_or_spec: a Python file, or `file.py:argument` to call `get_config("argument")`.
       overrides: `--config.a.b=v` strings, as from `split_config_flags`. A tuple is written
         `96,128`. A tuple of strings takes one string per flag; repeat the flag for several.
+      use: what for, one of `config.USES`.
 
     Raises:
       UserError: the file or its result is no config; a key does not exist (with the nearest one
@@ -157,10 +156,10 @@ def load_config(path_or_spec: str, overrides: Sequence[str] = ()) -> Config:
     """
     config = _read_config_file(path_or_spec)
     _check_fields(config, "", path_or_spec)
-    return override_config(config, overrides)
+    return override_config(config, overrides, use)
 
 
-def override_config(config: Config, overrides: Sequence[str]) -> Config:
+def override_config(config: Config, overrides: Sequence[str], use: str = "train") -> Config:
     """`config` with `--config.a.b=v` strings applied, validated. Raises as `load_config` does."""
     by_key: dict[str, list[str]] = {}
     for override in overrides:
@@ -170,7 +169,8 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
         by_key.setdefault(key, []).append(value)
     for key, values in by_key.items():
         config = _override(config, key, values)
-    return validate(config)
+    check_overridden(config, list(by_key))
+    return validate(config, use)
 
 
 def _override(config: Config, key: str, values: list[str]) -> Config:
@@ -187,10 +187,12 @@ def _override(config: Config, key: str, values: list[str]) -> Config:
         )
         own_flags(arguments)
         config = holder.value
-        _check_type(_get(config, key), kind)
-    except (flags.Error, ValueError, TypeError, SyntaxError) as error:
-        shown = f"{PREFIX}{key}={values[-1]}"
-        raise UserError(f"{shown}: must be {_type_name(kind)}: {_example(key)}") from error
+        if not fields.has_type(get(config, key), kind):
+            raise TypeError
+    except (flags.Error, ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        text = values[-1] if len(values[-1]) <= 100 else f"{values[-1][:100]}..."
+        wanted = f"must be {fields.type_name(kind)}"
+        raise UserError(f"{PREFIX}{key}={text}: {wanted}: {_example(key)}") from error
     return config
 
 
@@ -198,7 +200,7 @@ def _quote(value: str) -> str:
     """A Python tuple of strings as it is; any other text as a tuple that holds just this text."""
     try:
         parsed = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         parsed = value
     if isinstance(parsed, tuple | list) and all(isinstance(item, str) for item in parsed):
         return repr(tuple(parsed))
@@ -231,96 +233,41 @@ def _read_config_file(spec: str) -> Config:
 
 def _check_fields(node: Any, prefix: str, path: str) -> None:
     """Finds assignments in a config file that a dataclass lets pass: misspelt keys, wrong types."""
-    kinds = {field.name: field.type for field in dataclasses.fields(node)}
+    declared = {item.name: item for item in dataclasses.fields(node)}
     for name, value in vars(node).items():
         key = f"{prefix}{name}"
-        if name not in kinds:
+        if name not in declared:
             raise UserError(f"{path}: config.{key}: no such key{_suggestion(key)}")
-        if dataclasses.is_dataclass(kinds[name]):
-            if not isinstance(value, kinds[name]):  # type: ignore[arg-type]
-                raise UserError(
-                    f"{path}: config.{key}={value!r}: must be {_type_name(kinds[name])}"
-                )
+        item = declared[name]
+        if not fields.is_group(item.type):
+            fields.check(f"{path}: config.{key}", item, value)
+        elif not isinstance(value, item.type):  # type: ignore[arg-type]
+            wanted = fields.type_name(item.type)
+            raise UserError(f"{path}: config.{key}={fields.shown(value)}: must be {wanted}")
+        else:
             _check_fields(value, f"{key}.", path)
-            continue
-        try:
-            _check_type(value, kinds[name])
-        except TypeError as error:
-            expected = f"must be {_type_name(kinds[name])}, such as {_get(Config(), key)!r}"
-            raise UserError(f"{path}: config.{key}={value!r}: {expected}") from error
-
-
-def _check_type(value: Any, kind: Any) -> None:
-    """Raises TypeError unless `value` is a `kind`: a scalar type or a tuple of them."""
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)
-        if not isinstance(value, tuple):
-            raise TypeError
-        if inner[-1] is Ellipsis:
-            inner = inner[:1] * len(value)
-        if len(inner) != len(value) or not value:
-            raise TypeError
-        for item, item_kind in zip(value, inner, strict=True):
-            _check_type(item, item_kind)
-    elif kind is float:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
-            raise TypeError
-    elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError
 
 
 def _kind(key: str) -> Any:
     """The type of a config key. Raises `UserError` if there is no such key, or if it is a group."""
     node: Any = Config
     for name in key.split("."):
-        fields = {f.name: f.type for f in dataclasses.fields(node)} if _is_group(node) else {}
-        if name not in fields:
+        kinds = {f.name: f.type for f in dataclasses.fields(node)} if fields.is_group(node) else {}
+        if name not in kinds:
             raise UserError(f"{PREFIX}{key}: no such key{_suggestion(key)}")
-        node = fields[name]
-    if _is_group(node):
+        node = kinds[name]
+    if fields.is_group(node):
         first = dataclasses.fields(node)[0].name
         raise UserError(f"{PREFIX}{key} is a group of keys: set one, such as {PREFIX}{key}.{first}")
     return node
 
 
-def _is_group(kind: Any) -> bool:
-    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
-
-
-def _keys(kind: type = Config, prefix: str = "") -> list[str]:
-    keys = []
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        key = f"{prefix}{field.name}"
-        keys += _keys(field.type, f"{key}.") if _is_group(field.type) else [key]  # type: ignore
-    return keys
-
-
 def _suggestion(key: str) -> str:
-    keys = _keys()
-    last = key.rsplit(".", 1)[-1]
-    near = [k for k in keys if k.rsplit(".", 1)[-1] == last]  # right name, wrong group
-    near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    near = near or [k for k in keys if difflib.get_close_matches(last, [k.rsplit(".", 1)[-1]])]
-    return f": did you mean config.{near[0]}?" if near else ": --help lists them all"
-
-
-def _get(config: Config, key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def _type_name(kind: Any) -> str:
-    return str(kind) if isinstance(kind, types.GenericAlias) else kind.__name__
+    return fields.suggestion(Config, key, "config.") or ": --help lists them all"
 
 
 def _example(key: str) -> str:
-    value = _get(Config(), key)
+    value = get(Config(), key)
     if isinstance(value, tuple):
         text = ",".join(str(item) for item in value)
     else:
@@ -356,6 +303,6 @@ def _help_lines(node: Any, prefix: str, remarks: dict[tuple[str, str], str]) -> 
             groups += ["", *_help_lines(value, f"{key}.", remarks)]
             continue
         remark = remarks.get((type(node).__name__, field.name), "")
-        shown = f"{_type_name(field.type)}, {value!r}"
+        shown = f"{fields.type_name(field.type)}, {value!r}"
         lines.append(f"  {key:<36} {shown:<30} {remark}".rstrip())
     return lines + groups

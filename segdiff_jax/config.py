@@ -4,16 +4,21 @@ Every experiment in `configs/` returns one `Config`. The dataclasses are mutable
 `--config.a.b=v` can override a field; `validate` runs once after that and nothing writes later.
 
 Every number is declared with `number` and every word with fixed choices with `choice`, so that its
-bounds stand beside it and no key can be without a check.
+bounds stand beside it and no key can be without a check. What makes no sense together is in
+`combinations`.
 """
 
+import contextlib
+import copy
 import dataclasses
-import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from segdiff_jax import __version__, combinations, fields
 from segdiff_jax.errors import UserError
+from segdiff_jax.fields import choice, number
 
 STAGES = ("vae", "diffusion")
 OPTIMIZERS = ("adamw", "muon")
@@ -21,16 +26,8 @@ BETA_SCHEDULES = ("scaled_linear", "linear")
 PREDICTIONS = ("v_prediction", "epsilon", "sample")
 SPACINGS = ("trailing", "leading", "linspace")
 SOURCES = ("scenes", "folder", "ade20k", "coco_stuff", "tfds")
-
-
-def number(default: Any, low: float, high: float = math.inf, *, above: bool = False) -> Any:
-    """A field for a number (or a tuple of them) from `low` to `high`; with `above`, not `low`."""
-    return field(default=default, metadata={"bounds": (low, high, above)})
-
-
-def choice(default: str, allowed: tuple[str, ...]) -> Any:
-    """A field for one of a few words."""
-    return field(default=default, metadata={"allowed": allowed})
+USES = ("model", "evaluate", "train")  # of a config, from what asks least of it
+VERSION_KEY = "segdiff_jax_version"  # beside a stored config: the package that wrote it
 
 
 @dataclass
@@ -105,15 +102,18 @@ class PromptsConfig:
 class DiffusionConfig:
     """Fields as in diffusers' scheduler_config.json."""
 
-    num_train_timesteps: int = number(1000, 1, 100_000)
-    beta_start: float = number(0.00085, 0.0, 0.999, above=True)
-    beta_end: float = number(0.012, 0.0, 0.999, above=True)
+    num_train_timesteps: int = number(1000, 2, 100_000)
+    beta_start: float = number(0.00085, 1e-6, 0.999)
+    beta_end: float = number(0.012, 1e-6, 0.999)
     beta_schedule: str = choice("scaled_linear", BETA_SCHEDULES)
     prediction_type: str = choice("v_prediction", PREDICTIONS)
     timestep_spacing: str = choice("trailing", SPACINGS)
     rescale_betas_zero_snr: bool = True
     set_alpha_to_one: bool = False
-    steps_offset: int = number(1, 0)
+    steps_offset: int = number(1, 0, 100_000)
+    convert_prediction: bool = (
+        False  # train a UNet of init_from to predict something else than it was trained to
+    )
 
 
 @dataclass
@@ -129,10 +129,10 @@ class OptimizerConfig:
     warmup_steps: int = number(100, 0)
     decay_steps: int = number(25_000, 1)  # the exponential decay reaches final_fraction here
     final_fraction: float = number(0.01, 0.0, 1.0, above=True)
-    clip_norm: float = number(1.0, 0.0, above=True)
+    clip_norm: float = number(1.0, 0.0, 1e30, above=True)
     beta1: float = number(0.9, 0.0, 0.999999)
     beta2: float = number(0.999, 0.0, 0.999999)
-    epsilon: float = number(1e-8, 0.0, 1.0, above=True)
+    epsilon: float = number(1e-8, 1e-30, 1.0)  # float32 knows nothing much smaller
     weight_decay: float = number(1e-2, 0.0, 1e3)
     accumulation: int = number(1, 1)  # micro-batches per optimiser step
     ema_decay: float = number(0.0, 0.0, 0.999999)  # 0 = no EMA
@@ -141,7 +141,7 @@ class OptimizerConfig:
 @dataclass
 class TrainConfig:
     steps: int = number(25_000, 1)
-    batch_size: int = number(32, 1)  # effective: over all devices and micro-batches
+    batch_size: int = number(32, 1, 1_000_000)  # effective: over all devices and micro-batches
     terminal_share: float = number(
         0.0, 0.0, 1.0
     )  # share of samples at t = T-1, where one-step sampling starts
@@ -161,12 +161,20 @@ class TrainConfig:
 
 @dataclass
 class VAEConfig:
-    """The `vae` stage; with stage = "diffusion" and no init_from it runs first, for these steps."""
+    """The VAE stage: by itself with stage = "vae"; with "diffusion" and no init_from it runs first.
 
-    steps: int = number(0, 0)
-    batch_size: int = number(16, 1)
+    It takes these in place of those in `train` and `optimizer`; warm-up, clipping, betas and
+    epsilon are the optimizer's, checkpoints and logging those of `train`. No gradients are
+    accumulated.
+    """
+
+    steps: int = number(0, 0)  # the learning rate's decay ends with them
+    batch_size: int = number(16, 1, 1_000_000)
     learning_rate: float = number(1e-3, 0.0, 1e3)
-    optimizer: str = choice("adamw", OPTIMIZERS)  # the rest is as in `optimizer`
+    optimizer: str = choice("adamw", OPTIMIZERS)  # as optimizer.method
+    final_fraction: float = number(0.1, 0.0, 1.0, above=True)
+    weight_decay: float = number(0.0, 0.0, 1e3)
+    ema_decay: float = number(0.0, 0.0, 0.999999)  # 0 = no EMA
     kl_weight: float = number(1e-6, 0.0, 1e3)
     mask_share: float = number(0.5, 0.0, 1.0)  # share of the batch that is mask images
     mask_mixing: float = number(0.5, 0.0, 1.0)  # share of those that are mixtures of two
@@ -175,13 +183,13 @@ class VAEConfig:
 @dataclass
 class SamplerConfig:
     steps: int = number(10, 1)
-    ensemble: int = number(1, 1)
+    ensemble: int = number(1, 1, 10_000)
     eta: float = number(0.0, 0.0, 1.0)
     align: str = choice("none", ("affine", "none"))
     reduce: str = choice("median", ("median", "mean"))
     uncertainty: str = choice("mad", ("mad", "std"))
     shortlist: int = number(0, 0)  # M; 0 = every class gets the full budget
-    batch_size: int = number(32, 1)  # UNet passes in one compiled call, over all devices
+    batch_size: int = number(32, 1, 1_000_000)  # UNet passes in one compiled call, over all devices
 
 
 @dataclass
@@ -201,6 +209,7 @@ class Config:
     seed: int = number(0, 0, 2**31 - 1)
     stage: str = choice("diffusion", STAGES)
     init_from: str = ""  # workdir or Hugging Face folder or repo id; "" = from nothing
+    init_variant: str = ""  # of init_from's weights, such as fp16 or non_ema; "" = the plain files
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
@@ -214,113 +223,112 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
-def keys(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """(dotted key, field, value) of every leaf of a config, in the order of declaration."""
-    for item in dataclasses.fields(node):
-        value, key = getattr(node, item.name), f"{prefix}{item.name}"
-        if dataclasses.is_dataclass(value):
-            yield from keys(value, f"{key}.")
-        else:
-            yield key, item, value
+# What stands in for `train` and `optimizer` while the VAE is trained, alone or as the first stage.
+_OF_VAE_STAGE = {
+    "train.steps": "vae.steps",
+    "train.batch_size": "vae.batch_size",
+    "optimizer.method": "vae.optimizer",
+    "optimizer.learning_rate": "vae.learning_rate",
+    "optimizer.decay_steps": "vae.steps",
+    "optimizer.final_fraction": "vae.final_fraction",
+    "optimizer.weight_decay": "vae.weight_decay",
+    "optimizer.ema_decay": "vae.ema_decay",
+}
+_NOT_OF_VAE_STAGE = {
+    "train.eval_every": 0,
+    "optimizer.accumulation": 1,
+    "data.cache_latents": False,
+}
 
 
-def validate(config: Config) -> Config:
-    """Returns `config`, or raises `UserError` naming the first bad key and the mend."""
-    for key, item, value in keys(config):
-        _check_declared(f"config.{key}", item, value)
-    _impossible_combinations(config)
+def of_stage(config: Config) -> Config:
+    """`config` with the settings of its own stage in `train` and `optimizer`.
+
+    The steps, batches and optimiser of the VAE stage are in `vae`; all that trains reads them where
+    those of the diffusion stage are. Applying it again changes nothing.
+    """
+    if config.stage != "vae":
+        return config
+    changed = copy.deepcopy(config)
+    for key, source in _OF_VAE_STAGE.items():
+        _set(changed, key, get(config, source))
+    for key, value in _NOT_OF_VAE_STAGE.items():
+        _set(changed, key, value)
+    return changed
+
+
+def check_overridden(config: Config, overridden: list[str]) -> None:
+    """Raises `UserError` for a key that was set by hand but is not of the config's stage."""
+    for key in overridden if config.stage == "vae" else ():
+        if key in _OF_VAE_STAGE:
+            raise UserError(
+                f"config.{key}: the VAE stage has its own: set config.{_OF_VAE_STAGE[key]}"
+            )
+        if key in _NOT_OF_VAE_STAGE:
+            raise UserError(f"config.{key}: plays no part in the VAE stage: leave it out")
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _set(config: Config, key: str, value: Any) -> None:
+    group, name = key.split(".")
+    setattr(getattr(config, group), name, value)
+
+
+def validate(config: Config, use: str = "train") -> Config:
+    """Returns `config`, or raises `UserError` naming the first bad key and the mend.
+
+    `use`, one of `USES`, says what of it has to make sense: to read a model, nothing needs to be
+    known of data and training.
+    """
+    for key, item, value in fields.leaves(config):
+        fields.check(f"config.{key}", item, value)
+    combinations.check(config, of_stage(config), use)
     return config
 
 
-def _check_declared(key: str, item: dataclasses.Field[Any], value: Any) -> None:
-    """Holds a value against what its field declares."""
-    allowed = item.metadata.get("allowed")
-    if allowed and value not in allowed:
-        raise UserError(f"{key}={value!r}: choose one of {', '.join(allowed)}")
-    if "bounds" not in item.metadata:
-        return
-    low, high, above = item.metadata["bounds"]
-    for part in value if isinstance(value, tuple) else (value,):
-        if not low <= part <= high or (above and part == low):
-            least = f"more than {low}" if above else f"at least {low}"
-            bounds = least if high == math.inf else f"{least} and at most {high}"
-            raise UserError(f"{key}={value}: must be {bounds}")
-
-
-def _impossible_combinations(c: Config) -> None:
-    if c.sampler.steps > c.diffusion.num_train_timesteps:
-        raise UserError(
-            f"config.sampler.steps={c.sampler.steps}: must be at most "
-            f"config.diffusion.num_train_timesteps={c.diffusion.num_train_timesteps}"
-        )
-    if c.data.augment.min_scale > c.data.augment.max_scale:
-        raise UserError(
-            f"config.data.augment.min_scale={c.data.augment.min_scale}: must be at most "
-            f"config.data.augment.max_scale={c.data.augment.max_scale}"
-        )
-    for axis, size in dataclasses.asdict(c.mesh).items():
-        if size == 0:
-            raise UserError(f"config.mesh.{axis}=0: give a number of devices, or -1 for the rest")
-    if c.data.source != "scenes" and not c.data.root:
-        raise UserError(
-            f"config.data.root is empty: source {c.data.source!r} needs --config.data.root=FOLDER"
-        )
-    if c.stage == "diffusion" and not c.init_from and c.vae.steps < 1:
-        raise UserError(
-            "config.init_from is empty and config.vae.steps is 0: "
-            "name a workdir or Stable Diffusion folder, or give the VAE stage some steps"
-        )
-    if c.train.profile_steps and c.train.profile_start > c.train.steps:
-        raise UserError(
-            f"config.train.profile_start={c.train.profile_start} lies after the last step, "
-            f"config.train.steps={c.train.steps}: choose an earlier one"
-        )
-    if c.train.batch_size % c.optimizer.accumulation:
-        raise UserError(
-            f"config.train.batch_size={c.train.batch_size} does not divide into "
-            f"config.optimizer.accumulation={c.optimizer.accumulation} micro-batches"
-        )
-    if c.data.cache_latents and c.codec.classes_per_pass > 1:
-        raise UserError(
-            "config.data.cache_latents holds one class per latent (or all of them): "
-            "use config.codec.classes_per_pass=1 or 0, or turn the cache off"
-        )
-    scaled = (c.data.augment.min_scale, c.data.augment.max_scale) != (1.0, 1.0)
-    endless = not c.data.augment.views and (scaled or c.data.augment.color_jitter > 0)
-    if c.data.cache_latents and endless:
-        raise UserError(
-            "config.data.cache_latents cannot hold a new scale-crop or colour jitter for every "
-            "example: set config.data.augment.views to a number of views per pair, "
-            "or turn the cache off"
-        )
-    if c.diffusion.rescale_betas_zero_snr and c.diffusion.prediction_type == "epsilon":
-        raise UserError(
-            "config.diffusion.prediction_type='epsilon' carries no signal at zero terminal SNR: "
-            "use v_prediction or sample, or config.diffusion.rescale_betas_zero_snr=False"
-        )
-
-
 def to_dict(config: Config) -> dict[str, Any]:
-    """The config as plain JSON values, for `workdir/config.json`."""
+    """The config as plain JSON values."""
     return dataclasses.asdict(config)
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict`. Unknown keys are an error: the file came from other code."""
-    return _build(Config, values, "config")
+def stored(config: Config) -> dict[str, Any]:
+    """`to_dict` with the package's version beside it: what is written to files."""
+    return {VERSION_KEY: __version__, **to_dict(config)}
 
 
-def _build(cls: type, values: dict[str, Any], path: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise UserError(f"{path}.{unknown[0]}: unknown key in the stored config")
-    built = {}
-    for name, value in values.items():
-        kind = fields[name].type
-        if dataclasses.is_dataclass(kind):
-            value = _build(kind, value, f"{path}.{name}")  # type: ignore[arg-type]
-        elif isinstance(value, list):
-            value = tuple(value)
-        built[name] = value
-    return cls(**built)
+def from_dict(values: Any, where: str = "") -> Config:
+    """The inverse of `to_dict` and of `stored`; `where` is the file that `values` come from.
+
+    Raises `UserError` for values that `validate` would refuse, and for unknown keys; if a newer
+    version wrote the file, it says so.
+    """
+    version = values.get(VERSION_KEY) if isinstance(values, dict) else None
+    with reading_of(version, where):
+        if isinstance(values, dict):
+            values = {key: value for key, value in values.items() if key != VERSION_KEY}
+        return validate(fields.build(Config, values, "config"), "model")
+
+
+@contextlib.contextmanager
+def reading_of(version: Any, where: str = "") -> Iterator[None]:
+    """Adds to a `UserError` the file that was read and, if newer, the `version` that wrote it."""
+    try:
+        yield
+    except UserError as error:
+        place = f"{where}: " if where else ""
+        newer = _numbers(version) > _numbers(__version__)
+        hint = f": written by version {version}, this is {__version__}: update segdiff_jax"
+        raise UserError(f"{place}{error}{hint if newer else ''}") from error
+
+
+def _numbers(version: Any) -> tuple[int, ...]:
+    """(0, 1, 0) of "0.1.0"; of anything else nothing, which is older than all."""
+    plain = isinstance(version, str) and re.match(r"\d{1,9}(\.\d{1,9})*", version)
+    return tuple(int(part) for part in plain[0].split(".")) if plain else ()

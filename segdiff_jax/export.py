@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from segdiff_jax import cli, files
-from segdiff_jax.config import Config, SamplerConfig, to_dict
+from segdiff_jax.config import Config, SamplerConfig, stored
 from segdiff_jax.data import vocabulary
 from segdiff_jax.errors import UserError
 
@@ -138,7 +138,7 @@ def write_folder(
     from segdiff_jax.models import pretrained
 
     config = portable(config)
-    settings = json.dumps(to_dict(config), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    settings = json.dumps(stored(config), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     card = model_card(config, unet.config, vae.config)
     parts = pretrained.Pretrained(unet, vae, text_encoder, tokenizer, config.diffusion)
     extra = {"README.md": card, workdir.EXPORT_SETTINGS: settings}

@@ -10,7 +10,8 @@ W/compile_cache/  compiled programs, where W is on an object store
 """
 
 import dataclasses
-import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,14 +20,17 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from segdiff_jax.config import Config, from_dict, to_dict
+from segdiff_jax import __version__, combinations, fields
+from segdiff_jax.config import VERSION_KEY, Config, from_dict, reading_of, stored, to_dict
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import reading, write_json
 from segdiff_jax.models import pretrained
+from segdiff_jax.models import unet as unets
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.tokenizer import Tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
+from segdiff_jax.stored import parse_object
 from segdiff_jax.training import sharding
 from segdiff_jax.training.checkpoint import Checkpoints
 
@@ -40,7 +44,7 @@ def is_workdir(path: str) -> bool:
 
 
 def write_config(workdir: str, config: Config) -> None:
-    write_json(epath.Path(workdir) / "config.json", to_dict(config))
+    write_json(epath.Path(workdir) / "config.json", stored(config))
 
 
 def read_config(workdir: str) -> Config:
@@ -53,16 +57,13 @@ def read_config(workdir: str) -> Config:
             f"{workdir}: neither a training workdir (config.json) nor an export "
             f"({EXPORT_SETTINGS}): give the --workdir of a training or the --output of an export"
         )
-    try:
-        return from_dict(json.loads(data))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}): restore it or train again") from error
+    return from_dict(parse_object(data, path, "restore it or train again"), str(path))
 
 
 def checkpoint_metadata(config: Config, unet: UNetConfig | None) -> dict[str, Any]:
     """What a checkpoint says of itself beside the arrays."""
     architecture = dataclasses.asdict(unet) if unet else {}
-    return {"config": to_dict(config), "unet": architecture}
+    return {"config": to_dict(config), "unet": architecture, VERSION_KEY: __version__}
 
 
 def load_networks(
@@ -76,6 +77,8 @@ def load_networks(
         if weights:
             raise UserError(f"{path}: an export has one set of weights: leave --weights out")
         return _load_export(path)
+    if pretrained.is_whole(epath.Path(path) / PRETRAINED):
+        check_image_size(read_config(path), str(epath.Path(path) / PRETRAINED))
     unet, config = load_unet(path, weights)
     frozen = load_frozen(str(epath.Path(path) / PRETRAINED), jnp.dtype(config.model.dtype))
     return (unet, *frozen, config)
@@ -101,7 +104,7 @@ def load_unet(
     checkpoints = Checkpoints(epath.Path(path) / CHECKPOINTS, read_only=True)
     try:
         saved = checkpoints.metadata()
-        unet_config = unet_config_from(saved["unet"])
+        unet_config = unet_config_from(saved["unet"], str(checkpoints.directory), saved)
         unet = nnx.eval_shape(lambda: UNet(unet_config, dtype=dtype, rngs=nnx.Rngs(0)))
         graph, params = nnx.split(unet)
         if mesh is not None:
@@ -112,12 +115,30 @@ def load_unet(
     return nnx.merge(graph, restored[kept]), config
 
 
-def unet_config_from(values: dict[str, Any]) -> UNetConfig:
-    """The inverse of `dataclasses.asdict` after a trip through JSON."""
-    as_tuples: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
-    }
-    return UNetConfig(**as_tuples)
+def unet_config_from(
+    values: Any, where: str = "checkpoint", metadata: Mapping[str, Any] = MappingProxyType({})
+) -> UNetConfig:
+    """The inverse of `dataclasses.asdict` after a trip through JSON.
+
+    where, metadata: of the checkpoint that `values` come from. Raises `UserError` that names it
+    for what no network can be built of.
+    """
+    with reading_of(metadata.get(VERSION_KEY), where):
+        config = fields.build(UNetConfig, values or {}, "unet")
+        if not values:
+            raise UserError("holds no UNet: name the workdir of a diffusion stage")
+        unets.check(config, "unet")
+    return config
+
+
+def check_image_size(config: Config, folder: str) -> None:
+    """Raises `UserError` unless the VAE in a Stable Diffusion folder can divide the image size.
+
+    Only its config is read.
+    """
+    vae = pretrained.describe(folder, ("vae",)).vae
+    if vae is not None:
+        combinations.check_image_size(config, vae.downsampling, f"the VAE of {folder}")
 
 
 def load_frozen(folder: str, dtype: Any) -> tuple[VAE, CLIPText, Tokenizer]:
@@ -133,6 +154,7 @@ def load_frozen(folder: str, dtype: Any) -> tuple[VAE, CLIPText, Tokenizer]:
 
 def _load_export(path: str) -> tuple[UNet, VAE, CLIPText, Tokenizer, Config]:
     config = read_config(path)
+    check_image_size(config, path)
     dtype = jnp.dtype(config.model.dtype)
     loaded = pretrained.load(path, components=("unet",), dtype=dtype)
     if loaded.unet is None:

@@ -18,8 +18,9 @@ GOOD = """
 from segdiff_jax.config import Config
 
 def get_config(size="small"):
-    config = Config(stage="vae")
+    config = Config()
     config.data.source = "scenes"
+    config.vae.steps = 5
     config.train.steps = 7 if size == "small" else 70
     return config
 """
@@ -63,8 +64,12 @@ def test_file_alone(path):
             lambda c: c.prompts.templates,
             ("a photo of a {class}, outdoors",),
         ),
-        ("--config.prompts.templates=a,b", lambda c: c.prompts.templates, ("a,b",)),
-        ("--config.prompts.templates=('a', 'b')", lambda c: c.prompts.templates, ("a", "b")),
+        ("--config.prompts.templates={class},b", lambda c: c.prompts.templates, ("{class},b",)),
+        (
+            "--config.prompts.templates=('a {class}', '{class}')",
+            lambda c: c.prompts.templates,
+            ("a {class}", "{class}"),
+        ),
     ],
 )
 def test_override(path, flag, read, value):
@@ -80,11 +85,19 @@ def test_only_the_named_key_changes(path):
 
 
 def test_repeated_flags(path):
-    flags = ["--config.seed=1", "--config.data.image_size=8,8", "--config.prompts.templates=a"]
-    again = ["--config.seed=2", "--config.data.image_size=16,24", "--config.prompts.templates=b"]
+    flags = [
+        "--config.seed=1",
+        "--config.data.image_size=8,8",
+        "--config.prompts.templates={class}",
+    ]
+    again = [
+        "--config.seed=2",
+        "--config.data.image_size=16,24",
+        "--config.prompts.templates=b {class}",
+    ]
     config = cli.load_config(path, flags + again)
     assert (config.seed, config.data.image_size) == (2, (16, 24))  # the last one counts
-    assert config.prompts.templates == ("a", "b")  # but templates add up
+    assert config.prompts.templates == ("{class}", "b {class}")  # but templates add up
 
 
 @pytest.mark.parametrize(
@@ -117,6 +130,57 @@ def test_repeated_flags(path):
 def test_bad_override_is_one_helpful_line(path, flag, parts):
     message = _error(path, [flag])
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("data.image_size=0,0", "data.image_size=-8,8", f"data.image_size={10**30},8"),
+        *("data.image_size=True,True", "data.image_size=[16]", "data.image_size=" + "[" * 3000),
+        *("seed=-1", f"seed={10**30}", "train.eval_examples=0", "data.scenes.train_examples=0"),
+        *("data.scenes.val_examples=0", "data.scenes.max_shapes=0", "vae.batch_size=0"),
+        *("optimizer.beta1=1.5", "optimizer.beta2=1", "optimizer.warmup_steps=-5"),
+        *("noise.strength=-1", "sampler.shortlist=-3", "data.workers=-1", "vae.kl_weight=-1"),
+        *("optimizer.clip_norm=0", "optimizer.epsilon=0", "optimizer.accumulation=0"),
+        *(f"train.batch_size={10**30}", "train.batch_size=0", "train.batch_size=true"),
+        *("train.steps=1e3", "train.steps=1e30", "train.steps=nan", f"train.steps={'9' * 5000}"),
+        *("optimizer.learning_rate=nan", "optimizer.learning_rate=inf"),
+        *("optimizer.learning_rate=true", f"optimizer.learning_rate={'9' * 400}"),
+        *("prompts.templates=", "prompts.templates=()", "prompts.templates=a photo of {klass}"),
+        *("diffusion.beta_start=0", "diffusion.beta_end=2", "diffusion.num_train_timesteps=1"),
+        *("diffusion.prediction_type=zzz", "data.root=a\0b", "data.root=caf\udce9"),
+        *("codec.threshold=5", "codec.classes_per_pass=256", "codec.classes_per_pass=4"),
+        *("data.augment.min_scale=0", "data.augment.views=-1", "data.max_unreadable=2"),
+        *("train.checkpoint_every=0", "train.keep_checkpoints=0", "train.log_every=0"),
+        *("sampler.steps=0", "sampler.steps=1001", "sampler.ensemble=0", "mesh.data=0"),
+        *("init_variant=fp16", "optimizer.ema_decay=1", "vae.mask_share=1.1"),
+    ],
+)
+def test_nonsense_is_one_short_line_that_names_the_key(path, flag):
+    message = _error(path, [f"--config.{flag}"])
+    assert f"config.{flag.split('=')[0]}" in message and len(message) < 400, message
+    assert "must" in message or "choose one of" in message or "cannot be learnt" in message
+
+
+@pytest.mark.parametrize(
+    ("flag", "instead"),
+    [
+        ("train.steps=5", "config.vae.steps"),
+        ("train.batch_size=4", "config.vae.batch_size"),
+        ("optimizer.learning_rate=1e-4", "config.vae.learning_rate"),
+        ("optimizer.method=muon", "config.vae.optimizer"),
+        ("optimizer.ema_decay=0.9", "config.vae.ema_decay"),
+        ("optimizer.accumulation=2", "no part in the VAE stage"),
+    ],
+)
+def test_the_vae_stage_refuses_what_it_does_not_use(path, flag, instead):
+    overrides = [f"--config.{flag}", "--config.stage=vae"]
+    message = _error(path, overrides)
+    assert f"config.{flag.split('=')[0]}" in message and instead in message
+    assert cli.load_config(
+        path, ["--config.vae.steps=3", "--config.optimizer.beta1=0.5", *overrides[1:]]
+    )
+    assert cli.load_config(path, overrides[:1])
 
 
 @pytest.mark.parametrize(

@@ -7,22 +7,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from segdiff_jax.fields import choice, number
 from segdiff_jax.models.attention import attention, joined
 from segdiff_jax.models.layers import Dtype
+
+ACTIVATIONS = ("gelu", "quick_gelu")
 
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
     """The fields of transformers' `text_encoder/config.json` that change the network."""
 
-    vocab_size: int = 49408
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 23
-    num_attention_heads: int = 16
-    max_position_embeddings: int = 77
-    hidden_act: str = "gelu"  # "gelu" (ViT-H, SD2) | "quick_gelu" (ViT-L, SD1)
-    layer_norm_eps: float = 1e-5
+    vocab_size: int = number(49408, 1, 10_000_000)
+    hidden_size: int = number(1024, 1, 65536)
+    intermediate_size: int = number(4096, 1, 1_000_000)
+    num_hidden_layers: int = number(23, 1, 1000)
+    num_attention_heads: int = number(16, 1, 65536)
+    max_position_embeddings: int = number(77, 1, 65536)
+    hidden_act: str = choice("gelu", ACTIVATIONS)  # gelu: ViT-H, SD2; quick_gelu: ViT-L, SD1
+    layer_norm_eps: float = number(1e-5, 1e-12, 1.0)
 
 
 def _activation(name: str, x: jax.Array) -> jax.Array:

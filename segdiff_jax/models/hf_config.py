@@ -5,17 +5,22 @@ must have the value that Stable Diffusion gives it, or the error names the key. 
 here has heard of is accepted only while it is off.
 """
 
+import dataclasses
+import typing
 from typing import Any
 
+from segdiff_jax import config as configs
+from segdiff_jax import fields
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
+from segdiff_jax.models import clip_text, unet
 from segdiff_jax.models.clip_text import CLIPTextConfig
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
 
 Json = dict[str, Any]
 
-_OFF = (None, False)
+_OFF: tuple[Any, ...] = (None, False, "", [], {})
 _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": _OFF,
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
@@ -45,62 +50,73 @@ _VAE_FIXED: dict[str, tuple[Any, ...]] = {
 _VAE_IGNORED = {"sample_size", "force_upcast"}
 _TEXT_FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("clip_text_model",),
-    "hidden_act": ("gelu", "quick_gelu"),
+    "hidden_act": clip_text.ACTIVATIONS,
 }
 _SCHEDULE_FIXED: dict[str, tuple[Any, ...]] = {
-    "trained_betas": (None,),
+    "trained_betas": _OFF,
     "clip_sample": (False,),
     "thresholding": _OFF,
-    "beta_schedule": ("scaled_linear", "linear"),
-    "prediction_type": ("epsilon", "v_prediction", "sample"),
-    "timestep_spacing": ("trailing", "leading", "linspace"),
+    "beta_schedule": configs.BETA_SCHEDULES,
+    "prediction_type": configs.PREDICTIONS,
+    "timestep_spacing": configs.SPACINGS,
 }
+
+
+def _is_off(value: Any) -> bool:
+    """Nothing, or nothing for each level."""
+    return value in _OFF or (isinstance(value, list) and all(part in _OFF for part in value))
 
 
 def _check(values: Json, fixed: dict[str, tuple[Any, ...]], file: str) -> None:
     for key, allowed in fixed.items():
-        if key in values and values[key] not in allowed:
-            raise UserError(
-                f"{file}: {key}={values[key]!r} is not supported: "
-                f"use a model with {' or '.join(map(repr, allowed))}"
-            )
+        value = values.get(key, allowed[0])
+        if value in allowed or (allowed is _OFF and _is_off(value)):
+            continue
+        wanted = "it switched off" if allowed is _OFF else " or ".join(map(repr, allowed))
+        raise UserError(
+            f"{file}: {key}={fields.shown(value)} is not supported: use a model with {wanted}"
+        )
 
 
 def _check_unknown(values: Json, known: set[str], file: str) -> None:
     for key in sorted(set(values) - known):
-        if not key.startswith("_") and values[key] not in _OFF:
-            raise UserError(f"{file}: {key}={values[key]!r} is not supported: use another model")
+        if not key.startswith("_") and not _is_off(values[key]):
+            raise UserError(
+                f"{file}: {fields.shown(key)[1:-1]}={fields.shown(values[key])} is not supported: "
+                "use another model"
+            )
 
 
-def _get(values: Json, key: str, kind: Any, default: Any, file: str, least: int = 1) -> Any:
-    value = values.get(key, default)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        raise UserError(f"{file}: {key}={value!r} must be of type {kind.__name__}: mend the file")
-    if kind is int and value < least:
-        raise UserError(f"{file}: {key}={value!r} must be at least {least}: mend the file")
-    return value
+def _fill(cls: type, values: Json, renamed: dict[str, str], file: str, **defaults: Any) -> Any:
+    """A `cls` of the entries with its fields' names, or those `renamed`, each checked as declared.
+
+    defaults: what missing entries mean, where it is not what they mean to `cls`.
+    """
+    made = {}
+    for item in dataclasses.fields(cls):
+        key = renamed.get(item.name, item.name)
+        value = values.get(key, defaults.get(item.name, item.default))
+        if typing.get_origin(item.type) is tuple and isinstance(value, list):
+            value = tuple(value)
+        if item.type is float and type(value) is int and fields.has_type(value, float):
+            value = float(value)
+        fields.check(f"{file}: {key}", item, value)
+        made[item.name] = value
+    return cls(**made)
 
 
-def _ints(values: Json, key: str, default: Any, file: str) -> tuple[int, ...]:
-    value = values.get(key, default)
-    good = isinstance(value, list | tuple) and value
-    if not good or not all(type(n) is int and n > 0 for n in value):
-        raise UserError(f"{file}: {key}={value!r} must be a list of positive integers")
-    return tuple(value)
-
-
-def _same_everywhere(values: Json, key: str, default: int, file: str) -> int:
-    """An integer that may be written as a list with one entry per level."""
-    value = values.get(key, default)
-    if isinstance(value, list) and value and all(n == value[0] for n in value):
-        value = value[0]
-    return _get({key: value}, key, int, default, file)
+def _same_everywhere(values: Json, keys: tuple[str, ...]) -> Json:
+    """`values` with one number where the file has a list with the same for each level."""
+    changed = dict(values)
+    for key in keys:
+        value = values.get(key)
+        if isinstance(value, list) and value and all(n == value[0] for n in value):
+            changed[key] = value[0]
+    return changed
 
 
 def _divides(groups: int, widths: tuple[int, ...], key: str, file: str) -> None:
-    bad = [width for width in widths if groups < 1 or width % groups]
+    bad = [width for width in widths if width % groups]
     if bad:
         raise UserError(f"{file}: {key}={groups} does not divide {bad[0]} channels")
 
@@ -114,10 +130,13 @@ def _cross_attention(values: Json, levels: int, file: str) -> tuple[bool, ...]:
         side = "Down" if key.startswith("down") else "Up"
         kinds = {f"{side}Block2D": False, f"CrossAttn{side}Block2D": True}
         blocks = values.get(key)
-        unknown = [block for block in blocks or () if block not in kinds]
+        listed = blocks if isinstance(blocks, list) else [] if blocks is None else [blocks]
+        unknown = [block for block in listed if block not in list(kinds)]
         if unknown:
-            raise UserError(f"{file}: {key} holds {unknown[0]!r}: use one of {', '.join(kinds)}")
-        attends[key] = tuple(kinds[block] for block in blocks) if blocks else tuple(default)
+            raise UserError(
+                f"{file}: {key} holds {fields.shown(unknown[0])}: use one of {', '.join(kinds)}"
+            )
+        attends[key] = tuple(kinds[block] for block in listed) if listed else tuple(default)
         if len(attends[key]) != levels:
             raise UserError(f"{file}: {key} has {len(attends[key])} levels instead of {levels}")
     if attends["up_block_types"] != attends["down_block_types"][::-1]:
@@ -125,43 +144,35 @@ def _cross_attention(values: Json, levels: int, file: str) -> tuple[bool, ...]:
     return attends["down_block_types"]
 
 
-def _heads(values: Json, widths: tuple[int, ...], file: str) -> tuple[int, ...]:
-    """Attention heads per level. diffusers' `attention_head_dim` is their number, not size."""
-    key = "num_attention_heads" if values.get("num_attention_heads") else "attention_head_dim"
-    value = values.get(key, 8)
-    value = [value] * len(widths) if isinstance(value, int) else value
-    heads = _ints({key: value}, key, None, file)
-    if len(heads) != len(widths):
-        raise UserError(f"{file}: {key} has {len(heads)} levels instead of {len(widths)}")
-    return heads
-
-
 def read_unet(values: Json, file: str) -> UNetConfig:
     """`unet/config.json` → `UNetConfig`. Missing keys mean what they mean to diffusers."""
     _check(values, {"_class_name": ("UNet2DConditionModel",)} | _UNET_FIXED, file)
-    widths = _ints(values, "block_out_channels", (320, 640, 1280, 1280), file)
-    attends = _cross_attention(values, len(widths), file)
-    heads = _heads(values, widths, file)
-    for width, count, used in zip(widths, heads, (*attends[:-1], True), strict=True):
-        if used:  # the middle block attends with the heads of the last level
-            _divides(count, (width,), "attention_head_dim", file)
-    groups = _get(values, "norm_num_groups", int, 32, file)
-    _divides(groups, widths, "norm_num_groups", file)
-    config = UNetConfig(
-        in_channels=_get(values, "in_channels", int, 4, file),
-        out_channels=_get(values, "out_channels", int, 4, file),
-        block_out_channels=widths,
-        cross_attention=attends,
-        layers_per_block=_same_everywhere(values, "layers_per_block", 2, file),
-        transformer_layers=_same_everywhere(values, "transformer_layers_per_block", 1, file),
-        heads=heads,
-        cross_attention_dim=_same_everywhere(values, "cross_attention_dim", 1280, file),
-        use_linear_projection=_get(values, "use_linear_projection", bool, False, file),
-        norm_groups=groups,
-        norm_epsilon=_get(values, "norm_eps", float, 1e-5, file),
-        flip_sin_to_cos=_get(values, "flip_sin_to_cos", bool, True, file),
-        freq_shift=_get(values, "freq_shift", float, 0.0, file),
+    single = ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim")
+    values = _same_everywhere(values, single)
+    renamed = {
+        "transformer_layers": "transformer_layers_per_block",
+        "norm_groups": "norm_num_groups",
+        "norm_epsilon": "norm_eps",
+        "heads": "attention_head_dim",  # diffusers' name for their number
+    }
+    if values.get("num_attention_heads"):
+        renamed["heads"] = "num_attention_heads"
+    widths = values.get("block_out_channels")
+    levels = len(widths) if isinstance(widths, list | tuple) else 4
+    heads = values.get(renamed["heads"], 8)
+    if not isinstance(heads, list | tuple):
+        values |= {renamed["heads"]: [heads] * levels}
+    config = _fill(
+        UNetConfig,
+        values,
+        renamed,
+        file,
+        cross_attention=_cross_attention(values, levels, file),
+        in_channels=4,
+        cross_attention_dim=1280,
+        use_linear_projection=False,
     )
+    unet.check(config, file, renamed)
     read = set(write_unet(config)) | {"num_attention_heads"}
     _check_unknown(values, read | set(_UNET_FIXED) | _UNET_IGNORED, file)
     return config
@@ -193,23 +204,22 @@ def write_unet(config: UNetConfig) -> Json:
 def read_vae(values: Json, file: str) -> VAEConfig:
     """`vae/config.json` → `VAEConfig`. Missing keys mean what they mean to diffusers."""
     _check(values, {"_class_name": ("AutoencoderKL",)} | _VAE_FIXED, file)
-    widths = _ints(values, "block_out_channels", (64,), file)
+    config = _fill(
+        VAEConfig,
+        values,
+        {"norm_groups": "norm_num_groups", "mid_attention": "mid_block_add_attention"},
+        file,
+        block_out_channels=(64,),
+        layers_per_block=1,
+    )
+    widths = config.block_out_channels
+    if len(widths) > 16:
+        raise UserError(f"{file}: {len(widths)} levels halve the image to nothing: at most 16")
+    _divides(config.norm_groups, widths, "norm_num_groups", file)
     kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
     for key, kind in kinds.items():
         if values.get(key, [kind]) != [kind] * len(widths):
             raise UserError(f"{file}: {key} must be {len(widths)} × {kind}")
-    groups = _get(values, "norm_num_groups", int, 32, file)
-    _divides(groups, widths, "norm_num_groups", file)
-    config = VAEConfig(
-        in_channels=_get(values, "in_channels", int, 3, file),
-        out_channels=_get(values, "out_channels", int, 3, file),
-        latent_channels=_get(values, "latent_channels", int, 4, file),
-        block_out_channels=widths,
-        layers_per_block=_get(values, "layers_per_block", int, 1, file),
-        norm_groups=groups,
-        mid_attention=_get(values, "mid_block_add_attention", bool, True, file),
-        scaling_factor=_get(values, "scaling_factor", float, 0.18215, file),
-    )
     _check_unknown(values, set(write_vae(config)) | set(_VAE_FIXED) | _VAE_IGNORED, file)
     return config
 
@@ -236,15 +246,16 @@ def write_vae(config: VAEConfig) -> Json:
 def read_text_encoder(values: Json, file: str) -> CLIPTextConfig:
     """`text_encoder/config.json` → `CLIPTextConfig`; other keys of transformers are not ours."""
     _check(values, _TEXT_FIXED, file)
-    config = CLIPTextConfig(
-        vocab_size=_get(values, "vocab_size", int, 49408, file),
-        hidden_size=_get(values, "hidden_size", int, 512, file),
-        intermediate_size=_get(values, "intermediate_size", int, 2048, file),
-        num_hidden_layers=_get(values, "num_hidden_layers", int, 12, file),
-        num_attention_heads=_get(values, "num_attention_heads", int, 8, file),
-        max_position_embeddings=_get(values, "max_position_embeddings", int, 77, file),
-        hidden_act=_get(values, "hidden_act", str, "quick_gelu", file),
-        layer_norm_eps=_get(values, "layer_norm_eps", float, 1e-5, file),
+    config = _fill(
+        CLIPTextConfig,
+        values,
+        {},
+        file,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        hidden_act="quick_gelu",
     )
     _divides(config.num_attention_heads, (config.hidden_size,), "num_attention_heads", file)
     return config
@@ -282,16 +293,19 @@ def read_schedule(values: Json, file: str) -> DiffusionConfig:
     """
     _check(values, _SCHEDULE_FIXED, file)
     ddim = values.get("_class_name", "DDIMScheduler") == "DDIMScheduler"
-    return DiffusionConfig(
-        num_train_timesteps=_get(values, "num_train_timesteps", int, 1000, file),
-        beta_start=_get(values, "beta_start", float, 1e-4, file),
-        beta_end=_get(values, "beta_end", float, 0.02, file),
-        beta_schedule=_get(values, "beta_schedule", str, "linear", file),
-        prediction_type=_get(values, "prediction_type", str, "epsilon", file),
-        timestep_spacing=_get(values, "timestep_spacing", str, "leading", file),
-        rescale_betas_zero_snr=_get(values, "rescale_betas_zero_snr", bool, False, file),
-        set_alpha_to_one=_get(values, "set_alpha_to_one", bool, ddim, file),
-        steps_offset=_get(values, "steps_offset", int, 0, file, least=0),
+    return _fill(
+        DiffusionConfig,
+        values,
+        {},
+        file,
+        beta_start=1e-4,
+        beta_end=0.02,
+        beta_schedule="linear",
+        prediction_type="epsilon",
+        timestep_spacing="leading",
+        rescale_betas_zero_snr=False,
+        set_alpha_to_one=ddim,
+        steps_offset=0,
     )
 
 

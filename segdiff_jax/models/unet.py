@@ -1,12 +1,16 @@
 """The conditional UNet of Stable Diffusion (`UNet2DConditionModel`), channel-last."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from segdiff_jax.errors import UserError
+from segdiff_jax.fields import number
 from segdiff_jax.models import recompute
 from segdiff_jax.models.layers import (
     Attention,
@@ -31,23 +35,45 @@ class UNetConfig:
     `heads` is the number of attention heads per level (the file calls it `attention_head_dim`).
     """
 
-    in_channels: int = 8
-    out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    in_channels: int = number(8, 1, 65536)
+    out_channels: int = number(4, 1, 65536)
+    block_out_channels: tuple[int, ...] = number((320, 640, 1280, 1280), 1, 65536)
     cross_attention: tuple[bool, ...] = (True, True, True, False)  # per level, going down
-    layers_per_block: int = 2
-    transformer_layers: int = 1
-    heads: tuple[int, ...] = (5, 10, 20, 20)
-    cross_attention_dim: int = 1024
+    layers_per_block: int = number(2, 1, 64)
+    transformer_layers: int = number(1, 1, 64)
+    heads: tuple[int, ...] = number((5, 10, 20, 20), 1, 65536)
+    cross_attention_dim: int = number(1024, 1, 65536)
     use_linear_projection: bool = True
-    norm_groups: int = 32
-    norm_epsilon: float = 1e-5
+    norm_groups: int = number(32, 1, 65536)
+    norm_epsilon: float = number(1e-5, 1e-12, 1.0)
     flip_sin_to_cos: bool = True
-    freq_shift: float = 0.0
+    freq_shift: float = number(0.0, 0.0, 1.0)
 
     @property
     def downsampling(self) -> int:
         return 2 ** (len(self.block_out_channels) - 1)
+
+
+def check(config: UNetConfig, name: str, keys: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Raises `UserError` if no network can be built of `config`.
+
+    name, keys: what the message calls the config, and its fields where not by their own names.
+    """
+    levels = len(config.block_out_channels)
+    if levels > 16:
+        raise UserError(f"{name}: {levels} levels halve the image to nothing: at most 16")
+    for field in ("cross_attention", "heads"):
+        value = getattr(config, field)
+        if len(value) != levels:
+            key = keys.get(field, field)
+            raise UserError(f"{name}: {key} has {len(value)} levels instead of {levels}")
+    used = (*config.cross_attention[:-1], True)  # the middle attends with the last level's heads
+    for width, heads, attends in zip(config.block_out_channels, config.heads, used, strict=True):
+        divisors = {"heads": heads if attends else 1, "norm_groups": config.norm_groups}
+        for field, parts in divisors.items():
+            if width % parts:
+                key = keys.get(field, field)
+                raise UserError(f"{name}: {key}={parts} does not divide {width} channels")
 
 
 class FeedForward(nnx.Module):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from segdiff_jax.fields import number
 from segdiff_jax.models.layers import (
     Attention,
     Downsample,
@@ -32,14 +33,15 @@ def _narrow_posterior(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> j
 class VAEConfig:
     """The fields of diffusers' `vae/config.json` that change the network or its use."""
 
-    in_channels: int = 3
-    out_channels: int = 3
-    latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers_per_block: int = 2
-    norm_groups: int = 32
+    in_channels: int = number(3, 1, 65536)
+    out_channels: int = number(3, 1, 65536)
+    latent_channels: int = number(4, 1, 65536)
+    block_out_channels: tuple[int, ...] = number((128, 256, 512, 512), 1, 65536)
+    layers_per_block: int = number(2, 1, 64)
+    norm_groups: int = number(32, 1, 65536)
     mid_attention: bool = True
-    scaling_factor: float = 0.18215  # latents the UNet sees = posterior mean × this
+    # Latents that the UNet sees = posterior mean × this.
+    scaling_factor: float = number(0.18215, 1e-4, 1e4)
 
     @property
     def downsampling(self) -> int:

@@ -334,7 +334,34 @@ def test_only_what_is_asked_for_must_exist(exported, tmp_path):
         ("unet", {"norm_num_groups": 33}, "33 does not divide 320"),
         ("unet", {"a_new_option": 3}, "a_new_option=3"),
         ("unet", {"_class_name": "SD3Transformer2DModel"}, "SD3Transformer2DModel"),
-        ("unet", {"in_channels": "4"}, "in_channels='4' must be of type int"),
+        ("unet", {"in_channels": "4"}, "in_channels='4': must be int"),
+        ("unet", {"in_channels": 10**30}, "in_channels=10+: must be at least 1 and at most"),
+        ("unet", {"block_out_channels": [0, 8, 8, 8]}, "block_out_channels"),
+        ("unet", {"block_out_channels": []}, "levels"),
+        ("unet", {"block_out_channels": 8}, "block_out_channels=8"),
+        ("unet", {"attention_head_dim": [8]}, "attention_head_dim has 1 levels instead of 4"),
+        ("unet", {"attention_head_dim": "8"}, "attention_head_dim"),
+        ("unet", {"down_block_types": 5}, "down_block_types holds 5"),
+        ("unet", {"down_block_types": [[], 1, 2, 3]}, "down_block_types holds"),
+        ("unet", {"norm_eps": 0}, "norm_eps=0.0: must be at least"),
+        ("unet", {"norm_eps": float("inf")}, "norm_eps=inf: must be float"),
+        ("unet", {"layers_per_block": 10**6}, "layers_per_block=1000000: must be"),
+        ("unet", {"use_linear_projection": "yes"}, "use_linear_projection='yes': must be bool"),
+        ("vae", {"scaling_factor": 0}, "scaling_factor=0.0: must be at least 0.0001"),
+        ("vae", {"scaling_factor": -1}, "scaling_factor=-1.0"),
+        ("vae", {"scaling_factor": 1e-9}, "scaling_factor=1e-09"),
+        ("vae", {"scaling_factor": float("nan")}, "scaling_factor=nan: must be float"),
+        ("vae", {"scaling_factor": float("inf")}, "scaling_factor=inf"),
+        ("vae", {"scaling_factor": "0.18"}, "scaling_factor='0.18': must be float"),
+        ("vae", {"scaling_factor": None}, "scaling_factor=None"),
+        ("vae", {"norm_num_groups": 33}, "33 does not divide 64"),
+        ("text_encoder", {"layer_norm_eps": -1e-5}, "layer_norm_eps=-1e-05"),
+        ("text_encoder", {"num_attention_heads": 0}, "num_attention_heads=0"),
+        ("text_encoder", {"hidden_act": ["gelu"]}, "hidden_act"),
+        ("schedule", {"beta_start": -0.1}, "beta_start=-0.1: must be at least"),
+        ("schedule", {"beta_end": float("nan")}, "beta_end=nan"),
+        ("schedule", {"trained_betas": [0.1]}, "trained_betas"),
+        ("schedule", {"steps_offset": -1}, "steps_offset=-1"),
         ("vae", {"shift_factor": 0.1}, "shift_factor"),
         ("vae", {"use_quant_conv": False}, "use_quant_conv"),
         ("vae", {"_class_name": "VQModel"}, "VQModel"),
@@ -348,6 +375,60 @@ def test_what_our_modules_cannot_do_is_named(read, values, message):
         getattr(hf_config, f"read_{read}")(values, "some/config.json")
     assert "some/config.json" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_unknown_options_that_are_nothing_are_off():
+    known = {"in_channels": 8, "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024}
+    known |= {"use_linear_projection": True, "only_cross_attention": [False] * 4}
+    nothing = {"new_a": [], "new_b": "", "new_c": {}, "new_d": [None, False], "new_e": 0}
+    assert hf_config.read_unet(known | nothing, "f") == PRESETS["sd2"].unet
+    assert hf_config.read_schedule({"trained_betas": []}, "f").beta_end == 0.02
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+HTML = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("unet/config.json", f"unet/{WEIGHTS}", "text_encoder/model.safetensors"),
+        *("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json"),
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_what_stands_in_place_of_a_file_is_named(exported, tmp_path, file):
+    path = shutil.copytree(exported, tmp_path / "m") / file
+    for data, says in ((LFS, "a git-lfs pointer.* `git lfs pull`"), (HTML, "an HTML page.*again")):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=f"{path}: {says}") as error:
+            load(tmp_path / "m")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"scaling_factor": NaN}', "7", '{"a": 1'])
+def test_json_that_is_no_config_names_the_file(exported, tmp_path, text):
+    path = shutil.copytree(exported, tmp_path / "m") / "vae" / "config.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=str(path)) as error:
+        load(tmp_path / "m", ("vae",))
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_other_shapes_names_the_folder(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "m") / "tokenizer"
+    for file, value in (
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}),
+        ("tokenizer_config.json", {"bos_token": {"content": [1]}}),
+        ("vocab.json", {"a": "b"}),
+    ):
+        before = (folder / file).read_bytes()
+        (folder / file).write_text(json.dumps(json.loads(before) | value))
+        with pytest.raises(UserError, match=str(folder)) as error:
+            load(tmp_path / "m", ("tokenizer",))
+        assert "\n" not in str(error.value)
+        (folder / file).write_bytes(before)
 
 
 def test_published_configs_of_stable_diffusion():

@@ -1,0 +1,164 @@
+"""Which values of a config make no sense together: to read, to evaluate or to train a model."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from segdiff_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from segdiff_jax.config import Config
+
+PLACEHOLDER = "{class}"  # in a prompt template
+
+
+def check(c: "Config", own: "Config", use: str) -> None:
+    """Raises `UserError` for the first contradiction in `c`.
+
+    `own` is `config.of_stage(c)`, `use` one of `config.USES`.
+    """
+    _raise_first(_of_a_model(c))
+    if use != "model":
+        _raise_first(_of_an_evaluation(c))
+    if use == "train":
+        _raise_first(_of_a_training(c, own))
+        _raise_first(_of_groups(c))
+        _raise_first(_of_cached_latents(c))
+
+
+def check_image_size(c: "Config", factor: int, whose: str) -> None:
+    """Raises `UserError` unless images divide by `factor`, the downsampling of the VAE of `whose`.
+
+    The UNet takes latents of any size: what it halves unevenly it brings back to the size it was.
+    """
+    height, width = c.data.image_size
+    if height % factor or width % factor:
+        raise UserError(
+            f"config.data.image_size={height},{width}: must be multiples of {factor}, "
+            f"the downsampling of {whose}"
+        )
+
+
+def _raise_first(contradictions: Iterator[str]) -> None:
+    for message in contradictions:
+        raise UserError(message)
+
+
+def _of_a_model(c: "Config") -> Iterator[str]:
+    d = c.diffusion
+    if c.sampler.steps > d.num_train_timesteps:
+        yield (
+            f"config.sampler.steps={c.sampler.steps}: must be at most "
+            f"config.diffusion.num_train_timesteps={d.num_train_timesteps}"
+        )
+    if d.beta_start > d.beta_end:
+        yield (
+            f"config.diffusion.beta_start={d.beta_start}: must be at most "
+            f"config.diffusion.beta_end={d.beta_end}"
+        )
+    if d.steps_offset >= d.num_train_timesteps:
+        yield (
+            f"config.diffusion.steps_offset={d.steps_offset}: must be less than "
+            f"config.diffusion.num_train_timesteps={d.num_train_timesteps}"
+        )
+    if d.rescale_betas_zero_snr and d.prediction_type == "epsilon":
+        yield (
+            "config.diffusion.prediction_type='epsilon' carries no signal at zero terminal SNR: "
+            "use v_prediction or sample, or config.diffusion.rescale_betas_zero_snr=False"
+        )
+    for template in c.prompts.templates:
+        if PLACEHOLDER not in template:
+            yield (
+                f"config.prompts.templates: {template!r} must contain {PLACEHOLDER}, where the "
+                f"name of the class goes, such as 'a photo of a {PLACEHOLDER}'"
+            )
+    for axis, size in dataclasses.asdict(c.mesh).items():
+        if size == 0:
+            yield f"config.mesh.{axis}=0: must be a number of devices, or -1 for the rest"
+
+
+def _of_an_evaluation(c: "Config") -> Iterator[str]:
+    if c.data.source != "scenes" and not c.data.root:
+        yield (
+            f"config.data.root is empty: source {c.data.source!r} needs --config.data.root=FOLDER"
+        )
+    if c.sampler.shortlist and c.codec.classes_per_pass != 1:
+        yield (
+            f"config.sampler.shortlist={c.sampler.shortlist}: must be 0 unless "
+            "config.codec.classes_per_pass=1: a pass of several classes leaves none of them out"
+        )
+    total, steps, offset = (
+        c.diffusion.num_train_timesteps,
+        c.sampler.steps,
+        c.diffusion.steps_offset,
+    )
+    first = (steps - 1) * (total // steps) + offset
+    if c.diffusion.timestep_spacing == "leading" and first >= total:
+        yield (
+            f"config.sampler.steps={steps}: must be less with leading spacing and "
+            f"config.diffusion.steps_offset={offset}: the first step would be {first} of {total}"
+        )
+
+
+def _of_a_training(c: "Config", own: "Config") -> Iterator[str]:
+    if c.data.augment.min_scale > c.data.augment.max_scale:
+        yield (
+            f"config.data.augment.min_scale={c.data.augment.min_scale}: must be at most "
+            f"config.data.augment.max_scale={c.data.augment.max_scale}"
+        )
+    if c.stage == "diffusion" and not c.init_from and c.vae.steps < 1:
+        yield (
+            "config.init_from is empty and config.vae.steps is 0: "
+            "name a workdir or Stable Diffusion folder, or give the VAE stage some steps"
+        )
+    if c.stage == "vae" and c.vae.steps < 1:
+        yield "config.vae.steps=0: must be at least 1 with config.stage='vae'"
+    if c.init_variant and not c.init_from:
+        yield (
+            f"config.init_variant={c.init_variant!r}: must be empty without config.init_from, "
+            "whose weights it chooses"
+        )
+    if own.train.profile_steps and own.train.profile_start > own.train.steps:
+        yield (
+            f"config.train.profile_start={c.train.profile_start} lies after the last step, "
+            f"config.{'vae' if c.stage == 'vae' else 'train'}.steps={own.train.steps}: "
+            "choose an earlier one"
+        )
+    if own.train.batch_size % own.optimizer.accumulation:
+        yield (
+            f"config.train.batch_size={c.train.batch_size} does not divide into "
+            f"config.optimizer.accumulation={c.optimizer.accumulation} micro-batches"
+        )
+
+
+def _of_groups(c: "Config") -> Iterator[str]:
+    if c.codec.classes_per_pass > 1 and c.codec.context == "mean":
+        yield (
+            f"config.codec.classes_per_pass={c.codec.classes_per_pass} with "
+            "config.codec.context='mean' cannot be learnt: groups are in random order, and the "
+            "mean of their prompts does not say which level is whose: use context='bound', "
+            "or classes_per_pass=1, or 0 for all classes in fixed order"
+        )
+    if c.train.balance and c.codec.classes_per_pass == 0:
+        yield (
+            f"config.train.balance={c.train.balance}: must be 0 with "
+            "config.codec.classes_per_pass=0: a pass that shows every class has nothing to "
+            "weigh it against"
+        )
+
+
+def _of_cached_latents(c: "Config") -> Iterator[str]:
+    if not c.data.cache_latents:
+        return
+    if c.codec.classes_per_pass > 1:
+        yield (
+            "config.data.cache_latents holds one class per latent (or all of them): "
+            "use config.codec.classes_per_pass=1 or 0, or turn the cache off"
+        )
+    scaled = (c.data.augment.min_scale, c.data.augment.max_scale) != (1.0, 1.0)
+    if not c.data.augment.views and (scaled or c.data.augment.color_jitter > 0):
+        yield (
+            "config.data.cache_latents cannot hold a new scale-crop or colour jitter for every "
+            "example: set config.data.augment.views to a number of views per pair, "
+            "or turn the cache off"
+        )
