@@ -2,9 +2,11 @@
 
 import argparse
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from segdiff_jax import cli
+from segdiff_jax.combinations import check_image_size
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
 
@@ -12,7 +14,7 @@ _DESCRIPTION = (
     """Segment a labelled dataset and write O/metrics.json and O/index.html.
 
 The config names data, sampler and codec; networks come from the checkpoint. Predictions are scored
-at the labels' own resolution, and every pixel gets a class (closed vocabulary).
+at the labels' own resolution, and every pixel gets a class (closed vocabulary) unless --open.
 
 """
     + cli.SEVERAL_PROCESSES
@@ -47,8 +49,9 @@ _FIGURES = {
 def main(argv: list[str]) -> None:
     overrides, rest = cli.split_config_flags(argv)
     args = _parser().parse_args(rest)
+    _check_open(args.open, overrides)
     if args.config:
-        config = cli.load_config(args.config, overrides)
+        config = cli.load_config(args.config, overrides, "evaluate")
 
     from segdiff_jax import runtime, workdir
     from segdiff_jax.training import processes
@@ -59,7 +62,7 @@ def main(argv: list[str]) -> None:
     with processes.together():
         trained = workdir.read_config(args.checkpoint)
         if not args.config:
-            config = cli.override_config(trained, overrides)
+            config = cli.override_config(trained, overrides, "evaluate")
         _check_trained_for(args.checkpoint, config, trained)
         _evaluate(args, config)
 
@@ -87,7 +90,7 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
     if first:
         files.check_writable(args.output)
     unet, vae, text_encoder, tokenizer, _ = workdir.load_networks(args.checkpoint)
-    _check_image_size(config, vae.config.downsampling)
+    check_image_size(config, vae.config.downsampling, f"the VAE of {args.checkpoint}")
     result = evaluate(
         Segmenter(unet, vae, text_encoder, tokenizer, config),
         source,
@@ -95,6 +98,7 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
         seed=args.seed,
         examples=args.rows,
         ceiling=args.ceiling,
+        open_vocabulary=args.open,
         progress=reporter("evaluate", enabled=first),
     )
     if not first:
@@ -142,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
         help="score the ground truth after a trip through codec and VAE, in place of predictions: "
         "the best that any UNet could do",
     )
+    add(
+        "--open",
+        action="store_true",
+        help="pixels whose best score is below config.codec.threshold become *other*, which is "
+        "counted as wrong; default: every pixel gets a class",
+    )
     return parser
 
 
@@ -156,13 +166,15 @@ def _check_trained_for(checkpoint: str, config: Config, trained: Config) -> None
             )
 
 
-def _check_image_size(config: Config, factor: int) -> None:
-    height, width = config.data.image_size
-    if height % factor or width % factor:
-        raise UserError(
-            f"config.data.image_size={height},{width}: must be multiples of {factor}, "
-            "the downsampling of this checkpoint's VAE"
-        )
+def _check_open(wanted: bool, overrides: Sequence[str]) -> None:
+    """Raises `UserError` for a key of the codec that would have no effect on the scores."""
+    for key in ("threshold", "closed"):
+        flag = f"{cli.PREFIX}codec.{key}"
+        if any(override.startswith(f"{flag}=") for override in overrides):
+            if not wanted:
+                raise UserError(f"{flag}: has no effect without --open: add that, or leave it out")
+            if key == "closed":
+                raise UserError(f"{flag}: --open says it already: leave one of them out")
 
 
 def _write_page(output: str, summary: dict[str, Any], examples: list[Any], source: Any) -> None:

@@ -155,12 +155,59 @@ def test_bad_data(files, capsys, kind, message):
         (["--limit=0"], "--limit"),
         (["--seed=-1"], "--seed"),
         (["--config.sampler.step=2"], "config.sampler.steps"),
+        (["--config.codec.threshold=0.4"], "without --open"),
+        (["--config.codec.closed=true"], "without --open"),
+        (["--noconfig.codec.closed", "--open"], "--open says it already"),
+        (["--config.sampler.shortlist=2", "--config.codec.classes_per_pass=0"], "shortlist=2"),
     ],
 )
 def test_bad_flags_are_one_line(files, capsys, flags, message):
     code, output = _run(files, capsys, *flags)
     assert code == 2 and message in output.err and output.err.count("\n") == 1
     assert not (files / "o" / "metrics.json").exists()
+
+
+def test_open_counts_other_as_wrong_and_the_threshold_acts(files, capsys):
+    def scores(*flags):
+        code, output = _run(files, capsys, "--limit=2", *flags)
+        assert code == 0, output.err
+        values = json.loads((files / "o/metrics.json").read_text())
+        return values["pixel_accuracy"], values["settings"]
+
+    closed, settings = scores()
+    assert closed > 0 and settings["closed"] is True and "threshold" not in settings
+    lenient, settings = scores("--open", "--config.codec.threshold=0")
+    assert lenient == closed and (settings["closed"], settings["threshold"]) == (False, 0.0)
+    strict, settings = scores("--open", "--config.codec.threshold=1")
+    assert strict < closed and settings["threshold"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"diffusion": {"prediction_type": "zzz"}}', "config.diffusion.prediction_type='zzz'"),
+        ('{"codec": {"threshold": 5}}', "config.codec.threshold=5.0"),
+        ('{"diffusion": {"beta_start": -0.1}}', "config.diffusion.beta_start=-0.1"),
+        ('{"sampler": {"steps": "ten"}}', "config.sampler.steps='ten'"),
+        ('{"data": {"image_size": [16]}}', "config.data.image_size=(16,)"),
+        ('{"data": 3}', "config.data=3: must be an object"),
+        ('{"sampler": {"eta": NaN}}', "not valid JSON (NaN"),
+        ("[]", "holds no JSON object"),
+        ("[" * 10_000, "nested too deeply"),
+        ('{"a":' * 10_000, "nested too deeply"),
+        ('{"seed": ' + "9" * 5000 + "}", "not valid JSON"),
+        ("", "an empty file"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer"),
+        ("<!DOCTYPE html><title>Sign in</title>", "an HTML page"),
+        ('{"sampler": {"depth": 3}, "segdiff_jax_version": "99.1"}', "written by version 99.1"),
+        ('{"sampler": {"stepz": 3}}', "did you mean steps?"),
+    ],
+)
+def test_a_stored_config_that_is_none_is_one_line(files, capsys, text, says):
+    (files / "w/config.json").write_text(text)
+    code, output = _run(files, capsys, config=False)
+    assert code == 2 and output.err.count("\n") == 1 and "Traceback" not in output.err
+    assert str(files / "w/config.json") in output.err and says in output.err, output.err
 
 
 def test_checkpoint_that_is_none(files, capsys):

@@ -43,12 +43,13 @@ def evaluate(
     sampler: SamplerConfig | None = None,
     examples: int = 0,
     ceiling: bool = False,
+    open_vocabulary: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Segments the images of `source` into its own vocabulary and counts what is right.
 
-    The vocabulary is closed whatever `config.codec.closed` says: every annotated pixel has a
-    class, so *other* could only be wrong.
+    The vocabulary is closed whatever `config.codec.closed` says, unless `open_vocabulary`: every
+    annotated pixel has a class, so *other* can only be wrong.
 
     Args:
       limit: number of images, spread evenly over the source (neighbours are often frames of one
@@ -59,6 +60,7 @@ def evaluate(
       examples: number of images to keep for a report, spread evenly.
       ceiling: the ground truth through codec and VAE and back, in place of a prediction: what a
         perfect UNet would score. The summary then also says what the VAE leaves of the photos.
+      open_vocabulary: pixels below `config.codec.threshold` are *other* and count as wrong.
       progress: called with (done, total) images.
 
     Returns:
@@ -71,6 +73,7 @@ def evaluate(
     if ceiling:
         sampler = dataclasses.replace(sampler, ensemble=1, shortlist=0)
     classes = source.vocabulary.classes
+    threshold = segmenter.config.codec.threshold if open_vocabulary else 0.0
     total = len(source) if limit is None else min(limit, len(source))
     chosen = _spread(total, len(source))
     shown = set(_spread(min(examples, total), total))
@@ -92,7 +95,9 @@ def evaluate(
         for i, record in enumerate(records):
             spread_i = spread[i] if spread is not None and sampler.ensemble > 1 else None
             native = record["labels"].shape
-            found = segmenter.segmentation(gray[i], spread_i, classes, native, 0.0, closed=True)
+            found = segmenter.segmentation(
+                gray[i], spread_i, classes, native, threshold, closed=not open_vocabulary
+            )
             matrix += metrics.confusion(record["labels"], found.labels, len(classes))
             if start + i in shown:
                 kept.append(
@@ -107,6 +112,9 @@ def evaluate(
         if progress:
             progress(start + len(records), total)
     summary = _summary(matrix, segmenter, source, sampler, total, seed, ceiling)
+    summary["settings"] |= {"closed": not open_vocabulary}
+    if open_vocabulary:
+        summary["settings"]["threshold"] = threshold
     return Result(matrix, summary | (reconstruction.summarize(photos) if photos else {}), kept)
 
 
@@ -170,7 +178,6 @@ def _summary(
         "classes_per_pass": config.codec.classes_per_pass,
         "context": config.codec.context,
         "image_size": list(config.data.image_size),
-        "closed": True,
         "ceiling": ceiling,
     }
     figures = metrics.summarize(matrix, names, *split)
