@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from segdiff_jax import cli
+from segdiff_jax.config import of_stage
 from segdiff_jax.errors import UserError
 
 _DESCRIPTION = """Compile the step of a config for TPUs that are not here. Reported per chip: memory
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
     args = _parser().parse_args(rest)
     if not any(flag.startswith(f"{cli.PREFIX}data.root=") for flag in overrides):
         overrides = [f"{cli.PREFIX}data.root=unused", *overrides]  # no data is read
-    config = cli.load_config(args.config, overrides)
+    config = of_stage(cli.load_config(args.config, overrides))
     before = [_read(args.compare)] if args.compare else []
 
     os.environ["JAX_PLATFORMS"] = "cpu"  # the compiler needs no device and must not look for one

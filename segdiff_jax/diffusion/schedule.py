@@ -37,15 +37,22 @@ class Schedule:
 
 
 def make_schedule(config: DiffusionConfig) -> Schedule:
-    """The schedule that `config` describes, float32.
+    """The schedule that `config` describes, float32. `UserError` if float32 cannot hold it.
 
     Rounded to float32 where diffusers rounds: 1 - a_t is small at early timesteps, and dividing
     by it turns the last bit of a_t into a difference of 1e-5 between the two.
     """
     betas = _betas(config)
     if config.rescale_betas_zero_snr:
-        betas = _rescale_zero_terminal_snr(betas)
+        with np.errstate(invalid="ignore"):
+            betas = _rescale_zero_terminal_snr(betas)
     alphas_cumprod = _cumprod(np.float32(1.0) - betas)
+    least = alphas_cumprod.min()
+    if not np.isfinite(alphas_cumprod).all() or (least == 0 and not config.rescale_betas_zero_snr):
+        raise UserError(
+            f"config.diffusion.beta_start={config.beta_start}, beta_end={config.beta_end}: must be "
+            f"less: of {config.num_train_timesteps} timesteps the last have no signal left"
+        )
     final = 1.0 if config.set_alpha_to_one else alphas_cumprod[0]
     return Schedule(
         alphas_cumprod=jnp.asarray(alphas_cumprod, jnp.float32),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from segdiff_jax import codec, runtime, segmenter
+from segdiff_jax import codec, combinations, runtime, segmenter
 from segdiff_jax.conditioning import PromptTable
 from segdiff_jax.config import Config
 from segdiff_jax.data import scenes, vocabulary
@@ -60,6 +60,8 @@ def networks(config: Config) -> Networks:
     `config.init_from` is not read: the architecture is that of `config.model.preset`.
     """
     preset = presets.architecture(config.model.preset)
+    name = f"model.preset={config.model.preset!r}"
+    combinations.check_image_size(config, preset.vae.downsampling, name)
     unet_config = presets.unet_between(
         config.model.preset, preset.vae.latent_channels, preset.text_encoder.hidden_size
     )

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from segdiff_jax import __version__, conditioning
 from segdiff_jax import workdir as workdirs
-from segdiff_jax.config import Config
+from segdiff_jax.config import Config, of_stage
 from segdiff_jax.data import latents, pipeline
 from segdiff_jax.data.prompts import prompts
 from segdiff_jax.data.sources import Source, open_source
@@ -30,7 +30,7 @@ from segdiff_jax.models.tokenizer import train_tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.roofline import flops
-from segdiff_jax.training import latent_cache, loop, losses, processes, sharding
+from segdiff_jax.training import latent_cache, loop, losses, origin, processes, sharding
 from segdiff_jax.training.checkpoint import Checkpoints, check_config
 from segdiff_jax.training.placement import placer
 from segdiff_jax.training.step import Frozen, TrainState, diffusion_step, init_state, vae_step
@@ -53,7 +53,12 @@ def train(config: Config, workdir: str, startup: StartUp | None = None) -> None:
     """
     startup = startup or StartUp()
     if workdirs.is_workdir(workdir):
-        check_config(workdirs.to_dict(workdirs.read_config(workdir)), workdirs.to_dict(config))
+        earlier = (of_stage(c) for c in (workdirs.read_config(workdir), config))
+        check_config(*map(workdirs.to_dict, earlier))
+    origin.check(config, workdir)
+    source = open_source(config.data, config.data.train_split, config.seed)
+    origin.check_balance(config, source)
+    startup.done("data")
     if processes.is_first():
         workdirs.write_config(workdir, config)
     processes.barrier()
@@ -62,10 +67,8 @@ def train(config: Config, workdir: str, startup: StartUp | None = None) -> None:
             f"{workdir}: process {processes.index()} does not see what process 0 wrote there: "
             "choose a --workdir that all machines share, such as gs://..."
         )
-    source = open_source(config.data, config.data.train_split, config.seed)
-    startup.done("data")
     if config.stage == "vae":
-        _train_vae(config, workdir, source, startup)
+        _train_vae(of_stage(config), workdir, source, startup)
     else:
         _train_diffusion(config, workdir, source, startup)
 
@@ -77,7 +80,10 @@ def _train_vae(config: Config, workdir: str, source: Source, startup: StartUp) -
         return
     mesh, given = sharding.make_mesh(config.mesh), None
     if config.init_from:
-        given = pretrained.load(config.init_from, ("vae",), place=placer(mesh)).vae
+        folder = origin.folder(config.init_from)
+        given = pretrained.load(
+            folder, ("vae",), variant=origin.variant(config), place=placer(mesh)
+        ).vae
     vae = given or nnx.eval_shape(lambda: _new_vae(config))
     graph, params = nnx.split(vae)
     make = None if given else lambda: nnx.state(_new_vae(config))
@@ -102,9 +108,11 @@ def _train_diffusion(config: Config, workdir: str, source: Source, startup: Star
     missing = not pretrained.is_whole(frozen_folder)
     processes.barrier()  # all have looked
     if missing:
-        start = _starting_point(config, workdir, startup)
+        folder = _starting_point(config, workdir, startup)
         if processes.is_first():
-            parts = pretrained.load(start, ("vae", "text_encoder", "tokenizer"))
+            parts = pretrained.load(
+                folder, ("vae", "text_encoder", "tokenizer"), variant=origin.variant(config)
+            )
             pretrained.save(parts._replace(schedule=config.diffusion), str(frozen_folder))
         processes.barrier()
     vae, text_encoder, tokenizer = workdirs.load_frozen(str(frozen_folder), dtype)
@@ -167,30 +175,10 @@ def _train_diffusion(config: Config, workdir: str, source: Source, startup: Star
 def _starting_point(config: Config, workdir: str, startup: StartUp) -> str:
     """The folder with the frozen networks: given, or made by the VAE stage first."""
     if config.init_from:
-        own = workdirs.is_workdir(config.init_from)
-        return str(epath.Path(config.init_from) / workdirs.PRETRAINED) if own else config.init_from
-    first = dataclasses.replace(
-        config,
-        stage="vae",
-        train=dataclasses.replace(
-            config.train,
-            steps=config.vae.steps,
-            batch_size=config.vae.batch_size,
-            eval_every=0,
-            profile_steps=0,
-        ),
-        optimizer=dataclasses.replace(
-            config.optimizer,
-            method=config.vae.optimizer,
-            learning_rate=config.vae.learning_rate,
-            decay_steps=config.vae.steps,
-            final_fraction=0.1,
-            accumulation=1,
-            weight_decay=0.0,
-            ema_decay=0.0,
-        ),
-        data=dataclasses.replace(config.data, cache_latents=False),
-    )
+        return origin.folder(config.init_from)
+    # A trace of the profiler is of the stage that was asked for.
+    untraced = dataclasses.replace(config.train, profile_steps=0)
+    first = dataclasses.replace(config, stage="vae", train=untraced)
     folder = str(epath.Path(workdir) / workdirs.VAE_STAGE)
     train(first, folder, startup)
     return str(epath.Path(folder) / workdirs.PRETRAINED)
@@ -204,7 +192,8 @@ def _saved_unet_config(config: Config, workdir: str) -> UNetConfig | None:
     with Checkpoints(folder, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:
             return None
-        return workdirs.unet_config_from(checkpoints.metadata()["unet"])
+        saved = checkpoints.metadata()
+        return workdirs.unet_config_from(saved["unet"], str(folder), saved)
 
 
 def _given_unet(config: Config, dtype: Any, mesh: Mesh) -> UNet | None:
@@ -216,7 +205,12 @@ def _given_unet(config: Config, dtype: Any, mesh: Mesh) -> UNet | None:
         return None
     if not workdirs.is_workdir(config.init_from):
         return pretrained.load(
-            config.init_from, ("unet",), dtype=dtype, widen_conv_in=True, place=placer(mesh)
+            config.init_from,
+            ("unet",),
+            variant=origin.variant(config),
+            dtype=dtype,
+            widen_conv_in=True,
+            place=placer(mesh),
         ).unet
     if workdirs.read_config(config.init_from).stage != "diffusion":
         return None
@@ -251,7 +245,13 @@ def _with_scaling(vae: VAE, config: Config, source: Source) -> VAE:
     )
     graph, params = nnx.split(vae)
     mean, _ = jax.jit(lambda p, x: nnx.merge(graph, p).encode(x))(params, pixels)
-    vae.config = dataclasses.replace(vae.config, scaling_factor=1.0 / float(np.std(mean)))
+    spread = float(np.std(mean))
+    if not 1e-4 <= spread <= 1e4:  # what `read_vae` takes for a scale
+        raise UserError(
+            f"the VAE that was trained gives latents of standard deviation {spread:g}: it has not "
+            "learnt its images: give config.vae more steps, or another learning_rate"
+        )
+    vae.config = dataclasses.replace(vae.config, scaling_factor=1.0 / spread)
     return vae
 
 

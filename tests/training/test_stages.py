@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 from test_telemetry import read_scalars
 
+from segdiff_jax import __version__
 from segdiff_jax import workdir as workdirs
 from segdiff_jax.data import pipeline
 from segdiff_jax.data.scenes import vocabulary
@@ -70,6 +72,12 @@ def contents(folder):
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def contents_of(folder):
+    return {
+        str(Path(path).relative_to(folder)): digest for path, digest in contents(folder).items()
+    }
+
+
 @pytest.fixture(scope="module")
 def model(trained):
     return Segmenter.load(trained)
@@ -104,6 +112,52 @@ def test_the_vae_stage_scales_its_latents_to_unit_variance(trained, micro_config
     graph, params = nnx.split(vae)
     mean, _ = jax.jit(lambda p, x: nnx.merge(graph, p).encode(x))(params, pixels)
     assert np.std(mean) * vae.config.scaling_factor == pytest.approx(1, rel=1e-3)
+
+
+def test_the_vae_stage_by_itself_is_the_one_before_the_diffusion_stage(
+    trained, micro_config, train_optimized, tmp_path
+):
+    config = micro_config()
+    config.stage = "vae"
+    train_optimized(config, str(tmp_path / "run"))
+    assert steps_of(tmp_path / "run") == steps_of(f"{trained}/vae")
+    alone, first = (contents_of(f"{w}/pretrained") for w in (tmp_path / "run", f"{trained}/vae"))
+    assert alone == first and "vae/diffusion_pytorch_model.safetensors" in alone
+    assert workdirs.read_config(f"{trained}/vae").vae == config.vae
+
+
+@pytest.mark.parametrize(
+    ("unet", "version", "says"),
+    [
+        ({"a_new_option": 3}, "99.0", "unet.a_new_option: unknown key.*written by version 99.0"),
+        ({"a_new_option": 3}, None, "unet.a_new_option: unknown key"),
+        ({"heads": "two"}, None, "unet.heads='two': must be tuple"),
+        ({"heads": [7]}, None, "heads=7 does not divide 32 channels"),
+        ({"heads": [1, 1]}, None, "heads has 2 levels instead of 1"),
+        ({"norm_epsilon": -1}, None, "unet.norm_epsilon=-1.0: must be at least"),
+    ],
+)
+def test_the_architecture_in_a_checkpoint_is_checked(trained, tmp_path, unet, version, says):
+    workdir = str(tmp_path / "run")
+    shutil.copytree(trained, workdir)
+    for path in Path(workdir).glob("checkpoints/*/metadata/metadata"):
+        stored = json.loads(path.read_text())
+        assert stored["user"]["segdiff_jax_version"] == __version__
+        stored["user"]["unet"] |= unet
+        stored["user"]["segdiff_jax_version"] = version
+        path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=says) as error:
+        Segmenter.load(workdir)
+    assert workdir in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_workdir_of_the_version_before_is_read(trained, tmp_path):
+    path = tmp_path / "config.json"
+    values = json.loads(Path(trained, "config.json").read_text())
+    assert values.pop("segdiff_jax_version") == __version__
+    del values["init_variant"], values["vae"]["final_fraction"]
+    path.write_text(json.dumps(values))
+    assert workdirs.read_config(str(tmp_path)) == workdirs.read_config(trained)
 
 
 def test_the_trained_model_segments(model):

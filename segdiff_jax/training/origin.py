@@ -1,0 +1,130 @@
+"""What a training starts from, checked before anything is loaded or written."""
+
+import dataclasses
+import logging
+
+from etils import epath
+
+from segdiff_jax import workdir as workdirs
+from segdiff_jax.combinations import check_image_size
+from segdiff_jax.config import Config, DiffusionConfig
+from segdiff_jax.data.sources import Source
+from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.errors import UserError
+from segdiff_jax.models import presets, pretrained
+from segdiff_jax.models.pretrained import Described
+
+log = logging.getLogger(__name__)
+
+
+def check(config: Config, workdir: str) -> None:
+    """Raises `UserError` for what the networks that `config` names cannot do.
+
+    That is the preset, the folder or workdir of `init_from`, or what `workdir` has from an earlier
+    start. Only configs are read. The log tells what the run overrides of the folder's schedule.
+    """
+    preset = presets.architecture(config.model.preset)
+    make_schedule(config.diffusion)
+    own = epath.Path(workdir) / workdirs.PRETRAINED
+    if pretrained.is_whole(own):  # of init_from nothing is read any more
+        workdirs.check_image_size(config, str(own))
+    elif config.init_from:
+        _check_init_from(config)
+    else:
+        name = f"model.preset={config.model.preset!r}"
+        check_image_size(config, preset.vae.downsampling, name)
+
+
+def check_balance(config: Config, source: Source) -> None:
+    """Raises `UserError` where `train.balance` cannot do anything: each pass shows every class."""
+    trained = len(source.vocabulary) - len(source.novel)
+    group, balance = config.codec.classes_per_pass, config.train.balance
+    if config.stage == "diffusion" and balance and group >= trained > 1:
+        raise UserError(
+            f"config.train.balance={balance}: must be 0 with config.codec.classes_per_pass={group} "
+            f"of {trained} classes: a pass that shows every class has nothing to weigh it against"
+        )
+
+
+def folder(init_from: str) -> str:
+    """`init_from` itself, or in a workdir the folder with the frozen networks."""
+    own = workdirs.is_workdir(init_from)
+    return str(epath.Path(init_from) / workdirs.PRETRAINED) if own else init_from
+
+
+def variant(config: Config) -> str | None:
+    """The variant of `init_from`'s weights to read, as `pretrained.load` takes it."""
+    return config.init_variant or None
+
+
+def _check_init_from(config: Config) -> None:
+    start = config.init_from
+    if not workdirs.is_workdir(start):
+        found = pretrained.describe(start, variant=variant(config))
+        if found.vae is None:
+            raise UserError(f"{found.root / 'vae'}: no such folder: {start} has no VAE")
+        check_image_size(config, found.vae.downsampling, f"the VAE of {start}")
+        if config.stage == "diffusion":
+            _check_parts(found, start)
+            if found.unet:
+                _compare(config, found.schedule, start)
+        return
+    if config.init_variant:
+        raise UserError(
+            f"config.init_variant={config.init_variant!r}: must be empty, for {start} is a "
+            "training workdir, which has one set of weights"
+        )
+    trained = workdirs.read_config(start)
+    if not pretrained.is_whole(folder(start)):
+        raise UserError(
+            f"config.init_from={start}: this training has no {workdirs.PRETRAINED}/ yet, its VAE "
+            "stage is not done: let it go on, or name another"
+        )
+    workdirs.check_image_size(config, folder(start))
+    if "diffusion" == config.stage == trained.stage:
+        _compare(config, trained.diffusion, start)
+
+
+def _check_parts(found: Described, start: str) -> None:
+    """The networks of a folder must fit each other: nothing else would say so but a shape."""
+    unet, vae, text = found.unet, found.vae, found.text_encoder
+    if unet and vae and unet.out_channels != vae.latent_channels:
+        raise UserError(
+            f"{start}: the UNet paints {unet.out_channels} channels, but the VAE's latents have "
+            f"{vae.latent_channels}: these parts are of two models"
+        )
+    if unet and text and unet.cross_attention_dim != text.hidden_size:
+        raise UserError(
+            f"{start}: the UNet attends to text of width {unet.cross_attention_dim}, but the text "
+            f"encoder's is {text.hidden_size}: these parts are of two models"
+        )
+
+
+def _compare(config: Config, trained: DiffusionConfig | None, start: str) -> None:
+    """What the UNet of `start` was trained on against what this run trains it on."""
+    wanted = config.diffusion
+    if trained is None:
+        log.warning(
+            "%s: has no scheduler/, so nothing says what its UNet was trained to predict: taken to "
+            "be config.diffusion.prediction_type=%r, with the config's betas",
+            start,
+            wanted.prediction_type,
+        )
+        return
+    kind, asked = trained.prediction_type, wanted.prediction_type
+    if kind != asked and not wanted.convert_prediction:
+        noise = " --config.diffusion.rescale_betas_zero_snr=False" if kind == "epsilon" else ""
+        raise UserError(
+            f"config.diffusion.prediction_type={asked!r}: but the UNet of {start} was trained to "
+            f"predict {kind!r}: go on so with --config.diffusion.prediction_type={kind}{noise}, or "
+            f"set --config.diffusion.convert_prediction=true to fine-tune it to {asked}"
+        )
+    before, now = (dataclasses.asdict(schedule) for schedule in (trained, wanted))
+    differing = [key for key in before if before[key] != now[key] and key != "convert_prediction"]
+    if differing:
+        log.info(
+            "%s was trained with %s; this run uses %s",
+            start,
+            ", ".join(f"{key}={before[key]}" for key in differing),
+            ", ".join(f"{key}={now[key]}" for key in differing),
+        )
