@@ -24,6 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from segdiff_jax import cli, codec, files, segmenter
+from segdiff_jax.combinations import check_image_size
 from segdiff_jax.conditioning import PromptTable
 from segdiff_jax.config import Config, of_stage, to_dict
 from segdiff_jax.data import scenes, vocabulary
@@ -149,6 +150,8 @@ def make_step(config: Config, mesh: Mesh, kind: str = "train", classes: int | No
 
 def _networks(config: Config, classes: int) -> _Networks:
     preset, dtype = presets.architecture(config.model.preset), jnp.dtype(config.model.dtype)
+    name = f"config.model.preset={config.model.preset!r}"
+    check_image_size(config, preset.vae.downsampling, name)
     text, channels = preset.text_encoder, preset.vae.latent_channels
     unet_config = presets.unet_between(config.model.preset, channels, text.hidden_size)
     remat = config.model.remat
