@@ -26,7 +26,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.models import presets, pretrained
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.pretrained import Pretrained
-from segdiff_jax.models.tokenizer import train_tokenizer
+from segdiff_jax.models.tokenizer import Tokenizer, train_tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.roofline import flops
@@ -44,12 +44,15 @@ _SCALING_EXAMPLES = 64
 Batches = Callable[[int, list[int]], Iterator[dict[str, np.ndarray]]]
 
 
-def train(config: Config, workdir: str, startup: StartUp | None = None) -> None:
+def train(
+    config: Config, workdir: str, startup: StartUp | None = None, nested: bool = False
+) -> None:
     """Runs `config.stage` in `workdir`, the VAE stage before it where it is needed.
 
     Continues from the newest checkpoint in `workdir`. Every process of the run calls this, and all
     see the same `workdir`. Raises `UserError` for what a user can mend and `loop.Stopped` after a
-    signal. `startup` tells in the log what the time to the first step went to.
+    signal. `startup` tells in the log what the time to the first step went to. `nested`: a stage
+    before another, which has told the log of the classes.
     """
     startup = startup or StartUp()
     if workdirs.is_workdir(workdir):
@@ -63,6 +66,9 @@ def train(config: Config, workdir: str, startup: StartUp | None = None) -> None:
             "choose a --workdir that all machines share, such as gs://..."
         )
     source = open_source(config.data, config.data.train_split, config.seed)
+    workdirs.settle_classes(workdir, source.vocabulary, write=processes.is_first())
+    if not nested:
+        log.info("%s", source.vocabulary.summary())
     startup.done("data")
     if config.stage == "vae":
         _train_vae(config, workdir, source, startup)
@@ -75,6 +81,7 @@ def _train_vae(config: Config, workdir: str, source: Source, startup: StartUp) -
     if pretrained.is_whole(finished):
         log.info("%s: the VAE stage is done", workdir)
         return
+    _check_prompts(config, source.vocabulary)
     mesh, given = sharding.make_mesh(config.mesh), None
     if config.init_from:
         given = pretrained.load(config.init_from, ("vae",), place=placer(mesh)).vae
@@ -143,7 +150,7 @@ def _train_diffusion(config: Config, workdir: str, source: Source, startup: Star
         from segdiff_jax.segmenter import Segmenter
         from segdiff_jax.training.validation import validator
 
-        segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, mesh)
+        segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, mesh, source.vocabulary)
         validate = validator(segmenter, config)
     batches = _batches(config, source, (vae, workdir) if config.data.cache_latents else None)
     work = flops.train_example(config, unet_config, vae.config, *table.hidden.shape[:2])
@@ -192,7 +199,7 @@ def _starting_point(config: Config, workdir: str, startup: StartUp) -> str:
         data=dataclasses.replace(config.data, cache_latents=False),
     )
     folder = str(epath.Path(workdir) / workdirs.VAE_STAGE)
-    train(first, folder, startup)
+    train(first, folder, startup, nested=True)
     return str(epath.Path(folder) / workdirs.PRETRAINED)
 
 
@@ -229,17 +236,26 @@ def _new_vae(config: Config) -> VAE:
     return VAE(architecture.vae, dtype=dtype, rngs=nnx.Rngs(config.seed))
 
 
-def _new_text(config: Config, vocabulary: Vocabulary) -> tuple[CLIPText, Any]:
+def _new_text(config: Config, vocabulary: Vocabulary) -> tuple[CLIPText, Tokenizer]:
     """A tokenizer that knows the vocabulary's words, and a random encoder for it."""
+    tokenizer = _new_tokenizer(config, vocabulary)
     architecture = presets.architecture(config.model.preset).text_encoder
-    templates = config.prompts.templates
-    sentences = [text for entry in vocabulary.classes for text in prompts(entry, templates)]
-    tokenizer = train_tokenizer(
-        sentences, architecture.vocab_size, architecture.max_position_embeddings
-    )
     fitted = dataclasses.replace(architecture, vocab_size=tokenizer.vocab_size)
     build = nnx.jit(lambda: CLIPText(fitted, rngs=nnx.Rngs(config.seed)))
     return build(), tokenizer
+
+
+def _new_tokenizer(config: Config, vocabulary: Vocabulary) -> Tokenizer:
+    architecture = presets.architecture(config.model.preset).text_encoder
+    templates = config.prompts.templates
+    sentences = [text for entry in vocabulary.classes for text in prompts(entry, templates)]
+    return train_tokenizer(sentences, architecture.vocab_size, architecture.max_position_embeddings)
+
+
+def _check_prompts(config: Config, vocabulary: Vocabulary) -> None:
+    """Raises before the VAE's training what would stop the training after it."""
+    tokenizer = _new_tokenizer(config, vocabulary)
+    conditioning.prompt_ids(tokenizer, vocabulary.classes, config.prompts.templates)
 
 
 def _with_scaling(vae: VAE, config: Config, source: Source) -> VAE:
