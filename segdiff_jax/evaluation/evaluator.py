@@ -65,7 +65,8 @@ def evaluate(
       `Result`. Where the source names novel classes, the summary has the trained / novel split.
 
     Raises:
-      UserError: an image or its labels cannot be read; the message names the file.
+      UserError: an image or its labels cannot be read, or its maps are not finite; the message
+        names the file. The model cannot tell the classes apart, or does not know them.
     """
     sampler = sampler or segmenter.config.sampler
     if ceiling:
@@ -78,6 +79,8 @@ def evaluate(
     matrix = np.zeros((len(classes), len(classes) + 1), np.int64)
     kept: list[Example] = []
     photos: list[reconstruction.Sums] = []
+    if not ceiling:
+        segmenter.table(classes)  # what is wrong with the classes is wrong before the first image
     if progress:
         progress(0, total)
     for start in range(0, total, size):
@@ -88,7 +91,8 @@ def evaluate(
             gray = _painted_and_back(segmenter, [r["labels"] for r in full], len(classes), sampler)
             photos.append(_photos_and_back(segmenter, [r["image"] for r in full], len(records)))
         else:
-            gray, spread = segmenter.maps([r["image"] for r in full], classes, sampler, seed)
+            photos_of_call, names = [r["image"] for r in full], [r["name"] for r in full]
+            gray, spread = segmenter.unclipped_maps(photos_of_call, classes, sampler, seed, names)
         for i, record in enumerate(records):
             spread_i = spread[i] if spread is not None and sampler.ensemble > 1 else None
             native = record["labels"].shape
@@ -129,7 +133,7 @@ def _images_per_call(segmenter: Segmenter, num_classes: int, sampler: SamplerCon
 def _painted_and_back(
     segmenter: Segmenter, labels: Sequence[np.ndarray], num_classes: int, sampler: SamplerConfig
 ) -> np.ndarray:
-    """Label maps of any sizes → the gray maps [I, P, h, w] that a perfect sampler would return."""
+    """Label maps of any sizes → the unclipped maps [I, P, h, w] of a perfect sampler."""
     config = segmenter.config
     height, width = config.data.image_size
     groups = codec.groups(num_classes, codec.group_size(num_classes, config.codec.classes_per_pass))

@@ -154,7 +154,7 @@ def sample_step(config: Config, mesh: jax.sharding.Mesh, images: int, classes: i
     Their number is padded to a multiple of the chips, as the segmenter pads to its batch.
     """
     jobs = multiple(images * _passes(config, classes) * config.sampler.ensemble, mesh.size)
-    return _sampler(config, mesh, images, classes, jobs, images)
+    return _sampler(config, mesh, classes, jobs, images)
 
 
 def evaluate_step(config: Config, mesh: jax.sharding.Mesh) -> Step:
@@ -170,7 +170,7 @@ def evaluate_step(config: Config, mesh: jax.sharding.Mesh) -> Step:
     calls = cheap + full * sampler.ensemble * sampler.steps
     jobs = multiple(sampler.batch_size, mesh.size)
     worth = jobs * sampler.steps / calls
-    return _sampler(config, mesh, max(1, round(worth)), classes, jobs, worth)
+    return _sampler(config, mesh, classes, jobs, worth)
 
 
 def _passes(config: Config, classes: int) -> int:
@@ -178,30 +178,31 @@ def _passes(config: Config, classes: int) -> int:
 
 
 def _sampler(
-    config: Config, mesh: jax.sharding.Mesh, images: int, classes: int, jobs: int, worth: float
+    config: Config, mesh: jax.sharding.Mesh, classes: int, jobs: int, worth: float
 ) -> Step:
     """The segmenter's sampler: whole parameters on every chip, jobs spread over the mesh."""
     nets, whole = networks(config), sharding.replicated(mesh)
     rows = sharding.rows_sharding(mesh)
     unet_graph, unet_params = nnx.split(nets.unet)
     vae_graph, vae_params = nnx.split(nets.vae)
+    bound = config.codec.context == "bound"
     group = codec.group_size(classes, config.codec.classes_per_pass)
+    tokens = group if bound else nets.text_tokens
     latent = (*_latent_size(config, nets), nets.vae.config.latent_channels)
-    everywhere = (
-        kernels_as_multiplied(unet_graph, unet_params),
-        vae_params,
-        _schedule(config),
-        _table(nets, classes),
-        jax.ShapeDtypeStruct((images, *latent), jnp.float32),
-        jax.ShapeDtypeStruct((_passes(config, classes), group), jnp.int32),
+    everywhere = (kernels_as_multiplied(unet_graph, unet_params), vae_params, _schedule(config))
+    of_jobs = (
+        jax.ShapeDtypeStruct((jobs, tokens, nets.text_width), jnp.float32),
+        jax.ShapeDtypeStruct((jobs, tokens), jnp.bool_) if bound else None,
+        jax.ShapeDtypeStruct((jobs, *latent), jnp.float32),
+        jax.ShapeDtypeStruct((jobs,), jnp.int32),
     )
     arrays = (
         *(sharding.abstract(tree, whole) for tree in everywhere),
-        sharding.abstract(jax.ShapeDtypeStruct((jobs, 3), jnp.int32), rows),
+        *(sharding.abstract(tree, rows) for tree in of_jobs),
         sharding.abstract(_key(), whole),
     )
     sampler = config.sampler
-    static = (unet_graph, vae_graph, config.codec.context, sampler.steps, sampler.eta)
+    static = (unet_graph, vae_graph, sampler.steps, sampler.eta)
     count = flops.unet_count(config, nets.unet.config, nets.vae.config, classes, nets.text_tokens)
     decoding = _decoding(config, nets, mesh)
     total = jobs * (decoding.model_flops / mesh.size + sampler.steps * count.forward)
