@@ -86,10 +86,12 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
     processes.check_same("images", [len(source), list(source.vocabulary.names)])
     if first:
         files.check_writable(args.output)
+        print(source.vocabulary.summary())
+    trained = workdir.read_classes(args.checkpoint)
     unet, vae, text_encoder, tokenizer, _ = workdir.load_networks(args.checkpoint)
     _check_image_size(config, vae.config.downsampling)
     result = evaluate(
-        Segmenter(unet, vae, text_encoder, tokenizer, config),
+        Segmenter(unet, vae, text_encoder, tokenizer, config, trained=trained),
         source,
         limit=args.limit,
         seed=args.seed,
@@ -201,11 +203,13 @@ def _settings_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
 def _text_table(summary: dict[str, Any]) -> str:
     """The figures, then the classes, aligned for a terminal."""
 
+    from segdiff_jax.data.vocabulary import shorten
+
     def show(value: float | None) -> str:
         return "    –" if value is None else f"{value:5.3f}"
 
     figures = [(label, summary[key]) for key, label in _FIGURES.items() if key in summary]
-    classes = list(summary["per_class"].items())
+    classes = [(shorten(name), iou) for name, iou in summary["per_class"].items()]
     width = max(len(name) for name, _ in figures + classes)
     lines = [f"  {name:<{width}}  {show(iou)}" for name, iou in classes]
     lines.append("-" * (width + 9))

@@ -1,6 +1,7 @@
 """Segments photos: `python -m segdiff_jax.predict --checkpoint W --images a.jpg --output O …`."""
 
 import argparse
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ The same seed gives the same bytes.
 
 
 def main(argv: list[str]) -> None:
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     from segdiff_jax import runtime
     from segdiff_jax.training import processes
 
@@ -48,23 +49,44 @@ def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> Non
     classes = requests.parse_classes(args.classes)
     results.check_names(paths, args.output)
     settings = _settings(args, workdir.read_config(args.checkpoint), classes)
+    if first:
+        print(classes.summary())
     _check_images(paths, reporter("check", enabled=first))
+    segmenter = Segmenter.load(args.checkpoint)
+    segmenter.table(classes.classes)  # what is wrong with the classes stops before all else
     if first:
         files.check_writable(args.output)
-    segmenter = Segmenter.load(args.checkpoint)
     used = results.all_settings(settings, segmenter.config) | {"checkpoint": args.checkpoint}
     rows = []
     progress = reporter("predict", enabled=first)
     progress(0, len(paths))
     for done, path in enumerate(paths, 1):
         photo = images.read_image(path)
-        found = segmenter(photo, classes.classes, **settings)
+        try:
+            found = segmenter(photo, classes.classes, **settings)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         if first:
             rows.append(results.write(args.output, path, photo, found, classes, used))
         progress(done, len(paths))
     if first:
         _write_page(args, rows, classes, settings)
         print(f"{len(paths)} images segmented: {os.path.join(args.output, 'index.html')}")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments; what a shell made of class names without quotes gets a hint."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if not rest:
+        return args
+    flag = next(i for i, word in enumerate(argv) if word.split("=")[0] == "--classes")
+    words = [argv[flag].partition("=")[2]] if "=" in argv[flag] else []
+    words += itertools.takewhile(lambda word: not word.startswith("-"), argv[flag + 1 :])
+    if set(rest) <= set(words):
+        given = " ".join(word for word in words if word)
+        raise UserError(f'--classes {given}: put quotes around the names: --classes "{given}"')
+    parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
 
 def _parser() -> argparse.ArgumentParser:
