@@ -222,19 +222,25 @@ def _sampler(config: Config, nets: _Networks, mesh: Mesh, jobs: int) -> tuple[An
     """`segmenter.sampler_on` and its arguments: all that this file knows of how it is called."""
     whole, rows = sharding.replicated(mesh), sharding.rows_sharding(mesh)
     (unet, unet_params), (vae, vae_params) = nnx.split(nets.unet), nnx.split(nets.vae)
-    passes = codec.num_groups(len(nets.table.pooled), nets.group)
     everywhere = (
         kernels_as_multiplied(unet, unet_params),
         vae_params,
         jax.eval_shape(lambda: make_schedule(config.diffusion)),
-        nets.table,
-        _floats(-(-jobs // passes), *nets.latent),
-        jax.ShapeDtypeStruct((passes, nets.group), jnp.int32),
     )
-    indices = sharding.abstract(jax.ShapeDtypeStruct((jobs, 3), jnp.int32), rows)
+    bound = config.codec.context == "bound"
+    of_jobs = (
+        _floats(jobs, nets.tokens, nets.table.pooled.shape[-1]),
+        jax.ShapeDtypeStruct((jobs, nets.group), jnp.bool_) if bound else None,
+        _floats(jobs, *nets.latent),
+        jax.ShapeDtypeStruct((jobs,), jnp.int32),
+    )
     key = sharding.abstract(jax.eval_shape(lambda: jax.random.key(0)), whole)
-    static = (unet, vae, config.codec.context, config.sampler.steps, config.sampler.eta)
-    arrays = (*(sharding.abstract(tree, whole) for tree in everywhere), indices, key)
+    static = (unet, vae, config.sampler.steps, config.sampler.eta)
+    arrays = (
+        *(sharding.abstract(tree, whole) for tree in everywhere),
+        *(sharding.abstract(tree, rows) for tree in of_jobs),
+        key,
+    )
     return segmenter.sampler_on(mesh), (*static, *arrays)
 
 

@@ -5,6 +5,8 @@ pass, gray level -1 is "none of these" and class j = 1 ... G of the group is at 
 G = 1 is per-class prompting, G = K is the paper's one gray image.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,16 +90,35 @@ def _blocks(pixels: jax.Array, factor: int) -> jax.Array:
     return pixels.reshape(*lead, height // factor, factor, width // factor, factor)
 
 
-def scores(gray: jax.Array, size: int) -> jax.Array:
-    """s_j = max(0, 1 - |m - l_j| / (2/G)): gray [..., H, W] -> [..., H, W, G] in [0, 1]."""
-    distance = jnp.abs(gray[..., None] - levels(size))
-    return jnp.maximum(0.0, 1.0 - distance * (size / 2.0))
+def scores(gray: Any, size: int) -> Any:
+    """s_j = max(0, 1 - |m - l_j| / (2/G)): gray [..., H, W] -> [..., H, W, G] in [0, 1].
+
+    What lies beyond [-1, 1] scores as its nearest end does. Numpy in, numpy out.
+    """
+    return _numpy_of(gray).clip(ranks(gray, size), 0.0, 1.0)
 
 
-def join_passes(pass_scores: jax.Array, num_classes: int) -> jax.Array:
+def ranks(gray: Any, size: int) -> Any:
+    """`scores` before they are cut to [0, 1]: what orders classes whose scores are equal.
+
+    1 - |m - l_j| / (2/G), so that of a pass the nearest level wins; and rising on beyond the top
+    level, so that of several passes the brighter map wins. For G = 1 it is (m + 1) / 2 throughout.
+    """
+    xp = _numpy_of(gray)
+    above = gray[..., None] - xp.asarray(_levels(size), xp.float32)
+    top = xp.asarray(np.arange(size) == size - 1)
+    return 1.0 + xp.where(top & (above > 0), above, -xp.abs(above)) * (size / 2.0)
+
+
+def join_passes(pass_scores: Any, num_classes: int) -> Any:
     """Scores of the passes of `groups`, [P, ..., H, W, G] -> [..., H, W, K], padding dropped."""
-    joined = jnp.moveaxis(pass_scores, 0, -2)  # [..., H, W, P, G]
+    joined = _numpy_of(pass_scores).moveaxis(pass_scores, 0, -2)  # [..., H, W, P, G]
     return joined.reshape(*joined.shape[:-2], -1)[..., :num_classes]
+
+
+def _numpy_of(array: Any) -> Any:
+    """The module that computes with `array`: numpy compiles nothing for a new shape."""
+    return np if isinstance(array, np.ndarray) else jnp
 
 
 def decode(
@@ -131,8 +152,13 @@ def level_code(size: int, dim: int) -> jax.Array:
     The transformer's position code (arXiv 1706.03762) at position 1000 (l + 1) / 2, so that a
     level has the same code whatever G is, and 1/255 of the range is four radians.
     """
+    return jnp.asarray(level_code_of(size, dim))
+
+
+def level_code_of(size: int, dim: int) -> np.ndarray:
+    """`level_code` in numpy."""
     position = 500.0 * (_levels(size) + 1.0)
     frequency = 10_000.0 ** (-np.arange((dim + 1) // 2) / max(1, (dim + 1) // 2))
     angle = position[:, None] * frequency  # [G, ceil(D / 2)]
     code = np.concatenate([np.sin(angle), np.cos(angle)], axis=-1)[:, :dim]
-    return jnp.asarray(code, jnp.float32)
+    return code.astype(np.float32)

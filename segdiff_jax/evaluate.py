@@ -93,12 +93,14 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
     processes.check_same("images", [len(source), list(source.vocabulary.names)])
     if first:
         ownership.check(args.output, _KIND, _OUTPUTS)
+        print(source.vocabulary.summary())
     networks, step = workdir.load_with_step(args.checkpoint, which=args.which)
     unet, vae, text_encoder, tokenizer, _ = networks
     check_image_size(config, vae.config.downsampling, f"the VAE of {args.checkpoint}")
     if first:
         label_summary.report(source, config.data, split)
-    segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config)
+    trained = workdir.read_classes(args.checkpoint)
+    segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, trained=trained)
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(ownership.claimed(args.output, _KIND, _OUTPUTS))
@@ -238,11 +240,13 @@ def _settings_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
 def _text_table(summary: dict[str, Any]) -> str:
     """The figures, then the classes, aligned for a terminal."""
 
+    from segdiff_jax.data.vocabulary import shorten
+
     def show(value: float | None) -> str:
         return "    –" if value is None else f"{value:5.3f}"
 
     figures = [(label, summary[key]) for key, label in _FIGURES.items() if key in summary]
-    classes = list(summary["per_class"].items())
+    classes = [(shorten(name), iou) for name, iou in summary["per_class"].items()]
     width = max(len(name) for name, _ in figures + classes)
     lines = [f"  {name:<{width}}  {show(iou)}" for name, iou in classes]
     lines.append("-" * (width + 9))

@@ -50,14 +50,16 @@ def main(argv: list[str]) -> None:
     runtime.start()
     _check_output(args, workdir.read_config(args.checkpoint))
     networks = workdir.load_networks(args.checkpoint, args.weights, args.which)
+    trained = workdir.read_classes(args.checkpoint)
     if args.format == "diffusers":
-        write_folder(*networks, args.output, args.dtype)
+        write_folder(*networks, args.output, args.dtype, trained)
     else:
         from segdiff_jax import stablehlo
         from segdiff_jax.segmenter import Segmenter
 
         sampler = _sampler(args, networks[-1])
-        stablehlo.write(Segmenter(*networks), args.output, sampler, args.dtype)
+        model = Segmenter(*networks, trained=trained)
+        stablehlo.write(model, args.output, sampler, args.dtype)
     print(f"exported: {args.output}")
     if args.push_to_hub:
         print(f"pushed: {_push(args.push_to_hub, args.output)}")
@@ -147,11 +149,13 @@ def write_folder(
     config: Config,
     directory: os.PathLike[str] | str,
     dtype: str = "float32",
+    trained: vocabulary.Vocabulary | None = None,
 ) -> None:
     """Writes everything that `workdir.load_networks` returns as a Stable Diffusion folder.
 
     The bytes depend on the arguments only, and loading the folder gives the arguments back (but
-    for `portable`). Raises `UserError` as `models.pretrained.save` does.
+    for `portable`). trained: the classes of the training. Raises `UserError` as
+    `models.pretrained.save` does.
     """
     from segdiff_jax import workdir
     from segdiff_jax.model_card import model_card
@@ -162,6 +166,10 @@ def write_folder(
     card = model_card(config, unet.config, vae.config)
     parts = pretrained.Pretrained(unet, vae, text_encoder, tokenizer, config.diffusion)
     extra = {"README.md": card, workdir.EXPORT_SETTINGS: settings}
+    if trained is not None:
+        # Not its name, which is a path of the machine that trained.
+        own = dataclasses.replace(trained, name=workdir.CLASSES)
+        extra[workdir.CLASSES] = vocabulary.to_json(own)
     pretrained.save(parts, directory, dtype=dtype, extra_files=extra, kind="diffusers")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import itertools
 import logging
 import os
 from collections import Counter
@@ -32,7 +33,7 @@ The same seed gives the same bytes.
 
 
 def main(argv: list[str]) -> None:
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     from segdiff_jax import runtime
     from segdiff_jax.training import processes
 
@@ -68,9 +69,11 @@ def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> Non
     )
     if first:
         results.check_output(args.output, names)
+        print(classes.summary(), flush=True)
     unreadable = _unreadable(paths, read, args.skip_unreadable, reporter("check", enabled=first))
     paths = [path for path in paths if path not in unreadable]
     segmenter = Segmenter.load(args.checkpoint, args.which)
+    segmenter.table(classes.classes)  # what is wrong with the classes stops before all else
     used = results.all_settings(settings, segmenter.config) | {
         "checkpoint": args.checkpoint,
         "checkpoint_step": segmenter.checkpoint_step,
@@ -84,7 +87,10 @@ def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> Non
         progress(0, len(paths))
         for done, path in enumerate(paths, 1):
             photo = read(path).pixels
-            found = segmenter(photo, classes.classes, **settings)
+            try:
+                found = segmenter(photo, classes.classes, **settings)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from error
             if first:
                 target = os.path.join(args.output, names[path])
                 with processes.at_work("writes its results"):
@@ -100,6 +106,21 @@ def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> Non
 
 def _counted(paths: Sequence[str]) -> str:
     return f"{len(paths)} result" + ("s" if len(paths) > 1 else "")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments; what a shell made of class names without quotes gets a hint."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if not rest:
+        return args
+    flag = next(i for i, word in enumerate(argv) if word.split("=")[0] == "--classes")
+    words = [argv[flag].partition("=")[2]] if "=" in argv[flag] else []
+    words += itertools.takewhile(lambda word: not word.startswith("-"), argv[flag + 1 :])
+    if set(rest) <= set(words):
+        given = " ".join(word for word in words if word)
+        raise UserError(f'--classes {given}: put quotes around the names: --classes "{given}"')
+    parser.error(f"unrecognized arguments: {' '.join(rest)}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,10 +3,11 @@
 import functools
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 
 from segdiff_jax import codec
+
+_EQUAL = 1e-6  # what resizing leaves between scores that are equal
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,34 @@ def from_maps(
 ) -> Segmentation:
     """The maps and spread [P, h, w] of passes of `group` classes each, at `size` = (H, W).
 
-    Scores are enlarged before the argmax, a band of rows at a time: memory stays flat. `threshold`
-    and `closed` as of `decode`.
+    Scores are enlarged before the argmax, a band of rows at a time: memory stays flat. Where the
+    best are equal, most often at 0 because every map is dark, the maps decide by what lies beyond
+    [-1, 1] or beneath the levels (`codec.ranks`): in a closed vocabulary the class that is the
+    nearest wins, not the first. `threshold` and `closed` as of `decode`.
     """
-    scores = scores_of(gray, len(classes), group)
+    ranks = codec.ranks(np.asarray(gray), group)  # [P, h, w, G]
+    ranks = codec.join_passes(ranks, len(classes))  # [h, w, K]
+    scores = ranks.clip(0.0, 1.0)
     labels = np.empty(size, np.int32)
     uncertainty = None if spread is None else np.empty(size, np.float32)
     for rows in _bands(size, len(classes)):
         band = resize(scores, size, rows)  # [b, W, K]
-        labels[rows] = decode(band, threshold, closed)
+        winner = _winners(band, ranks, size, rows)
+        labels[rows] = _or_other(winner, band, threshold, closed)
         if spread is not None and uncertainty is not None:
             passes = resize(np.moveaxis(spread, 0, -1), size, rows)  # [b, W, P]
-            winner = np.argmax(band, -1)[..., None] // group
-            uncertainty[rows] = np.take_along_axis(passes, winner, -1)[..., 0]
+            chosen = winner[..., None] // group
+            uncertainty[rows] = np.take_along_axis(passes, chosen, -1)[..., 0]
     return Segmentation(labels, uncertainty, classes, scores)
 
 
-def scores_of(gray: np.ndarray, num_classes: int, group: int) -> np.ndarray:
-    """Gray maps of the passes [P, H, W] → class scores [H, W, K]."""
-    per_pass = codec.scores(jnp.asarray(gray), group)  # [P, H, W, G]
-    return np.asarray(codec.join_passes(per_pass, num_classes))
+def _winners(band: np.ndarray, ranks: np.ndarray, size: tuple[int, int], rows: slice) -> np.ndarray:
+    """The best class of each pixel: scores [b, W, K] and, between equals, ranks [h, w, K]."""
+    winner = np.argmax(band, -1)
+    equal = band >= band.max(-1, keepdims=True) - _EQUAL
+    if (equal.sum(-1) > 1).any():
+        winner = np.argmax(np.where(equal, resize(ranks, size, rows), -np.inf), -1)
+    return winner.astype(np.int32)
 
 
 def other_label(num_classes: int) -> int:
@@ -70,7 +79,10 @@ def other_label(num_classes: int) -> int:
 
 def decode(scores: np.ndarray, threshold: float, closed: bool) -> np.ndarray:
     """Scores [H, W, K] → labels int32 [H, W]: `codec.decode` on the host, without a copy."""
-    labels = np.argmax(scores, -1).astype(np.int32)
+    return _or_other(np.argmax(scores, -1).astype(np.int32), scores, threshold, closed)
+
+
+def _or_other(labels: np.ndarray, scores: np.ndarray, threshold: float, closed: bool) -> np.ndarray:
     if closed:
         return labels
     best = np.take_along_axis(scores, labels[..., None], -1)[..., 0]

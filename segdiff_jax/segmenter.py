@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from segdiff_jax import codec, conditioning, runtime, workdir
 from segdiff_jax.config import Config, MeshConfig, SamplerConfig
-from segdiff_jax.data import transforms, vocabulary
-from segdiff_jax.data.vocabulary import ClassEntry
+from segdiff_jax.data import requests, transforms, vocabulary
+from segdiff_jax.data.vocabulary import ClassEntry, Vocabulary
 from segdiff_jax.diffusion import ensemble as ensemble_lib
 from segdiff_jax.diffusion import sampler as sampler_lib
 from segdiff_jax.diffusion.schedule import Schedule, make_schedule
@@ -28,7 +28,7 @@ from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
 from segdiff_jax.segmentation import Segmentation, from_maps
 from segdiff_jax.training import processes, sharding
 from segdiff_jax.training.losses import to_pixels
-from segdiff_jax.training.placement import equal_parts, multiple, on_mesh, spread_rows
+from segdiff_jax.training.placement import equal_parts, on_mesh, rows_of_call, spread_rows
 
 
 class Segmenter:
@@ -37,6 +37,7 @@ class Segmenter:
     mesh: devices that share the work, all of them by default: every pass of every image and member
     runs on one. What a map shows does not depend on how many there are. With several processes,
     all make the same calls and get the same results.
+    trained: the classes of the training. A model of one gray image for all classes knows no others.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Segmenter:
         tokenizer: Tokenizer,
         config: Config,
         mesh: Mesh | None = None,
+        trained: Vocabulary | None = None,
     ):
         self.config, self.tokenizer, self.text_encoder = config, tokenizer, text_encoder
+        self.trained = trained
         self.mesh = mesh or sharding.make_mesh(MeshConfig())
         self._unet, unet_params = nnx.split(unet)
         self._vae, vae_params = nnx.split(vae)
@@ -69,7 +72,7 @@ class Segmenter:
         architecture.
         """
         networks, step = workdir.load_with_step(checkpoint, which=which)
-        segmenter = Segmenter(*networks)
+        segmenter = Segmenter(*networks, trained=workdir.read_classes(checkpoint))
         segmenter.checkpoint_step = step
         return segmenter
 
@@ -104,19 +107,22 @@ class Segmenter:
         """Segments `image` uint8 [H, W, 3] into `classes` ("building, edifice" names synonyms).
 
         Arguments left at None take the config's value. The result depends on `seed` and on
-        nothing else that is random. Raises `UserError` for no or duplicate classes.
+        nothing else that is random. Raises `TypeError` or `ValueError` for an image or a list that
+        is none, and `UserError` as `unclipped_maps` does and for no or duplicate classes.
         """
-        entries = _entries(classes)
-        given = {"steps": steps, "ensemble": ensemble, "shortlist": shortlist}
-        changes: dict[str, Any] = {name: v for name, v in given.items() if v is not None}
+        photo, entries = requests.as_photo(image), requests.as_classes(classes)
+        asked = {"steps": (steps, 1), "ensemble": (ensemble, 1), "shortlist": (shortlist, 0)}
+        changes: dict[str, Any] = requests.whole_numbers(asked)
         sampler = dataclasses.replace(self.config.sampler, **changes)
-        gray, spread = self.maps([image], entries, sampler, seed)
+        if threshold is not None and not 0.0 <= threshold <= 1.0:
+            raise ValueError(f"threshold={threshold}: scores are between 0 and 1")
+        gray, spread = self.unclipped_maps([photo], entries, sampler, seed)
         chosen = self.config.codec
         return self.segmentation(
             gray[0],
             spread[0] if sampler.ensemble > 1 else None,
             entries,
-            image.shape[:2],
+            photo.shape[:2],
             chosen.threshold if threshold is None else threshold,
             chosen.closed if closed is None else closed,
         )
@@ -130,15 +136,21 @@ class Segmenter:
         threshold: float,
         closed: bool,
     ) -> Segmentation:
-        """What the maps [P, h, w] of one image say at `size` = (H, W): `from_maps`."""
+        """What the (unclipped) maps [P, h, w] of one image say at `size` = (H, W): `from_maps`."""
         group = codec.group_size(len(classes), self.config.codec.classes_per_pass)
         names = tuple(entry.name for entry in classes)
         return from_maps(gray, spread, names, group, size, threshold, closed)
 
     def reconstruct(self, pixels: np.ndarray) -> np.ndarray:
-        """Images [J, H, W, 3] in [-1, 1] at the network's size, through the VAE and back."""
+        """Images [J, H, W, 3] in [-1, 1] at the network's size, through the VAE and back.
+
+        Raises `UserError` where that is not finite.
+        """
         found = _reconstruct(self._vae, self._vae_params, spread_rows(pixels, self.mesh))
-        return processes.gathered(found)[: len(pixels)]
+        decoded = processes.gathered(found)[: len(pixels)]
+        if not np.isfinite(decoded).all():
+            raise UserError(f"what the VAE decodes is not finite: {self._why_not_finite()}")
+        return decoded
 
     def maps(
         self,
@@ -147,15 +159,28 @@ class Segmenter:
         sampler: SamplerConfig,
         seed: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Gray maps in [-1, 1] and their spread, each [I, P, H, W] at the network's size.
+        """Gray maps in [-1, 1] and their spread, each [I, P, H, W] at the network's size."""
+        gray, spread = self.unclipped_maps(images, classes, sampler, seed)
+        return gray.clip(-1.0, 1.0), spread
 
-        P = ⌈K/G⌉ passes. All images × passes × members run in equal chunks of
-        `sampler.batch_size`, or the next multiple of the devices; each image is encoded once.
+    def unclipped_maps(
+        self,
+        images: Sequence[np.ndarray],
+        classes: Sequence[ClassEntry],
+        sampler: SamplerConfig,
+        seed: int,
+        names: Sequence[str] = (),
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`maps` that go beyond [-1, 1] where the decoder does: that orders classes of equal score.
+
+        P = ⌈K/G⌉ passes. All images × passes × members run in equal chunks, of `sampler.batch_size`
+        (or the next multiple of the devices) where there are as many, else of one of the few sizes
+        of `rows_of_call`; each image is encoded once. `names` are the images' in error messages.
+
+        Raises `UserError` for classes that this model cannot tell apart or was not trained for,
+        and for maps that are not finite.
         """
         size = self.config.data.image_size
-        fitted = np.stack([transforms.resize_image(image, size) for image in images])
-        encoded = _encode(self._vae, self._vae_params, spread_rows(fitted, self.mesh))
-        image_latents = processes.gathered(encoded)[: len(images)]
         table = self.table(classes)
         group = codec.group_size(len(classes), self.config.codec.classes_per_pass)
         groups = codec.groups(len(classes), group)
@@ -164,21 +189,49 @@ class Segmenter:
                 f"a shortlist (sampler.shortlist={sampler.shortlist}) needs one class per pass, "
                 f"but this model paints {group} classes: set it to 0"
             )
-        if 0 < sampler.shortlist < len(classes):
-            return self._shortlisted(image_latents, table, groups, sampler, seed)
-        jobs = _grid(len(images), len(groups), sampler.ensemble)
-        members = self._run(image_latents, table, groups, jobs, sampler, seed)
-        members = members.reshape(len(images), len(groups), sampler.ensemble, *size)
-        return _merge(members, sampler, self.mesh)
+        photos = [requests.as_photo(image) for image in images]
+        latents = self._latents(np.stack([transforms.resize_image(p, size) for p in photos]))
+        short = 0 < sampler.shortlist < len(classes)
+        find = self._shortlisted if short else self._all_in_full
+        try:
+            gray, spread = find(latents, table, groups, sampler, seed)
+            _check_finite(gray + spread, np.moveaxis(np.indices(gray.shape[:2]), 0, -1))
+            return gray, spread
+        except _NotFinite as error:
+            image = names[error.image] if names else f"image {error.image + 1} of {len(images)}"
+            shown = [classes[i].name for i in groups[error.map] if i != codec.PAD]
+            raise UserError(
+                f"{image}: the map of {', '.join(map(vocabulary.shorten, shown[:3]))} is not "
+                f"finite: {self._why_not_finite()}"
+            ) from None
 
     def table(self, classes: Sequence[ClassEntry]) -> conditioning.PromptTable:
-        """Prompt embeddings, encoded the first time a vocabulary is seen."""
+        """Prompt embeddings on the host, encoded the first time a vocabulary is seen.
+
+        Raises `UserError` for a vocabulary that the model cannot tell apart or does not know.
+        """
         key = tuple(classes)
         if key not in self._tables:
+            vocabulary.check_known(key, self.trained, self.config.codec.classes_per_pass)
             templates = self.config.prompts.templates
-            table = conditioning.encode_prompts(self.text_encoder, self.tokenizer, key, templates)
-            self._tables[key] = on_mesh(table, self.mesh)
+            self._tables[key] = conditioning.encode_on_host(
+                self.text_encoder, self.tokenizer, key, templates
+            )
         return self._tables[key]
+
+    def _latents(self, fitted: np.ndarray) -> np.ndarray:
+        """Of uint8 [I, H, W, 3]; one a device and call, so that no number of them compiles anew."""
+        parts = [
+            _encode(self._vae, self._vae_params, spread_rows(part, self.mesh))
+            for part in equal_parts(fitted, self.mesh.size)
+        ]
+        return np.concatenate([processes.gathered(p) for p in parts])[: len(fitted)]
+
+    def _all_in_full(self, image_latents, table, groups, sampler, seed):
+        jobs = _grid(len(image_latents), len(groups), sampler.ensemble)
+        members = self._run(image_latents, table, groups, jobs, sampler, seed)
+        shape = len(image_latents), len(groups), sampler.ensemble, *self.config.data.image_size
+        return _merge(members.reshape(shape), sampler, self.mesh)
 
     def _shortlisted(self, image_latents, table, groups, sampler, seed):
         """One cheap pass for every class, the full budget for the M most present per image."""
@@ -187,7 +240,7 @@ class Segmenter:
         jobs = _grid(count, len(groups), 1)
         first = self._run(image_latents, table, groups, jobs, cheap, seed)
         first = first.reshape(count, len(groups), *size)
-        presence = np.maximum(first, 0.0).mean((2, 3))  # [I, K]: area that is more yes than no
+        presence = first.clip(0.0, 1.0).mean((2, 3))  # [I, K]: area that is more yes than no
         kept = np.sort(np.argsort(-presence, axis=1)[:, : sampler.shortlist], axis=1)
         jobs = np.array(
             [(i, p, m) for i in range(count) for p in kept[i] for m in range(sampler.ensemble)]
@@ -195,39 +248,73 @@ class Segmenter:
         members = self._run(image_latents, table, groups, jobs, sampler, seed)
         members = members.reshape(*kept.shape, sampler.ensemble, *size)
         merged, spread = _merge(members, sampler, self.mesh)
-        gray, all_spread = np.full_like(first, -1.0), np.zeros_like(first)
+        # Darker than all that was asked for: what was not asked for wins nowhere.
+        gray = np.full_like(first, min(-1.0, merged.min()) - 1.0)
+        all_spread = np.zeros_like(first)
         for i in range(count):
             gray[i, kept[i]], all_spread[i, kept[i]] = merged[i], spread[i]
         return gray, all_spread
 
     def _run(self, image_latents, table, groups, jobs, sampler, seed) -> np.ndarray:
-        """Gray maps [J, H, W] of jobs (image, pass, member) int [J, 3]."""
-        chunk = multiple(min(sampler.batch_size, len(jobs)), self.mesh.size)
-        image_latents, groups, key = (
-            sharding.place(array, sharding.replicated(self.mesh))
-            for array in (image_latents, groups, jax.random.key_data(jax.random.key(seed)))
-        )
-        sample = sampler_on(self.mesh)
-        with processes.at_work("compiles or runs the sampler"):
-            results = [
-                sample(
+        """Unclipped gray maps [J, H, W] of jobs (image, pass, member) int [J, 3]."""
+        key = jax.random.key_data(jax.random.key(seed))
+        key = jax.random.wrap_key_data(sharding.place(key, sharding.replicated(self.mesh)))
+        image_latents = np.asarray(image_latents)
+        sample, running = sampler_on(self.mesh), None
+        found: list[np.ndarray] = []
+        for part in equal_parts(jobs, rows_of_call(len(jobs), sampler.batch_size, self.mesh.size)):
+            image, pass_, member = part.T
+            kind = self.config.codec.context
+            contexts, mask = conditioning.contexts_of(table, groups[pass_], kind)
+            rows = contexts, mask, image_latents[image], member.astype(np.int32)
+            with processes.at_work("compiles or runs the sampler"):
+                result = sample(
                     self._unet,
                     self._vae,
-                    self.config.codec.context,
                     sampler.steps,
                     sampler.eta,
                     self._unet_params,
                     self._vae_params,
                     self._schedule,
-                    table,
-                    image_latents,
-                    groups,
-                    spread_rows(part, self.mesh),
-                    jax.random.wrap_key_data(key),
+                    *jax.tree.map(lambda array: spread_rows(array, self.mesh), rows),
+                    key,
                 )
-                for part in equal_parts(jobs, chunk)
-            ]
-        return np.concatenate([processes.gathered(r) for r in results])[: len(jobs)]
+            # One call ahead: the devices do not wait, nor do they hold the inputs of all calls.
+            found += [] if running is None else [processes.gathered(running)]
+            running = result
+        maps = np.concatenate([*found, processes.gathered(running)])[: len(jobs)]
+        _check_finite(maps, jobs)
+        return maps
+
+    def _why_not_finite(self) -> str:
+        """The likely reason, and what to do."""
+        for name, params in (("UNet", self._unet_params), ("VAE", self._vae_params)):
+            if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
+                return f"the weights of the {name} are not: use another checkpoint, or restore it"
+        if self.config.model.dtype == "bfloat16":
+            return (
+                "the weights are, so it is an overflow, most likely of bfloat16: "
+                'set "dtype" of "model" to "float32" in the config.json (of an export: '
+                "segdiff.json) of the checkpoint"
+            )
+        return (
+            "the weights are, so it is an overflow on the way: use an earlier checkpoint, "
+            "or train on with a lower optimizer.learning_rate"
+        )
+
+
+class _NotFinite(Exception):
+    """Of image `image` the map of pass `map` has NaN or infinity in it."""
+
+    def __init__(self, image: int, map: int):
+        self.image, self.map = image, map
+
+
+def _check_finite(maps: np.ndarray, owners: np.ndarray) -> None:
+    """Raises `_NotFinite` of the first such map of [..., H, W]; owners: its (image, map, ...)."""
+    bad = np.argwhere(~np.isfinite(maps).all((-2, -1)))
+    if bad.size:
+        raise _NotFinite(*owners[tuple(bad[0])][:2].tolist())
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -242,8 +329,8 @@ def _reconstruct(vae: nnx.GraphDef, params: Any, pixels: jax.Array) -> jax.Array
 
 
 def to_gray(pixels: Any) -> jax.Array:
-    """Decoded [..., H, W, 3] → gray maps [..., H, W] in [-1, 1]."""
-    return jnp.clip(pixels.mean(-1), -1.0, 1.0)
+    """Decoded [..., H, W, 3] → gray maps [..., H, W], beyond [-1, 1] where the decoder is."""
+    return pixels.mean(-1)
 
 
 @functools.cache
@@ -255,35 +342,36 @@ def sampler_on(mesh: Mesh) -> Any:
     """
     rows = sharding.rows_sharding(mesh).spec
 
-    def sample(unet, vae, context_kind, steps, eta, *arrays):
-        own_jobs = functools.partial(sample_jobs, unet, vae, context_kind, steps, eta)
-        specs = (*(P() for _ in arrays[:-2]), rows, P())
+    def sample(unet, vae, steps, eta, *arrays):
+        own_jobs = functools.partial(sample_jobs, unet, vae, steps, eta)
+        specs = (P(), P(), P(), rows, rows, rows, rows, P())
         spread = jax.shard_map(own_jobs, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
         return spread(*arrays)
 
     options = runtime.compiler_options(mesh)
-    return jax.jit(sample, static_argnums=(0, 1, 2, 3, 4), compiler_options=options)
+    return jax.jit(sample, static_argnums=(0, 1, 2, 3), compiler_options=options)
 
 
 def sample_jobs(
     unet: nnx.GraphDef,
     vae: nnx.GraphDef,
-    context_kind: str,
     steps: int,
     eta: float,
     unet_params: Any,
     vae_params: Any,
     schedule: Schedule,
-    table: conditioning.PromptTable,
+    contexts: jax.Array,
+    mask: jax.Array | None,
     image_latents: jax.Array,
-    groups: jax.Array,
-    jobs: jax.Array,
+    members: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
-    """Jobs (image, pass, member) int [J, 3] → gray maps [J, H, W] in [-1, 1]."""
+    """Unclipped gray maps [J, H, W] of jobs: contexts [J, L, D], their mask [J, L], latents and
+    numbers of members [J].
+
+    It knows no vocabulary and no images: what it is compiled for does not depend on them.
+    """
     network, decoder = nnx.merge(unet, unet_params), nnx.merge(vae, vae_params)
-    contexts, mask = conditioning.context(table, groups[jobs[:, 1]], context_kind)
-    latents = image_latents[jobs[:, 0]]  # [J, h, w, c]
 
     def member(k, image_latent, context, context_mask):
         def predict(noisy, t):
@@ -297,7 +385,7 @@ def sample_jobs(
         return sampler_lib.sample_member(predict, schedule, member_key, shape, steps, eta)
 
     in_axes = (0, 0, 0, None if mask is None else 0)
-    x0 = jax.vmap(member, in_axes)(jobs[:, 2], latents, contexts, mask)
+    x0 = jax.vmap(member, in_axes)(members, image_latents, contexts, mask)
     # One after the other: at full size the decoder's activations are hundreds of times the latents.
     return jax.lax.map(lambda latent: to_gray(decode_latents(decoder, latent[None]))[0], x0)
 
@@ -305,11 +393,19 @@ def sample_jobs(
 def _merge_members(
     members: jax.Array, align: str, reduce: str, uncertainty: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Members [R, N, H, W] in [-1, 1] → maps and spread [R, H, W]."""
-    unit = (members + 1.0) / 2.0  # the ensemble's maths is for maps in [0, 1]
+    """Unclipped members [R, N, H, W] → unclipped maps and their spread [R, H, W].
+
+    Members are clipped before they are merged. Where the result is at an end of [-1, 1], it is then
+    moved on to where the members themselves meet.
+    """
+    unit = (members.clip(-1.0, 1.0) + 1.0) / 2.0  # the ensemble's maths is for maps in [0, 1]
     combine = lambda maps: ensemble_lib.ensemble(maps, align, reduce, uncertainty)  # noqa: E731
     merged, spread = jax.vmap(combine)(unit)
-    return merged * 2.0 - 1.0, spread
+    merged = merged * 2.0 - 1.0
+    beyond, _ = jax.vmap(lambda maps: ensemble_lib.merge(maps, reduce))(members)
+    beyond = beyond - beyond.clip(-1.0, 1.0)
+    ends = ((merged <= -1.0) & (beyond < 0.0)) | ((merged >= 1.0) & (beyond > 0.0))
+    return jnp.where(ends, merged + beyond, merged), spread
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
@@ -328,19 +424,20 @@ def _merge(
     if sampler.ensemble == 1:
         return members[:, :, 0], np.zeros_like(members[:, :, 0])
     images, passes, *rest = members.shape
-    rows = spread_rows(members.reshape(images * passes, *rest), mesh)
+    flat = members.reshape(images * passes, *rest)
     settings = sampler.align, sampler.reduce, sampler.uncertainty
-    found = processes.gathered(_merge_spread(rows, mesh, *settings))
-    merged, spread = (m[: images * passes].reshape(images, passes, *rest[1:]) for m in found)
+    size = rows_of_call(len(flat), sampler.batch_size, mesh.size)
+    found = [
+        processes.gathered(_merge_spread(spread_rows(part, mesh), mesh, *settings))
+        for part in equal_parts(flat, size)
+    ]
+    merged, spread = (
+        np.concatenate(maps)[: len(flat)].reshape(images, passes, *rest[1:])
+        for maps in zip(*found, strict=True)
+    )
     return merged, spread
 
 
 def _grid(images: int, passes: int, members: int) -> np.ndarray:
     """Every (image, pass, member), int [J, 3], members fastest."""
     return np.indices((images, passes, members)).reshape(3, -1).T
-
-
-def _entries(classes: Sequence[str | ClassEntry]) -> tuple[ClassEntry, ...]:
-    if all(isinstance(c, ClassEntry) for c in classes) and classes:
-        return tuple(classes)  # type: ignore[arg-type]
-    return vocabulary.from_names([str(c) for c in classes]).classes

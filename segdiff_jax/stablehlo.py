@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from segdiff_jax import codec, conditioning, files, ownership, segmenter
+from segdiff_jax import codec, files, ownership, segmenter
 from segdiff_jax.config import SamplerConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import safetensors_files
@@ -92,26 +92,26 @@ def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.A
         params = jax.tree.unflatten(structure, leaves)
         passes, members = context.shape[0], sampler.ensemble
         job = jnp.arange(passes * members)
+        latent = segmenter._encode(model._vae, params["vae"], image[None])[0]
         gray = segmenter.sample_jobs(
             model._unet,
             model._vae,
-            "mean",  # of one class per pass: the context as it is given
             sampler.steps,
             sampler.eta,
             params["unet"],
             params["vae"],
             schedule,
-            conditioning.PromptTable(context, context[:, 0]),
-            segmenter._encode(model._vae, params["vae"], image[None]),
-            jnp.arange(passes)[:, None],
-            jnp.stack([jnp.zeros_like(job), job // members, job % members], axis=1),
+            context[job // members],
+            None,
+            jnp.broadcast_to(latent, (job.shape[0], *latent.shape)),
+            job % members,
             jax.random.wrap_key_data(key, impl=_RNG),
         )
-        if members == 1:
-            return gray
-        gray = gray.reshape(passes, members, height, width)
-        settings = sampler.align, sampler.reduce, sampler.uncertainty
-        return segmenter._merge_members(gray, *settings)[0]
+        if members > 1:
+            gray = gray.reshape(passes, members, height, width)
+            settings = sampler.align, sampler.reduce, sampler.uncertainty
+            gray = segmenter._merge_members(gray, *settings)[0]
+        return gray.clip(-1.0, 1.0)
 
     return sample
 
@@ -194,6 +194,7 @@ def describe(model: Segmenter, sampler: SamplerConfig, dtype: str) -> dict[str, 
             for name in ("classes_per_pass", "context", "threshold", "closed")
         },
         "templates": list(config.prompts.templates),
+        "trained_classes": None if model.trained is None else list(model.trained.names),
         "key": f"seed s is [0, s], as jax.random.key(s, impl={_RNG!r})",
         "other_label": codec.IGNORE,
     }

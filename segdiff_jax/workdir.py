@@ -1,6 +1,7 @@
 """What a training run leaves behind, and how to get networks back from it.
 
 W/config.json     the run's config
+W/classes.json    the classes it is trained with, in id order; an export has it too
 W/vae/            the VAE stage, where the run began from nothing: a workdir of its own
 W/pretrained/     a Hugging Face folder with the frozen networks: VAE, text encoder, tokenizer
 W/latents/        VAE latents of the training pairs, where data.cache_latents is on
@@ -28,9 +29,11 @@ from jax.sharding import Mesh
 
 from segdiff_jax import __version__, combinations, fields
 from segdiff_jax.config import VERSION_KEY, Config, from_dict, reading_of, stored, to_dict
+from segdiff_jax.data import vocabulary
 from segdiff_jax.data.sources import IMAGE_EXTENSIONS
+from segdiff_jax.data.vocabulary import Vocabulary
 from segdiff_jax.errors import UserError
-from segdiff_jax.files import is_remote, reading, write_json
+from segdiff_jax.files import is_remote, reading, write_json, write_text
 from segdiff_jax.models import pretrained
 from segdiff_jax.models import unet as unets
 from segdiff_jax.models.clip_text import CLIPText
@@ -46,6 +49,7 @@ log = logging.getLogger(__name__)
 
 PRETRAINED, CHECKPOINTS, VAE_STAGE, LATENTS = "pretrained", "checkpoints", "vae", "latents"
 EXPORT_SETTINGS = "segdiff.json"  # the config, in an exported folder
+CLASSES = "classes.json"
 BEST_METRIC = "miou_present"  # of validation; the checkpoint where it was highest is kept
 
 # Folders of other kinds, by a file that they have.
@@ -156,6 +160,42 @@ def read_config(workdir: str) -> Config:
             f"({EXPORT_SETTINGS}): give the --workdir of a training or the --output of an export"
         )
     return from_dict(parse_object(data, path, "restore it or train again"), str(path))
+
+
+def read_classes(path: str) -> Vocabulary | None:
+    """The classes that a run or an export was trained with; None of an earlier version."""
+    stored = epath.Path(path) / CLASSES
+    with reading(path):
+        return vocabulary.load(stored) if stored.exists() else None
+
+
+def settle_classes(workdir: str, classes: Vocabulary, write: bool) -> None:
+    """Stores the classes of a run. Those of its checkpoints must be the same, synonyms too.
+
+    Raises `UserError` otherwise: the ids of the labels would mean something else.
+    """
+    folder = epath.Path(workdir) / CHECKPOINTS
+    begun = folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    stored = read_classes(workdir) if begun else None
+    if stored is None:
+        if begun and write:
+            log.warning(
+                "%s: does not say which classes it was started with (it is of an earlier version): "
+                "it goes on with %s",
+                *(workdir, classes.summary()),
+            )
+        if write:
+            write_text(epath.Path(workdir) / CLASSES, vocabulary.to_json(classes))
+        return
+    difference = vocabulary.first_difference(stored.classes, classes.classes)
+    for number, (old, new) in enumerate(zip(stored.classes, classes.classes, strict=False)):
+        if not difference and old.synonyms != new.synonyms:
+            difference = f"class {number}, {new.name!r}, has other synonyms"
+    if difference:
+        raise UserError(
+            f"{workdir}: this run was started with other classes ({CLASSES}), now {difference}: "
+            "restore the list, or start in a new --workdir with config.init_from"
+        )
 
 
 def checkpoint_metadata(config: Config, unet: UNetConfig | None) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """Class names to the context of a pass: what is averaged, and over what."""
 
+import logging
+import time
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from segdiff_jax import codec, conditioning
 from segdiff_jax.data.vocabulary import from_names
+from segdiff_jax.errors import UserError
 
 TEMPLATES = ("a photo of a {class}", "{class} in a street")
 
@@ -96,3 +101,65 @@ def test_contexts_work_under_jit(table):
             strict=True,
         ):
             np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["refrigerator door", "refrigerator shelf"], "'refrigerator door'.*'refrigerator shelf'"),
+        (["sky, road", "building", "road, sky"], "'sky' and 'road' are the same"),
+        (["a, b", "b, A"], "'a' and 'b' are the same"),
+    ],
+)
+def test_classes_that_read_the_same_are_named(encoder, names, words):
+    with pytest.raises(UserError, match=words):
+        encoder(names)
+
+
+def test_what_is_cut_off_is_said_once(encoder, caplog):
+    with caplog.at_level(logging.WARNING):
+        encoder(["sky", "road crossing ahead", "road crossing"])
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert said.startswith("1 of 3 prompts are longer than the 16 tokens") and "\n" not in said
+    assert "'head' of 'a photo of a road crossing ahead'" in said
+    caplog.clear()
+    encoder(["sky", "road"])
+    assert not caplog.records
+
+
+def test_a_name_of_ten_thousand_letters(encoder):
+    start = time.perf_counter()
+    encoder(["x" * 10_000, "sky"])
+    assert time.perf_counter() - start < 10
+    with pytest.raises(UserError) as caught:
+        encoder(["x" * 10_000, "x" * 10_001])
+    assert len(str(caught.value)) < 400
+
+
+def test_a_template_must_leave_room_for_the_name(encoder):
+    long = "a photo of a building on a road in the middle of a town, with a {class}"
+    with pytest.raises(UserError, match="templates.*no room for the class name 'sky'.*16 tokens"):
+        encoder(["sky"], ["a photo of a {class}", long])
+
+
+def test_weights_of_the_text_encoder_that_are_not_finite(tiny_networks):
+    _, _, text_encoder, tokenizer = tiny_networks
+    graph, params = nnx.split(text_encoder)
+    broken = nnx.merge(graph, jax.tree.map(lambda x: x * np.nan, params))
+    with pytest.raises(UserError, match="text encoder .* not finite"):
+        conditioning.encode_prompts(broken, tokenizer, from_names(["sky"]).classes, TEMPLATES)
+
+
+@pytest.mark.parametrize("kind", ["mean", "bound"])
+def test_contexts_on_the_host_are_those_of_the_device(table, kind):
+    for class_ids in ([[2], [0]], [[2, 0, 3], [1, -1, -1], [-1, -1, -1]]):
+        ids = np.array(class_ids)
+        for ours, theirs in zip(
+            conditioning.contexts_of(table, ids, kind),
+            conditioning.context(table, ids, kind),
+            strict=True,
+        ):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                np.testing.assert_allclose(ours, theirs, atol=1e-6)
+                assert ours.dtype == theirs.dtype

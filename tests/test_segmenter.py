@@ -5,12 +5,14 @@ import json
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from segdiff_jax import segmentation
 from segdiff_jax import segmenter as segmenter_lib
@@ -85,6 +87,7 @@ def test_member_is_the_same_whatever_the_ensemble_and_the_chunks(model, image):
         np.stack([segmenter_lib.transforms.resize_image(i, (16, 16)) for i in images]),
     )
     run = model._run(latents, model.table(classes), np.array([[0], [1]]), jobs, sampler, 1)
+    run = run.clip(-1, 1)  # as members are before they are merged
     np.testing.assert_allclose(run[:4].reshape(third.shape), third, atol=1e-4)
     np.testing.assert_allclose(run[4:].reshape(second.shape), second, atol=1e-4)
 
@@ -165,6 +168,243 @@ def test_several_classes_per_pass(make_segmenter, tiny_config, image, group, con
 def test_bad_classes(model, image, classes, message):
     with pytest.raises(UserError, match=message):
         model(image, classes)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        "road",
+        b"road",
+        5,
+        None,
+        {"road": 1},
+        {"road"},
+        ["sky", 5],
+        [None],
+        [["sky"]],
+        np.array("sky"),
+    ]
+    + [vocabulary.ClassEntry("road"), np.array([["sky"]])],
+)
+def test_what_is_no_list_of_classes_is_a_type_error_in_one_line(model, image, classes):
+    with pytest.raises(TypeError, match="^classes") as caught:
+        model(image, classes)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_ordered_list_of_names_is_one(model, image):
+    expected = model(image, CLASSES)
+    entries = _entries(*CLASSES)
+    for classes in (
+        list(CLASSES),
+        (name for name in CLASSES),
+        np.array(CLASSES),
+        [CLASSES[0], entries[1], np.str_(CLASSES[2])],
+        entries,
+        vocabulary.Vocabulary("mine", entries),
+    ):
+        found = model(image, classes)
+        assert found.classes == expected.classes
+        assert found.scores.tobytes() == expected.scores.tobytes()
+    with pytest.raises(UserError, match="duplicate class name"):
+        model(image, [entries[0], "Sky"])
+    with pytest.raises(UserError, match="duplicate class name"):
+        model(image, [entries[0], entries[0]])
+
+
+def test_one_class_of_many_synonyms_is_warned_about(model, image):
+    with pytest.warns(UserWarning, match=r"1 class \(sky = building = road\): .*synonyms"):
+        model(image, ["sky, building, road"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(image, ["sky, building"])
+        model(image, ["sky, building, road", "photo"])
+        model(image, [vocabulary.ClassEntry("sky", ("building", "road"))])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda i: i / 255.0, TypeError, "float64.*uint8 .*255"),
+        (lambda i: i.astype(np.int32), TypeError, "int32.*uint8"),
+        (lambda i: i[..., 0], ValueError, r"\[40, 56\].*np.stack"),
+        (lambda i: np.concatenate([i, i[..., :1]], -1), ValueError, r"40, 56, 4.*\[\.\.\., :3\]"),
+        (lambda i: i.transpose(2, 0, 1), ValueError, "transpose"),
+        (lambda i: i[None], ValueError, "one a call"),
+        (lambda i: i[:0], ValueError, r"\[0, 56, 3\]"),
+        (lambda i: i.tolist(), TypeError, "a list is no array"),
+        (Image.fromarray, TypeError, "an? Image is no array.*np.asarray"),
+        (lambda i: "photo.png", TypeError, "a path is no array"),
+        (lambda i: None, TypeError, "NoneType"),
+    ],
+)
+def test_what_is_no_photo_says_what_would_be(model, image, change, error, words):
+    for call in (model, lambda i, c: model.maps([i], _entries(*c), model.config.sampler, 0)):
+        with pytest.raises(error, match=f"^image: .*{words}") as caught:
+            call(change(image), CLASSES)
+        assert "\n" not in str(caught.value) and "uint8 [H, W, 3]" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"steps": 0}, {"steps": 2.5}, {"ensemble": 0}, {"ensemble": "2"}, {"shortlist": -1}]
+    + [{"threshold": 2.0}, {"threshold": float("nan")}],
+)
+def test_settings_out_of_range_are_named(model, image, setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        model(image, CLASSES, **setting)
+
+
+def test_the_darkest_maps_still_have_an_order(make_segmenter, tiny_config):
+    """Closed: where all scores are 0 the nearest level wins, not the first."""
+    size, entries = (2, 3), _entries("sky", "building", "road")
+
+    def labels(gray, per_pass, closed=True, threshold=0.0):
+        model = make_segmenter(tiny_config(classes_per_pass=per_pass))
+        maps = np.broadcast_to(np.array(gray, np.float32)[:, None, None], (len(gray), 2, 2))
+        found = model.segmentation(maps, None, entries, size, threshold, closed)
+        assert found.scores.min() >= 0 and found.scores.max() <= 1
+        assert len(np.unique(found.labels)) == 1
+        return found.labels[0, 0]
+
+    assert labels([-1.5, -1.2, -1.3], 1) == 1
+    assert labels([-1.5, -1.2, -1.1], 1) == 2
+    assert labels([1.1, 1.5, 1.2], 1) == 1, "brighter than certain"
+    assert labels([-1.0, -1.0, -1.0], 1) == 0, "a tie goes to the first"
+    assert labels([-1.5, -1.2, -1.3], 1, closed=False, threshold=0.1) == 255
+    assert labels([-0.2, -1.2, -1.3], 1) == 0
+    assert labels([-1.4], 0) == 0 and labels([1.3], 0) == 2, "one image: the nearest level"
+    assert labels([0.4], 0) == 1 and labels([-0.6], 0) == 0
+    assert labels([-1.4, -1.2], 2) == 2, "of two images the brighter one"
+
+
+@pytest.fixture(scope="module")
+def with_vae(tiny_networks, tiny_config):
+    """A function of a change of the VAE that makes a Segmenter."""
+
+    def make(change):
+        unet, vae, *rest = tiny_networks
+        changed = nnx.clone(vae)
+        change(changed)
+        return segmenter_lib.Segmenter(unet, changed, *rest, tiny_config())
+
+    return make
+
+
+def _darken(vae):
+    vae.decoder.conv_out.bias[...] -= 3.0
+
+
+@pytest.mark.parametrize("ensemble", [{}, {"ensemble": 3}, {"ensemble": 2, "reduce": "mean"}])
+def test_dark_maps_of_the_networks_are_ordered(with_vae, model, image, ensemble):
+    """A decoder that is darker by 3 and by 0: the order of the classes is the same everywhere."""
+    dark = with_vae(_darken)
+    sampler = dataclasses.replace(model.config.sampler, **ensemble)
+    entries = _entries(*CLASSES)
+    gray, spread = dark.unclipped_maps([image], entries, sampler, 0)
+    clipped, _ = dark.maps([image], entries, sampler, 0)
+    assert gray.max() < -1 and (clipped == -1).all() and not spread.any()
+    bright, _ = model.unclipped_maps(
+        [image], entries, dataclasses.replace(sampler, align="none"), 0
+    )
+    found = dark.segmentation(gray[0], None, entries, (16, 16), 0.0, True).labels
+    same = (found == bright[0].argmax(0))[(np.abs(bright[0]) < 1).all(0)]
+    assert same.size > 100 and same.mean() > (0.99 if not ensemble else 0.9)
+    assert len(np.unique(found)) == 3
+
+
+def test_the_cheap_pass_of_a_shortlist_asks_at_the_first_timestep(
+    make_segmenter, tiny_config, image
+):
+    classes, maps = ("sky", "building", "road", "red tree"), []
+    for spacing in ("trailing", "leading", "linspace"):
+        config = tiny_config()
+        config.diffusion = dataclasses.replace(config.diffusion, timestep_spacing=spacing)
+        model = make_segmenter(config)
+        one = model(image, classes, steps=1, seed=5)
+        short = model(image, classes, steps=2, seed=5, shortlist=2)
+        kept = np.flatnonzero(short.network_scores.max((0, 1)) > 0).tolist()
+        maps.append((one.scores.tobytes(), kept))
+    assert maps[0] == maps[1] == maps[2]
+
+
+def test_what_a_shortlist_leaves_out_wins_nowhere(with_vae, image):
+    found = with_vae(_darken)(image, ("sky", "building", "road", "photo"), shortlist=2, closed=True)
+    assert len(np.unique(found.labels)) == 2
+
+
+def test_a_list_of_another_order_is_refused_where_levels_stand_for_classes(
+    tiny_networks, tiny_config, image, caplog
+):
+    trained = vocabulary.from_names(CLASSES, "run/classes.json")
+    config = tiny_config(classes_per_pass=0)
+    model = segmenter_lib.Segmenter(*tiny_networks, config, trained=trained)
+    assert model(image, ["Sky", "building", "road"]).classes == ("Sky", "building", "road")
+    for classes, words in (
+        (("building, edifice", "sky", "road"), "class 0 is 'sky', not 'building'"),
+        (CLASSES[:2], "there are 3 classes, not 2"),
+        ((*CLASSES, "photo"), "there are 3 classes, not 4"),
+        (("sky",), "there are 3 classes, not 1"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            model(image, classes)
+        assert "run/classes.json" in str(caught.value)
+    with caplog.at_level("WARNING"):
+        segmenter_lib.Segmenter(*tiny_networks, config)(image, CLASSES)
+    assert "does not say which classes" in caplog.text
+    caplog.clear()
+    bound = tiny_config(classes_per_pass=2, context="bound")
+    for free in (tiny_config(), bound):
+        with caplog.at_level("WARNING"):
+            open_ = segmenter_lib.Segmenter(*tiny_networks, free, trained=trained)
+            assert open_(image, ["road", "photo", "sky"]).classes == ("road", "photo", "sky")
+        assert not caplog.records
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_maps_that_are_not_finite_are_no_answer(model, with_vae, tiny_networks, image, value):
+    broken = model.with_params(jax.tree.map(lambda x: x * value, nnx.state(tiny_networks[0])))
+    for settings in ({}, {"ensemble": 2}, {"shortlist": 1}):
+        with pytest.raises(
+            UserError, match="image 1 of 1: .*'?sky.*not finite: .*weights of the UNet"
+        ):
+            broken(image, CLASSES, **settings)
+    huge = with_vae(lambda vae: nnx.update(vae, jax.tree.map(lambda x: x * 1e30, nnx.state(vae))))
+    entries = _entries("sky", "road")
+    with pytest.raises(UserError, match="b.png: the map of sky .*overflow"):
+        huge.unclipped_maps([image, image], entries, model.config.sampler, 0, ["b.png", "c.png"])
+    with pytest.raises(UserError, match="VAE decodes is not finite"):
+        huge.reconstruct(np.ones((1, 16, 16, 3), np.float32))
+
+
+def test_no_other_list_and_no_other_number_compiles_anything(make_segmenter, image, caplog):
+    """Once the sizes of a call are there: 1, 2 and 4 (the batch), however many jobs there are."""
+    model = make_segmenter()
+    names = [f"class {i}" for i in range(12)]
+    # Of other steps than those of other tests, which may have compiled it already.
+    sampler = dataclasses.replace(model.config.sampler, steps=3, batch_size=4)
+
+    def compiled(images, classes, ensemble=1):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            wanted = dataclasses.replace(sampler, ensemble=ensemble)
+            gray, spread = model.unclipped_maps([image] * images, _entries(*classes), wanted, 0)
+            for one, other in zip(gray, spread, strict=True):
+                shown = None if ensemble == 1 else other
+                model.segmentation(one, shown, _entries(*classes), (40, 56), 0.0, True)
+        return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")]
+
+    assert any("sample" in line for line in compiled(1, names[:3]))
+    assert compiled(1, names[3:6]) == [], "another list"
+    assert compiled(1, names[:4]) == [] and compiled(1, names[:7]) == [], (
+        "another number of classes"
+    )
+    assert compiled(2, names[:2]) == [] and compiled(3, names[:5]) == [], "another number of images"
+    for count in (1, 2):
+        compiled(1, names[:count])
+    compiled(1, names[:4], ensemble=2)
+    for images, classes, ensemble in ((1, 11, 1), (5, 1, 1), (2, 3, 2), (1, 9, 2), (3, 3, 2)):
+        assert compiled(images, names[:classes], ensemble) == []
 
 
 def test_too_many_classes_for_one_gray_image(make_segmenter, tiny_config, image):

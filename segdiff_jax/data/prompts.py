@@ -13,6 +13,12 @@ def prompts(entry: ClassEntry, templates: Sequence[str]) -> list[str]:
 
     Raises `UserError` when there is no template or one lacks "{class}".
     """
+    # replace, not format: other braces in a template are text.
+    return [template.replace(PLACEHOLDER, name) for name, template in asked(entry, templates)]
+
+
+def asked(entry: ClassEntry, templates: Sequence[str]) -> list[tuple[str, str]]:
+    """The (name, template) of each of `prompts`, in their order. Raises as `prompts` does."""
     if isinstance(templates, str):
         templates = (templates,)
     if not templates:
@@ -22,9 +28,4 @@ def prompts(entry: ClassEntry, templates: Sequence[str]) -> list[str]:
     for template in templates:
         if PLACEHOLDER not in template:
             raise UserError(f"config.prompts.templates: {template!r} lacks {PLACEHOLDER}, add it")
-    # replace, not format: other braces in a template are text.
-    return [
-        template.replace(PLACEHOLDER, name)
-        for name in (entry.name, *entry.synonyms)
-        for template in templates
-    ]
+    return [(name, template) for name in entry.names for template in templates]

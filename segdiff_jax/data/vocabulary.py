@@ -1,7 +1,11 @@
 """Class lists: names, synonyms and colours, in the order of their ids."""
 
 import colorsys
+import dataclasses
 import json
+import logging
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +15,40 @@ from etils import epath
 
 from segdiff_jax.errors import UserError
 
+log = logging.getLogger(__name__)
+
 _PACKAGED = Path(__file__).parent / "vocabularies"
+# In a classes.txt: a line that begins with #, or a # that stands alone. "#1 sign" is a name.
+_COMMENT = re.compile(r"\s*#(?!\d)|.*\s#(\s|$)")
+# Line and paragraph ends, control and format characters, halves of surrogate pairs.
+_INVISIBLE = ("Zl", "Zp", "Cc", "Cf", "Cs")
+_JOINERS = "\u200c\u200d"  # the format characters that some scripts write words with
+_BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and symbols without ink
+_SHOWN_CLASSES, _SHOWN_SYNONYMS, _SHOWN_LETTERS = 12, 3, 40  # in a summary
 
 
 @dataclass(frozen=True)
 class ClassEntry:
+    """A class. Raises `TypeError` if a name is no text, or `synonyms` is one text."""
+
     name: str
     synonyms: tuple[str, ...] = ()
     color: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.synonyms, str):
+            raise TypeError(
+                f"ClassEntry: synonyms={self.synonyms!r} is one text: give a tuple of them"
+            )
+        object.__setattr__(self, "synonyms", tuple(self.synonyms))
+        for name in self.names:
+            if not isinstance(name, str):
+                raise TypeError(f"ClassEntry: the name {name!r} is no text")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name, then its synonyms."""
+        return (self.name, *self.synonyms)
 
 
 @dataclass(frozen=True)
@@ -33,13 +63,12 @@ class Vocabulary:
             raise UserError(f"{self.name}: empty class list, name at least one class")
         seen: dict[str, str] = {}
         for entry in self.classes:
-            if not entry.name:
-                raise UserError(f"{self.name}: a class has an empty name, remove or name it")
-            # CLIP lower-cases its input: "Sky" and "sky" would be the same prompt.
-            key = entry.name.casefold()
+            for name in entry.names:
+                _check_name(name, self.name)
+            key = same_name(entry.name)
             if key in seen:
                 raise UserError(
-                    f"{self.name}: duplicate class name {entry.name!r}, keep one of them"
+                    f"{self.name}: duplicate class name {shorten(entry.name)!r}, keep one of them"
                 )
             seen[key] = entry.name
 
@@ -50,12 +79,89 @@ class Vocabulary:
     def names(self) -> tuple[str, ...]:
         return tuple(entry.name for entry in self.classes)
 
+    def summary(self) -> str:
+        """The list as it was understood, in one line: "2 classes, 1 synonym: sky; brick (= wall)".
+
+        What looks like several classes between commas gets a hint. Long lists are cut.
+        """
+        first, count = self.classes[0], len(self.classes)
+        if count == 1 and first.synonyms:
+            shown = " = ".join(_first(first.names, 1 + _SHOWN_SYNONYMS))
+            hint = f": {SEPARATE_CLASSES}" if looks_like_several(first) else ""
+            return f"1 class ({shown}){hint}"
+        synonyms = sum(len(entry.synonyms) for entry in self.classes)
+        said = ", ".join(
+            [_count(count, "class"), *([_count(synonyms, "synonym")] * (synonyms > 0))]
+        )
+        described = []
+        for entry in self.classes[:_SHOWN_CLASSES]:
+            others = ", ".join(_first(entry.synonyms, _SHOWN_SYNONYMS))
+            described.append(shorten(entry.name) + (f" (= {others})" if others else ""))
+        if count > _SHOWN_CLASSES:
+            described.append(f"and {count - _SHOWN_CLASSES} more")
+        return f"{said}: {'; '.join(described)}"
+
     def palette(self) -> np.ndarray:
         """uint8 [K, 3]: RGB of each id, the class's own or one made up for its id."""
         colors = [
             _fallback_color(i) if e.color is None else e.color for i, e in enumerate(self.classes)
         ]
         return np.array(colors, np.uint8)
+
+
+SEPARATE_CLASSES = (
+    'commas stand between synonyms: if these are several classes, write ";" between them, '
+    "or one a line in a file, or one a string in Python"
+)
+
+
+def looks_like_several(entry: ClassEntry) -> bool:
+    """Whether the only class of a list was probably meant as a list."""
+    return len(entry.synonyms) > 1
+
+
+def same_name(name: str) -> str:
+    """Equal for names that CLIP's tokenizer does not tell apart: it lower-cases its input."""
+    plain = unicodedata.normalize("NFC", name).casefold()
+    return " ".join(plain.translate({ord(c): None for c in _JOINERS}).split())
+
+
+def shorten(text: str, letters: int = _SHOWN_LETTERS) -> str:
+    """`text` for a message: cut where it is longer than `letters`."""
+    return text if len(text) <= letters else text[: letters - 1] + "…"
+
+
+def _first(names: Sequence[str], count: int) -> list[str]:
+    more = [f"{len(names) - count} more"] if len(names) > count else []
+    return [shorten(name) for name in names[:count]] + more
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
+def _check_name(name: str, source: str) -> None:
+    """Raises `UserError`, with what is invisible spelt out, for a name that cannot be seen."""
+    ends = {name[:1], name[-1:]}
+    bad = [c for c in name if _invisible(c) and not (c in _JOINERS and c not in ends)]
+    if bad:
+        raise UserError(
+            f"{source}: the class name '{visible(name)}' holds the invisible character "
+            f"{visible(bad[0])}: remove it"
+        )
+    if not name:
+        raise UserError(f"{source}: a class has an empty name, remove or name it")
+    if not any(unicodedata.category(c)[0] in "LNPS" for c in name):
+        raise UserError(f"{source}: the class name {ascii(name)} shows nothing, remove or name it")
+
+
+def _invisible(character: str) -> bool:
+    return unicodedata.category(character) in _INVISIBLE or character in _BLANKS
+
+
+def visible(text: str) -> str:
+    """`text` for a message: what cannot be seen in it, or would upset a terminal, as an escape."""
+    return "".join(ascii(c)[1:-1] if _invisible(c) else c for c in shorten(text))
 
 
 def _fallback_color(i: int) -> tuple[int, int, int]:
@@ -72,9 +178,10 @@ def packaged() -> tuple[str, ...]:
 
 
 def load(name_or_path: str | epath.PathLike) -> Vocabulary:
-    """A packaged vocabulary by name, or a classes.txt (local or gs://) by path.
+    """A packaged vocabulary by name, or a classes.txt or .json (local or gs://) by path.
 
     classes.txt has one class a line, in id order: its name, then its synonyms, between commas.
+    A .json is the `classes.json` of a training. Raises `UserError` for what is neither.
     """
     text = str(name_or_path)
     if text in packaged():
@@ -87,26 +194,95 @@ def load(name_or_path: str | epath.PathLike) -> Vocabulary:
             f"vocabulary {text!r}: no such file, and not one of {', '.join(packaged())}"
         ) from error
     try:
-        lines = data.decode("utf-8-sig").splitlines()
+        content = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{text}: not text in UTF-8, write one class name a line") from error
+    if path.suffix == ".json":
+        return _from_stored(content, text)
+    return _from_lines(content, text)
+
+
+def _from_lines(content: str, path: str) -> Vocabulary:
+    # Not splitlines(): it also cuts at characters that are no line end to any editor.
+    lines = content.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     for number, line in enumerate(lines, 1):
         if not line.split(",")[0].strip():
-            raise UserError(f"{text}:{number}: no class name, but every line is an id: fill it in")
-    return from_names(lines, name=text)
+            raise UserError(f"{path}:{number}: no class name, but every line is an id: fill it in")
+        if _COMMENT.match(line):
+            raise UserError(
+                f"{path}:{number}: '{visible(line.strip())}' looks like a comment, but every "
+                "line is a class: remove it"
+            )
+    return from_names(lines, name=path)
 
 
 def from_names(names: Iterable[str], name: str = "classes") -> Vocabulary:
     """Classes from "name, synonym, …" strings; the first comma ends the name."""
     if isinstance(names, str):
         names = [names]
-    entries = []
-    for text in names:
-        first, *rest = (part.strip() for part in text.split(","))
-        entries.append(ClassEntry(first, tuple(part for part in rest if part)))
-    return Vocabulary(name, tuple(entries))
+    return Vocabulary(name, tuple(entry_from(text, name) for text in names))
+
+
+def entry_from(text: str, source: str = "classes") -> ClassEntry:
+    """The class of "name, synonym, …". Raises `UserError` for ";", which stands between classes."""
+    if ";" in text:
+        raise UserError(
+            f"{source}: '{visible(text.strip())}' holds a semicolon, which stands between classes: "
+            "give each class a line in a file, or a string of its own in Python"
+        )
+    first, *rest = (part.strip() for part in text.split(","))
+    return ClassEntry(first, tuple(part for part in rest if part))
+
+
+def first_difference(classes: Sequence[ClassEntry], others: Sequence[ClassEntry]) -> str:
+    """Where `others` first differs from `classes` in its names: "class 2 is 'sky', not 'road'"."""
+    for number, (one, other) in enumerate(zip(classes, others, strict=False)):
+        if same_name(one.name) != same_name(other.name):
+            return f"class {number} is {shorten(other.name)!r}, not {shorten(one.name)!r}"
+    if len(classes) == len(others):
+        return ""
+    return f"there are {len(others)} classes, not {len(classes)}"
+
+
+def check_known(
+    classes: Sequence[ClassEntry], trained: Vocabulary | None, classes_per_pass: int
+) -> None:
+    """Raises `UserError` if a model of one gray image for all classes has not learnt `classes`.
+
+    Its gray levels stand for the classes of the training, whatever the text says. A model with
+    another `classes_per_pass` reads names, and takes any. Synonyms may differ.
+    """
+    if classes_per_pass or (len(classes) == 1 and (trained is None or len(trained) == 1)):
+        return
+    if trained is None:
+        log.warning(
+            "the checkpoint does not say which classes it was trained with (it is of an earlier "
+            "version): it paints them into one gray image, so only the same list in the same "
+            "order has a meaning"
+        )
+        return
+    difference = first_difference(classes, trained.classes)
+    if difference:
+        raise UserError(
+            f"this model paints all classes into one gray image and knows only the list it was "
+            f"trained with, where {difference}: ask for all of {trained.name}, in that order"
+        )
+
+
+def to_json(vocabulary: Vocabulary) -> str:
+    """What `load` reads from a `.json` file: names and synonyms in id order."""
+    classes = [{"name": e.name, "synonyms": list(e.synonyms)} for e in vocabulary.classes]
+    value = {"name": vocabulary.name, "classes": classes}
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def _from_stored(content: str, path: str) -> Vocabulary:
+    try:
+        return dataclasses.replace(_from_json(json.loads(content)), name=path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no class list of this program: restore it") from error
 
 
 def _from_json(value: dict) -> Vocabulary:
@@ -131,7 +307,7 @@ def _distinct(entries: Sequence[ClassEntry]) -> list[ClassEntry]:
     result = []
     for i, entry in enumerate(entries):
         if keepers[entry.name] != i:
-            name = next(synonym for synonym in entry.synonyms if synonym not in taken)
+            name = next((s for s in entry.synonyms if s not in taken), entry.name)
             taken.add(name)
             others = tuple(synonym for synonym in entry.synonyms if synonym != name)
             entry = ClassEntry(name, (entry.name, *others), entry.color)

@@ -138,8 +138,12 @@ def to_x0_and_noise(
 def sampling_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
     """The timesteps of a `steps`-step sampler, descending, int32 [steps].
 
-    Table 2 of arXiv 2305.08891, rounded as diffusers does. Raises `UserError` if `steps` is
-    not in 1 ... T, or if `leading` with this `steps_offset` would start beyond T - 1.
+    Table 2 of arXiv 2305.08891, rounded as diffusers does, but for one step: that is taken from
+    T - 1 whatever the spacing. `leading` and `linspace` would ask for it at the end of the process,
+    about a sample of pure noise that the network takes to be nearly clean.
+
+    Raises `UserError` if `steps` is not in 1 ... T, or if `leading` with this `steps_offset` would
+    start beyond T - 1.
     """
     total = schedule.num_train_timesteps
     if not 1 <= steps <= total:
@@ -147,7 +151,9 @@ def sampling_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
             f"config.sampler.steps={steps}: must be between 1 and {total}, the training timesteps"
         )
     timesteps: np.ndarray
-    if schedule.timestep_spacing == "linspace":
+    if steps == 1:
+        timesteps = np.array([total - 1])
+    elif schedule.timestep_spacing == "linspace":
         timesteps = np.linspace(0, total - 1, steps).round()[::-1]
     elif schedule.timestep_spacing == "leading":
         timesteps = np.arange(steps)[::-1] * (total // steps) + schedule.steps_offset
@@ -165,11 +171,12 @@ def sampling_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
 def previous_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
     """Where each step of `sampling_timesteps` lands, int32 [steps]; negative means x_0.
 
-    As in diffusers this is t - T // steps, which is not the next sampling timestep when steps
-    does not divide T or the spacing is linspace: matched so that results carry over.
+    That is the next sampling timestep, at which the network is asked next. In diffusers it is
+    t - T // steps: the same where steps divides T and the spacing is trailing or leading, elsewhere
+    a noise level that the next step then mistakes.
     """
-    stride = schedule.num_train_timesteps // steps
-    return sampling_timesteps(schedule, steps) - np.int32(stride)
+    timesteps = sampling_timesteps(schedule, steps)
+    return np.append(timesteps[1:], np.int32(-1))
 
 
 def ddim_step(

@@ -75,8 +75,8 @@ def evaluate(
       `Result`. Where the source names novel classes, the summary has the trained / novel split.
 
     Raises:
-      UserError: an image or its labels cannot be read (the message names the file), or the model
-        gives maps that are not finite.
+      UserError: an image or its labels cannot be read, or its maps are not finite; the message
+        names the file. The model cannot tell the classes apart, or does not know them.
     """
     sampler = sampler or segmenter.config.sampler
     if ceiling:
@@ -94,6 +94,8 @@ def evaluate(
     ids: Counter[int] = Counter()  # of the mask files: pixels
     kept: list[Example] = []
     photos: list[reconstruction.Sums] = []
+    if not ceiling:
+        segmenter.table(classes)  # what is wrong with the classes is wrong before the first image
     if progress:
         progress(0, total)
     for start in range(0, total, size):
@@ -109,7 +111,9 @@ def evaluate(
             gray = _painted_and_back(segmenter, labels, len(classes), sampler)
             photos.append(_photos_and_back(segmenter, images, len(numbers)))
         else:
-            gray, spread = segmenter.maps(list(images), classes, sampler, seed)
+            names = [own[i]["name"] if i in own else f"image {chosen[i]}" for i in numbers]
+            names += names[-1:] * (size - len(names))
+            gray, spread = segmenter.unclipped_maps(list(images), classes, sampler, seed, names)
         for i, record in own.items():
             spread_i = spread[i - start] if spread is not None and sampler.ensemble > 1 else None
             example = _scored(decide, gray[i - start], spread_i, record)
@@ -164,13 +168,8 @@ def _scored(
     spread: np.ndarray | None,
     record: Mapping[str, Any],
 ) -> Example:
-    """What the maps [P, h, w] of an image say at its own size. `UserError` if they say nothing."""
+    """What the maps [P, h, w] of an image say at its own size."""
     name, labels = record["name"], record["labels"]
-    if not (np.isfinite(gray).all() and (spread is None or np.isfinite(spread).all())):
-        raise UserError(
-            f"{name}: the model's maps are not finite numbers, so there is nothing to score: "
-            "use an earlier checkpoint, or check the weights it was trained from"
-        )
     found = decide(gray, spread, size=labels.shape)
     return Example(name, record["image"], labels, found.labels, found.uncertainty)
 
@@ -199,7 +198,7 @@ def _images_per_call(segmenter: Segmenter, num_classes: int, sampler: SamplerCon
 def _painted_and_back(
     segmenter: Segmenter, labels: np.ndarray, num_classes: int, sampler: SamplerConfig
 ) -> np.ndarray:
-    """Labels [I, h, w] → the gray maps [I, P, h, w] that a perfect sampler would return."""
+    """Labels [I, h, w] → the unclipped maps [I, P, h, w] that a perfect sampler would return."""
     config = segmenter.config
     height, width = config.data.image_size
     groups = codec.groups(num_classes, codec.group_size(num_classes, config.codec.classes_per_pass))

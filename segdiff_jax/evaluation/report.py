@@ -252,11 +252,17 @@ def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, Any]]) -> Im
 
 def _shorten(text: str, font: Any, width: float) -> str:
     text = " ".join(text.split())  # a line break would upset the layout
-    if font.getlength(text) <= width:
+    high = 2  # so many letters do not fit: found from below, for a name may be very long
+    while high < len(text) and font.getlength(text[:high]) <= width:
+        high *= 2
+    if high >= len(text) and font.getlength(text) <= width:
         return text
-    while len(text) > 1 and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    low, high = 1, min(high, len(text))  # one is always shown
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = font.getlength(text[:middle] + "…") <= width
+        low, high = (middle, high) if fits else (low, middle)
+    return text[:low] + "…"
 
 
 def _cell(value: str | float | int | None) -> str:

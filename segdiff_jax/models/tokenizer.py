@@ -29,6 +29,7 @@ _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
+_LONGEST_WORD = 100  # letters, of the words that merges are learnt from: the time is their square
 _ROLES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 _FLAGS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
 
@@ -100,6 +101,13 @@ class Tokenizer:
         ids = [self._backend.encode(text).ids for text in texts]
         return np.asarray(ids, np.int32).reshape(len(ids), self.model_max_length)
 
+    def kept(self, text: str) -> int:
+        """How many characters of `text` its ids stand for: all, or fewer where it is too long."""
+        found = self._backend.encode(text)
+        if not found.overflowing:
+            return len(text)
+        return max(end for _, end in found.offsets)
+
     @staticmethod
     def load(directory: os.PathLike[str] | str) -> "Tokenizer":
         """Reads a `tokenizer/` folder, local or `gs://`.
@@ -161,7 +169,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
     words: Counter[str] = Counter()
     for text in texts:
         normal = plain.normalizer.normalize_str(text)
-        words.update(word for word, _ in plain.pre_tokenizer.pre_tokenize_str(normal))
+        found = plain.pre_tokenizer.pre_tokenize_str(normal)
+        words.update(word for word, _ in found if len(word) <= _LONGEST_WORD)
     merges = _learn_merges(words, room)
     tokens += [left + right for left, right in merges]
     tokens = list(dict.fromkeys(tokens)) + [BOS, EOS]

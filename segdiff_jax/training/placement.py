@@ -66,6 +66,24 @@ def equal_parts(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
         yield np.take(rows, range(start, start + size), axis=0, mode="wrap")
 
 
+def rows_of_call(count: int, most: int, devices: int) -> int:
+    """Rows of the compiled calls that `count` rows are worked off in: one of a few numbers.
+
+    On each device 1, 2, 4, 8, and from there on twice and three times a power of two: 12, 16, 24,
+    32, ..., up to `most` rows over all devices. So a few rows do not pay for many, at worst three
+    for five, and after the first few calls no number of rows compiles anything.
+    """
+    largest = multiple(most, devices) // devices
+    wanted, size = min(-(-count // devices), largest), 1
+    while size < wanted:
+        size = size + size // 2 if size >= 8 and size & (size - 1) == 0 else _next_power(size)
+    return devices * min(size, largest)
+
+
+def _next_power(size: int) -> int:
+    return 1 << size.bit_length()
+
+
 def multiple(count: int, of: int) -> int:
     """The smallest multiple of `of` that is at least `count`."""
     return -(-count // of) * of

@@ -27,7 +27,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.models import flops, presets, pretrained
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.pretrained import Pretrained
-from segdiff_jax.models.tokenizer import train_tokenizer
+from segdiff_jax.models.tokenizer import Tokenizer, train_tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.training import latent_cache, lock, loop, losses, origin, processes, sharding
@@ -45,7 +45,7 @@ Batches = Callable[[int, list[int]], pipeline.TrainBatches]
 
 
 def train(
-    config: Config, workdir: str, startup: StartUp | None = None, first_stage: bool = True
+    config: Config, workdir: str, startup: StartUp | None = None, nested: bool = False
 ) -> None:
     """Runs `config.stage` in `workdir`, the VAE stage before it where it is needed.
 
@@ -53,16 +53,18 @@ def train(
     see the same `workdir`, which is locked meanwhile (`lock.held`). Nothing is written there before
     all is known that could forbid it. Raises `UserError` for what a user can mend and
     `loop.Stopped` after a signal. `startup` tells in the log what the time to the first step went
-    to. The first stage says what the labels hold.
+    to. `nested`: a stage before another, which has told the log of classes and labels.
     """
     startup = startup or StartUp()
     _check_start(config, workdir)
     origin.check(config, workdir)
     source = open_source(config.data, config.data.train_split, config.seed)
     origin.check_balance(config, source)
+    workdirs.settle_classes(workdir, source.vocabulary, write=False)
     if config.train.eval_every and config.stage != "vae":
         open_source(config.data, config.data.val_split, config.seed)
-    if first_stage and processes.is_first():
+    if not nested and processes.is_first():
+        log.info("%s", source.vocabulary.summary())
         label_summary.report(source, config.data, config.data.train_split)
     startup.done("data")
     processes.barrier()  # all have looked
@@ -106,14 +108,15 @@ def _check_start(config: Config, workdir: str) -> None:
 
 def _begin(run: Run) -> None:
     """Marks the folder as the workdir of this run, unless it is that already."""
-    if processes.all_agree(workdirs.is_workdir(run.workdir)):
-        return
-    _write_config(run)
-    if not workdirs.is_workdir(run.workdir):
-        raise UserError(
-            f"{run.workdir}: process {processes.index()} does not see what process 0 wrote there: "
-            "choose a --workdir that all machines share, such as gs://..."
-        )
+    if not processes.all_agree(workdirs.is_workdir(run.workdir)):
+        _write_config(run)
+        if not workdirs.is_workdir(run.workdir):
+            raise UserError(
+                f"{run.workdir}: process {processes.index()} does not see what process 0 wrote "
+                "there: choose a --workdir that all machines share, such as gs://..."
+            )
+    write = processes.is_first()
+    workdirs.settle_classes(run.workdir, run.source.vocabulary, write=write)
 
 
 def _write_config(run: Run) -> None:
@@ -131,6 +134,7 @@ def _train_vae(run: Run) -> None:
         if done >= config.train.steps:
             _nothing_to_do(own, done)
             return
+    _check_prompts(config, run.source.vocabulary)
     processes.barrier()  # all have looked
     mesh, given = sharding.make_mesh(config.mesh), None
     if config.init_from:
@@ -195,7 +199,9 @@ def _train_diffusion(run: Run) -> None:
         from segdiff_jax.segmenter import Segmenter
         from segdiff_jax.training.validation import validator
 
-        segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, mesh)
+        segmenter = Segmenter(
+            unet, vae, text_encoder, tokenizer, config, mesh, run.source.vocabulary
+        )
         validate = validator(segmenter, config)
     batches = _batches(run, vae if config.data.cache_latents else None)
     group = codec.group_size(len(entries), config.codec.classes_per_pass)
@@ -255,7 +261,7 @@ def _starting_point(run: Run) -> str:
     untraced = dataclasses.replace(config.train, profile_steps=0)
     first = dataclasses.replace(config, stage="vae", train=untraced)
     folder = str(epath.Path(run.workdir) / workdirs.VAE_STAGE)
-    train(first, folder, run.startup, first_stage=False)
+    train(first, folder, run.startup, nested=True)
     return str(epath.Path(folder) / workdirs.PRETRAINED)
 
 
@@ -298,17 +304,26 @@ def _new_vae(config: Config) -> VAE:
     return VAE(architecture.vae, dtype=dtype, rngs=nnx.Rngs(config.seed))
 
 
-def _new_text(config: Config, vocabulary: Vocabulary) -> tuple[CLIPText, Any]:
+def _new_text(config: Config, vocabulary: Vocabulary) -> tuple[CLIPText, Tokenizer]:
     """A tokenizer that knows the vocabulary's words, and a random encoder for it."""
+    tokenizer = _new_tokenizer(config, vocabulary)
     architecture = presets.architecture(config.model.preset).text_encoder
-    templates = config.prompts.templates
-    sentences = [text for entry in vocabulary.classes for text in prompts(entry, templates)]
-    tokenizer = train_tokenizer(
-        sentences, architecture.vocab_size, architecture.max_position_embeddings
-    )
     fitted = dataclasses.replace(architecture, vocab_size=tokenizer.vocab_size)
     build = nnx.jit(lambda: CLIPText(fitted, rngs=nnx.Rngs(config.seed)))
     return build(), tokenizer
+
+
+def _new_tokenizer(config: Config, vocabulary: Vocabulary) -> Tokenizer:
+    architecture = presets.architecture(config.model.preset).text_encoder
+    templates = config.prompts.templates
+    sentences = [text for entry in vocabulary.classes for text in prompts(entry, templates)]
+    return train_tokenizer(sentences, architecture.vocab_size, architecture.max_position_embeddings)
+
+
+def _check_prompts(config: Config, vocabulary: Vocabulary) -> None:
+    """Raises before the VAE's training what would stop the training after it."""
+    tokenizer = _new_tokenizer(config, vocabulary)
+    conditioning.prompt_ids(tokenizer, vocabulary.classes, config.prompts.templates)
 
 
 def _with_scaling(vae: VAE, config: Config, source: Source) -> VAE:

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.diffusion import sampler as P
-from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.diffusion.schedule import make_schedule, sampling_timesteps
 from segdiff_jax.errors import UserError
 
 SHAPE = (6, 5, 4)
@@ -42,15 +42,22 @@ def setup(spacing="trailing", zero_snr=True, prediction="v_prediction"):
 
 
 def diffusers_loop(oracle, latents, steps, eta, noises):
+    """Where T // steps is not the way to the next timestep, the scheduler is told what is."""
     oracle.set_timesteps(steps)
+    timesteps = oracle.timesteps.tolist() if steps > 1 else [999]
     x = torch.tensor(np.asarray(latents))
-    for i, t in enumerate(oracle.timesteps.tolist()):
+    for i, t in enumerate(timesteps):
+        if i + 1 < steps:
+            oracle.num_inference_steps = 1000 // (t - timesteps[i + 1])  # its stride is T // this
+            assert 1000 // oracle.num_inference_steps == t - timesteps[i + 1]
+        else:
+            oracle.num_inference_steps = 1  # to x_0
         noise = torch.tensor(np.asarray(noises[i])) if eta else None
         x = oracle.step(predict_torch(x, t), t, x, eta=eta, variance_noise=noise).prev_sample
     return x.numpy()
 
 
-@pytest.mark.parametrize("steps", [1, 4, 10, 50])
+@pytest.mark.parametrize("steps", [1, 4, 10, 30, 50])
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
 @pytest.mark.parametrize("zero_snr", [False, True])
@@ -73,8 +80,22 @@ def test_equals_the_diffusers_loop_for_other_predictions(prediction):
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=2e-5)
 
 
-def test_a_perfect_network_is_recovered_in_one_step_and_in_many():
-    schedule, _ = setup()
+@pytest.mark.parametrize("steps", [4, 10, 50])
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_nothing_is_told_where_the_steps_divide_t(steps, spacing):
+    schedule, oracle = setup(spacing)
+    latents = P.initial_noise(jax.random.key(1), SHAPE)
+    oracle.set_timesteps(steps)
+    x = torch.tensor(np.asarray(latents))
+    for t in oracle.timesteps.tolist():
+        x = oracle.step(predict_torch(x, t), t, x).prev_sample
+    found = P.sample(predict, schedule, latents, steps)
+    np.testing.assert_allclose(found, x, atol=2e-5)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_a_perfect_network_is_recovered_in_one_step_and_in_many(spacing):
+    schedule, _ = setup(spacing)
     x0 = jax.random.normal(jax.random.key(3), SHAPE)
 
     def perfect(x, t):
@@ -83,10 +104,13 @@ def test_a_perfect_network_is_recovered_in_one_step_and_in_many():
         return jnp.sqrt(a) * noise - jnp.sqrt(1 - a) * x0
 
     a0 = schedule.final_alpha_cumprod
-    latents = P.initial_noise(jax.random.key(1), SHAPE)
-    for steps in (1, 4, 50):
+    noise = P.initial_noise(jax.random.key(1), SHAPE)
+    for steps in (1, 4, 30, 50):
+        # `leading` starts below T - 1, where there is a little signal
+        start = schedule.alphas_cumprod[sampling_timesteps(schedule, steps)[0]]
+        latents = jnp.sqrt(start) * x0 + jnp.sqrt(1 - start) * noise
         found = P.sample(perfect, schedule, latents, steps)
-        expected = jnp.sqrt(a0) * x0 + jnp.sqrt(1 - a0) * latents  # the final a_t is not quite 1
+        expected = jnp.sqrt(a0) * x0 + jnp.sqrt(1 - a0) * noise  # the final a_t is not quite 1
         np.testing.assert_allclose(found, expected, atol=1e-3)
 
 

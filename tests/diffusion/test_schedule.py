@@ -53,10 +53,10 @@ def test_alphas_match_diffusers(zero_snr, beta_schedule, to_one):
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_timesteps_match_diffusers_for_every_step_count(spacing):
+def test_timesteps_match_diffusers_for_every_step_count_above_one(spacing):
     ours, oracle = both(spacing=spacing)
     longest = 999 if spacing == "leading" else 1000
-    for steps in range(1, longest + 1):
+    for steps in range(2, longest + 1):
         oracle.set_timesteps(steps)
         expected = oracle.timesteps.numpy()
         # diffusers' float arange sometimes appends a timestep -1, which is no timestep
@@ -64,6 +64,26 @@ def test_timesteps_match_diffusers_for_every_step_count(spacing):
         found = S.sampling_timesteps(ours, steps)
         assert found.shape == (steps,) and found.dtype == np.int32
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_one_step_is_taken_from_pure_noise_whatever_the_spacing(spacing):
+    ours, _ = both(spacing=spacing)
+    assert S.sampling_timesteps(ours, 1).tolist() == [999]
+    assert S.previous_timesteps(ours, 1).tolist() == [-1]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_each_step_lands_where_the_next_one_begins(spacing):
+    ours, oracle = both(spacing=spacing)
+    for steps in (2, 3, 7, 10, 30, 50, 64, 333, 600):
+        timesteps, previous = S.sampling_timesteps(ours, steps), S.previous_timesteps(ours, steps)
+        assert previous.dtype == np.int32
+        assert previous.tolist() == [*timesteps[1:].tolist(), -1]
+        if 1000 % steps == 0 and spacing != "linspace":  # there diffusers says the same
+            oracle.set_timesteps(steps)
+            theirs = oracle.timesteps.numpy() - 1000 // steps
+            assert np.maximum(theirs, -1).tolist() == previous.tolist()
 
 
 @pytest.mark.parametrize("steps", [-1, 0, 1001])
@@ -128,6 +148,8 @@ def test_ddim_step_matches_diffusers(prediction, spacing, zero_snr, to_one, eta)
     timesteps, previous = S.sampling_timesteps(ours, 10), S.previous_timesteps(ours, 10)
     np.testing.assert_array_equal(timesteps, oracle.timesteps)
     for t, t_prev in zip(timesteps.tolist(), previous.tolist(), strict=True):
+        # Its stride is T // this. For linspace, where it would be another, told to land as ours.
+        oracle.num_inference_steps = 1000 // (t - t_prev) if t_prev >= 0 else 10
         step = oracle.step(
             torch.tensor(model_output), t, torch.tensor(sample), eta=eta,
             variance_noise=torch.tensor(noise),

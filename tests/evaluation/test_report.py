@@ -2,6 +2,7 @@
 
 import base64
 import io
+import time
 from html.parser import HTMLParser
 
 import numpy as np
@@ -149,6 +150,20 @@ def _page(tmp_path, **arguments) -> _Reader:
     reader = _Reader((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
     assert reader.open == []  # every tag is closed
     return reader
+
+
+@pytest.mark.parametrize("letters", [1, 3, 12, 50, 10_000, 1_000_000])
+def test_a_name_too_long_for_the_legend_is_cut_at_once(letters):
+    photo, labels = np.zeros((40, 160, 3), np.uint8), np.zeros((40, 160), np.uint8)
+    palette = np.array([[200, 10, 10]], np.uint8)
+    start = time.perf_counter()
+    picture = report.overlay(photo, labels, palette, ["x" * letters])
+    assert time.perf_counter() - start < 2
+    drawn = (np.asarray(picture)[40:, 18:] < 128).all(-1)  # the dark pixels of the text
+    columns = np.flatnonzero(drawn.any(0))
+    assert columns.size and columns.max() + 18 < 160
+    if letters >= 50:
+        assert columns.max() + 18 > 140, "as much as fits"
 
 
 def test_page_is_complete_and_self_contained(tmp_path):
