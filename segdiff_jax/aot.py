@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from segdiff_jax import cli, codec, files, segmenter
 from segdiff_jax.combinations import check_image_size
-from segdiff_jax.conditioning import PromptTable
+from segdiff_jax.conditioning import PromptTable, context
 from segdiff_jax.config import Config, of_stage, to_dict
 from segdiff_jax.data import scenes, vocabulary
 from segdiff_jax.diffusion.schedule import make_schedule
@@ -222,26 +222,18 @@ def _sampler(config: Config, nets: _Networks, mesh: Mesh, jobs: int) -> tuple[An
     """`segmenter.sampler_on` and its arguments: all that this file knows of how it is called."""
     whole, rows = sharding.replicated(mesh), sharding.rows_sharding(mesh)
     (unet, unet_params), (vae, vae_params) = nnx.split(nets.unet), nnx.split(nets.vae)
-    everywhere = (
-        kernels_as_multiplied(unet, unet_params),
-        vae_params,
-        jax.eval_shape(lambda: make_schedule(config.diffusion)),
+    schedule, key = jax.eval_shape(lambda: (make_schedule(config.diffusion), jax.random.key(0)))
+    kind, ids = config.codec.context, jax.ShapeDtypeStruct((jobs, nets.group), jnp.int32)
+    contexts, mask = jax.eval_shape(lambda table, ids: context(table, ids, kind), nets.table, ids)
+    shared = kernels_as_multiplied(unet, unet_params), vae_params, schedule
+    members = jax.ShapeDtypeStruct((jobs,), jnp.int32)
+    per_job = contexts, mask, _floats(jobs, *nets.latent), members
+    return segmenter.sampler_on(mesh), (
+        *(unet, vae, config.sampler.steps, config.sampler.eta),
+        *(sharding.abstract(tree, whole) for tree in shared),
+        *(sharding.abstract(tree, rows) for tree in per_job),
+        sharding.abstract(key, whole),
     )
-    bound = config.codec.context == "bound"
-    of_jobs = (
-        _floats(jobs, nets.tokens, nets.table.pooled.shape[-1]),
-        jax.ShapeDtypeStruct((jobs, nets.group), jnp.bool_) if bound else None,
-        _floats(jobs, *nets.latent),
-        jax.ShapeDtypeStruct((jobs,), jnp.int32),
-    )
-    key = sharding.abstract(jax.eval_shape(lambda: jax.random.key(0)), whole)
-    static = (unet, vae, config.sampler.steps, config.sampler.eta)
-    arrays = (
-        *(sharding.abstract(tree, whole) for tree in everywhere),
-        *(sharding.abstract(tree, rows) for tree in of_jobs),
-        key,
-    )
-    return segmenter.sampler_on(mesh), (*static, *arrays)
 
 
 def measure(step: Step, chip: chips.Chip, count: int, steps: int | None) -> dict[str, Any]:
