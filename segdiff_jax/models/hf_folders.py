@@ -47,7 +47,11 @@ def locate(
 def locate_configs(source: str) -> epath.Path:
     """The folder that `source` means; of a repository only the small files are downloaded."""
     with files.reading(source):
-        return _root(source, None, lambda name, at: _fetch(name, at, _small([*STEM, "schedule"])))
+        return _root(
+            source,
+            None,
+            lambda name, at: _fetch(name, at, _small([*STEM, "tokenizer", "schedule"])),
+        )
 
 
 def _root(

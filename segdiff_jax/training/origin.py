@@ -60,14 +60,18 @@ def variant(config: Config) -> str | None:
 def _check_init_from(config: Config) -> None:
     start = config.init_from
     if not workdirs.is_workdir(start):
-        found = pretrained.describe(start, variant=variant(config))
-        if found.vae is None:
-            raise UserError(f"{found.root / 'vae'}: no such folder: {start} has no VAE")
+        alone = config.stage == "vae"
+        needed = ("vae",) if alone else ("unet", "vae", "text_encoder", "tokenizer")
+        described = ("vae",) if alone else ("unet", "vae", "text_encoder", "schedule")
+        found = pretrained.describe(start, described, variant(config))
+        for part in needed:
+            if not (found.root / part).exists():
+                raise UserError(f"{found.root / part}: no such folder: {start} has no {part}")
+        assert found.vae is not None
         check_image_size(config, found.vae.downsampling, f"the VAE of {start}")
         if config.stage == "diffusion":
             _check_parts(found, start)
-            if found.unet:
-                _compare(config, found.schedule, start)
+            _compare(config, found.schedule, start)
         return
     if config.init_variant:
         raise UserError(

@@ -51,9 +51,9 @@ def begin(micro_config, tmp_path, monkeypatch):
     def load(*_, **__):
         raise Reached
 
-    def begin(folder, **diffusion):
+    def begin(folder, stage="diffusion", **diffusion):
         config = micro_config()
-        config.init_from, config.train.eval_every = str(folder), 0
+        config.stage, config.init_from, config.train.eval_every = stage, str(folder), 0
         for key, value in diffusion.items():
             setattr(config.diffusion, key, value)
         with monkeypatch.context() as patch, pytest.raises((Reached, UserError)) as caught:
@@ -166,6 +166,16 @@ def test_a_folder_without_a_schedule_is_taken_at_the_configs_word(begin, folder,
     shutil.rmtree(folder / "scheduler")
     assert begin(folder) == ""
     assert "has no scheduler/" in caplog.text and "prediction_type='v_prediction'" in caplog.text
+
+
+def test_only_the_parts_that_a_stage_uses_are_looked_at(begin, folder):
+    change(folder, "unet/config.json", addition_embed_type="text_time")
+    assert "addition_embed_type" in begin(folder)
+    assert begin(folder, stage="vae") == ""
+    shutil.rmtree(folder / "tokenizer")
+    shutil.rmtree(folder / "unet")
+    assert "has no tokenizer" in begin(folder) or "has no unet" in begin(folder)
+    assert begin(folder, stage="vae") == ""
 
 
 def test_a_workdir_to_start_from_has_its_schedule_in_its_config(begin, trained):
