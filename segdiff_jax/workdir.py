@@ -122,16 +122,17 @@ def _other_kind(folder: epath.Path, data_root: str) -> str | None:
     return None
 
 
-def check_not_inside(path: str) -> None:
-    """Raises `UserError` that names the workdir if `path`, which is none, lies in one."""
-    parents = list(epath.Path(path).parents)
-    if not is_remote(path):
-        parents += epath.Path(os.path.abspath(path)).parents
-    for parent in parents:
+def check_not_inside(path: str, what: str = "--checkpoint") -> None:
+    """Raises `UserError` that names the workdir if `path`, which is none, lies in one.
+
+    what: the flag or key that it was given to.
+    """
+    full = epath.Path(path if is_remote(path) else os.path.abspath(path))
+    for parent in full.parents:
         if _is_training(parent / "config.json"):
-            step = re.search(rf"{CHECKPOINTS}/(\d+)", os.fspath(path))
-            which = f", with --which {step[1]} for this checkpoint" if step else ""
-            raise UserError(f"{path}: is inside the workdir {parent}: give that{which}")
+            step = re.match(rf"{CHECKPOINTS}/(\d+)", os.fspath(full.relative_to(parent)))
+            which = f", with --which {step[1]}" if step and what == "--checkpoint" else ""
+            raise UserError(f"{path}: is inside the workdir {parent}: give that as {what}{which}")
 
 
 def _is_training(config: epath.Path) -> bool | None:

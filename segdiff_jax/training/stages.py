@@ -98,12 +98,17 @@ def _check_start(config: Config, workdir: str) -> None:
         earlier = (of_stage(c) for c in (workdirs.read_config(workdir), config))
         check_config(*map(workdirs.to_dict, earlier))
     start = config.init_from
-    if start and not workdirs.is_workdir(start) and not pretrained.is_whole(start):
-        workdirs.check_not_inside(start)
+    if start and epath.Path(start).exists() and not _is_start(start):
+        workdirs.check_not_inside(start, "config.init_from")
     mesh = sharding.make_mesh(config.mesh)
     sharding.local_rows(mesh, of_stage(config).train.batch_size)
-    if config.stage != "vae" and not config.init_from:
+    own_vae = config.stage != "vae" and not start
+    if own_vae and not pretrained.is_whole(epath.Path(workdir) / workdirs.PRETRAINED):
         sharding.local_rows(mesh, config.vae.batch_size)
+
+
+def _is_start(folder: str) -> bool:
+    return workdirs.is_workdir(folder) or pretrained.is_whole(folder)
 
 
 def _begin(run: Run) -> None:

@@ -103,8 +103,11 @@ def check(folder, steps, moments, seed):
 
 
 FULL = """
-    import resource, signal
+    import pathlib, resource, signal, time
     if done == 4:
+        workdir = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
+        while not (workdir / "checkpoints" / "2").exists():
+            time.sleep(0.05)
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
 """

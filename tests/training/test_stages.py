@@ -284,7 +284,7 @@ def test_files_of_the_user_in_a_new_workdir_are_no_obstacle(micro_config, tmp_pa
         (
             "init_from",
             "{trained}/checkpoints/4",
-            "inside the workdir .*: give that, with --which 4",
+            "inside the workdir .*: give that as config.init_from",
         ),
         ("data.source", "ade20k", "data.root|no such|ADE"),
         ("mesh.data", 3, "devices"),
@@ -355,7 +355,8 @@ def test_any_checkpoint_can_be_asked_for(scored, trained):
 )
 def test_what_lies_inside_a_workdir_names_it(trained, inside, which, monkeypatch):
     with pytest.raises(
-        UserError, match=re.escape(f"is inside the workdir {trained}: give that{which}")
+        UserError,
+        match=re.escape(f"is inside the workdir {trained}: give that as --checkpoint{which}"),
     ):
         Segmenter.load(f"{trained}/{inside}")
     monkeypatch.chdir(f"{trained}/{inside}".removesuffix("/config.json"))
