@@ -24,7 +24,8 @@ from etils import epath
 
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote
-from segdiff_jax.training import processes
+from segdiff_jax.training import processes, step_folders
+from segdiff_jax.training.quiet import silence_failed_writes
 from segdiff_jax.training.sharding import leaf_path
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,10 @@ class Checkpoints:
       keep: how many of the newest to keep.
       best_metric: name in `metrics` of `save`; the checkpoint where it was highest is kept too.
       read_only: for readers of a finished or still running training; nothing is made or removed.
+      guard: called before each save; raises when the folder is no longer ours to write to.
+
+    Raises `UserError` for a path that checkpoints could not be read back from and, if they are to
+    be written, where numbered folders hold something else than a complete checkpoint.
     """
 
     def __init__(
@@ -73,19 +78,26 @@ class Checkpoints:
         keep: int = 3,
         best_metric: str | None = None,
         read_only: bool = False,
+        guard: Callable[[], None] | None = None,
     ):
+        step_folders.check_path(directory)
         path = epath.Path(directory)
         self.directory = path if is_remote(directory) else path.absolute()
+        self.used: int | None = None  # the step that was read last
+        self._best_metric, self._guard = best_metric, guard
         self._damaged: list[int] = []
+        self._noted: int | None = None
         with self._writing():
-            if processes.is_first() and not read_only:
-                self.directory.mkdir(parents=True, exist_ok=True)
-            if processes.is_first() and best_metric:
-                _drop_damaged_metrics(self.directory, read_only)
+            if not read_only:
+                silence_failed_writes()
+                if processes.is_first():
+                    step_folders.settle(self.directory)
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                    _drop_damaged_metrics(self.directory)
             processes.barrier()
             self._manager = ocp.CheckpointManager(
                 self.directory,
-                options=_options(keep, best_metric, read_only),
+                options=_options(keep, best_metric, read_only, is_remote(directory)),
                 # Named here because a fresh process cannot tell how to read shapes otherwise.
                 item_handlers={
                     "state": ocp.PyTreeCheckpointHandler(),
@@ -111,9 +123,10 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The step with the highest `best_metric`; the newest when none was measured."""
-        best = self._manager.best_step()
-        return best if best in self.steps() else self.latest_step()
+        """The step with the highest `best_metric`, the newer of two; None if none was measured."""
+        metric = self._best_metric
+        found = step_folders.scores(self.directory, self.steps(), metric) if metric else {}
+        return max(found, key=lambda step: (found[step], step), default=None)
 
     def save(
         self,
@@ -128,12 +141,18 @@ class Checkpoints:
         written in the background. A step that is already saved is left as it is. Raises `UserError`
         when this or the previous save cannot be written.
         """
+        if self._guard is not None:
+            self._guard()
         with self._writing():
             for damaged in self._damaged:  # newer than what we resumed from: they would mask it
                 self._manager.delete(damaged)
             self._damaged.clear()
             if step in self._manager.all_steps():
                 return
+            self._finish()
+            if processes.is_first():
+                step_folders.note(self.directory, step)
+                self._noted = step
             tree = _by_name(state)
             self._manager.save(
                 step,
@@ -162,12 +181,19 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when the save under way is complete; raises `UserError` if it failed."""
         with self._writing():
-            self._manager.wait_until_finished()
+            self._finish()
 
     def close(self) -> None:
         """`wait`, then release threads. No call may follow."""
         with self._writing():
+            self._finish()
             self._manager.close()
+
+    def _finish(self) -> None:
+        self._manager.wait_until_finished()
+        if self._noted is not None:
+            step_folders.forget(self.directory, self._noted)
+            self._noted = None
 
     def _newest_readable(self, read: Any, step: int | None) -> Any:
         self.wait()
@@ -176,11 +202,16 @@ class Checkpoints:
             held = ", ".join(map(str, candidates)) or "none"
             raise UserError(f"{self.directory}: no checkpoint of step {step} (there are: {held})")
         if not candidates:
+            unknown = step_folders.unknown_folders(self.directory)
+            if unknown:
+                raise UserError(step_folders.explain(self.directory, unknown))
             raise UserError(f"{self.directory}: no readable checkpoint: train first, or check it")
         for candidate in reversed(candidates if step is None else [step]):
             where = self.directory / str(candidate)
             try:
-                return read(candidate)
+                found = read(candidate)
+                self.used = candidate
+                return found
             except (UserError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:  # Orbax and TensorStore raise whatever the file led them to
@@ -237,8 +268,10 @@ class Checkpoints:
             reason = system[1].strip() if system else _first_line(error)
             unreachable = any(word in reason for word in _UNREACHABLE)
             if system or unreachable or isinstance(error, OSError):
+                kept = max(step_folders.numbered(self.directory), default=None)
                 raise UserError(
-                    f"{self.directory}: cannot write checkpoints: {reason}: "
+                    f"{self.directory}: cannot write checkpoints: {reason}"
+                    f"{'' if kept is None else f' (checkpoint {kept} is kept)'}: "
                     "free some space, or choose a --workdir that can be written"
                 ) from error
             raise
@@ -288,35 +321,37 @@ def check_config(stored: dict[str, Any], current: dict[str, Any]) -> None:
         )
 
 
-def _options(keep: int, best_metric: str | None, read_only: bool) -> ocp.CheckpointManagerOptions:
+def _options(
+    keep: int, best_metric: str | None, read_only: bool, remote: bool
+) -> ocp.CheckpointManagerOptions:
     def score(metrics: Any) -> float:
         value = metrics.get(best_metric)
         return -math.inf if value is None or math.isnan(value) else value
 
     policies = ocp.checkpoint_managers
     keepers: list[Any] = [policies.LatestN(keep)]
-    if best_metric:
+    if best_metric and not read_only:
         keepers.append(
             policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
         )
     return ocp.CheckpointManagerOptions(
-        best_fn=score if best_metric else None,
+        best_fn=score if best_metric and not read_only else None,
         preservation_policy=policies.AnyPreservationPolicy(keepers),
-        cleanup_tmp_directories=not read_only,
+        # In a bucket it would remove every folder without a marker: see `step_folders.settle`.
+        cleanup_tmp_directories=not read_only and not remote,
         read_only=read_only,
         create=False,
+        lightweight_initialize=read_only,  # else it reads every metrics file, damaged ones too
         save_interval_steps=0 if read_only else 1,
     )
 
 
-def _drop_damaged_metrics(directory: epath.Path, read_only: bool) -> None:
-    """Orbax reads every metrics file when it opens the folder, and would not open it."""
+def _drop_damaged_metrics(directory: epath.Path) -> None:
+    """Orbax reads every metrics file when it opens the folder to write, and would not open it."""
     for path in directory.glob("*/metrics/metrics"):
         try:
             json.loads(path.read_text())
         except ValueError as error:
-            if read_only:
-                raise UserError(f"{path}: damaged metrics file: remove it") from error
             log.warning("%s: damaged metrics file, removed: %s", path, _first_line(error))
             path.unlink()
 

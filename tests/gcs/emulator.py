@@ -7,6 +7,7 @@ generation of what is downloaded, and conditions on it.
 
 import contextlib
 import io
+import json
 import threading
 import time
 import urllib.request
@@ -145,7 +146,7 @@ class _Handler(RequestHandler):
             return
         client, self.rfile, self.wfile = self.wfile, io.BytesIO(body), io.BytesIO()
         with self.server.lock:
-            generation, refusal = self._condition()
+            generation, refusal = self._condition(body)
             if refusal:
                 self.send_response(refusal)
                 self.send_header("Content-Length", "0")
@@ -161,11 +162,13 @@ class _Handler(RequestHandler):
             return
         client.write(answer[: len(answer) // 2] if "cut" in kinds else answer)
 
-    def _condition(self) -> tuple[str | None, int | None]:
+    def _condition(self, body: bytes) -> tuple[str | None, int | None]:
         """The generation of the object that is asked for, and the answer if a condition fails."""
         url = urlsplit(self.path)
         query = dict(parse_qsl(url.query))
         name = unquote(url.path.partition("/o/")[2]) or query.get("name", "")
+        if query.get("uploadType") == "multipart":  # the name is in the first part
+            name = json.loads(body.split(b"\n\n", 2)[1].split(b"\n--")[0])["name"]
         stored = self.storage.objects.get(BUCKET, {}).get(name)
         generation = stored["generation"] if stored else None
         if query.get("ifGenerationMatch", generation or "0") != (generation or "0"):

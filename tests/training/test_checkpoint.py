@@ -95,13 +95,13 @@ def test_last_n_and_the_best_are_kept(tmp_path):
     assert checkpoints.steps() == [2, 6, 7]
 
 
-def test_without_metrics_the_last_n_are_kept_and_the_best_is_the_newest(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=2)
+def test_without_metrics_the_last_n_are_kept_and_none_is_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2, best_metric="miou")
     for step in (1, 2, 3):
         checkpoints.save(step, {"x": jnp.zeros(2)}, {})
     checkpoints.wait()
     assert checkpoints.steps() == [2, 3]
-    assert checkpoints.best_step() == 3
+    assert checkpoints.best_step() is None
 
 
 def test_saving_a_step_twice_keeps_the_first(tmp_path):
@@ -199,6 +199,48 @@ def test_another_architecture_names_the_parameter_and_both_shapes(two):
     assert checkpoints.steps() == [10, 20]  # none of them is held to be damaged
 
 
+def test_a_numbered_folder_that_is_no_checkpoint_is_left_alone(two):
+    (two / "7").mkdir()
+    (two / "7" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="folder 7 is no checkpoint of ours") as error:
+        Checkpoints(two)
+    assert str(two) in str(error.value) and "\n" not in str(error.value)
+    assert (two / "7" / "notes.txt").read_text() == "mine"
+
+
+NAMES = (
+    "a [x]",
+    "[0-9]*",
+    "b]",
+    "c d",
+    "ünïcode 路\u3000x",
+    "10%20",
+    "h#1",
+    "q?",
+    "~",
+    "e{1,2}",
+    "trail/",
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_of_a_folder_works(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for folder in (f"{tmp_path}/{name}", f"relative {name}"):
+        with Checkpoints(folder) as checkpoints:
+            checkpoints.save(1, make_state(1), {"at": 1})
+        state, metadata = Checkpoints(folder, read_only=True).restore(abstract(make_state(0)))
+        assert metadata == {"at": 1}
+        assert_same(state, make_state(1))
+
+
+@pytest.mark.parametrize("name", ["back\\slash", "new\nline", "caf\udce9"])
+def test_names_under_which_nothing_could_be_read_back_are_refused_at_once(tmp_path, name):
+    with pytest.raises(UserError, match="cannot be kept on a disk under a path with"):
+        Checkpoints(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write checkpoints"):
@@ -218,8 +260,8 @@ FULL_DISK = """
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
     try:
         import numpy as np
-        noise = np.random.default_rng(0).normal(size=1 << 18)
-        checkpoints.save(2, {"x": jnp.asarray(noise)}, {})
+        noise = [np.random.default_rng(i).normal(size=1 << 12) for i in range(100)]
+        checkpoints.save(2, {str(i): jnp.asarray(x) for i, x in enumerate(noise)}, {})
         checkpoints.wait()
     except UserError as error:
         print(error)
@@ -233,6 +275,8 @@ def test_a_write_that_fails_is_reported_and_leaves_the_last_good_one(tmp_path):
         text=True,
     )
     assert str(tmp_path) in run.stdout and "File too large" in run.stdout, run.stderr
+    assert "(checkpoint 1 is kept)" in run.stdout and run.stdout.count("\n") == 1
+    assert run.stderr == ""  # nothing of what the libraries' threads have to say
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest_step() == 1
     assert checkpoints.metadata() == {"good": True}

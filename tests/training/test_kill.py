@@ -82,6 +82,8 @@ def killed(workdir, arguments, moment, draw, startup):
 
 
 def check(folder, steps, moments, seed):
+    folder = folder / "g [x] 10%20*?#é"
+    folder.mkdir()
     draw, arguments = random.Random(seed), (STEPS.format(steps), *OFTEN)
     begun = time.time()
     with Run(folder / "peace", STEPS.format(steps), *SELDOM, devices=1) as run:
@@ -98,6 +100,29 @@ def check(folder, steps, moments, seed):
     expected, found = (jax.device_get(state_of(folder / name)) for name in ("peace", "war"))
     assert int(found.step) == steps and same_bits(found, expected)
     return seen
+
+
+FULL = """
+    import pathlib, resource, signal, time
+    if done == 4:
+        workdir = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
+        while not (workdir / "checkpoints" / "2").exists():
+            time.sleep(0.05)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_is_one_sentence_at_the_end_and_costs_no_checkpoint(tmp_path):
+    with Run(tmp_path / "run", "--config.train.log_every=100", when=FULL, devices=1) as run:
+        assert run.wait() == [2]
+    *before, last = run.output().splitlines()
+    assert last.startswith(f"error: {tmp_path}/run/checkpoints: cannot write checkpoints: ")
+    assert "File too large (checkpoint 2 is kept)" in last
+    assert "Traceback" not in "".join(before) and len(before) < 30
+    assert not (tmp_path / "run" / "lock.json").exists()
+    assert int(jax.device_get(state_of(tmp_path / "run")).step) == 2
 
 
 @pytest.mark.slow

@@ -1,0 +1,167 @@
+"""The folders of checkpoints as they lie on a disk or in a bucket: which are whole, and whose.
+
+On a local disk Orbax writes into `N.orbax-checkpoint-tmp` and renames it to `N`. A bucket cannot
+rename: there it writes into `N` and puts the file `MARKER` last. A copy may lack that file, so its
+absence proves nothing: a folder `N` is taken for the rest of a killed run only beside our own note
+`N.writing`, or where Orbax's own file says that the write began and does not say that it ended.
+"""
+
+import contextlib
+import glob
+import json
+import logging
+import os
+import unicodedata
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from segdiff_jax.errors import UserError
+from segdiff_jax.files import is_remote, reading, write_text
+
+log = logging.getLogger(__name__)
+
+MARKER = "commit_success.txt"  # Orbax's, as the next
+_TIMES = "_CHECKPOINT_METADATA"
+_ITEMS = ("state", "metadata")  # what each of our checkpoints holds
+_NOTE = ".writing"
+
+# In the names of objects gcsfs takes some of these for patterns, also when it deletes, and Orbax
+# the others for the end of the name.
+_NOT_IN_BUCKETS = "*?[]#;"
+
+
+def check_path(path: os.PathLike[str] | str) -> None:
+    """Raises `UserError` for a path under which checkpoints could not be written or read back."""
+    text = os.fspath(path)
+    where, forbidden = ("in a bucket", _NOT_IN_BUCKETS) if is_remote(text) else ("on a disk", "\\")
+    bad = sorted(
+        {c for c in text if c in forbidden or unicodedata.category(c) in ("Cc", "Cs")}
+    )  # the categories: control characters, and bytes that are no UTF-8
+    if bad:
+        shown = " ".join(c if c in forbidden else ascii(c) for c in bad)
+        readable = text.encode("utf-8", "backslashreplace").decode()
+        raise UserError(
+            f"{readable}: checkpoints cannot be kept {where} under a path with {shown} in it: "
+            "choose another folder, or rename it"
+        )
+
+
+def settle(directory: epath.Path) -> None:
+    """Removes what a killed run left unfinished in a bucket, and only that.
+
+    On a local disk Orbax does so itself. Raises `UserError`, with nothing changed, where numbered
+    folders hold something else than a complete checkpoint.
+    """
+    with reading(directory):
+        unfinished, unknown = _sort(directory)
+        if unknown:
+            raise UserError(explain(directory, unknown))
+        for folder in unfinished:
+            log.info("%s: left unfinished by a run that was killed: removed", folder)
+            folder.rmtree()
+        for note in _notes(directory):
+            note.unlink()
+
+
+def explain(directory: epath.Path, unknown: list[epath.Path]) -> str:
+    """One line on numbered folders that are no complete checkpoints."""
+    names = ", ".join(folder.name for folder in unknown)
+    if not is_remote(directory):
+        return (
+            f"{directory}: folder {names} is no checkpoint of ours: move it away, or choose "
+            "another --workdir (nothing was changed)"
+        )
+    return (
+        f"{directory}: no {MARKER} in {names}, so they may be incomplete: copy them again with "
+        f"that file, or put an empty {unknown[-1] / MARKER} where one is known to be whole, or "
+        "move them away, or choose another --workdir (nothing was changed)"
+    )
+
+
+def numbered(directory: epath.Path) -> list[int]:
+    """The steps that are there and complete, as far as names and markers tell; none on errors."""
+    with contextlib.suppress(Exception):
+        found = [path for path in directory.iterdir() if path.name.isdecimal()]
+        whole = [p for p in found if not is_remote(p) or (p / MARKER).exists()]
+        return [int(path.name) for path in whole]
+    return []
+
+
+def unknown_folders(directory: epath.Path) -> list[epath.Path]:
+    """Numbered folders with files that are neither complete nor known to be unfinished."""
+    return _sort(directory)[1]
+
+
+def _sort(directory: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
+    """The numbered folders that are surely unfinished, and those of which that is not known."""
+    unfinished: list[epath.Path] = []
+    unknown: list[epath.Path] = []
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    for name in sorted((n for n in names if n.isdecimal()), key=int):
+        folder = directory / name
+        if not folder.is_dir() or not any(folder.iterdir()):
+            continue
+        if not is_remote(directory):
+            if not any((folder / item).exists() for item in (_TIMES, *_ITEMS)):
+                unknown.append(folder)
+        elif not (folder / MARKER).exists():
+            began, ended = _times(folder)
+            ours = not ended and (began or f"{name}{_NOTE}" in names)
+            (unfinished if ours else unknown).append(folder)
+    return unfinished, unknown
+
+
+def _times(folder: epath.Path) -> tuple[bool, bool]:
+    """Whether Orbax noted the beginning of the write of `folder`, and its end."""
+    try:
+        values = json.loads((folder / _TIMES).read_text())
+        return bool(values["init_timestamp_nsecs"]), bool(values["commit_timestamp_nsecs"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False, False
+
+
+def _notes(directory: epath.Path) -> list[epath.Path]:
+    if not is_remote(directory) or not directory.is_dir():
+        return []
+    return [path for path in directory.iterdir() if path.name.endswith(_NOTE)]
+
+
+def note(directory: epath.Path, step: int) -> None:
+    """Before `step` is written: should we be killed, its folder is ours to remove."""
+    if is_remote(directory):
+        write_text(directory / f"{step}{_NOTE}", "being written by segdiff_jax\n")
+
+
+def forget(directory: epath.Path, step: int) -> None:
+    """After `step` is written."""
+    if is_remote(directory):
+        (directory / f"{step}{_NOTE}").unlink(missing_ok=True)
+
+
+def scores(directory: epath.Path, steps: list[int], metric: str) -> dict[int, float]:
+    """The finite values of `metric` that were saved with `steps`."""
+    found = {}
+    for step in steps:
+        # A damaged file is no reason to give up the others.
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError, AttributeError):
+            value = json.loads((directory / str(step) / "metrics" / "metrics").read_text())
+            if isinstance(value.get(metric), int | float) and value[metric] == value[metric]:
+                found[step] = float(value[metric])
+    return found
+
+
+def _glob_below(self: Any, pattern: str) -> Iterator[Any]:
+    """`Path.glob` of etils, which takes brackets and stars in the folder's own name for a pattern.
+
+    Orbax finds with it, after a write, what to join to one checkpoint: in "g [x]" it found nothing.
+    """
+    if is_remote(self):
+        return _glob(self, pattern)  # whose names hold none: `check_path`
+    return (self / name for name in glob.glob(pattern, root_dir=self))
+
+
+_Path: Any = type(epath.Path())
+_glob = _Path.glob
+_Path.glob = _glob_below
