@@ -30,7 +30,6 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(rest)
     config = cli.load_config(args.config, overrides)
 
-    from segdiff_jax.files import check_writable
     from segdiff_jax.runtime import start, start_logging
     from segdiff_jax.training import loop, processes, stages
     from segdiff_jax.training.throughput import StartUp, process_age
@@ -41,8 +40,6 @@ def main(argv: list[str]) -> None:
     processes.join()
     start_logging(times=True, libraries=logging.WARNING)
     with processes.together():
-        if processes.is_first():
-            check_writable(args.workdir)
         try:
             startup.done("processes")
             stages.train(config, os.fspath(args.workdir), startup)

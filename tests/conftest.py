@@ -170,6 +170,7 @@ def train_optimized():
 @pytest.fixture(scope="session")
 def trained(micro_config, train_optimized, tmp_path_factory):
     """The workdir of a finished training with `micro_config`. Not to be written to."""
-    workdir = str(tmp_path_factory.mktemp("trained") / "run")
+    # What libraries take for patterns, escapes or the end of a name is part of this one.
+    workdir = str(tmp_path_factory.mktemp("trained [x] 10%20*?#é") / "run")
     train_optimized(micro_config(), workdir)
     return workdir

@@ -1,11 +1,12 @@
 """The two stages of training, from a config to a finished workdir."""
 
+import contextlib
 import dataclasses
 import logging
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from segdiff_jax.models.tokenizer import train_tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.roofline import flops
-from segdiff_jax.training import latent_cache, loop, losses, processes, sharding
+from segdiff_jax.training import latent_cache, lock, loop, losses, processes, sharding
 from segdiff_jax.training.checkpoint import Checkpoints, check_config
 from segdiff_jax.training.placement import placer
 from segdiff_jax.training.step import Frozen, TrainState, diffusion_step, init_state, vae_step
@@ -48,47 +49,103 @@ def train(config: Config, workdir: str, startup: StartUp | None = None) -> None:
     """Runs `config.stage` in `workdir`, the VAE stage before it where it is needed.
 
     Continues from the newest checkpoint in `workdir`. Every process of the run calls this, and all
-    see the same `workdir`. Raises `UserError` for what a user can mend and `loop.Stopped` after a
-    signal. `startup` tells in the log what the time to the first step went to.
+    see the same `workdir`, which is locked meanwhile (`lock.held`). Nothing is written there before
+    all is known that could forbid it. Raises `UserError` for what a user can mend and
+    `loop.Stopped` after a signal. `startup` tells in the log what the time to the first step went
+    to.
     """
     startup = startup or StartUp()
+    _check_start(config, workdir)
+    source = open_source(config.data, config.data.train_split, config.seed)
+    if config.train.eval_every and config.stage != "vae":
+        open_source(config.data, config.data.val_split, config.seed)
+    startup.done("data")
+    processes.barrier()  # all have looked
+    held = lock.held(workdir) if processes.is_first() else contextlib.nullcontext()
+    with held as guard:
+        processes.barrier()
+        _check_start(config, workdir)  # who held the lock before may have begun something
+        run = Run(config, workdir, source, startup, guard)
+        if config.stage == "vae":
+            _train_vae(run)
+        else:
+            _train_diffusion(run)
+
+
+class Run(NamedTuple):
+    """What all parts of a start need."""
+
+    config: Config
+    workdir: str
+    source: Source
+    startup: StartUp
+    guard: Callable[[], None] | None  # of `Checkpoints`; in the first process
+
+
+def _check_start(config: Config, workdir: str) -> None:
+    """Raises `UserError` for what the folders, the config and the devices say against the run."""
+    if not workdir.strip():
+        raise UserError("--workdir is empty: name a folder (is a variable unset?)")
+    workdirs.check_new(workdir, config.data.root)
     if workdirs.is_workdir(workdir):
         check_config(workdirs.to_dict(workdirs.read_config(workdir)), workdirs.to_dict(config))
-    if processes.is_first():
-        workdirs.write_config(workdir, config)
-    processes.barrier()
-    if not workdirs.is_workdir(workdir):
+    start = config.init_from
+    if start and epath.Path(start).exists() and not _is_start(start):
+        workdirs.check_not_inside(start, "config.init_from")
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.local_rows(mesh, config.train.batch_size)
+    if not start:
+        presets.architecture(config.model.preset)
+    own_vae = config.stage != "vae" and not start
+    if own_vae and not pretrained.is_whole(epath.Path(workdir) / workdirs.PRETRAINED):
+        sharding.local_rows(mesh, config.vae.batch_size)
+
+
+def _is_start(folder: str) -> bool:
+    return workdirs.is_workdir(folder) or pretrained.is_whole(folder)
+
+
+def _begin(run: Run) -> None:
+    """Marks the folder as the workdir of this run, unless it is that already."""
+    if processes.all_agree(workdirs.is_workdir(run.workdir)):
+        return
+    _write_config(run)
+    if not workdirs.is_workdir(run.workdir):
         raise UserError(
-            f"{workdir}: process {processes.index()} does not see what process 0 wrote there: "
+            f"{run.workdir}: process {processes.index()} does not see what process 0 wrote there: "
             "choose a --workdir that all machines share, such as gs://..."
         )
-    source = open_source(config.data, config.data.train_split, config.seed)
-    startup.done("data")
-    if config.stage == "vae":
-        _train_vae(config, workdir, source, startup)
-    else:
-        _train_diffusion(config, workdir, source, startup)
 
 
-def _train_vae(config: Config, workdir: str, source: Source, startup: StartUp) -> None:
+def _write_config(run: Run) -> None:
+    if processes.is_first():
+        workdirs.write_config(run.workdir, run.config)
+    processes.barrier()
+
+
+def _train_vae(run: Run) -> None:
+    config, workdir = run.config, run.workdir
     finished = epath.Path(workdir) / workdirs.PRETRAINED
     if pretrained.is_whole(finished):
-        log.info("%s: the VAE stage is done", workdir)
-        return
+        done = _newest_step(workdir) or config.train.steps  # whose checkpoints are gone is done
+        if done >= config.train.steps:
+            _nothing_to_do(run, done)
+            return
+    processes.barrier()  # all have looked
     mesh, given = sharding.make_mesh(config.mesh), None
     if config.init_from:
         given = pretrained.load(config.init_from, ("vae",), place=placer(mesh)).vae
+    _begin(run)
     vae = given or nnx.eval_shape(lambda: _new_vae(config))
     graph, params = nnx.split(vae)
     make = None if given else lambda: nnx.state(_new_vae(config))
-    batches = _batches(config, source)
-    startup.done("weights")
+    run.startup.done("weights")
     step, work = vae_step(graph, config), flops.train_example(config, None, vae.config, 0, 0)
-    state = _run(config, workdir, mesh, batches, step, None, params, make, None, work, startup)
+    state = _run(run, mesh, _batches(run), step, None, params, make, None, work)
     params = processes.gathered(state.ema or state.params)
     if processes.is_first():
-        vae = _with_scaling(nnx.merge(graph, params), config, source)
-        text_encoder, tokenizer = _new_text(config, source.vocabulary)
+        vae = _with_scaling(nnx.merge(graph, params), config, run.source)
+        text_encoder, tokenizer = _new_text(config, run.source.vocabulary)
         networks = Pretrained(
             vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, schedule=config.diffusion
         )
@@ -96,27 +153,17 @@ def _train_vae(config: Config, workdir: str, source: Source, startup: StartUp) -
     processes.barrier()
 
 
-def _train_diffusion(config: Config, workdir: str, source: Source, startup: StartUp) -> None:
-    frozen_folder = epath.Path(workdir) / workdirs.PRETRAINED
-    dtype = jnp.dtype(config.model.dtype)
-    missing = not pretrained.is_whole(frozen_folder)
-    processes.barrier()  # all have looked
-    if missing:
-        start = _starting_point(config, workdir, startup)
-        if processes.is_first():
-            parts = pretrained.load(start, ("vae", "text_encoder", "tokenizer"))
-            pretrained.save(parts._replace(schedule=config.diffusion), str(frozen_folder))
-        processes.barrier()
-    vae, text_encoder, tokenizer = workdirs.load_frozen(str(frozen_folder), dtype)
-    entries = source.vocabulary.classes
+def _train_diffusion(run: Run) -> None:
+    config, workdir = run.config, run.workdir
+    dtype, mesh = jnp.dtype(config.model.dtype), sharding.make_mesh(config.mesh)
+    # What a checkpoint of this run replaces need not be read.
+    saved = _saved_unet_config(config, workdir)
+    given = None if saved else _given_unet(config, dtype, mesh)
+    vae, text_encoder, tokenizer = _frozen_networks(run, given, dtype)
+    entries = run.source.vocabulary.classes
     table = conditioning.encode_prompts(text_encoder, tokenizer, entries, config.prompts.templates)
     vae_graph, vae_params = nnx.split(vae)
     frozen = Frozen(vae_params, make_schedule(config.diffusion), table)
-
-    # What a checkpoint of this run replaces need not be read.
-    saved = _saved_unet_config(config, workdir)
-    mesh = sharding.make_mesh(config.mesh)
-    given = None if saved else _given_unet(config, dtype, mesh)
     unet_config = saved or (
         given.config
         if given
@@ -145,27 +192,71 @@ def _train_diffusion(config: Config, workdir: str, source: Source, startup: Star
 
         segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, mesh)
         validate = validator(segmenter, config)
-    batches = _batches(config, source, (vae, workdir) if config.data.cache_latents else None)
+    batches = _batches(run, vae if config.data.cache_latents else None)
     work = flops.train_example(config, unet_config, vae.config, *table.hidden.shape[:2])
-    startup.done("weights")
-    _run(
-        config,
-        workdir,
-        mesh,
-        batches,
-        step,
-        frozen,
-        params,
-        make,
-        unet_config,
-        work,
-        startup,
-        validate,
+    run.startup.done("weights")
+    _run(run, mesh, batches, step, frozen, params, make, unet_config, work, validate)
+
+
+def _frozen_networks(run: Run, given: UNet | None, dtype: Any) -> tuple[VAE, CLIPText, Any]:
+    """The networks that are not trained; copied into the workdir first where they are not yet."""
+    folder = epath.Path(run.workdir) / workdirs.PRETRAINED
+    missing = not pretrained.is_whole(folder)
+    processes.barrier()  # all have looked
+    if not missing:
+        _begin(run)
+        return workdirs.load_frozen(str(folder), dtype)
+    if not run.config.init_from:
+        _begin(run)  # the VAE stage takes its time, in a folder below
+    start = _starting_point(run)
+    vae, text_encoder, tokenizer = workdirs.load_frozen(start, jnp.dtype(jnp.float32))
+    if given is not None:
+        _check_fit(given.config, vae, text_encoder, run.config.init_from)
+    _begin(run)
+    if processes.is_first():
+        parts = Pretrained(None, vae, text_encoder, tokenizer, run.config.diffusion)
+        pretrained.save(parts, str(folder))
+    processes.barrier()
+    return workdirs.load_frozen(str(folder), dtype)
+
+
+def _check_fit(unet: UNetConfig, vae: VAE, text_encoder: CLIPText, source: str) -> None:
+    """Raises `UserError` if the UNet of a folder does not fit its VAE or its text encoder."""
+    needs = {
+        "in_channels": (unet.in_channels, 2 * vae.config.latent_channels),
+        "out_channels": (unet.out_channels, vae.config.latent_channels),
+        "cross_attention_dim": (unet.cross_attention_dim, text_encoder.config.hidden_size),
+    }
+    for name, (has, wanted) in needs.items():
+        if has != wanted:
+            raise UserError(
+                f"{source}: its UNet has {name}={has}, its VAE and text encoder need {wanted}: "
+                "choose a config.init_from whose networks belong together"
+            )
+
+
+def _nothing_to_do(run: Run, done: int) -> None:
+    log.info(
+        "%s: nothing to do: the %s stage has done %d steps, and config.train.steps is %d: "
+        "raise it to go on",
+        run.workdir,
+        run.config.stage,
+        done,
+        run.config.train.steps,
     )
 
 
-def _starting_point(config: Config, workdir: str, startup: StartUp) -> str:
+def _newest_step(workdir: str) -> int | None:
+    folder = epath.Path(workdir) / workdirs.CHECKPOINTS
+    if not processes.all_agree(folder.exists()):
+        return None
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return checkpoints.latest_step()
+
+
+def _starting_point(run: Run) -> str:
     """The folder with the frozen networks: given, or made by the VAE stage first."""
+    config = run.config
     if config.init_from:
         own = workdirs.is_workdir(config.init_from)
         return str(epath.Path(config.init_from) / workdirs.PRETRAINED) if own else config.init_from
@@ -191,8 +282,8 @@ def _starting_point(config: Config, workdir: str, startup: StartUp) -> str:
         ),
         data=dataclasses.replace(config.data, cache_latents=False),
     )
-    folder = str(epath.Path(workdir) / workdirs.VAE_STAGE)
-    train(first, folder, startup)
+    folder = str(epath.Path(run.workdir) / workdirs.VAE_STAGE)
+    train(first, folder, run.startup)
     return str(epath.Path(folder) / workdirs.PRETRAINED)
 
 
@@ -255,22 +346,22 @@ def _with_scaling(vae: VAE, config: Config, source: Source) -> VAE:
     return vae
 
 
-def _batches(config: Config, source: Source, cached: tuple[VAE, str] | None = None) -> Batches:
-    """A function that starts the batches; `cached`: the VAE and workdir of a latent cache."""
+def _batches(run: Run, vae: VAE | None = None) -> Batches:
+    """A function that starts the batches; with `vae`, from the latent cache of the workdir."""
+    config, source = run.config, run.source
 
     def start(example: int, rows: list[int]) -> Iterator[dict[str, np.ndarray]]:
-        if cached is None:
+        if vae is None:
             return pipeline.train_batches(source, config, config.seed, example, rows)
-        folder = str(epath.Path(cached[1]) / workdirs.LATENTS)
-        stored = latent_cache.open_or_build(source, cached[0], config, folder)
+        folder = str(epath.Path(run.workdir) / workdirs.LATENTS)
+        stored = latent_cache.open_or_build(source, vae, config, folder)
         return latents.train_batches(stored, config, config.seed, example, rows)
 
     return start
 
 
 def _run(
-    config: Config,
-    workdir: str,
+    run: Run,
     mesh: Mesh,
     batches: Batches,
     step: Any,
@@ -279,13 +370,13 @@ def _run(
     make: Callable[[], Any] | None,
     unet_config: UNetConfig | None,
     work: float,
-    startup: StartUp,
     validate: loop.Validate | None = None,
 ) -> TrainState:
     """Places the state on `mesh`, newest checkpoint first, and trains it to the end.
 
     `params` are arrays on the mesh, or shapes that `make` fills; `work`: FLOPs of one example.
     """
+    config, workdir, startup = run.config, run.workdir, run.startup
     rows = sharding.local_rows(mesh, config.train.batch_size)
     abstract = jax.eval_shape(lambda p: init_state(p, config), params)
     shardings = sharding.state_sharding(abstract, mesh)
@@ -297,11 +388,16 @@ def _run(
     with Checkpoints(
         epath.Path(workdir) / workdirs.CHECKPOINTS,
         keep=config.train.keep_checkpoints,
-        best_metric="miou_present" if validate else None,
+        best_metric=workdirs.BEST_METRIC,  # also where this part of the run does not validate
+        guard=run.guard,
     ) as checkpoints:
         if checkpoints.latest_step() is not None:
             state, stored = checkpoints.restore(sharding.abstract(abstract, shardings))
             done, written_by = int(state.step), stored.get("code", "unknown")
+            if done >= config.train.steps:
+                if config.stage != "vae":  # which has its networks to write
+                    _nothing_to_do(run, done)
+                return state
             # Without one, it is a checkpoint of the first version.
             position = stored.get("next_example", done * config.train.batch_size)
             metadata["next_example"] = position
@@ -313,8 +409,7 @@ def _run(
             state = create()
         else:
             state = jax.jit(lambda p: init_state(p, config), out_shardings=shardings)(params)
-        if int(state.step) >= config.train.steps:
-            return state
+        _write_config(run)  # what may change in a run, its steps for one, may have changed
         if frozen is not None:
             frozen = sharding.place(frozen, sharding.replicated(mesh))
         log.info("%s: %.2f M parameters", config.stage, workdirs.parameter_count(params) / 1e6)

@@ -2,7 +2,10 @@
 
 import functools
 import hashlib
+import json
+import logging
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -51,7 +54,7 @@ def abstract_params(architecture):
 
 def copy_at_step_2(trained, folder):
     """A copy of the run as it was when step 2 was done."""
-    workdir = str(folder / "run")
+    workdir = str(folder / "run [0-9]*#%20")
     shutil.copytree(trained, workdir)
     for step in (4, 6):
         shutil.rmtree(f"{workdir}/checkpoints/{step}")
@@ -108,6 +111,7 @@ def test_the_vae_stage_scales_its_latents_to_unit_variance(trained, micro_config
 
 def test_the_trained_model_segments(model):
     photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    assert model.checkpoint_step == 6
     # All classes, as in validation: that is compiled already.
     found = model(photo, vocabulary().classes, closed=True)
     assert found.labels.shape == (20, 30) and len(np.unique(found.labels)) > 1
@@ -120,11 +124,193 @@ def test_the_moving_average_is_what_segments(model, trained):
     assert not same_bits(state.ema, state.params)
 
 
-def test_a_finished_run_is_left_as_it_is(trained, micro_config, monkeypatch):
+@pytest.mark.parametrize("steps", [6, 3])
+def test_a_finished_run_is_left_as_it_is(trained, micro_config, monkeypatch, caplog, steps):
     before = contents(trained)
     monkeypatch.setattr(loop, "run", lambda *_: pytest.fail("trained again"))
-    stages.train(micro_config(), trained)
+    caplog.set_level(logging.INFO, "segdiff_jax")
+    config = micro_config()
+    config.train.steps, config.train.eval_every = steps, 0
+    stages.train(config, trained)
     assert contents(trained) == before
+    assert "nothing to do" in caplog.text and "resuming" not in caplog.text
+    assert f"has done 6 steps, and config.train.steps is {steps}: raise it" in caplog.text
+
+
+def test_a_finished_vae_stage_is_left_as_it_is_and_goes_on_with_more_steps(
+    trained, micro_config, tmp_path, monkeypatch, caplog
+):
+    workdir = str(tmp_path / "vae")
+    shutil.copytree(f"{trained}/vae", workdir)
+    config = workdirs.read_config(workdir)
+    before = contents(workdir)
+    caplog.set_level(logging.INFO, "segdiff_jax")
+    stages.train(config, workdir)
+    assert contents(workdir) == before
+    assert "nothing to do: the vae stage has done 3 steps" in caplog.text
+    config.train.steps = 4
+    stages.train(config, workdir)
+    assert steps_of(workdir)[-1] == 4
+    old, new = (
+        pretrained.load(f"{w}/pretrained", ("vae",)).vae for w in (f"{trained}/vae", workdir)
+    )
+    assert not same_bits(nnx.state(old), nnx.state(new))
+
+
+def test_a_second_training_in_the_same_workdir_is_refused(
+    trained, micro_config, tmp_path, monkeypatch
+):
+    workdir, config, seen = str(tmp_path / "run"), micro_config(), []
+    shutil.copytree(trained, workdir)
+    config.train.steps, config.train.eval_every = 9, 0
+
+    def run(*_):
+        seen.append(contents(workdir))
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .* since .*--workdir"):
+            stages.train(config, workdir)
+        seen.append(contents(workdir))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "run", run)
+    with pytest.raises(KeyboardInterrupt):
+        stages.train(config, workdir)
+    during, after = seen
+    assert during == after and during.keys() - contents(workdir) == {f"{workdir}/lock.json"}
+
+
+def files_of_the_user(folder, kind, trained):
+    folder.mkdir()
+    if kind == "exported model":
+        shutil.copytree(f"{trained}/pretrained", folder, dirs_exist_ok=True)
+        config = workdirs.to_dict(workdirs.read_config(trained))
+        (folder / "segdiff.json").write_text(json.dumps(config))
+    elif kind == "Stable Diffusion folder":
+        shutil.copytree(f"{trained}/pretrained", folder, dirs_exist_ok=True)
+    elif kind == "folder of images":
+        (folder / "IMG_1.JPG").write_bytes(b"")
+    elif kind == "data set":
+        (folder / "train" / "images").mkdir(parents=True)
+        (folder / "classes.txt").write_text("sky")
+    elif kind == "holds checkpoints but no config.json":
+        shutil.copytree(f"{trained}/checkpoints", folder / "checkpoints")
+
+
+KINDS = ("exported model", "Stable Diffusion folder", "folder of images", "data set")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "holds checkpoints but no config.json"])
+def test_a_folder_of_another_kind_is_no_workdir(trained, micro_config, tmp_path, kind):
+    folder = tmp_path / "theirs"
+    files_of_the_user(folder, kind, trained)
+    before = contents(folder)
+    with pytest.raises(UserError, match=f"--workdir {folder}: .*{kind}.*another --workdir"):
+        stages.train(micro_config(), str(folder))
+    assert contents(folder) == before
+
+
+def test_files_of_the_user_in_a_new_workdir_are_no_obstacle(micro_config, tmp_path, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def reached(*_):
+        raise Reached
+
+    monkeypatch.setattr(loop, "run", reached)
+    for name in ("logs/1.txt", "tensorboard/old", "notes.txt", ".DS_Store"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(Reached):
+        stages.train(micro_config(), str(tmp_path))
+    assert before.items() <= contents(tmp_path).items()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("init_from", "no/such", "no/such"),
+        (
+            "init_from",
+            "{trained}/checkpoints/4",
+            "inside the workdir .*: give that as config.init_from",
+        ),
+        ("data.source", "ade20k", "data.root|no such|ADE"),
+        ("mesh.data", 3, "devices"),
+    ],
+)
+def test_a_start_that_cannot_be_leaves_nothing(trained, micro_config, tmp_path, key, value, words):
+    config = micro_config()
+    if isinstance(value, str):
+        value = value.format(trained=trained)
+    *path, name = key.split(".")
+    setattr(getattr(config, path[0]) if path else config, name, value)
+    config.data.root = str(tmp_path / "nowhere") if key == "data.source" else ""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for workdir in (tmp_path / "new" / "run", tmp_path / "mine"):
+        with pytest.raises(UserError, match=words) as error:
+            stages.train(config, str(workdir))
+        assert "\n" not in str(error.value)
+    assert contents(tmp_path).keys() == {str(tmp_path / "mine" / "notes.txt")}
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("workdir", ["", " "])
+def test_an_empty_workdir_is_refused(micro_config, monkeypatch, tmp_path, workdir):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--workdir is empty"):
+        stages.train(micro_config(), workdir)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def scored(trained, tmp_path_factory):
+    """A copy of the run in which validation was best at step 2."""
+    workdir = str(tmp_path_factory.mktemp("scored") / "run")
+    shutil.copytree(trained, workdir)
+    for step, score in ((2, 0.9), (4, float("nan")), (6, 0.5)):
+        path = Path(workdir, "checkpoints", str(step), "metrics", "metrics")
+        path.write_text(json.dumps({"miou_present": score}))
+    return workdir
+
+
+def test_any_checkpoint_can_be_asked_for(scored, trained):
+    best, fourth = Segmenter.load(scored, "best"), Segmenter.load(scored, "4")
+    assert (best.checkpoint_step, fourth.checkpoint_step) == (2, 4)
+    assert same_bits(best._unet_params, state_of(trained, 2).ema)
+    with pytest.raises(UserError, match=r"no checkpoint of step 5 \(there are: 2, 4, 6\)"):
+        Segmenter.load(scored, 5)
+    with pytest.raises(UserError, match="newest, best or the step"):
+        Segmenter.load(scored, "latest")
+    for step in (2, 4, 6):
+        path = Path(scored, "checkpoints", str(step), "metrics", "metrics")
+        path.write_text("{}" if step < 6 else '{"mi')
+    with pytest.raises(UserError, match="no validation was recorded .*2, 4, 6"):
+        Segmenter.load(scored, "best")
+
+
+@pytest.mark.parametrize(
+    ("inside", "which"),
+    [
+        ("checkpoints", ""),
+        ("checkpoints/4", ", with --which 4"),
+        ("checkpoints/4/state/", ", with --which 4"),
+        ("pretrained", ""),
+        ("pretrained/vae", ""),
+        ("vae", ""),
+        ("config.json", ""),
+    ],
+)
+def test_what_lies_inside_a_workdir_names_it(trained, inside, which, monkeypatch):
+    with pytest.raises(
+        UserError,
+        match=re.escape(f"is inside the workdir {trained}: give that as --checkpoint{which}"),
+    ):
+        Segmenter.load(f"{trained}/{inside}")
+    monkeypatch.chdir(f"{trained}/{inside}".removesuffix("/config.json"))
+    if inside.startswith("checkpoints"):
+        with pytest.raises(UserError, match=re.escape(f"inside the workdir {trained}")):
+            Segmenter.load(".")
 
 
 def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(

@@ -1,0 +1,255 @@
+"""One training at a time in a workdir: a file that says which, and what to make of one left behind.
+
+The file names process, machine and start. A process of the same machine is looked up: dead, the
+lock is free at once. Of any other machine only the file's beat tells: the holder renews it every
+`BEAT` seconds, and who finds it unchanged for `EXPIRES` takes over. Machines' clocks are not
+compared, but for a file of many minutes ago.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from etils import epath
+
+from segdiff_jax.errors import UserError
+from segdiff_jax.files import is_remote, reading, writing
+
+log = logging.getLogger(__name__)
+
+NAME = "lock.json"
+BEAT = 10.0  # seconds
+EXPIRES = 60.0
+_LONG_AGO = 900.0  # no two clocks are that far apart
+_LOOK = 1.0
+
+_releases: list[Callable[[], None]] = []  # of the locks held, for a signal
+
+
+@contextlib.contextmanager
+def held(folder: str) -> Iterator[Callable[[], None]]:
+    """The folder (made where missing) is this process's alone in the block.
+
+    Gives a function that raises `UserError` once another process has taken over, as it may while
+    this one is suspended. Raises `UserError` when another training holds the folder, and waits,
+    with a log line, for a lock whose holder may be gone. Removes folders that it made and nobody
+    filled.
+    """
+    made, path = _make(folder), epath.Path(folder) / NAME
+    over = threading.Event()
+
+    def release() -> None:
+        over.set()
+        with contextlib.suppress(Exception):  # what is left expires
+            if _holder(path).get("id") == mine["id"]:
+                path.unlink()
+        _remove_empty(made)
+
+    try:
+        mine = _acquire(path)
+    except BaseException:
+        _remove_empty(made)
+        raise
+    beats = threading.Thread(target=_beat, args=(path, mine, over), daemon=True)
+    beats.start()
+    try:
+        with _before_dying(release):
+            yield lambda: _check(path, mine)
+    finally:
+        over.set()
+        beats.join(BEAT)  # no beat may follow the release, but a store that hangs is not waited for
+        release()
+
+
+def _check(path: epath.Path, mine: dict[str, Any]) -> None:
+    holder: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # of a store that does not answer now
+        holder = _holder(path)
+    if holder.get("id", mine["id"]) != mine["id"]:
+        raise UserError(
+            f"{path.parent}: {_who(holder)} took over while nothing was heard of this one: "
+            "nothing more is written here, see how that one goes"
+        )
+
+
+@contextlib.contextmanager
+def _before_dying(release: Callable[[], None]) -> Iterator[None]:
+    """Calls `release` on a SIGTERM that would end the process: the loop handles its own."""
+    _releases.append(release)
+    here = threading.current_thread() is threading.main_thread()
+    outermost = here and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if outermost:
+        signal.signal(signal.SIGTERM, _die)
+    try:
+        yield
+    finally:
+        if outermost:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _releases.remove(release)
+
+
+def _die(number: int, _: object) -> None:
+    for release in reversed(_releases):
+        release()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def _make(folder: str) -> list[Path]:
+    """Makes a local folder; the folders that were missing, innermost first."""
+    if is_remote(folder):
+        return []
+    path = Path(os.path.abspath(folder))
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    with writing(folder):
+        path.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _acquire(path: epath.Path) -> dict[str, Any]:
+    mine = _myself()
+    seen: tuple[float, float] | None = None  # a beat, and since when it is unchanged
+    while not _create(path, mine):
+        holder, beat = _holder(path), _last_beat(path)
+        if beat is None:
+            continue  # released in this moment
+        alive = _is_alive(holder)
+        if alive or (seen is not None and seen[0] != beat):
+            raise UserError(
+                f"{path.parent}: another training is running there ({_who(holder)}): wait for it "
+                f"or stop it, choose another --workdir, or, if that is wrong, remove {path}"
+            )
+        if seen is None and alive is None:
+            log.info("%s: held by %s: waiting %.0f s for a sign of it", path, _who(holder), EXPIRES)
+        seen = seen or (beat, time.monotonic())
+        expired = time.monotonic() - seen[1] > EXPIRES or time.time() - beat > _LONG_AGO
+        if alive is None and not expired:
+            time.sleep(_LOOK)
+            continue
+        log.info("%s: left behind by %s, which is gone: taken over", path, _who(holder))
+        if _last_beat(path) == beat:
+            with writing(path):
+                path.unlink(missing_ok=True)
+    return mine
+
+
+def _create(path: epath.Path, content: dict[str, Any]) -> bool:
+    """Writes the file unless there is one."""
+    with writing(path):
+        try:
+            if is_remote(path):
+                if _holder(path):
+                    return False  # not every store knows the condition of the next line
+                _put(path, content, mode="create")
+            else:
+                with open(path, "xb") as file:
+                    file.write(json.dumps(content).encode())
+        except FileExistsError:  # perhaps by ourselves, if the store's answer was lost
+            return _holder(path).get("id") == content["id"]
+    return True
+
+
+def _put(path: epath.Path, content: dict[str, Any], mode: str) -> None:
+    data = json.dumps(content | {"beat": time.time()}).encode()
+    filesystem, name = fsspec.core.url_to_fs(os.fspath(path))
+    filesystem.pipe_file(name, data, mode=mode)
+
+
+def _beat(path: epath.Path, mine: dict[str, Any], over: threading.Event) -> None:
+    while not over.wait(BEAT):
+        with contextlib.suppress(Exception):  # the next may get through
+            holder = _holder(path)
+            if holder.get("id", mine["id"]) != mine["id"]:
+                return  # lost: `_check` tells
+            if over.is_set():
+                return
+            if not holder:
+                _create(path, mine)  # somebody removed it
+            elif is_remote(path):
+                _put(path, mine, mode="overwrite")
+            else:
+                os.utime(path)
+
+
+def _last_beat(path: epath.Path) -> float | None:
+    """The time of the last beat by the holder's clock; None if there is no lock."""
+    if is_remote(path):
+        holder = _holder(path)
+        return float(holder.get("beat", 0)) if holder else None
+    try:
+        return os.stat(path).st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _holder(path: epath.Path) -> dict[str, Any]:
+    """What the lock says; {} where there is none."""
+    unreadable = {"host": "an unknown host"}  # or not yet written
+    try:
+        with reading(path):
+            value = json.loads(path.read_bytes())
+        return value if isinstance(value, dict) else unreadable
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        return unreadable
+
+
+def _myself() -> dict[str, Any]:
+    return {
+        "id": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "machine": _machine(),
+        "process": _started(os.getpid()),
+    }
+
+
+def _who(holder: dict[str, Any]) -> str:
+    return "process {pid} on {host} since {since}".format_map(
+        {key: holder.get(key, "?") for key in ("pid", "host", "since")}
+    )
+
+
+def _is_alive(holder: dict[str, Any]) -> bool | None:
+    """Whether the holder is running; None where that cannot be seen from here."""
+    machine = _machine()
+    if not machine or holder.get("machine") != machine:
+        return None
+    started = _started(holder.get("pid"))
+    return started is not None and started == holder.get("process")
+
+
+def _machine() -> str:
+    """What tells this start of this machine, and its numbering of processes, from any other."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _started(pid: Any) -> str | None:
+    """When the process was started; None if it has ended. A number is given out again and again."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
