@@ -83,6 +83,20 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="workdir of a training run, or an exported folder; local or gs://",
     )
+    parser.add_argument(
+        "--which",
+        type=which_checkpoint,
+        default="newest",
+        metavar="CHECKPOINT",
+        help="newest, best (by the mIoU of the training's validation) or a step; default: newest",
+    )
+
+
+def which_checkpoint(text: str) -> str:
+    """For `type=` of an argument: newest, best or a step."""
+    if text in ("newest", "best") or text.isdecimal():
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is neither newest nor best nor a step")
 
 
 def positive_int(text: str) -> int:

@@ -86,7 +86,8 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
     processes.check_same("images", [len(source), list(source.vocabulary.names)])
     if first:
         files.check_writable(args.output)
-    unet, vae, text_encoder, tokenizer, _ = workdir.load_networks(args.checkpoint)
+    networks, step = workdir.load_with_step(args.checkpoint, which=args.which)
+    unet, vae, text_encoder, tokenizer, _ = networks
     _check_image_size(config, vae.config.downsampling)
     result = evaluate(
         Segmenter(unet, vae, text_encoder, tokenizer, config),
@@ -100,7 +101,11 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
     if not first:
         return
     data = {"source": config.data.source, "root": config.data.root, "split": split}
-    summary = result.summary | {"checkpoint": args.checkpoint, "data": data}
+    summary = result.summary | {
+        "checkpoint": args.checkpoint,
+        "checkpoint_step": step,
+        "data": data,
+    }
     files.write_json(os.path.join(args.output, "metrics.json"), summary)
     _write_page(args.output, summary, result.examples, source)
     print(_text_table(summary))

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     from segdiff_jax import runtime, workdir
 
     runtime.start()
-    networks = workdir.load_networks(args.checkpoint, args.weights)
+    networks = workdir.load_networks(args.checkpoint, args.weights, args.which)
     if args.format == "diffusers":
         write_folder(*networks, args.output, args.dtype)
     else:

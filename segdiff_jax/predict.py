@@ -51,8 +51,11 @@ def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> Non
     _check_images(paths, reporter("check", enabled=first))
     if first:
         files.check_writable(args.output)
-    segmenter = Segmenter.load(args.checkpoint)
-    used = results.all_settings(settings, segmenter.config) | {"checkpoint": args.checkpoint}
+    segmenter = Segmenter.load(args.checkpoint, args.which)
+    used = results.all_settings(settings, segmenter.config) | {
+        "checkpoint": args.checkpoint,
+        "checkpoint_step": segmenter.checkpoint_step,
+    }
     rows = []
     progress = reporter("predict", enabled=first)
     progress(0, len(paths))

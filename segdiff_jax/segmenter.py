@@ -55,15 +55,23 @@ class Segmenter:
         self._unet_params = self._for_sampling(unet_params)
         self._vae_params = on_mesh(vae_params, self.mesh)
         self._schedule = on_mesh(make_schedule(config.diffusion), self.mesh)
+        self.checkpoint_step: int | None = None  # None: of an export, or not from `load`
         self._tables: dict[tuple[ClassEntry, ...], conditioning.PromptTable] = {}
 
     @staticmethod
-    def load(checkpoint: str) -> "Segmenter":
+    def load(checkpoint: str, which: str | int = "newest") -> "Segmenter":
         """From a training workdir or an exported folder, local or `gs://`.
 
-        Raises `UserError` if `checkpoint` is neither, or holds another architecture.
+        which: "newest", "best" (by the mIoU of the training's validation) or a step, of the
+        checkpoints of a training. `checkpoint_step` of the result says which was read.
+
+        Raises `UserError` if `checkpoint` is neither, has no such step, or holds another
+        architecture.
         """
-        return Segmenter(*workdir.load_networks(checkpoint))
+        networks, step = workdir.load_with_step(checkpoint, which=which)
+        segmenter = Segmenter(*networks)
+        segmenter.checkpoint_step = step
+        return segmenter
 
     def with_params(self, unet_params: Any) -> "Segmenter":
         """The same model with other UNet parameters: compiled functions are shared.

@@ -44,7 +44,12 @@ def files(tmp_path, data, tiny_networks, tiny_config, monkeypatch):
     (tmp_path / "config.py").write_text(CONFIG.format(root=str(data)))
     workdir.write_config(str(tmp_path / "w"), tiny_config())
     monkeypatch.setattr(
-        workdir, "load_networks", lambda path: (*tiny_networks, workdir.read_config(path))
+        workdir,
+        "load_with_step",
+        lambda path, which: (
+            (*tiny_networks, workdir.read_config(path)),
+            {"newest": 6, "best": 2}[which],
+        ),
     )
     monkeypatch.setattr("segdiff_jax.runtime.start", lambda: None)
     return tmp_path
@@ -98,10 +103,13 @@ def test_config_of_the_checkpoint_with_overrides(files, data, capsys):
         f"--config.data.root={data}",
         "--config.sampler.steps=2",
         "--limit=1",
+        "--which=best",
         config=False,
     )
     assert code == 0, output.err
-    settings = json.loads((files / "o/metrics.json").read_text())["settings"]
+    written = json.loads((files / "o/metrics.json").read_text())
+    settings = written["settings"]
+    assert written["checkpoint_step"] == 2
     assert (settings["steps"], settings["ensemble"], settings["batch_size"]) == (2, 1, 4)
 
 

@@ -93,6 +93,9 @@ def test_ema_or_raw_weights(trained, exported, tmp_path):
     assert different == {UNET}
     with pytest.raises(UserError, match="an export has one set of weights: leave --weights out"):
         run(exported, tmp_path / "x", "--weights", "raw")
+    for which in ("best", "4"):
+        with pytest.raises(UserError, match="no checkpoints to choose from: leave --which out"):
+            run(exported, tmp_path / "x", "--which", which)
     assert not (tmp_path / "x").exists()
 
 

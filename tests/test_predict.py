@@ -18,7 +18,12 @@ def place(tmp_path, tiny_networks, tiny_config, monkeypatch):
     """A workdir with the tiny networks, and two photos."""
     workdir.write_config(str(tmp_path / "w"), tiny_config())
     monkeypatch.setattr(
-        workdir, "load_networks", lambda path: (*tiny_networks, workdir.read_config(path))
+        workdir,
+        "load_with_step",
+        lambda path, which: (
+            (*tiny_networks, workdir.read_config(path)),
+            {"newest": 6, "best": 2}[which],
+        ),
     )
     monkeypatch.setattr("segdiff_jax.runtime.start", lambda: None)
     rng = np.random.default_rng(0)
@@ -42,7 +47,9 @@ def _names(folder):
 
 
 def test_files_of_each_image(place, capsys):
-    code, output = _run(place, capsys, "--ensemble", "2", "--seed", "3", "--threshold", "0.48")
+    code, output = _run(
+        place, capsys, "--ensemble=2", "--seed=3", "--threshold=0.48", "--which=best"
+    )
     assert code == 0, output.err
     kinds = (".json", "_labels.png", "_overlay.png", "_uncertainty.png")
     assert _names(place / "o") == sorted([f"{s}{k}" for s in "ab" for k in kinds] + ["index.html"])
@@ -51,6 +58,7 @@ def test_files_of_each_image(place, capsys):
     assert said["image"] == str(place / "in" / "a.png")
     assert [c["name"] for c in said["classes"]] == ["sky", "building", "road"]
     assert said["classes"][1]["synonyms"] == ["edifice"]
+    assert said["settings"]["checkpoint_step"] == 2
     assert said["settings"]["seed"] == 3 and said["settings"]["ensemble"] == 2
     assert said["settings"]["threshold"] == 0.48 and said["settings"]["closed"] is False
     parts = [*said["classes"], said["other"]]
@@ -169,6 +177,7 @@ def test_a_broken_image_stops_before_anything_is_written(place, capsys, kind, me
         (["--threshold=nan"], {}, "'nan' is not a number between 0 and 1"),
         (["--threshold=0.5", "--closed"], {}, "not allowed with argument"),
         (["--seed=99999999999"], {}, "--seed"),
+        (["--which=last"], {}, "'last' is neither newest nor best nor a step"),
     ],
 )
 def test_bad_flags_are_one_line(place, capsys, flags, options, message):
