@@ -241,7 +241,8 @@ class Segmenter:
         first = self._run(image_latents, table, groups, jobs, cheap, seed)
         first = first.reshape(count, len(groups), *size)
         presence = first.clip(0.0, 1.0).mean((2, 3))  # [I, K]: area that is more yes than no
-        kept = np.sort(np.argsort(-presence, axis=1)[:, : sampler.shortlist], axis=1)
+        order = np.lexsort((-first.mean((2, 3)), -presence))  # the brighter map of two absent ones
+        kept = np.sort(order[:, : sampler.shortlist], axis=1)
         jobs = np.array(
             [(i, p, m) for i in range(count) for p in kept[i] for m in range(sampler.ensemble)]
         )

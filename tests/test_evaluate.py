@@ -3,11 +3,14 @@
 import json
 import os
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from segdiff_jax import cli, evaluate, ownership, train, workdir
+from segdiff_jax.data import vocabulary
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -87,6 +90,42 @@ def test_writes_metrics_and_page(files, capsys):
     for name in ("sky", "building", "road", "pixel accuracy"):
         assert name in output.out
     assert f"{values['miou_present']:.3f}" in output.out
+
+
+def test_the_classes_are_printed_and_checked(files, data, capsys, tiny_config):
+    code, output = _run(files, capsys, "--limit", "1")
+    assert code == 0 and "3 classes, 1 synonym: sky; building (= edifice); road" in output.out
+    (data / "classes.txt").write_text("sky\nrefrigerator door\nrefrigerator shelf\n")
+    (files / "o" / "metrics.json").unlink()
+    code, output = _run(files, capsys)
+    assert code == 2 and "'refrigerator door' and 'refrigerator shelf'" in output.err
+    assert not (files / "o" / "metrics.json").exists()
+
+
+def test_another_order_of_classes_has_no_score(files, data, capsys, tiny_config):
+    workdir.write_config(str(files / "w"), tiny_config(classes_per_pass=0))
+    trained = vocabulary.from_names(["building", "sky", "road"])
+    workdir.settle_classes(str(files / "w"), trained, write=True)
+    per_pass = "--config.codec.classes_per_pass=0"
+    code, output = _run(files, capsys, per_pass)
+    assert code == 2 and "class 0 is 'building', not 'sky'" in output.err
+    assert not (files / "o" / "metrics.json").exists()
+    (data / "classes.txt").write_text("building\nsky\nroad\n")
+    assert _run(files, capsys, per_pass, "--limit", "1")[0] == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--ceiling"]])
+def test_maps_that_are_not_finite_have_no_score(files, capsys, tiny_networks, monkeypatch, more):
+    unet, vae, *rest = tiny_networks
+    broken = nnx.clone(vae)
+    nnx.update(broken, jax.tree.map(lambda x: x * np.nan, nnx.state(vae)))
+    monkeypatch.setattr(
+        workdir, "load_networks", lambda path: (unet, broken, *rest, workdir.read_config(path))
+    )
+    code, output = _run(files, capsys, *more)
+    assert code == 2 and "not finite: the weights of the VAE" in output.err
+    assert ("p0: the map of sky" in output.err) != bool(more)
+    assert not (files / "o" / "metrics.json").exists()
 
 
 def test_same_command_same_bytes(files, capsys):

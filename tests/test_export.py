@@ -41,8 +41,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 def exported(trained, tmp_path_factory):
     networks = workdir.load_networks(trained)
     folder = tmp_path_factory.mktemp("export") / "model"
-    export.write_folder(*networks, folder)
+    export.write_folder(*networks, folder, trained=workdir.read_classes(trained))
     return folder
+
+
+def test_the_classes_of_the_training_travel_with_the_model(trained, tmp_path):
+    folder = run(trained, tmp_path / "model")
+    stored = workdir.read_classes(str(folder))
+    assert stored.classes == workdir.read_classes(trained).classes
+    assert trained not in (folder / workdir.CLASSES).read_text()
+    assert Segmenter.load(str(folder)).trained.names == Segmenter.load(trained).trained.names
+    assert run(trained, folder) == folder, "an export may be replaced by another"
 
 
 def test_torch_libraries_load_every_component_without_a_complaint(exported):

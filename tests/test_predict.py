@@ -4,13 +4,17 @@ import json
 import os
 import re
 import socket
+import time
 from urllib.parse import unquote
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from segdiff_jax import cli, files, ownership, predict, workdir
+from segdiff_jax.data import vocabulary
 from segdiff_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -190,6 +194,87 @@ def test_bad_flags_are_one_line(place, capsys, flags, options, message):
     code, output = _run(place, capsys, *flags, **options)
     assert code == 2 and message in output.err and output.err.count("\n") == 1
     assert not (place / "o").exists()
+
+
+def test_the_class_list_is_printed_as_it_was_understood(place, capsys):
+    code, output = _run(place, capsys, images=("in/a.png",))
+    assert code == 0 and "3 classes, 1 synonym: sky; building (= edifice); road" in output.out
+    code, output = _run(place, capsys, images=("in/a.png",), classes="sky, building, road")
+    assert code == 0 and "1 class (sky = building = road): " in output.out and '";"' in output.out
+    (place / "c.txt").write_text("sky, building, road\n")
+    code, output = _run(place, capsys, images=("in/a.png",), classes=f"@{place / 'c.txt'}")
+    assert code == 0 and "1 class (sky = building = road): " in output.out and "line" in output.out
+
+
+@pytest.mark.parametrize("spelling", [["--classes", "sky,", "road"], ["--classes=sky,", "road"]])
+@pytest.mark.parametrize("first", [True, False])
+def test_class_names_without_quotes_get_a_hint(place, capsys, spelling, first):
+    rest = ["--checkpoint", str(place / "w"), "--output", str(place / "o")]
+    rest += ["--images", str(place / "in")]
+    with pytest.raises(SystemExit) as caught:
+        cli.run(predict.main, [*spelling, *rest] if first else [*rest, *spelling])
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and '--classes "sky, road"' in message and "quotes" in message
+    with pytest.raises(SystemExit):
+        cli.run(predict.main, [*rest, "--classes", "sky", "--colour"])
+    assert "unrecognized arguments: --colour" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("sky\nroad", "'sky\\nroad' holds the invisible character"),
+        ("s\x1b[31mky; road", "s\\x1b[31mky"),
+        ("names.txt", "@names.txt"),
+        ("refrigerator door; refrigerator shelf", "'refrigerator door' and 'refrigerator shelf'"),
+    ],
+)
+def test_classes_that_cannot_work_stop_before_anything_is_written(place, capsys, classes, message):
+    code, output = _run(place, capsys, classes=classes)
+    assert code == 2 and message in output.err and output.err.splitlines()[-1].startswith("error: ")
+    assert "\x1b" not in output.err and not (place / "o").exists()
+
+
+def test_a_name_of_ten_thousand_letters_takes_no_time(place, capsys):
+    start = time.perf_counter()
+    code, output = _run(place, capsys, images=("in/a.png",), classes="sky; " + "x" * 10_000)
+    assert code == 0, output.err
+    assert time.perf_counter() - start < 20 and len(output.out) < 500
+
+
+def test_one_gray_image_takes_the_list_of_its_training_only(place, capsys, tiny_config):
+    workdir.write_config(str(place / "w"), tiny_config(classes_per_pass=0))
+    workdir.settle_classes(str(place / "w"), vocabulary.from_names(["sky", "road"]), write=True)
+    code, output = _run(place, capsys, images=("in/a.png",), classes="road; sky")
+    assert code == 2 and "class 0 is 'sky', not 'road'" in output.err
+    assert str(place / "w" / "classes.json") in output.err and not (place / "o").exists()
+    stored = f"@{place / 'w' / 'classes.json'}"
+    for classes in ("Sky; road", stored):
+        code, output = _run(place, capsys, images=("in/a.png",), classes=classes)
+        assert code == 0, output.err
+
+
+def test_maps_that_are_not_finite_stop_with_image_class_and_reason(
+    place, capsys, tiny_networks, monkeypatch
+):
+    unet, *rest = tiny_networks
+    broken = nnx.clone(unet)
+    nnx.update(broken, jax.tree.map(lambda x: x * np.nan, nnx.state(unet)))
+    monkeypatch.setattr(
+        workdir, "load_networks", lambda path: (broken, *rest, workdir.read_config(path))
+    )
+    for more in ([], ["--ensemble", "2"]):
+        code, output = _run(place, capsys, *more)
+        assert code == 2 and "Traceback" not in output.err
+        said = output.err.splitlines()[-1]
+        for word in (
+            str(place / "in" / "a.png"),
+            "map of sky",
+            "not finite",
+            "weights of the UNet",
+        ):
+            assert word in said
+        assert not _names(place / "o")
 
 
 def test_what_one_gray_image_cannot_hold(place, capsys, tiny_config):

@@ -272,8 +272,12 @@ def check_known(
 
 
 def to_json(vocabulary: Vocabulary) -> str:
-    """What `load` reads from a `.json` file: names and synonyms in id order."""
-    classes = [{"name": e.name, "synonyms": list(e.synonyms)} for e in vocabulary.classes]
+    """What `load` reads from a `.json` file: names, synonyms and colours in id order."""
+    classes = [
+        {"name": e.name, "synonyms": list(e.synonyms)}
+        | ({} if e.color is None else {"color": [int(c) for c in e.color]})
+        for e in vocabulary.classes
+    ]
     value = {"name": vocabulary.name, "classes": classes}
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 

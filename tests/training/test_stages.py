@@ -20,6 +20,7 @@ from segdiff_jax import __version__, aot
 from segdiff_jax import workdir as workdirs
 from segdiff_jax.data import pipeline
 from segdiff_jax.data.scenes import vocabulary
+from segdiff_jax.data.vocabulary import from_names
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import pretrained
 from segdiff_jax.models.unet import UNet
@@ -71,6 +72,41 @@ def same_bits(a, b):
 def contents(folder):
     files = (path for path in Path(folder).rglob("*") if path.is_file())
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_run_knows_its_classes_and_goes_on_with_no_others(
+    trained, micro_config, tmp_path, caplog, monkeypatch
+):
+    for folder in (trained, f"{trained}/vae"):
+        assert workdirs.read_classes(folder).classes == vocabulary().classes
+    workdir = copy_at_step_2(trained, tmp_path)
+    before = contents(workdir)
+    names = [", ".join(entry.names) for entry in vocabulary().classes]
+    cases = (
+        (names[::-1], f"class 0 is '{vocabulary().names[-1]}', not '{vocabulary().names[0]}'"),
+        (names[:-1], f"there are {len(names) - 1} classes, not {len(names)}"),
+        ([*names[:-1], names[-1] + ", rest"], "other synonyms"),
+    )
+    for classes, words in cases:
+        with pytest.raises(UserError, match=words) as caught:
+            workdirs.settle_classes(workdir, from_names(classes), write=True)
+        assert "--workdir" in str(caught.value) and contents(workdir) == before
+    config = micro_config()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="started with other"):
+        patch.setattr("segdiff_jax.data.scenes.vocabulary", lambda: from_names(names[::-1]))
+        stages.train(config, workdir)
+    assert contents(workdir) == before
+    os.remove(f"{workdir}/classes.json")
+    with caplog.at_level("WARNING"):
+        workdirs.settle_classes(workdir, from_names(names), write=True)
+    assert "does not say which classes" in caplog.text
+    assert workdirs.read_classes(workdir).names == vocabulary().names
+
+
+def test_a_list_may_be_corrected_before_the_first_checkpoint(tmp_path):
+    for names in (["sky", "raod"], ["sky", "road"]):
+        workdirs.settle_classes(str(tmp_path), from_names(names), write=True)
+        assert workdirs.read_classes(str(tmp_path)).names == tuple(names)
 
 
 def contents_of(folder):
