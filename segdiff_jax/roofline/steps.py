@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from segdiff_jax import codec, runtime, segmenter
+from segdiff_jax import codec, segmenter
 from segdiff_jax.conditioning import PromptTable
 from segdiff_jax.config import Config
 from segdiff_jax.data import scenes, vocabulary
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.models import presets
-from segdiff_jax.models.layers import kernels_as_multiplied
+from segdiff_jax.models.layers import kernels_as_multiplied, with_attention
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, decode_latents
 from segdiff_jax.roofline import flops
-from segdiff_jax.training import loop, losses, sharding
+from segdiff_jax.training import attention_kernels, loop, sharding
 from segdiff_jax.training.placement import multiple
 from segdiff_jax.training.step import Frozen, diffusion_step, init_state, vae_step
 
@@ -82,17 +82,18 @@ def class_count(config: Config) -> int:
 def train_step(config: Config, mesh: jax.sharding.Mesh) -> Step:
     """The step of `config.stage`, as `training.loop` compiles it."""
     nets = networks(config)
-    vae_graph, vae_params = nnx.split(nets.vae)
+    attention = attention_kernels.on_mesh(mesh)
+    vae_graph, vae_params = nnx.split(with_attention(nets.vae, attention))
     if config.stage == "vae":
         params, frozen = vae_params, None
-        step = vae_step(vae_graph, config)
+        step = vae_step(vae_graph, config, mesh)
     else:
-        graph, params = nnx.split(nets.unet)
+        graph, params = nnx.split(with_attention(nets.unet, attention))
         frozen = sharding.abstract(
             Frozen(vae_params, _schedule(config), _table(nets, class_count(config))),
             sharding.replicated(mesh),
         )
-        step = diffusion_step(graph, vae_graph, config)
+        step = diffusion_step(graph, vae_graph, config, mesh)
     state = jax.eval_shape(lambda p: init_state(p, config), params)
     state = sharding.abstract(state, sharding.state_sharding(state, mesh))
     batch = sharding.abstract(train_batch(config, nets), sharding.batch_sharding(mesh))
@@ -100,31 +101,7 @@ def train_step(config: Config, mesh: jax.sharding.Mesh) -> Step:
     function = loop.compile_step(step, state, mesh)
     count = config.train.batch_size
     total = count * _train_flops(config, nets)
-    loops = _encoding(config, nets, mesh) if "image" in batch and config.stage != "vae" else None
-    return Step(function, (state, frozen, batch, key), count, total, loops)
-
-
-def _encoding(config: Config, nets: Networks, mesh: jax.sharding.Mesh) -> Loops | None:
-    """The loop in which few images a chip are encoded, one a chip at a time."""
-    parts = losses.encoding_parts(2 * config.train.batch_size, mesh.abstract_mesh)
-    if parts is None:
-        return None
-    graph, params = nnx.split(nets.vae)
-
-    def encode(params, images):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return losses.encode_one_by_one(nnx.merge(graph, params), images, parts.axes)
-
-    # One image for each chip; for each pair of `tensor` peers, if they encode the same.
-    count, size = 2 * config.train.batch_size // parts.rounds, config.data.image_size
-    images = jax.ShapeDtypeStruct((count, *size, 3), jnp.float32)
-    arguments = (
-        sharding.abstract(params, sharding.replicated(mesh)),
-        sharding.abstract(images, jax.sharding.NamedSharding(mesh, P(parts.axes))),
-    )
-    function = jax.jit(encode, compiler_options=runtime.compiler_options(mesh))
-    needed = count * flops.vae_encode(nets.vae.config, *size)
-    return Loops(1, parts.rounds, Step(function, arguments, count, needed))
+    return Step(function, (state, frozen, batch, key), count, total)
 
 
 def train_batch(config: Config, nets: Networks) -> dict[str, jax.ShapeDtypeStruct]:
@@ -183,7 +160,8 @@ def _sampler(
     """The segmenter's sampler: whole parameters on every chip, jobs spread over the mesh."""
     nets, whole = networks(config), sharding.replicated(mesh)
     rows = sharding.rows_sharding(mesh)
-    unet_graph, unet_params = nnx.split(nets.unet)
+    attention = attention_kernels.on_device(mesh.devices.flat[0].platform)
+    unet_graph, unet_params = nnx.split(with_attention(nets.unet, attention))
     vae_graph, vae_params = nnx.split(nets.vae)
     group = codec.group_size(classes, config.codec.classes_per_pass)
     latent = (*_latent_size(config, nets), nets.vae.config.latent_channels)
@@ -229,7 +207,7 @@ def _decoding(config: Config, nets: Networks, mesh: jax.sharding.Mesh) -> Step:
         sharding.abstract(jax.ShapeDtypeStruct(shape, jnp.float32), rows),
     )
     needed = mesh.size * flops.vae_decode(nets.vae.config, *config.data.image_size)
-    function = jax.jit(cut, compiler_options=runtime.compiler_options(mesh))
+    function = jax.jit(cut)
     return Step(function, arguments, mesh.size, needed)
 
 

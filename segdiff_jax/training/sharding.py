@@ -221,26 +221,27 @@ def spread(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
     return P(*(cut or None for cut in cuts))
 
 
-def summed_by_axes(grads: Any) -> Any:
-    """Gradients cut as the parameters of a training state: over fsdp and tensor, then over data.
+def gathered(params: Any, mesh: Mesh) -> Any:
+    """Inside a step: parameters as the layers use them, whole but where a rule has `tensor`.
 
-    libtpu has no scatter for 16 chips at once: there it sums everything on every chip. For 4 and
-    then 4 it has (docs/performance.md). For the named mesh; not where replicas are slices.
+    Said of the parameters, so that the partitioner has no reason to cut activations by channel
+    where the kernels are: that would exchange whole batches.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or min(mesh.shape[axis] for axis in BATCH_AXES) == 1:
-        return grads
-    sizes = dict(mesh.shape)
+    sizes = {"data": 1, "fsdp": 1, "tensor": mesh.shape["tensor"]}
 
-    def cut(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        first = partition("/".join(leaf_path(path)), leaf.shape, sizes)
-        both = spread(first, leaf.shape, sizes)
-        if both == first:
-            return leaf
-        leaf = jax.lax.with_sharding_constraint(leaf, first)
-        return jax.lax.with_sharding_constraint(leaf, both)
+    def gather(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = "/".join(leaf_path(path))
+        ruled = any(re.search(pattern, name) for pattern, _ in RULES)
+        spec = partition(name, leaf.shape, sizes) if ruled else P()
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
-    return jax.tree_util.tree_map_with_path(cut, grads)
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+def scattered(grads: Any, mesh: Mesh) -> Any:
+    """Inside a step: gradients cut as the parameters of a training state."""
+    shardings = state_sharding({"params": grads}, mesh)["params"]
+    return jax.lax.with_sharding_constraint(grads, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

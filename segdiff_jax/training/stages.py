@@ -25,12 +25,13 @@ from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import presets, pretrained
 from segdiff_jax.models.clip_text import CLIPText
+from segdiff_jax.models.layers import with_attention
 from segdiff_jax.models.pretrained import Pretrained
 from segdiff_jax.models.tokenizer import train_tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.roofline import flops
-from segdiff_jax.training import latent_cache, loop, losses, processes, sharding
+from segdiff_jax.training import attention_kernels, latent_cache, loop, losses, processes, sharding
 from segdiff_jax.training.checkpoint import Checkpoints, check_config
 from segdiff_jax.training.placement import placer
 from segdiff_jax.training.step import Frozen, TrainState, diffusion_step, init_state, vae_step
@@ -79,11 +80,12 @@ def _train_vae(config: Config, workdir: str, source: Source, startup: StartUp) -
     if config.init_from:
         given = pretrained.load(config.init_from, ("vae",), place=placer(mesh)).vae
     vae = given or nnx.eval_shape(lambda: _new_vae(config))
-    graph, params = nnx.split(vae)
+    graph, params = nnx.split(with_attention(vae, attention_kernels.on_mesh(mesh)))
     make = None if given else lambda: nnx.state(_new_vae(config))
     batches = _batches(config, source)
     startup.done("weights")
-    step, work = vae_step(graph, config), flops.train_example(config, None, vae.config, 0, 0)
+    step = vae_step(graph, config, mesh)
+    work = flops.train_example(config, None, vae.config, 0, 0)
     state = _run(config, workdir, mesh, batches, step, None, params, make, None, work, startup)
     params = processes.gathered(state.ema or state.params)
     if processes.is_first():
@@ -110,12 +112,13 @@ def _train_diffusion(config: Config, workdir: str, source: Source, startup: Star
     vae, text_encoder, tokenizer = workdirs.load_frozen(str(frozen_folder), dtype)
     entries = source.vocabulary.classes
     table = conditioning.encode_prompts(text_encoder, tokenizer, entries, config.prompts.templates)
-    vae_graph, vae_params = nnx.split(vae)
+    mesh = sharding.make_mesh(config.mesh)
+    attention = attention_kernels.on_mesh(mesh)
+    vae_graph, vae_params = nnx.split(with_attention(vae, attention))
     frozen = Frozen(vae_params, make_schedule(config.diffusion), table)
 
     # What a checkpoint of this run replaces need not be read.
     saved = _saved_unet_config(config, workdir)
-    mesh = sharding.make_mesh(config.mesh)
     given = None if saved else _given_unet(config, dtype, mesh)
     unet_config = saved or (
         given.config
@@ -126,6 +129,7 @@ def _train_diffusion(config: Config, workdir: str, source: Source, startup: Star
     )
     build = lambda: UNet(  # noqa: E731
         unet_config,
+        attention=attention,
         dtype=dtype,
         remat=config.model.remat,
         zero_init=config.model.zero_init,
@@ -137,7 +141,7 @@ def _train_diffusion(config: Config, workdir: str, source: Source, startup: Star
     if given is not None:
         params = nnx.state(given)
         del given
-    step = diffusion_step(graph, vae_graph, config)
+    step = diffusion_step(graph, vae_graph, config, mesh)
     validate = None
     if config.train.eval_every:
         from segdiff_jax.segmenter import Segmenter

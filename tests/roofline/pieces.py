@@ -22,6 +22,7 @@ from segdiff_jax.models.layers import ResnetBlock
 from segdiff_jax.models.unet import SpatialTransformer, UNetConfig
 from segdiff_jax.roofline import chips, compile, hlo, traffic
 from segdiff_jax.roofline.steps import Step
+from segdiff_jax.training import attention_kernels
 
 DTYPE, CONFIG = jnp.bfloat16, UNetConfig()
 
@@ -37,7 +38,7 @@ def resnet(channels, size):
 
 def transformer(channels, size):
     def make():
-        kw = {"zero": False, "dtype": DTYPE}
+        kw = {"zero": False, "attention": attention_kernels.splash, "dtype": DTYPE}
         return SpatialTransformer(CONFIG, channels, channels // 64, rngs=nnx.Rngs(0), **kw)
 
     text = array(4, 77, CONFIG.cross_attention_dim)  # frozen: no gradient
@@ -72,12 +73,8 @@ def functions(make, apply):
 
 
 def report(name, function, arguments, mesh, options):
-    def on_mesh(*values):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*values)
-
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))  # noqa: E731
-    jitted = jax.jit(on_mesh, compiler_options=options)
+    jitted = jax.jit(function, compiler_options=options)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
     made = compile.compile_step(Step(jitted, tuple(jax.tree.map(place, arguments)), 1, 0))
     user = resource.getrusage(resource.RUSAGE_SELF).ru_utime - before

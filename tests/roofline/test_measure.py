@@ -8,7 +8,7 @@ from flax import nnx
 
 from segdiff_jax.config import MeshConfig
 from segdiff_jax.errors import UserError
-from segdiff_jax.roofline import chips, compile, flops, measure, report, steps
+from segdiff_jax.roofline import chips, compile, measure, report, steps
 from segdiff_jax.training import sharding
 
 
@@ -121,20 +121,6 @@ def test_the_decoder_counted_apart_is_a_part_of_the_sampler():
     assert [equation.primitive.name for equation in inside.eqns] == ["shard_map"]
 
 
-def test_tensor_peers_do_not_encode_the_same_images():
-    config = small_config.get_config()
-    config.data = dataclasses.replace(config.data, cache_latents=False, image_size=(64, 64))
-    config.train.batch_size = 4
-    made = {}
-    for tensor in (1, 2):
-        config.mesh = MeshConfig(data=1, fsdp=-1, tensor=tensor)
-        made[tensor] = measure.measure(config, measure.Target("v5e:2x2"))["per_chip"]
-    encoded = 2 * flops.vae_encode(steps.networks(config).vae.config, 64, 64)  # a photo, a mask
-    more = made[2]["flops"]["total"] - made[1]["flops"]["total"]
-    print(more / encoded, made[2]["collectives"])
-    assert more < 0.3 * encoded, "half of what is not cut by channel, in the UNet alone"
-
-
 def test_gradients_are_scattered_where_16_chips_have_two_axes(monkeypatch):
     monkeypatch.setattr(sharding, "SMALLEST_SPREAD", 2**10)
     config = small_config.get_config()
@@ -151,12 +137,7 @@ def test_training_from_pixels_moves_weights_between_chips_and_no_activations():
     config.data = dataclasses.replace(config.data, cache_latents=False, image_size=(32, 32))
     config.model = dataclasses.replace(config.model, remat=True)
     config.mesh = dataclasses.replace(config.mesh, data=1, fsdp=-1)
-    target = measure.Target("v5e:2x2")
-    loops = measure._make(config, target).loops
-    assert loops is not None and loops.times == 4  # two photos and two masks a chip, in a loop
-    made = measure.measure(config, target)
-    encoders = 16 * flops.vae_encode(steps.networks(config).vae.config, 32, 32)
-    assert loops.body.model_flops == encoders / loops.times
+    made = measure.measure(config, measure.Target("v5e:2x2"))
     assert made["per_chip"]["flops"]["total"] > made["per_chip"]["flops"]["model"]
     exchanges = made["per_chip"]["collectives"]
     print(exchanges)
