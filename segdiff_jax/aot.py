@@ -31,11 +31,12 @@ from segdiff_jax.data import scenes, vocabulary
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import flops, presets
-from segdiff_jax.models.layers import kernels_as_multiplied
+from segdiff_jax.models.attention import AttentionFn, plain
+from segdiff_jax.models.layers import kernels_as_multiplied, with_attention
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import chips
-from segdiff_jax.training import loop, sharding
+from segdiff_jax.training import attention_kernels, loop, sharding
 from segdiff_jax.training.placement import multiple
 from segdiff_jax.training.step import Frozen, diffusion_step, init_state, vae_step
 
@@ -144,19 +145,20 @@ def make_step(config: Config, mesh: Mesh, kind: str = "train", classes: int | No
     named = config.data.vocabulary
     if classes is None and (named or config.data.source == "scenes"):
         classes = len(vocabulary.load(named) if named else scenes.vocabulary())
-    nets = _networks(config, classes or _UNKNOWN_CLASSES)
+    nets = _networks(config, classes or _UNKNOWN_CLASSES, attention_kernels.on_mesh(mesh))
     return (_train_step if kind == "train" else _sample_step)(config, nets, mesh)
 
 
-def _networks(config: Config, classes: int) -> _Networks:
+def _networks(config: Config, classes: int, attention: AttentionFn) -> _Networks:
     preset, dtype = presets.architecture(config.model.preset), jnp.dtype(config.model.dtype)
     name = f"config.model.preset={config.model.preset!r}"
     check_image_size(config, preset.vae.downsampling, name)
     text, channels = preset.text_encoder, preset.vae.latent_channels
     unet_config = presets.unet_between(config.model.preset, channels, text.hidden_size)
+    kw: Any = {"attention": attention, "dtype": dtype}
     remat = config.model.remat
-    unet = nnx.eval_shape(lambda: UNet(unet_config, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
-    vae = nnx.eval_shape(lambda: VAE(preset.vae, dtype=dtype, rngs=nnx.Rngs(0)))
+    unet = nnx.eval_shape(lambda: UNet(unet_config, remat=remat, rngs=nnx.Rngs(0), **kw))
+    vae = nnx.eval_shape(lambda: VAE(preset.vae, rngs=nnx.Rngs(0), **kw))
     hidden = _floats(classes, text.max_position_embeddings, text.hidden_size)
     table = PromptTable(hidden, _floats(classes, text.hidden_size))
     group = codec.group_size(classes, config.codec.classes_per_pass)
@@ -177,7 +179,7 @@ def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
     (unet, unet_params), (vae, vae_params) = nnx.split(nets.unet), nnx.split(nets.vae)
     schedule = jax.eval_shape(lambda: make_schedule(config.diffusion))
     frozen = None if vae_only else Frozen(vae_params, schedule, nets.table)
-    step = vae_step(vae, config) if vae_only else diffusion_step(unet, vae, config)
+    step = vae_step(vae, config, mesh) if vae_only else diffusion_step(unet, vae, config, mesh)
     params = vae_params if vae_only else unet_params
     state = jax.eval_shape(lambda p: init_state(p, config), params)
     state = sharding.abstract(state, sharding.state_sharding(state, mesh))
@@ -221,7 +223,8 @@ def _sample_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
 def _sampler(config: Config, nets: _Networks, mesh: Mesh, jobs: int) -> tuple[Any, tuple[Any, ...]]:
     """`segmenter.sampler_on` and its arguments: all that this file knows of how it is called."""
     whole, rows = sharding.replicated(mesh), sharding.rows_sharding(mesh)
-    (unet, unet_params), (vae, vae_params) = nnx.split(nets.unet), nnx.split(nets.vae)
+    unet, unet_params = nnx.split(with_attention(nets.unet, attention_kernels.on_device("tpu")))
+    vae, vae_params = nnx.split(with_attention(nets.vae, plain))
     schedule, key = jax.eval_shape(lambda: (make_schedule(config.diffusion), jax.random.key(0)))
     kind, ids = config.codec.context, jax.ShapeDtypeStruct((jobs, nets.group), jnp.int32)
     contexts, mask = jax.eval_shape(lambda table, ids: context(table, ids, kind), nets.table, ids)

@@ -89,7 +89,7 @@ class DataConfig:
 class ModelConfig:
     preset: str = "tiny"  # architecture when nothing is loaded: see models/presets.py
     dtype: str = choice("float32", ("float32", "bfloat16"))  # activations; parameters stay float32
-    remat: bool = False  # recompute UNet blocks in the backward pass
+    remat: bool = False  # keep what UNet blocks are given, and make the rest again going back
     zero_init: bool = True  # new networks only: last layer of each residual branch starts at zero
 
 

@@ -6,27 +6,12 @@ import os
 import jax
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh
 
 from segdiff_jax import waiting
 from segdiff_jax.files import is_remote
 from segdiff_jax.training import processes
 
 log = logging.getLogger(__name__)
-
-# XLA may cut a product with a gathered kernel into many over its parts, summed in float32. Gathered
-# whole, the program is smaller, and faster to compile (docs/performance.md). And a product may take
-# 1 / 0.92 of what XLA estimates for its fastest tiles: those are unrolled into nearly twice as much
-# code, and compiling is generating code.
-TPU_OPTIONS = {
-    "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-    "xla_jf_convolution_performance_target": "0.92",
-}
-
-
-def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """What the compiler of `mesh`'s devices is told of a large program; other devices know none."""
-    return TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
 
 
 def start(workdir: str = "") -> None:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from segdiff_jax import codec, conditioning, runtime, workdir
+from segdiff_jax import codec, conditioning, workdir
 from segdiff_jax.config import Config, MeshConfig, SamplerConfig
 from segdiff_jax.data import requests, transforms, vocabulary
 from segdiff_jax.data.vocabulary import ClassEntry, Vocabulary
@@ -20,13 +20,14 @@ from segdiff_jax.diffusion import ensemble as ensemble_lib
 from segdiff_jax.diffusion import sampler as sampler_lib
 from segdiff_jax.diffusion.schedule import Schedule, make_schedule
 from segdiff_jax.errors import UserError
+from segdiff_jax.models.attention import plain
 from segdiff_jax.models.clip_text import CLIPText
-from segdiff_jax.models.layers import kernels_as_multiplied
+from segdiff_jax.models.layers import kernels_as_multiplied, with_attention
 from segdiff_jax.models.tokenizer import Tokenizer
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
 from segdiff_jax.segmentation import Segmentation, from_maps
-from segdiff_jax.training import processes, sharding
+from segdiff_jax.training import attention_kernels, processes, sharding
 from segdiff_jax.training.losses import to_pixels
 from segdiff_jax.training.placement import equal_parts, on_mesh, rows_of_call, spread_rows
 
@@ -53,8 +54,10 @@ class Segmenter:
         self.config, self.tokenizer, self.text_encoder = config, tokenizer, text_encoder
         self.trained = trained
         self.mesh = mesh or sharding.make_mesh(MeshConfig())
-        self._unet, unet_params = nnx.split(unet)
-        self._vae, vae_params = nnx.split(vae)
+        # Each device works by itself (`sampler_on`), whatever mesh the networks were trained on.
+        attention = attention_kernels.on_device(self.mesh.devices.flat[0].platform)
+        self._unet, unet_params = nnx.split(with_attention(unet, attention))
+        self._vae, vae_params = nnx.split(with_attention(vae, plain))
         self._unet_params = self._for_sampling(unet_params)
         self._vae_params = on_mesh(vae_params, self.mesh)
         self._schedule = on_mesh(make_schedule(config.diffusion), self.mesh)
@@ -349,8 +352,7 @@ def sampler_on(mesh: Mesh) -> Any:
         spread = jax.shard_map(own_jobs, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
         return spread(*arrays)
 
-    options = runtime.compiler_options(mesh)
-    return jax.jit(sample, static_argnums=(0, 1, 2, 3), compiler_options=options)
+    return jax.jit(sample, static_argnums=(0, 1, 2, 3))
 
 
 def sample_jobs(

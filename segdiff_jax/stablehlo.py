@@ -18,11 +18,14 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 
 from segdiff_jax import codec, files, ownership, segmenter
 from segdiff_jax.config import SamplerConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import safetensors_files
+from segdiff_jax.models.attention import plain
+from segdiff_jax.models.layers import with_attention
 from segdiff_jax.segmenter import Segmenter
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -86,6 +89,8 @@ def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.A
     structure = jax.tree.structure(_weights(model))
     names = list(_named_weights(model))
     schedule = jax.tree.map(jnp.asarray, jax.device_get(model._schedule))
+    # The file is for every platform: no kernel of the one that it is written on.
+    unet = nnx.split(with_attention(nnx.merge(model._unet, model._unet_params), plain))[0]
 
     def sample(weights: Weights, image: jax.Array, context: jax.Array, key: jax.Array) -> jax.Array:
         leaves = [jnp.asarray(weights[name]).astype(jnp.float32) for name in names]
@@ -94,7 +99,7 @@ def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.A
         job = jnp.arange(passes * members)
         latent = segmenter._encode(model._vae, params["vae"], image[None])[0]
         gray = segmenter.sample_jobs(
-            model._unet,
+            unet,
             model._vae,
             sampler.steps,
             sampler.eta,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segdiff_jax.fields import choice, number
-from segdiff_jax.models.attention import attention, joined
+from segdiff_jax.models.attention import AttentionFn, plain
 from segdiff_jax.models.layers import Dtype
 
 ACTIVATIONS = ("gelu", "quick_gelu")
@@ -35,7 +35,11 @@ def _activation(name: str, x: jax.Array) -> jax.Array:
 
 
 class EncoderLayer(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, dtype: Dtype, rngs: nnx.Rngs):
+    """Tokens attend to each other; then each by itself."""
+
+    def __init__(
+        self, config: CLIPTextConfig, *, attention: AttentionFn, dtype: Dtype, rngs: nnx.Rngs
+    ):
         width = config.hidden_size
         kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         norm = lambda: nnx.LayerNorm(width, epsilon=config.layer_norm_eps, **kw)  # noqa: E731
@@ -49,31 +53,46 @@ class EncoderLayer(nnx.Module):
         self.out_proj = nnx.Linear(width, width, kernel_init=mixing, **kw)
         self.fc1 = nnx.Linear(width, config.intermediate_size, **kw)
         self.fc2 = nnx.Linear(config.intermediate_size, width, **kw)
-        self.heads, self.act = config.num_attention_heads, config.hidden_act
+        self.heads, self.act, self.attention = (
+            config.num_attention_heads,
+            config.hidden_act,
+            attention,
+        )
 
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:  # [B, L, D]
-        h = self.layer_norm1(x)
-        q, k, v = self.q_proj(h), self.k_proj(h), self.v_proj(h)
-        out = attention(q, k, v, x.shape[2] // self.heads, mask)
-        x = x + self.out_proj(joined(out, x.shape[1]))
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:  # [B, L, D] -> [B, L, D]
+        x = x + self.out_proj(self._attend(self.layer_norm1(x), mask))
         return x + self.fc2(_activation(self.act, self.fc1(self.layer_norm2(x))))
+
+    def _attend(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        query, key, value = (y.reshape(*y.shape[:2], self.heads, -1) for y in projected)
+        return self.attention(query, key, value, mask).reshape(x.shape)
 
 
 class CLIPText(nnx.Module):
     """Causal transformer over token ids; returns the last hidden state after the final norm."""
 
-    def __init__(self, config: CLIPTextConfig, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: CLIPTextConfig,
+        *,
+        attention: AttentionFn = plain,
+        dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         width = config.hidden_size
         kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         # Without pre-trained weights the encoder stays random and frozen. Unit-variance tokens
         # keep the words apart then; CLIP's own 0.02 would leave only positions to see.
         tokens, positions = nnx.initializers.normal(1.0), nnx.initializers.normal(0.3)
-        self.config, self.dtype = config, dtype
+        self.config = config
         self.token_embedding = nnx.Embed(config.vocab_size, width, embedding_init=tokens, **kw)
         self.position_embedding = nnx.Embed(
             config.max_position_embeddings, width, embedding_init=positions, **kw
         )
-        self.layers = nnx.List(EncoderLayer(config, **kw) for _ in range(config.num_hidden_layers))
+        self.layers = nnx.List(
+            EncoderLayer(config, attention=attention, **kw) for _ in range(config.num_hidden_layers)
+        )
         self.final_layer_norm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, **kw)
 
     def __call__(self, token_ids: jax.Array) -> jax.Array:

@@ -1,5 +1,10 @@
-"""Building blocks shared by the UNet and the VAE. Channel-last; float32 where rounding matters."""
+"""Building blocks shared by the UNet and the VAE, channel-last.
 
+Products (convolutions, linear layers, attention) take and give the network's `dtype`, and so do
+blocks. Norms, and the sums within a transformer, are float32; layers cast what they are given.
+"""
+
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from segdiff_jax.models import named_mesh, recompute
-from segdiff_jax.models.attention import KEPT, attention, joined
+from segdiff_jax.models.attention import AttentionFn
 
 Dtype = jnp.dtype | type
 
@@ -18,78 +23,48 @@ Dtype = jnp.dtype | type
 _kernel_init = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
-def linear(
-    features_in: int,
-    features_out: int,
-    *,
-    bias: bool = True,
-    zero: bool = False,
-    **kw,
-) -> "Linear":
-    init = nnx.initializers.zeros if zero else _kernel_init
-    return Linear(features_in, features_out, use_bias=bias, kernel_init=init, **kw)
+PRODUCT = "product"  # the name of a result that a block may keep
+# What a block keeps for its backward pass, which makes the rest again: the results of products
+# (norms and activations are quickly made from them), or nothing but what it was given.
+KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+KEEP_INPUTS = jax.checkpoint_policies.nothing_saveable
+
+
+def keeping(
+    policy: Callable[..., bool] | None,
+    block: Callable[..., jax.Array],
+    module: nnx.Module,
+    *inputs: Any,
+) -> jax.Array:
+    """`block(module, *inputs)`, which keeps what `policy` says; None: whatever JAX would."""
+    if policy is None:
+        return block(module, *inputs)
+    # Not `nnx.remat`, which writes to the module: samplers call networks inside `vmap` and `scan`.
+    graph, params = nnx.split(module)
+    pure = lambda params, *inputs: block(nnx.merge(graph, params), *inputs)  # noqa: E731
+    return jax.checkpoint(pure, policy=policy)(params, *inputs)
 
 
 class Linear(nnx.Linear):
-    """x @ kernel + bias, summed in float32 and rounded once, to `dtype`."""
+    """nnx.Linear whose result can be kept by its name."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]  # [..., in] -> [..., out]
-        return self.unrounded(x).astype(self.dtype)
-
-    def unrounded(self, x: jax.Array) -> jax.Array:
-        """The float32 result, for a caller that adds to it before the one rounding."""
-        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        if x.dtype == jnp.float32:
-            return x @ kernel if self.bias is None else x @ kernel + self.bias[...]
-        return _product(x, kernel) if self.bias is None else _affine(x, kernel, self.bias[...])
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., out]
+        return checkpoint_name(super().__call__(x), PRODUCT)
 
 
-def unrounded(layer: "Linear | nnx.Conv", x: jax.Array) -> jax.Array:
-    """`layer(x)`, in float32 where the layer has it: convolutions round by themselves."""
-    return layer.unrounded(x) if isinstance(layer, Linear) else layer(x)
+class Conv(nnx.Conv):
+    """nnx.Conv whose result can be kept by its name."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, in] -> [B, H', W', out]
+        return checkpoint_name(super().__call__(x), PRODUCT)
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., in] @ kernel [in, out] in float32, whose gradients are products in x's own dtype."""
-    return jax.lax.dot_general(
-        x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
-    )
-
-
-def _product_forward(x, kernel):
-    return _product(x, kernel), (x, kernel)
-
-
-def _product_backward(saved, gradient):
-    # Without this JAX would multiply float32 by bfloat16, at twice the memory traffic.
-    x, kernel = saved
-    gradient = gradient.astype(x.dtype)
-    rows = tuple(range(x.ndim - 1))
-    to_x = jax.lax.dot_general(gradient, kernel, (((x.ndim - 1,), (1,)), ((), ())))
-    return to_x, jax.lax.dot_general(x, gradient, ((rows, rows), ((), ())))
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
-@jax.custom_vjp
-def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """`_product` plus bias [out], whose gradient sums what the kernel's multiplies, in float32.
-
-    XLA puts such sums off until they are exchanged between chips. Until then it would keep the
-    gradient in float32 too, for all layers.
-    """
-    return _product(x, kernel) + bias
-
-
-def _affine_backward(saved, gradient):
-    gradient = gradient.astype(saved[0].dtype)
-    rows = tuple(range(gradient.ndim - 1))
-    return *_product_backward(saved, gradient), gradient.sum(rows, dtype=jnp.float32)
-
-
-_affine.defvjp(lambda x, kernel, bias: (_affine(x, kernel, bias), (x, kernel)), _affine_backward)
+def linear(
+    features_in: int, features_out: int, *, bias: bool = True, zero: bool = False, **kw
+) -> Linear:
+    """A linear layer; with `zero` it starts as the map to zero."""
+    init = nnx.initializers.zeros if zero else _kernel_init
+    return Linear(features_in, features_out, use_bias=bias, kernel_init=init, **kw)
 
 
 def conv(
@@ -101,17 +76,16 @@ def conv(
     padding: tuple[int, int] | None = None,
     zero: bool = False,
     **kw,
-) -> nnx.Conv:
+) -> Conv:
     """A square convolution. `padding` is (before, after) on both axes; by default it keeps size."""
     pad = (size // 2, size // 2) if padding is None else padding
-    init = nnx.initializers.zeros if zero else _kernel_init
-    return nnx.Conv(
+    return Conv(
         features_in,
         features_out,
         kernel_size=(size, size),
         strides=(stride, stride),
         padding=(pad, pad),
-        kernel_init=init,
+        kernel_init=nnx.initializers.zeros if zero else _kernel_init,
         **kw,
     )
 
@@ -119,9 +93,9 @@ def conv(
 def kernels_as_multiplied(network: nnx.GraphDef, params: Any) -> Any:
     """`params` of `network` with each kernel in the dtype in which its layer multiplies.
 
-    Layers round the kernels that they are given; where they are called often with the same, once is
-    enough, and kernels in bfloat16 are half as large. What a layer computes stays the same to the
-    last bit. Not for training. Leaves may be `ShapeDtypeStruct`s; those that stay are not copied.
+    Layers round the kernels that they are given: rounded once for many calls, in bfloat16 they are
+    half as large to hold and to send, and what a layer computes stays the same to the last bit.
+    Leaves may be `ShapeDtypeStruct`s; those that stay are not copied.
     """
 
     def multiplied(params: Any) -> Any:
@@ -141,29 +115,34 @@ def kernels_as_multiplied(network: nnx.GraphDef, params: Any) -> Any:
     return jax.tree.map(cast, params, jax.eval_shape(multiplied, params))
 
 
-class GroupNorm(nnx.Module):
-    """Group normalisation (arXiv 1803.08494), statistics in float32."""
+def with_attention(network: Any, attention: AttentionFn) -> Any:
+    """`network`, with the same arrays, as if it had been built with another attention function."""
+    network = nnx.merge(*nnx.split(network))
+    for _, layer in nnx.iter_modules(network):
+        if isinstance(layer, Attention):
+            layer.attention = attention
+    return network
 
-    def __init__(self, channels: int, groups: int, epsilon: float, *, dtype: Dtype):
+
+class GroupNorm(nnx.Module):
+    """Group normalisation (arXiv 1803.08494), in float32."""
+
+    def __init__(self, channels: int, groups: int, epsilon: float):
         self.scale = nnx.Param(jnp.ones((channels,)))
         self.bias = nnx.Param(jnp.zeros((channels,)))
-        self.groups, self.epsilon, self.dtype = groups, epsilon, dtype
+        self.groups, self.epsilon = groups, epsilon
 
-    def __call__(
-        self, x: jax.Array, activation: Callable[[jax.Array], jax.Array] = lambda y: y
-    ) -> jax.Array:  # [B, ..., C], the activation applied before rounding
-        batch, channels = x.shape[0], x.shape[-1]
-        grouped = x.reshape(batch, -1, self.groups, channels // self.groups).astype(jnp.float32)
-        mean = grouped.mean((1, 3))  # [B, groups]
-        variance = jnp.square(grouped - mean[:, None, :, None]).mean((1, 3))
-        # One multiply-add per element: statistics and affine parameters are folded per channel.
-        per_channel = channels // self.groups
-        inverse = jnp.repeat(jax.lax.rsqrt(variance + self.epsilon), per_channel, axis=1)
-        scale = inverse * self.scale[...]
-        shift = self.bias[...] - jnp.repeat(mean, per_channel, axis=1) * scale
-        broadcast = (batch,) + (1,) * (x.ndim - 2) + (channels,)
-        y = x.astype(jnp.float32) * scale.reshape(broadcast) + shift.reshape(broadcast)
-        return activation(y).astype(self.dtype)
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, C] -> float32 [B, H, W, C]
+        x = x.astype(jnp.float32)
+        centred = x - self._group_mean(x)
+        scale = jax.lax.rsqrt(self._group_mean(jnp.square(centred)) + self.epsilon)
+        return centred * (scale * self.scale[...]) + self.bias[...]
+
+    def _group_mean(self, x: jax.Array) -> jax.Array:
+        """The mean over positions and the channels of a group: [B, H, W, C] -> [B, 1, 1, C]."""
+        batch, *_, channels = x.shape
+        of_groups = x.mean((1, 2)).reshape(batch, self.groups, -1).mean(-1)
+        return jnp.repeat(of_groups, channels // self.groups, axis=-1)[:, None, None]
 
 
 class Attention(nnx.Module):
@@ -174,6 +153,7 @@ class Attention(nnx.Module):
         channels: int,
         heads: int,
         *,
+        attention: AttentionFn,
         context_dim: int | None = None,
         qkv_bias: bool = False,
         dtype: Dtype,
@@ -181,58 +161,23 @@ class Attention(nnx.Module):
     ):
         kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         source = context_dim or channels
-        self.to_q = linear(channels, channels, bias=qkv_bias, **kw)
-        self.to_k = linear(source, channels, bias=qkv_bias, **kw)
-        self.to_v = linear(source, channels, bias=qkv_bias, **kw)
-        self.to_out = linear(channels, channels, **kw)
-        self.heads = heads
+        # Not kept: what they give is large for the work that makes it.
+        project = functools.partial(nnx.Linear, kernel_init=_kernel_init, **kw)
+        self.to_q = project(channels, channels, use_bias=qkv_bias)
+        self.to_k = project(source, channels, use_bias=qkv_bias)
+        self.to_v = project(source, channels, use_bias=qkv_bias)
+        self.to_out = project(channels, channels)
+        self.heads, self.attention = heads, attention
 
     def __call__(
-        self,
-        x: jax.Array,
-        norm: "GroupNorm | nnx.LayerNorm",
-        context: jax.Array | None = None,
-        mask: jax.Array | None = None,
+        self, x: jax.Array, context: jax.Array | None = None, mask: jax.Array | None = None
     ) -> jax.Array:
-        """norm(x) [B, S, C] attends → float32 [B, S, C], for a sum with x before it is rounded.
-
-        The backward pass makes norm(x) again. Of narrow layers it also makes the projections again,
-        and attention to a context, which is short.
-        """
-        others = () if context is None else (self.to_k(context), self.to_v(context))
-        layers = (self.to_q,) if others else (self.to_q, self.to_k, self.to_v)
-
-        def weigh(others, mask, query, *own):  # -> [B, N, S, D]
-            key, value = others or own
-            return attention(query, key, value, query.shape[2] // self.heads, mask)
-
-        def attend(given, norm, *layers):
-            x, *rest = given
-            return weigh(*rest, *norm_project(x, norm, *layers))
-
-        def project(out, to_out):
-            return to_out.unrounded(joined(out, x.shape[1]))
-
-        def both(given, norm, to_out, *layers):
-            return project(attend(given, norm, *layers), to_out)
-
-        given = (x, others, mask)
-        if recompute.is_narrow(x) and others:
-            return recompute.from_inputs(both, given, norm, self.to_out, *layers)
-        if recompute.is_narrow(x):
-            out = recompute.from_inputs(attend, given, norm, *layers, keep=KEPT)
-        else:
-            projected = recompute.from_inputs(norm_project, x, norm, *layers)
-            out = weigh(others, mask, *projected)
-        return recompute.from_inputs(project, out, self.to_out)
-
-
-def norm_project(
-    x: jax.Array, norm: GroupNorm | nnx.LayerNorm, *layers: Linear | nnx.Conv
-) -> list[jax.Array]:
-    """Each of `layers` of norm(x)."""
-    normed = norm(x)
-    return [layer(normed) for layer in layers]
+        """x [B, S, C], context [B, L, D], mask as of `AttentionFn` -> [B, S, C]."""
+        source = x if context is None else context
+        projected = self.to_q(x), self.to_k(source), self.to_v(source)
+        query, key, value = (y.reshape(*y.shape[:2], self.heads, -1) for y in projected)
+        out = self.attention(query, key, value, mask).reshape(x.shape)
+        return self.to_out(out)
 
 
 class ResnetBlock(nnx.Module):
@@ -251,25 +196,21 @@ class ResnetBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        self.norm1 = GroupNorm(channels_in, groups, epsilon, dtype=dtype)
+        self.norm1 = GroupNorm(channels_in, groups, epsilon)
         self.conv1 = conv(channels_in, channels_out, **kw)
-        self.time_emb_proj = linear(time_dim, channels_out, **kw) if time_dim else None
-        self.norm2 = GroupNorm(channels_out, groups, epsilon, dtype=dtype)
+        self.time_emb_proj = linear(time_dim, channels_out, rngs=rngs) if time_dim else None
+        self.norm2 = GroupNorm(channels_out, groups, epsilon)
         self.conv2 = conv(channels_out, channels_out, zero=zero, **kw)
         changes_width = channels_in != channels_out
         self.conv_shortcut = conv(channels_in, channels_out, 1, **kw) if changes_width else None
 
     def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
-        h = recompute.from_inputs(_norm_silu_conv, x, self.norm1, self.conv1)
+        """x [B, H, W, C_in], time float32 [B, T] -> [B, H, W, C_out]."""
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
         if self.time_emb_proj is not None and time is not None:
-            shift = self.time_emb_proj.unrounded(jax.nn.silu(time))
-            h = (h + shift[:, None, None, :]).astype(h.dtype)
-        h = recompute.from_inputs(_norm_silu_conv, h, self.norm2, self.conv2)
+            h = h + self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-def _norm_silu_conv(x: jax.Array, norm: GroupNorm, conv: nnx.Conv) -> jax.Array:
-    return conv(norm(x, jax.nn.silu))
 
 
 class Downsample(nnx.Module):
@@ -278,7 +219,7 @@ class Downsample(nnx.Module):
     def __init__(self, channels: int, *, padding: tuple[int, int], dtype: Dtype, rngs: nnx.Rngs):
         self.conv = conv(channels, channels, stride=2, padding=padding, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, C] -> [B, ⌈H/2⌉, ⌈W/2⌉, C]
         return self.conv(x)
 
 
@@ -289,10 +230,8 @@ class Upsample(nnx.Module):
         self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-        height, width = size or (2 * x.shape[1], 2 * x.shape[2])
-        x = upsample_nearest(x, (height, width))
-        # Else XLA may move x between chips and leave the kernel, here where x is at its largest.
-        return self.conv(named_mesh.by_rows(x) if x.size > self.conv.kernel.size else x)
+        """x [B, H, W, C] -> [B, *size, C], by default of twice the height and width."""
+        return self.conv(upsample_nearest(x, size or (2 * x.shape[1], 2 * x.shape[2])))
 
 
 def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
@@ -309,7 +248,7 @@ def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 def sinusoidal_embedding(
     positions: jax.Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
 ) -> jax.Array:
-    """Sinusoidal embedding (arXiv 1706.03762 §3.5) of positions [B], `dim` wide, in float32."""
+    """Sinusoidal embedding (arXiv 1706.03762 §3.5) of positions [B] -> float32 [B, dim]."""
     half = dim // 2
     exponent = -math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
     angles = positions.astype(jnp.float32)[:, None] * jnp.exp(exponent)  # [B, dim / 2]

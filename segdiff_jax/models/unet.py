@@ -1,5 +1,6 @@
 """The conditional UNet of Stable Diffusion (`UNet2DConditionModel`), channel-last."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,20 +12,20 @@ from flax import nnx
 
 from segdiff_jax.errors import UserError
 from segdiff_jax.fields import number
-from segdiff_jax.models import recompute
+from segdiff_jax.models.attention import AttentionFn, plain
 from segdiff_jax.models.layers import (
+    KEEP_INPUTS,
+    KEEP_PRODUCTS,
     Attention,
     Downsample,
     Dtype,
     GroupNorm,
-    Linear,
     ResnetBlock,
     Upsample,
     conv,
+    keeping,
     linear,
-    norm_project,
     sinusoidal_embedding,
-    unrounded,
 )
 
 
@@ -83,45 +84,36 @@ class FeedForward(nnx.Module):
         self.proj_in = linear(channels, 8 * channels, dtype=dtype, rngs=rngs)
         self.proj_out = linear(4 * channels, channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, norm: nnx.LayerNorm) -> jax.Array:  # of norm(x)
-        if recompute.is_narrow(x):
-            return recompute.from_inputs(_whole, x, norm, self.proj_in, self.proj_out)
-        (both,) = recompute.from_inputs(norm_project, x, norm, self.proj_in)
-        return recompute.from_inputs(_gated, both, self.proj_out)
-
-
-def _whole(x: jax.Array, norm: nnx.LayerNorm, proj_in: Linear, proj_out: Linear) -> jax.Array:
-    return _gated(proj_in(norm(x)), proj_out)
-
-
-def _gated(both: jax.Array, proj_out: Linear) -> jax.Array:
-    hidden, gate = jnp.split(both, 2, axis=-1)
-    # Not in float32: that gains 1 % of the error and costs a fifth more traffic going back.
-    return proj_out.unrounded(hidden * jax.nn.gelu(gate, approximate=False))
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, S, C] -> [B, S, C]
+        hidden, gate = jnp.split(self.proj_in(x), 2, axis=-1)
+        return self.proj_out(hidden * jax.nn.gelu(gate, approximate=False))
 
 
 class TransformerBlock(nnx.Module):
+    """Positions attend to each other, then to the text; then each by itself."""
+
     def __init__(
         self,
         channels: int,
         heads: int,
         context_dim: int,
         *,
+        attention: AttentionFn,
         dtype: Dtype,
         rngs: nnx.Rngs,
     ):
         kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        norm = lambda: nnx.LayerNorm(channels, epsilon=1e-5, dtype=dtype, rngs=rngs)  # noqa: E731
+        norm = lambda: nnx.LayerNorm(channels, epsilon=1e-5, rngs=rngs)  # noqa: E731
         self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
-        self.attn1 = Attention(channels, heads, **kw)
-        self.attn2 = Attention(channels, heads, context_dim=context_dim, **kw)
+        self.attn1 = Attention(channels, heads, attention=attention, **kw)
+        self.attn2 = Attention(channels, heads, attention=attention, context_dim=context_dim, **kw)
         self.ff = FeedForward(channels, **kw)
 
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
-        # The branches come in float32: each sum is rounded once.
-        x = (x + self.attn1(x, self.norm1)).astype(x.dtype)
-        x = (x + self.attn2(x, self.norm2, context, mask)).astype(x.dtype)
-        return (x + self.ff(x, self.norm3)).astype(x.dtype)
+        """x float32 [B, S, C], context [B, L, D], mask [B, 1, 1, L] -> float32 [B, S, C]."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context, mask)
+        return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nnx.Module):
@@ -134,28 +126,29 @@ class SpatialTransformer(nnx.Module):
         heads: int,
         *,
         zero: bool,
+        attention: AttentionFn,
         dtype: Dtype,
         rngs: nnx.Rngs,
     ):
         kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         project = linear if config.use_linear_projection else lambda i, o, **k: conv(i, o, 1, **k)
-        self.norm = GroupNorm(channels, config.norm_groups, 1e-6, dtype=dtype)
+        self.norm = GroupNorm(channels, config.norm_groups, 1e-6)
         self.proj_in = project(channels, channels, **kw)
         self.transformer_blocks = nnx.List(
-            TransformerBlock(channels, heads, config.cross_attention_dim, **kw)
+            TransformerBlock(channels, heads, config.cross_attention_dim, attention=attention, **kw)
             for _ in range(config.transformer_layers)
         )
         self.proj_out = project(channels, channels, zero=zero, **kw)
 
     def __call__(self, x: jax.Array, context: jax.Array, mask: jax.Array | None) -> jax.Array:
+        """x [B, H, W, C], context [B, L, D], mask [B, 1, 1, L] -> [B, H, W, C]."""
         batch, height, width, channels = x.shape
         # A linear layer and a 1×1 convolution are the same map channel-last, before or after this.
-        (h,) = recompute.from_inputs(norm_project, x, self.norm, self.proj_in)
+        h = self.proj_in(self.norm(x)).astype(jnp.float32)
         h = h.reshape(batch, height * width, channels)
         for block in self.transformer_blocks:
             h = block(h, context, mask)
-        h = unrounded(self.proj_out, h.reshape(batch, height, width, channels))
-        return (x + h).astype(x.dtype)
+        return x + self.proj_out(h.reshape(x.shape))
 
 
 class Level(nnx.Module):
@@ -170,10 +163,11 @@ class Level(nnx.Module):
         *,
         resample: str | None,
         zero: bool,
+        attention: AttentionFn,
         dtype: Dtype,
         rngs: nnx.Rngs,
     ):
-        kw: dict[str, Any] = {"zero": zero, "dtype": dtype, "rngs": rngs}
+        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.resnets = nnx.List(
             ResnetBlock(
                 width,
@@ -181,67 +175,69 @@ class Level(nnx.Module):
                 groups=config.norm_groups,
                 epsilon=config.norm_epsilon,
                 time_dim=4 * config.block_out_channels[0],
+                zero=zero,
                 **kw,
             )
             for width in widths_in
         )
-        count = len(widths_in) if resample != "middle" else len(widths_in) - 1
-        attentions = (
-            [SpatialTransformer(config, channels, heads, **kw) for _ in range(count)]
-            if heads
-            else []
+        count = len(widths_in) - (resample == "middle") if heads else 0
+        self.attentions = nnx.List(
+            SpatialTransformer(config, channels, heads, zero=zero, attention=attention, **kw)
+            for _ in range(count)
         )
-        self.attentions = nnx.List(attentions)
-        plain: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        down, up = resample == "down", resample == "up"
-        self.downsample = Downsample(channels, padding=(1, 1), **plain) if down else None
-        self.upsample = Upsample(channels, **plain) if up else None
+        self.downsample = Downsample(channels, padding=(1, 1), **kw) if resample == "down" else None
+        self.upsample = Upsample(channels, **kw) if resample == "up" else None
 
-    def layer(self, index, x, time, context, mask):
-        x = self.resnets[index](x, time)
-        return self.attentions[index](x, context, mask) if len(self.attentions) else x
+    def layer(self, x, skip, time, context, mask, *, index: int) -> jax.Array:
+        """The resnet at `index` of x ⊕ skip, and the transformer if there is one: [B, H, W, C]."""
+        x = self.resnets[index](x if skip is None else jnp.concatenate([x, skip], -1), time)
+        return self.attentions[index](x, context, mask) if index < len(self.attentions) else x
 
 
 class UNet(nnx.Module):
     """Predicts noise, x0 or velocity from noisy latents, timestep and text.
 
-    `zero_init` starts every residual branch and the output at zero: for training from nothing.
+    attention: for images to themselves and to the text. remat: blocks keep only what they are given
+    for the backward pass; without it they keep the results of their products too. zero_init: every
+    residual branch and the output start at zero, for training from nothing.
     """
 
     def __init__(
         self,
         config: UNetConfig,
         *,
+        attention: AttentionFn = plain,
         dtype: Dtype = jnp.float32,
         remat: bool = False,
         zero_init: bool = False,
         rngs: nnx.Rngs,
     ):
-        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        level_kw: dict[str, Any] = {"zero": zero_init, **kw}
+        kw: dict[str, Any] = {"zero": zero_init, "attention": attention}
+        kw |= {"dtype": dtype, "rngs": rngs}
         widths, layers = config.block_out_channels, config.layers_per_block
         last = len(widths) - 1
-        self.config, self.dtype, self.remat = config, dtype, remat
+        self.config, self.dtype = config, dtype
+        # In float32, as on CPUs, time counts more than memory.
+        by_default = None if dtype == jnp.float32 else KEEP_PRODUCTS
+        self.kept = KEEP_INPUTS if remat else by_default
         # The two ends and the time embedding, which every block adds, are small: float32 there
         # costs nothing that can be measured and takes out rounding that all layers would see.
-        exact: dict[str, Any] = {"dtype": jnp.float32, "rngs": rngs}
-        self.conv_in = conv(config.in_channels, widths[0], **exact)
-        self.time_linear_1 = linear(widths[0], 4 * widths[0], **exact)
-        self.time_linear_2 = linear(4 * widths[0], 4 * widths[0], **exact)
+        self.conv_in = conv(config.in_channels, widths[0], rngs=rngs)
+        self.time_linear_1 = linear(widths[0], 4 * widths[0], rngs=rngs)
+        self.time_linear_2 = linear(4 * widths[0], 4 * widths[0], rngs=rngs)
 
         heads = [
             n if on else None for n, on in zip(config.heads, config.cross_attention, strict=True)
         ]
         skips, down = [widths[0]], []
         for i, width in enumerate(widths):
-            before = widths[max(i - 1, 0)]
+            inputs = [widths[max(i - 1, 0)]] + [width] * (layers - 1)
             resample = "down" if i < last else None
-            inputs = [before] + [width] * (layers - 1)
-            down.append(Level(config, inputs, width, heads[i], resample=resample, **level_kw))
+            down.append(Level(config, inputs, width, heads[i], resample=resample, **kw))
             skips += [width] * (layers + (i < last))
         self.down_blocks = nnx.List(down)
         self.mid_block = Level(
-            config, [widths[-1]] * 2, widths[-1], config.heads[-1], resample="middle", **level_kw
+            config, [widths[-1]] * 2, widths[-1], config.heads[-1], resample="middle", **kw
         )
         up, running = [], widths[-1]
         for i in reversed(range(len(widths))):
@@ -250,12 +246,10 @@ class UNet(nnx.Module):
                 inputs.append(running + skips.pop())
                 running = widths[i]
             resample = "up" if i > 0 else None
-            up.append(Level(config, inputs, widths[i], heads[i], resample=resample, **level_kw))
+            up.append(Level(config, inputs, widths[i], heads[i], resample=resample, **kw))
         self.up_blocks = nnx.List(up)
-        self.conv_norm_out = GroupNorm(
-            widths[0], config.norm_groups, config.norm_epsilon, dtype=jnp.float32
-        )
-        self.conv_out = conv(widths[0], config.out_channels, zero=zero_init, **exact)
+        self.conv_norm_out = GroupNorm(widths[0], config.norm_groups, config.norm_epsilon)
+        self.conv_out = conv(widths[0], config.out_channels, zero=zero_init, rngs=rngs)
 
     def __call__(
         self,
@@ -268,24 +262,27 @@ class UNet(nnx.Module):
 
         Returns [B, h, w, out] in float32.
         """
-        layer = _recomputed_layer if self.remat else Level.layer
-        context = context.astype(self.dtype)
+
+        def layer(level: Level, index: int, x: jax.Array, skip: Any = None) -> jax.Array:
+            block = functools.partial(Level.layer, index=index)
+            return keeping(self.kept, block, level, x, skip, time, context, mask)
+
         mask = None if context_mask is None else context_mask[:, None, None, :].astype(bool)
         time = self._time_embedding(timesteps)  # [B, 4 · width]
-        x = self.conv_in(sample.astype(jnp.float32)).astype(self.dtype)
+        x = self.conv_in(sample).astype(self.dtype)
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x = layer(level, i, x, time, context, mask)
+                x = layer(level, i, x)
                 skips.append(x)
             if level.downsample is not None:
                 x = level.downsample(x)
                 skips.append(x)
-        x = layer(self.mid_block, 0, x, time, context, mask)
-        x = self.mid_block.resnets[1](x, time)
+        for i in range(len(self.mid_block.resnets)):
+            x = layer(self.mid_block, i, x)
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = layer(level, i, jnp.concatenate([x, skips.pop()], axis=-1), time, context, mask)
+                x = layer(level, i, x, skips.pop())
             if level.upsample is not None:
                 # The next skip's size, not twice this one: odd sizes were rounded on the way down.
                 _, height, width, _ = skips[-1].shape
@@ -300,7 +297,3 @@ class UNet(nnx.Module):
             freq_shift=self.config.freq_shift,
         )
         return self.time_linear_2(jax.nn.silu(self.time_linear_1(embedding)))
-
-
-def _recomputed_layer(level, index, *inputs):
-    return recompute.whole(lambda level, *inputs: level.layer(index, *inputs), level, *inputs)

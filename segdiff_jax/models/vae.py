@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from segdiff_jax.fields import number
+from segdiff_jax.models.attention import AttentionFn, plain
 from segdiff_jax.models.layers import (
     Attention,
     Downsample,
@@ -51,25 +52,33 @@ class VAEConfig:
 class SpatialAttention(nnx.Module):
     """Single-head self-attention over image positions, with its own norm and residual."""
 
-    def __init__(self, channels: int, groups: int, *, dtype: Dtype, rngs: nnx.Rngs):
-        self.group_norm = GroupNorm(channels, groups, _EPSILON, dtype=dtype)
-        self.attention = Attention(channels, 1, qkv_bias=True, dtype=dtype, rngs=rngs)
+    def __init__(self, channels: int, groups: int, **kw: Any):
+        self.group_norm = GroupNorm(channels, groups, _EPSILON)
+        self.attention = Attention(channels, 1, qkv_bias=True, **kw)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
-        return (x + self.attention(tokens, self.group_norm).reshape(x.shape)).astype(x.dtype)
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, C] -> [B, H, W, C]
+        tokens = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        return x + self.attention(tokens).reshape(x.shape)
+
+
+def _resnet(config: VAEConfig, channels_in: int, channels_out: int, **kw: Any) -> ResnetBlock:
+    # A new VAE starts as a linear map, which learns colours first and fast.
+    norm: dict[str, Any] = {"groups": config.norm_groups, "epsilon": _EPSILON, "zero": True}
+    return ResnetBlock(channels_in, channels_out, **norm, **kw)
 
 
 class MidBlock(nnx.Module):
-    def __init__(self, channels: int, config: VAEConfig, *, dtype: Dtype, rngs: nnx.Rngs):
-        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        # A new VAE starts as a linear map, which learns colours first and fast.
-        norm: dict[str, Any] = {"groups": config.norm_groups, "epsilon": _EPSILON, "zero": True}
-        self.resnets = nnx.List(ResnetBlock(channels, channels, **norm, **kw) for _ in range(2))
-        attend = config.mid_attention
-        self.attention = SpatialAttention(channels, config.norm_groups, **kw) if attend else None
+    """resnet → attention → resnet, at the lowest resolution."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __init__(self, config: VAEConfig, channels: int, *, attention: AttentionFn, **kw: Any):
+        self.resnets = nnx.List(_resnet(config, channels, channels, **kw) for _ in range(2))
+        self.attention = (
+            SpatialAttention(channels, config.norm_groups, attention=attention, **kw)
+            if config.mid_attention
+            else None
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, C] -> [B, H, W, C]
         x = self.resnets[0](x)
         if self.attention is not None:
             x = self.attention(x)
@@ -77,27 +86,24 @@ class MidBlock(nnx.Module):
 
 
 class Level(nnx.Module):
-    """One resolution of the encoder or decoder."""
+    """One resolution of the encoder or decoder: `resnets` of them, then to the next one."""
 
     def __init__(
         self,
         config: VAEConfig,
-        widths_in: list[int],
+        channels_in: int,
         channels: int,
-        *,
+        resnets: int,
         resample: str | None,
-        dtype: Dtype,
-        rngs: nnx.Rngs,
+        **kw: Any,
     ):
-        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        # A new VAE starts as a linear map, which learns colours first and fast.
-        norm: dict[str, Any] = {"groups": config.norm_groups, "epsilon": _EPSILON, "zero": True}
-        self.resnets = nnx.List(ResnetBlock(w, channels, **norm, **kw) for w in widths_in)
+        widths_in = [channels_in] + [channels] * (resnets - 1)
+        self.resnets = nnx.List(_resnet(config, width, channels, **kw) for width in widths_in)
         down, up = resample == "down", resample == "up"
         self.downsample = Downsample(channels, padding=(0, 1), **kw) if down else None
         self.upsample = Upsample(channels, **kw) if up else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, C_in] -> [B, H', W', C]
         for resnet in self.resnets:
             x = resnet(x)
         if self.downsample is not None:
@@ -105,23 +111,27 @@ class Level(nnx.Module):
         return x if self.upsample is None else self.upsample(x)
 
 
+def _levels(
+    config: VAEConfig, widths: tuple[int, ...], resnets: int, resample: str, **kw: Any
+) -> nnx.List:
+    """One `Level` for each of `widths`; all but the last change the resolution."""
+    changes = [resample] * (len(widths) - 1) + [None]
+    before = (widths[0], *widths)
+    return nnx.List(
+        Level(config, *of_level, resnets, change, **kw)
+        for *of_level, change in zip(before, widths, changes, strict=False)
+    )
+
+
 class Encoder(nnx.Module):
-    def __init__(self, config: VAEConfig, *, dtype: Dtype, rngs: nnx.Rngs):
-        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        widths, last = config.block_out_channels, len(config.block_out_channels) - 1
+    """Pixels [B, H, W, 3] → moments [B, H/f, W/f, 2 · latent channels]."""
+
+    def __init__(self, config: VAEConfig, *, attention: AttentionFn, **kw: Any):
+        widths = config.block_out_channels
         self.conv_in = conv(config.in_channels, widths[0], **kw)
-        self.down_blocks = nnx.List(
-            Level(
-                config,
-                [widths[max(i - 1, 0)]] + [width] * (config.layers_per_block - 1),
-                width,
-                resample="down" if i < last else None,
-                **kw,
-            )
-            for i, width in enumerate(widths)
-        )
-        self.mid_block = MidBlock(widths[-1], config, **kw)
-        self.conv_norm_out = GroupNorm(widths[-1], config.norm_groups, _EPSILON, dtype=dtype)
+        self.down_blocks = _levels(config, widths, config.layers_per_block, "down", **kw)
+        self.mid_block = MidBlock(config, widths[-1], attention=attention, **kw)
+        self.conv_norm_out = GroupNorm(widths[-1], config.norm_groups, _EPSILON)
         self.conv_out = conv(widths[-1], 2 * config.latent_channels, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -132,22 +142,14 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    def __init__(self, config: VAEConfig, *, dtype: Dtype, rngs: nnx.Rngs):
-        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+    """Latents [B, h, w, latent channels] → pixels [B, h · f, w · f, 3]."""
+
+    def __init__(self, config: VAEConfig, *, attention: AttentionFn, **kw: Any):
         widths = config.block_out_channels[::-1]
         self.conv_in = conv(config.latent_channels, widths[0], **kw)
-        self.mid_block = MidBlock(widths[0], config, **kw)
-        self.up_blocks = nnx.List(
-            Level(
-                config,
-                [widths[max(i - 1, 0)]] + [width] * config.layers_per_block,
-                width,
-                resample="up" if i < len(widths) - 1 else None,
-                **kw,
-            )
-            for i, width in enumerate(widths)
-        )
-        self.conv_norm_out = GroupNorm(widths[-1], config.norm_groups, _EPSILON, dtype=dtype)
+        self.mid_block = MidBlock(config, widths[0], attention=attention, **kw)
+        self.up_blocks = _levels(config, widths, config.layers_per_block + 1, "up", **kw)
+        self.conv_norm_out = GroupNorm(widths[-1], config.norm_groups, _EPSILON)
         self.conv_out = conv(widths[-1], config.out_channels, **kw)
 
     def __call__(self, z: jax.Array) -> jax.Array:
@@ -160,24 +162,31 @@ class Decoder(nnx.Module):
 class VAE(nnx.Module):
     """Images in [-1, 1] ⇄ Gaussian posteriors over latents, f times smaller."""
 
-    def __init__(self, config: VAEConfig, *, dtype: Dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: VAEConfig,
+        *,
+        attention: AttentionFn = plain,
+        dtype: Dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         latent = config.latent_channels
         self.config, self.dtype = config, dtype
-        self.encoder = Encoder(config, **kw)
+        self.encoder = Encoder(config, attention=attention, **kw)
         self.quant_conv = conv(2 * latent, 2 * latent, 1, bias_init=_narrow_posterior, **kw)
         self.post_quant_conv = conv(latent, latent, 1, **kw)
-        self.decoder = Decoder(config, **kw)
+        self.decoder = Decoder(config, attention=attention, **kw)
 
     def encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """pixels [B, H, W, 3] in [-1, 1] → mean and log-variance, each [B, H/f, W/f, 4]."""
-        moments = self.quant_conv(self.encoder(pixels.astype(self.dtype))).astype(jnp.float32)
+        moments = self.quant_conv(self.encoder(pixels)).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """latents [B, h, w, 4], unscaled → pixels [B, h·f, w·f, 3], nominally in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(latents.astype(self.dtype))).astype(jnp.float32)
+        return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
 
 
 def encode_latents(vae: VAE, pixels: jax.Array) -> jax.Array:

@@ -1,7 +1,6 @@
 """The loop both stages share: batches to devices, steps, reports, checkpoints, a clean end."""
 
 import contextlib
-import functools
 import logging
 import math
 from collections.abc import Callable
@@ -11,7 +10,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from segdiff_jax import runtime
 from segdiff_jax.config import Config
 from segdiff_jax.data.pipeline import TrainBatches
 from segdiff_jax.errors import UserError
@@ -31,24 +29,9 @@ class Stopped(Exception):
 
 
 def compile_step(step: StepFunction, state: TrainState, mesh: jax.sharding.Mesh) -> StepFunction:
-    """`step` under `jit`: the state keeps its sharding and its buffers are reused.
-
-    The mesh is named while `step` is traced, for attention kernels that XLA cannot cut up itself
-    and for the way gradients take (`sharding.naming`).
-    """
+    """`step` under `jit`: the state keeps its sharding and its buffers are reused."""
     shardings = sharding.state_sharding(state, mesh)
-
-    @functools.wraps(step)
-    def on_mesh(*arguments: Any) -> Any:
-        with sharding.naming(mesh):
-            return step(*arguments)
-
-    return jax.jit(
-        on_mesh,
-        donate_argnums=0,
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        compiler_options=runtime.compiler_options(mesh),
-    )
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
 
 
 def run(

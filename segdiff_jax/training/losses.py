@@ -1,26 +1,19 @@
 """What the two stages minimise, as functions of a batch and a key."""
 
-import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from segdiff_jax import codec, conditioning
 from segdiff_jax.config import CodecConfig, NoiseConfig
 from segdiff_jax.diffusion import noise as noise_lib
 from segdiff_jax.diffusion import schedule as schedule_lib
-from segdiff_jax.models import named_mesh
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, encode_latents
-from segdiff_jax.training import sharding
 
 Batch = dict[str, Any]
-_FEW_IMAGES = 8  # a chip; from here on XLA leaves a convolution's batch as it is
 
 
 class Corruption(NamedTuple):
@@ -28,13 +21,6 @@ class Corruption(NamedTuple):
 
     timesteps: jax.Array  # int [B]
     noise: jax.Array  # [B, h, w, c]
-
-
-class EncodingParts(NamedTuple):
-    """Images that are encoded one after the other: cut along `axes`, `rounds` on each chip."""
-
-    axes: tuple[str, ...]
-    rounds: int
 
 
 def to_pixels(image: jax.Array | np.ndarray) -> jax.Array:
@@ -76,48 +62,9 @@ def latents(vae: VAE, batch: Batch) -> tuple[jax.Array, jax.Array]:
     # In pairs: a photo and its mask stay on the chip that has the example. One after the other,
     # the rows of all chips would move, and XLA lose track of where a batch is cut.
     pairs = jnp.stack([pixels, masks], axis=1)  # [B, 2, H, W, 3]
-    both = _encoded(vae, pairs.reshape(-1, *pixels.shape[1:]))
+    both = encode_latents(vae, pairs.reshape(-1, *pixels.shape[1:]))
     both = jax.lax.stop_gradient(both).reshape(len(pixels), 2, *both.shape[1:])
     return both[:, 0], both[:, 1]
-
-
-def _encoded(vae: VAE, images: jax.Array) -> jax.Array:
-    """Latents of images [N, H, W, 3], on TPUs one after the other where a chip has few."""
-    parts = encoding_parts(len(images), named_mesh.of_tpus())
-    if parts is None:
-        return encode_latents(vae, images)
-    return named_mesh.by_rows(encode_one_by_one(vae, images, parts.axes))
-
-
-def encode_one_by_one(vae: VAE, images: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Each chip of the named mesh encodes its images, cut along `axes`, in a loop."""
-    graph, params = nnx.split(vae)
-    rows = P(axes)
-
-    @functools.partial(jax.shard_map, in_specs=(P(), rows), out_specs=rows, check_vma=False)
-    def encode(params: Any, images: jax.Array) -> jax.Array:
-        # A batch of one in its shape: one that the partitioner cuts to one is handled as of many.
-        alone = lambda image: encode_latents(nnx.merge(graph, params), image[None])[0]  # noqa: E731
-        return jax.lax.map(alone, images)
-
-    return encode(params, images)
-
-
-def encoding_parts(
-    images: int, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None
-) -> EncodingParts | None:
-    """How the chips of `mesh` share out images; None leaves it to XLA, as without TPUs.
-
-    Of 2 to 7 images a chip XLA makes many narrow ones, with six times the memory traffic of one or
-    of 8 (docs/performance.md). `tensor` peers take different images where there are enough of them.
-    """
-    if mesh is None:
-        return None
-    for axes in (sharding.AXES, sharding.BATCH_AXES):
-        each, rest = divmod(images, math.prod(mesh.shape[axis] for axis in axes))
-        if rest == 0:
-            return EncodingParts(axes, each) if each < _FEW_IMAGES else None
-    return None
 
 
 def latent_weights(batch: Batch, factor: int, balance: float = 0.0) -> jax.Array:

@@ -6,13 +6,11 @@ same function places parameters, optimiser moments and their moving average, bec
 the latter two end in the path of the parameter.
 """
 
-import contextlib
-import contextvars
 import functools
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +30,6 @@ SMALLEST_SPREAD = 2**16  # elements of an array that is worth cutting over repli
 
 # The parts of a training state that are cut over replicas.
 _SPREAD = {"params", "ema", "mu", "nu"}
-_cut_over_replicas = contextvars.ContextVar("the rule of the mesh that is named", default=True)
 
 # Path regex → where `tensor` goes; the first match wins. Pairs such as q/k/v → out let the hidden
 # dimension stay cut between two matrix products. Linear kernels are [in, out], convolutions HWIO.
@@ -182,20 +179,6 @@ def _replicas_are_slices(mesh: Mesh) -> bool:
     return len(slices) == mesh.shape["data"] > 1
 
 
-@contextlib.contextmanager
-def naming(mesh: Mesh) -> Iterator[None]:
-    """Names `mesh` while a step is traced, with what an abstract mesh does not say of its devices.
-
-    So `summed_by_axes` and `state_sharding` go by one rule.
-    """
-    before = _cut_over_replicas.set(not _replicas_are_slices(mesh))
-    try:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            yield
-    finally:
-        _cut_over_replicas.reset(before)
-
-
 def for_use(params: Any, mesh: Mesh) -> Any:
     """The parameters of a training state whole on every device, for the sampler.
 
@@ -238,29 +221,27 @@ def spread(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
     return P(*(cut or None for cut in cuts))
 
 
-def summed_by_axes(grads: Any) -> Any:
-    """Gradients cut as the parameters of a training state: over fsdp and tensor, then over data.
+def gathered(params: Any, mesh: Mesh) -> Any:
+    """Inside a step: parameters as the layers use them, whole but where a rule has `tensor`.
 
-    libtpu has no scatter for 16 chips at once: there it sums everything on every chip. For 4 and
-    then 4 it has (docs/performance.md). For the mesh of `naming`; where replicas are slices, which
-    hold all that fsdp gives them, they stay as they are.
+    Said of the parameters, so that the partitioner has no reason to cut activations by channel
+    where the kernels are: that would exchange whole batches.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not _cut_over_replicas.get():
-        return grads
-    if min(mesh.shape[axis] for axis in BATCH_AXES) == 1:
-        return grads
-    sizes = dict(mesh.shape)
+    sizes = {"data": 1, "fsdp": 1, "tensor": mesh.shape["tensor"]}
 
-    def cut(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        first = partition("/".join(leaf_path(path)), leaf.shape, sizes)
-        both = spread(first, leaf.shape, sizes)
-        if both == first:
-            return leaf
-        leaf = jax.lax.with_sharding_constraint(leaf, first)
-        return jax.lax.with_sharding_constraint(leaf, both)
+    def gather(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        name = "/".join(leaf_path(path))
+        ruled = any(re.search(pattern, name) for pattern, _ in RULES)
+        spec = partition(name, leaf.shape, sizes) if ruled else P()
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
 
-    return jax.tree_util.tree_map_with_path(cut, grads)
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+def scattered(grads: Any, mesh: Mesh) -> Any:
+    """Inside a step: gradients cut as the parameters of a training state."""
+    shardings = state_sharding({"params": grads}, mesh)["params"]
+    return jax.lax.with_sharding_constraint(grads, shardings)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -26,11 +26,21 @@ from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import flops, presets, pretrained
 from segdiff_jax.models.clip_text import CLIPText
+from segdiff_jax.models.layers import with_attention
 from segdiff_jax.models.pretrained import Pretrained
 from segdiff_jax.models.tokenizer import Tokenizer, train_tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.training import latent_cache, lock, loop, losses, origin, processes, sharding
+from segdiff_jax.training import (
+    attention_kernels,
+    latent_cache,
+    lock,
+    loop,
+    losses,
+    origin,
+    processes,
+    sharding,
+)
 from segdiff_jax.training.checkpoint import Checkpoints, check_config
 from segdiff_jax.training.placement import placer
 from segdiff_jax.training.step import Frozen, TrainState, diffusion_step, init_state, vae_step
@@ -149,10 +159,10 @@ def _train_vae(run: Run) -> None:
         ).vae
     _begin(run)
     vae = given or nnx.eval_shape(lambda: _new_vae(config))
-    graph, params = nnx.split(vae)
+    graph, params = nnx.split(with_attention(vae, attention_kernels.on_mesh(mesh)))
     make = None if given else lambda: nnx.state(_new_vae(config))
     run.startup.done("weights")
-    step = vae_step(graph, config)
+    step = vae_step(graph, config, mesh)
     work = flops.train_example(None, vae.config, config.data.image_size, 0)
     state = _run(own, mesh, _batches(own), step, None, params, make, None, work)
     params = processes.gathered(state.ema or state.params)
@@ -176,7 +186,8 @@ def _train_diffusion(run: Run) -> None:
     vae, text_encoder, tokenizer = _frozen_networks(run, dtype)
     entries = run.source.vocabulary.classes
     table = conditioning.encode_prompts(text_encoder, tokenizer, entries, config.prompts.templates)
-    vae_graph, vae_params = nnx.split(vae)
+    attention = attention_kernels.on_mesh(mesh)
+    vae_graph, vae_params = nnx.split(with_attention(vae, attention))
     frozen = Frozen(vae_params, make_schedule(config.diffusion), table)
     unet_config = saved or (
         given.config
@@ -187,6 +198,7 @@ def _train_diffusion(run: Run) -> None:
     )
     build = lambda: UNet(  # noqa: E731
         unet_config,
+        attention=attention,
         dtype=dtype,
         remat=config.model.remat,
         zero_init=config.model.zero_init,
@@ -198,7 +210,7 @@ def _train_diffusion(run: Run) -> None:
     if given is not None:
         params = nnx.state(given)
         del given
-    step = diffusion_step(graph, vae_graph, config)
+    step = diffusion_step(graph, vae_graph, config, mesh)
     validate = None
     if config.train.eval_every:
         from segdiff_jax.segmenter import Segmenter

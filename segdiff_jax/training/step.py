@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from segdiff_jax.conditioning import PromptTable
 from segdiff_jax.config import Config
 from segdiff_jax.diffusion.schedule import Schedule
+from segdiff_jax.models.layers import kernels_as_multiplied
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.training import losses, sharding
@@ -48,12 +50,13 @@ def init_state(params: Any, config: Config) -> TrainState:
 
 
 def diffusion_step(
-    unet: nnx.GraphDef[UNet], vae: nnx.GraphDef[VAE], config: Config
+    unet: nnx.GraphDef[UNet], vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None
 ) -> StepFunction:
     """`step(state, frozen, batch, key) -> (state, metrics)` for the diffusion stage.
 
-    `key` is the run's; the step's own is folded from it and `state.step`, so a resumed run draws
-    what an uninterrupted one would have drawn.
+    `mesh`: what state and batch are spread over; None for one device. `key` is the run's; the
+    step's own is folded from it and `state.step`, so a resumed run draws what an uninterrupted one
+    would have drawn.
     """
     micro_batches = config.optimizer.accumulation
 
@@ -84,13 +87,14 @@ def diffusion_step(
             )
 
         everything = (batch, corruption, weights)
-        loss, grads = _accumulate(loss_fn, state.params, everything, micro_batches)
+        params = _for_use(unet, state.params, mesh)
+        loss, grads = _accumulate(_grad_fn(loss_fn, mesh), params, everything, micro_batches)
         return _update(state, grads, {"loss": loss}, config)
 
     return step
 
 
-def vae_step(vae: nnx.GraphDef[VAE], config: Config) -> StepFunction:
+def vae_step(vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None) -> StepFunction:
     """`step(state, None, batch, key) -> (state, metrics)` for the VAE stage."""
 
     def step(state: TrainState, frozen: None, batch: losses.Batch, key: jax.Array):
@@ -109,15 +113,35 @@ def vae_step(vae: nnx.GraphDef[VAE], config: Config) -> StepFunction:
                 kl_weight=config.vae.kl_weight,
             )
 
-        (loss, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        params = _for_use(vae, state.params, mesh)
+        (loss, parts), grads = _grad_fn(loss_fn, mesh, has_aux=True)(params)
         return _update(state, grads, {"loss": loss, **parts}, config)
 
     return step
 
 
-def _accumulate(loss_fn: Callable, params: Any, batch: Any, count: int) -> tuple[jax.Array, Any]:
+def _for_use(network: nnx.GraphDef, params: Any, mesh: Mesh | None) -> Any:
+    """What the layers multiply with: rounded to their dtype, then gathered from the replicas."""
+    params = kernels_as_multiplied(network, params)
+    return params if mesh is None else sharding.gathered(params, mesh)
+
+
+def _grad_fn(loss_fn: Callable, mesh: Mesh | None, has_aux: bool = False) -> Callable:
+    """Loss and gradient, which is in float32 and cut as the state is: each chip has its own part.
+
+    So what sums it over replicas may scatter the sum, and no chip holds the whole of it.
+    """
+
+    def value_and_grad(params: Any, *inputs: Any) -> tuple[Any, Any]:
+        value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(params, *inputs)
+        grads = grads if mesh is None else sharding.scattered(grads, mesh)
+        return value, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+    return value_and_grad
+
+
+def _accumulate(grad_fn: Callable, params: Any, batch: Any, count: int) -> tuple[jax.Array, Any]:
     """Loss and gradient of the whole batch as the sum over `count` slices of it."""
-    grad_fn = jax.value_and_grad(loss_fn)
     if count == 1:
         return grad_fn(params, batch)
     # Every count-th row, so that a slice has rows of every chip.
@@ -126,7 +150,7 @@ def _accumulate(loss_fn: Callable, params: Any, batch: Any, count: int) -> tuple
     def add(total, micro):
         return jax.tree.map(jnp.add, total, grad_fn(params, micro)), None
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zero = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape), params))
     return jax.lax.scan(add, zero, slices)[0]
 
 
@@ -134,13 +158,11 @@ def _update(
     state: TrainState, grads: Any, metrics: Metrics, config: Config
 ) -> tuple[TrainState, Metrics]:
     optimizer = make_optimizer(config.optimizer)
-    grads = sharding.summed_by_axes(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = config.optimizer.ema_decay
     ema = ema_update(state.ema, params, decay, state.step) if decay else state.ema
-    # From the parameters, though `updates` are at hand: XLA then writes moments and parameters and
-    # adds up the norm in one pass over them, else in two (docs/performance.md).
+    # Not of `updates`: with them XLA makes two passes over the state, with this one.
     applied = jax.tree.map(jnp.subtract, params, state.params)
     metrics = {
         **metrics,

@@ -8,7 +8,7 @@ import torch
 from flax import nnx
 from torch_oracles import from_torch, normal, relative_error, run, to_torch, unet, write
 
-from segdiff_jax.models import key_map, pretrained
+from segdiff_jax.models import key_map, layers, pretrained
 from segdiff_jax.models.presets import PRESETS
 from segdiff_jax.models.unet import UNet
 
@@ -191,3 +191,29 @@ def test_recomputed_blocks_can_be_sampled_from(dtype):
 
     noise = jax.random.normal(jax.random.key(0), (2, 8, 8, config.out_channels))
     assert np.isfinite(sample(params, noise)).all()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_what_blocks_keep_changes_no_gradient(dtype, tolerance):
+    config = PRESETS["tiny"].unet
+    rng = np.random.default_rng(0)
+    draw = lambda shape: jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32)  # noqa: E731
+    shapes = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))[1]
+    params = jax.tree.map(lambda leaf: draw(leaf.shape), shapes)
+    inputs = draw((2, 8, 8, config.in_channels)), jnp.array([3, 900]), draw((2, 5, 128))
+
+    def gradients(policy):
+        unet = UNet(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+        unet.kept = policy
+        graph = nnx.split(unet)[0]
+        loss = lambda params: jnp.square(nnx.merge(graph, params)(*inputs)).mean()  # noqa: E731
+        kept = sum(leaf.nbytes for leaf in jax.tree.leaves(jax.eval_shape(jax.vjp, loss, params)))
+        return jax.tree.leaves(jax.jit(jax.grad(loss))(params)), kept
+
+    everything, most = gradients(None)
+    for policy in (layers.KEEP_PRODUCTS, layers.KEEP_INPUTS):
+        found, kept = gradients(policy)
+        assert kept < most, "it makes nothing again"
+        most = kept
+        for actual, expected in zip(found, everything, strict=True):
+            assert relative_error(actual, expected) <= tolerance

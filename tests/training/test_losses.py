@@ -9,12 +9,10 @@ import pytest
 import scipy.stats
 import torch
 from diffusers import DDIMScheduler
-from flax import nnx
 
 from segdiff_jax import conditioning
 from segdiff_jax.config import CodecConfig, DiffusionConfig, NoiseConfig
 from segdiff_jax.diffusion.schedule import make_schedule
-from segdiff_jax.models.vae import VAE, VAEConfig, encode_latents
 from segdiff_jax.training import losses
 
 FACTOR, CHANNELS, K = 4, 2, 5
@@ -281,46 +279,6 @@ def test_cached_latents_are_used_as_they_are():
     image, mask = np.ones((1, 2, 3, 2)), np.zeros((1, 2, 3, 2))
     found = losses.latents(None, {"image_latents": image, "mask_latents": mask})
     assert found[0] is image and found[1] is mask
-
-
-def test_images_are_encoded_in_a_loop_where_a_chip_has_few():
-    class Mesh:
-        shape = {"data": 2, "fsdp": 8, "tensor": 1}
-
-    counts = {16: 1, 32: 2, 64: 4, 112: 7}
-    assert {n: losses.encoding_parts(n, Mesh).rounds for n in counts} == counts
-    assert losses.encoding_parts(128, Mesh) is losses.encoding_parts(512, Mesh) is None
-    assert losses.encoding_parts(24, Mesh) is None, "they do not divide over 16"
-    assert losses.encoding_parts(64, None) is None
-
-
-def test_tensor_peers_encode_different_images_where_there_are_enough():
-    class Mesh:
-        shape = {"data": 2, "fsdp": 4, "tensor": 2}
-
-    assert losses.encoding_parts(32, Mesh) == (("data", "fsdp", "tensor"), 2)
-    assert losses.encoding_parts(24, Mesh) == (("data", "fsdp"), 3)  # 24 do not divide over 16
-    assert losses.encoding_parts(128, Mesh) is losses.encoding_parts(12, Mesh) is None
-
-
-def test_images_encoded_one_by_one_have_the_same_latents():
-    config = VAEConfig(latent_channels=4, block_out_channels=(8, 16), norm_groups=4)
-    vae = VAE(config, rngs=nnx.Rngs(0))
-    images = jax.random.normal(jax.random.key(0), (3, 8, 12, 3))
-    mesh = jax.make_mesh(
-        (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
-    )
-
-    @jax.jit
-    def run(images):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return losses.encode_one_by_one(vae, images, ("data", "fsdp"))
-
-    expected = encode_latents(vae, images)
-    assert np.std(expected) > 0.01
-    np.testing.assert_allclose(
-        run(jax.device_put(images, mesh.devices[0, 0, 0])), expected, atol=1e-5
-    )
 
 
 def test_latents_of_pixels_carry_no_gradient():

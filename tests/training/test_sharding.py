@@ -299,9 +299,9 @@ EIGHT_DEVICES = """
         state = jax.device_put(state, shardings)
         x, y = jax.device_put((images, targets), sharding.batch_sharding(mesh))
         def step(state, x, y):
-            value, grads = jax.value_and_grad(loss)(state["params"], x, y)
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                grads = sharding.summed_by_axes(grads)
+            whole = sharding.gathered(state["params"], mesh)
+            value, grads = jax.value_and_grad(loss)(whole, x, y)
+            grads = sharding.scattered(grads, mesh)
             updates, opt = optimizer.update(grads, state["optimizer"], state["params"])
             new = optax.apply_updates(state["params"], updates)
             state = {"params": new, "optimizer": opt, "ema": state["ema"]}
@@ -441,9 +441,8 @@ REAL_UNET = """
     def loss(state, sample, timesteps, context, target):
         return jnp.mean((nnx.merge(graph, state)(sample, timesteps, context) - target) ** 2)
     def step(state, *batch):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # as loop.compile_step does
-            value, grads = jax.value_and_grad(loss)(state, *batch)
-            grads = sharding.summed_by_axes(grads)
+        value, grads = jax.value_and_grad(loss)(sharding.gathered(state, mesh), *batch)
+        grads = sharding.scattered(grads, mesh)
         return jax.tree.map(lambda p, g: p - 0.1 * g, state, grads), value
 
     sharding.SMALLEST_SPREAD = 0

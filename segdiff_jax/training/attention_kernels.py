@@ -1,0 +1,128 @@
+"""The attention that suits the devices of a mesh: a function for networks to be built with.
+
+TPUs: splash attention (jax.experimental.pallas.ops.tpu.splash_attention), which holds a block of
+the weights on the chip at a time. NVIDIA: cuDNN's. Both are for attention without a mask in half
+precision; what they do not take, and all on CPUs, is `models.attention.plain`.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from segdiff_jax.models.attention import AttentionFn, plain
+from segdiff_jax.models.layers import PRODUCT
+
+
+@functools.cache
+def on_mesh(mesh: Mesh) -> AttentionFn:
+    """For arrays spread over `mesh`, as a training step has them."""
+    platform = mesh.devices.flat[0].platform
+    # XLA cannot cut up a TPU kernel by itself.
+    return in_parts(splash, mesh) if platform == "tpu" else on_device(platform)
+
+
+def in_parts(attention: AttentionFn, mesh: Mesh) -> AttentionFn:
+    """`attention` on each device's part: of the batch over data × fsdp, of heads over `tensor`.
+
+    `tensor` peers that cannot share out the heads attend in all of them. With a mask, and where the
+    batch is not cut into equal parts, it is `plain`.
+    """
+
+    def attend(
+        query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+    ) -> jax.Array:
+        if mask is not None or len(query) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+            return plain(query, key, value, mask)
+        heads = None if query.shape[2] % mesh.shape["tensor"] else "tensor"
+        part = P(("data", "fsdp"), None, heads)
+        on_each = jax.shard_map(
+            attention, mesh=mesh, in_specs=(part,) * 3, out_specs=part, check_vma=False
+        )
+        return on_each(query, key, value)
+
+    return attend
+
+
+def on_device(platform: str) -> AttentionFn:
+    """For arrays on one device of `platform` ("tpu", "gpu" or "cpu"), as inside a `shard_map`."""
+    return {"tpu": splash, "gpu": cudnn}.get(platform, plain)
+
+
+def cudnn(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    """cuDNN's flash attention; XLA cuts it up like any product. Its heads are at most 128 wide."""
+    width = query.shape[-1]
+    if mask is not None or query.dtype == jnp.float32 or width > 128 or width % 8:
+        return plain(query, key, value, mask)
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+def splash(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """The TPU's kernel, for attention of positions to each other.
+
+    With a mask, and to another sequence (a text, which is short), it is `plain`. Arrays as of
+    `AttentionFn`; interpret: on any device, slowly.
+    """
+    if mask is not None or query.shape != key.shape:
+        return plain(query, key, value, mask)
+    _, length, heads, width = query.shape
+    block = _block(length, width)
+    kernel = _kernel(heads, length, block, interpret)
+
+    def by_head(x: jax.Array) -> jax.Array:  # [B, S, N, D] -> [B, N, filled S, D]
+        return jnp.pad(x, ((0, 0), (0, -length % block), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    scaled = query / math.sqrt(width)
+    out = jax.vmap(kernel)(by_head(scaled), by_head(key), by_head(value))
+    return out.swapaxes(1, 2)[:, :length]
+
+
+def _kernel(heads: int, length: int, block: int, interpret: bool) -> Any:
+    """For positions that are filled up to whole blocks; no query sees the filling."""
+    filled = length + -length % block
+    shape = filled, filled
+    seen = np.broadcast_to(np.arange(filled) < length, shape)
+    mask = kernels.FullMask(shape) if filled == length else kernels.NumpyMask(seen)
+    blocks = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
+    return kernels.make_splash_mha(
+        kernels.MultiHeadMask([mask] * heads),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+        residual_checkpoint_name=PRODUCT,
+    )
+
+
+def _block(length: int, width: int) -> int:
+    """Positions that the kernel takes at a time, in multiples of 128: what leaves least to fill.
+
+    768 fit into a chip's VMEM with the gradients, and 512 where heads are wide.
+    """
+    sizes = range(512, 769, 128) if width <= 128 else range(256, 513, 128)
+    if length <= sizes[-1]:
+        return length + -length % 128
+    return min(reversed(sizes), key=lambda block: -length % block)
