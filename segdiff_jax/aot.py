@@ -23,21 +23,23 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from segdiff_jax import cli, codec, files, segmenter
+from segdiff_jax import cli, codec, files
 from segdiff_jax.combinations import check_image_size
-from segdiff_jax.conditioning import PromptTable, context
 from segdiff_jax.config import Config, of_stage, to_dict
-from segdiff_jax.data import scenes, vocabulary
+from segdiff_jax.data.sources import scenes
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
+from segdiff_jax.inference import segmenter
 from segdiff_jax.models import flops, presets
 from segdiff_jax.models.attention import AttentionFn, plain
 from segdiff_jax.models.layers import kernels_as_multiplied, with_attention
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.parallel import chips
-from segdiff_jax.training import attention_kernels, loop, sharding
-from segdiff_jax.training.placement import multiple
+from segdiff_jax.parallel import attention_kernels, chips, sharding
+from segdiff_jax.parallel.placement import multiple
+from segdiff_jax.text import vocabulary
+from segdiff_jax.text.conditioning import PromptTable, context
+from segdiff_jax.training import loop
 from segdiff_jax.training.step import Frozen, diffusion_step, init_state, vae_step
 
 _DESCRIPTION = """Compile the step of a config for TPUs that are not here. Printed per chip: whether

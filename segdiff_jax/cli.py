@@ -26,7 +26,7 @@ from segdiff_jax.errors import UserError
 
 PREFIX = "--config."
 
-# For the --help of the commands that use all devices of a pod (`training.processes.join`).
+# For the --help of the commands that use all devices of a pod (`parallel.processes.join`).
 SEVERAL_PROCESSES = (
     """On a TPU pod run the same command on every worker: they find each other.
 Elsewhere, several processes need JAX_COORDINATOR_ADDRESS (host:port of process 0),

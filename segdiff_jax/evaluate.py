@@ -56,8 +56,8 @@ def main(argv: list[str]) -> None:
     if args.config:
         config = cli.load_config(args.config, overrides, "evaluate")
 
-    from segdiff_jax import runtime, workdir
-    from segdiff_jax.training import processes
+    from segdiff_jax.parallel import processes, runtime
+    from segdiff_jax.weights import workdir
 
     runtime.start()
     processes.join()
@@ -72,13 +72,14 @@ def main(argv: list[str]) -> None:
 
 def _evaluate(args: argparse.Namespace, config: Config) -> None:
     """Every process evaluates, the first one writes."""
-    from segdiff_jax import files, ownership, workdir
+    from segdiff_jax import files, ownership
     from segdiff_jax.data import label_summary
-    from segdiff_jax.data.sources import open_source
+    from segdiff_jax.data.sources.source import open_source
     from segdiff_jax.evaluation.evaluator import evaluate
+    from segdiff_jax.inference.segmenter import Segmenter
+    from segdiff_jax.parallel import processes
     from segdiff_jax.progress import reporter
-    from segdiff_jax.segmenter import Segmenter
-    from segdiff_jax.training import processes
+    from segdiff_jax.weights import workdir
 
     first = processes.is_first()
     split = args.split or config.data.val_split
@@ -203,7 +204,7 @@ def _check_open(wanted: bool, overrides: Sequence[str]) -> None:
 
 def _write_page(output: str, summary: dict[str, Any], examples: list[Any], source: Any) -> None:
     from segdiff_jax import files
-    from segdiff_jax.evaluation import report
+    from segdiff_jax.inference import page as report
 
     settings, novel = summary["settings"], set(source.novel)
     names, palette = source.vocabulary.names, source.vocabulary.palette()
@@ -240,7 +241,7 @@ def _settings_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
 def _text_table(summary: dict[str, Any]) -> str:
     """The figures, then the classes, aligned for a terminal."""
 
-    from segdiff_jax.data.vocabulary import shorten
+    from segdiff_jax.text.vocabulary import shorten
 
     def show(value: float | None) -> str:
         return "    –" if value is None else f"{value:5.3f}"

@@ -14,14 +14,14 @@ from etils import epath
 
 from segdiff_jax import cli, files, ownership, waiting
 from segdiff_jax.config import Config, SamplerConfig, stored
-from segdiff_jax.data import vocabulary
 from segdiff_jax.errors import UserError
+from segdiff_jax.text import vocabulary
 
 if TYPE_CHECKING:
     from segdiff_jax.models.clip_text import CLIPText
-    from segdiff_jax.models.tokenizer import Tokenizer
     from segdiff_jax.models.unet import UNet
     from segdiff_jax.models.vae import VAE
+    from segdiff_jax.text.tokenizer import Tokenizer
 
 _DESCRIPTION = (
     """Export a trained model. The output appears whole or not at all.
@@ -45,7 +45,8 @@ def main(argv: list[str]) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax: "directory is read only"
-    from segdiff_jax import runtime, workdir
+    from segdiff_jax.parallel import runtime
+    from segdiff_jax.weights import workdir
 
     runtime.start()
     _check_output(args, workdir.read_config(args.checkpoint))
@@ -54,8 +55,8 @@ def main(argv: list[str]) -> None:
     if args.format == "diffusers":
         write_folder(*networks, args.output, args.dtype, trained)
     else:
-        from segdiff_jax import stablehlo
-        from segdiff_jax.segmenter import Segmenter
+        from segdiff_jax.inference import stablehlo
+        from segdiff_jax.inference.segmenter import Segmenter
 
         sampler = _sampler(args, networks[-1])
         model = Segmenter(*networks, trained=trained)
@@ -155,11 +156,10 @@ def write_folder(
 
     The bytes depend on the arguments only, and loading the folder gives the arguments back (but
     for `portable`). trained: the classes of the training. Raises `UserError` as
-    `models.pretrained.save` does.
+    `weights.pretrained.save` does.
     """
-    from segdiff_jax import workdir
-    from segdiff_jax.model_card import model_card
-    from segdiff_jax.models import pretrained
+    from segdiff_jax.weights import pretrained, workdir
+    from segdiff_jax.weights.model_card import model_card
 
     config = portable(config)
     settings = json.dumps(stored(config), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -12,11 +12,13 @@ from typing import Any
 
 from segdiff_jax import cli, ownership
 from segdiff_jax.config import Config
-from segdiff_jax.data import images, requests, vocabulary
-from segdiff_jax.data.vocabulary import Vocabulary
+from segdiff_jax.data import images
 from segdiff_jax.errors import UserError
-from segdiff_jax.evaluation import report
+from segdiff_jax.inference import page as report
+from segdiff_jax.inference import requests
 from segdiff_jax.progress import Progress, reporter
+from segdiff_jax.text import vocabulary
+from segdiff_jax.text.vocabulary import Vocabulary
 
 _MOST_NAMED = 10  # unreadable images in one message
 _DESCRIPTION = (
@@ -34,8 +36,7 @@ The same seed gives the same bytes.
 
 def main(argv: list[str]) -> None:
     args = _parse(argv)
-    from segdiff_jax import runtime
-    from segdiff_jax.training import processes
+    from segdiff_jax.parallel import processes, runtime
 
     runtime.start()
     processes.join()
@@ -53,10 +54,10 @@ def main(argv: list[str]) -> None:
 
 def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> None:
     """Every process segments, the first one writes."""
-    from segdiff_jax import workdir
-    from segdiff_jax.evaluation import results
-    from segdiff_jax.segmenter import Segmenter
-    from segdiff_jax.training import processes
+    from segdiff_jax.inference import writers as results
+    from segdiff_jax.inference.segmenter import Segmenter
+    from segdiff_jax.parallel import processes
+    from segdiff_jax.weights import workdir
 
     classes = requests.parse_classes(args.classes)
     config = workdir.read_config(args.checkpoint)

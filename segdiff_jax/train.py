@@ -35,8 +35,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(rest)
     config = cli.load_config(args.config, overrides)
 
-    from segdiff_jax.runtime import start, start_logging
-    from segdiff_jax.training import loop, processes, stages
+    from segdiff_jax.parallel import processes
+    from segdiff_jax.parallel.runtime import start, start_logging
+    from segdiff_jax.training import loop, stages
     from segdiff_jax.training.throughput import StartUp, process_age
 
     startup = StartUp(process_age())

@@ -22,9 +22,9 @@ def tiny_networks():
 
     from segdiff_jax.models import presets
     from segdiff_jax.models.clip_text import CLIPText
-    from segdiff_jax.models.tokenizer import train_tokenizer
     from segdiff_jax.models.unet import UNet
     from segdiff_jax.models.vae import VAE
+    from segdiff_jax.text.tokenizer import train_tokenizer
 
     tiny = presets.architecture("tiny")
     tokenizer = train_tokenizer(["a photo of a sky, building, road"], 600, 16)
@@ -89,7 +89,7 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def make_segmenter(tiny_networks, tiny_config):
     """A function of a `Config` (default: one class per pass) that makes a Segmenter."""
-    from segdiff_jax.segmenter import Segmenter
+    from segdiff_jax.inference.segmenter import Segmenter
 
     return lambda config=None: Segmenter(*tiny_networks, config or tiny_config())
 

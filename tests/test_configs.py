@@ -9,10 +9,11 @@ import pytest
 
 from segdiff_jax import cli, codec, config, evaluate
 from segdiff_jax.config import Config
-from segdiff_jax.data import scenes, vocabulary
+from segdiff_jax.data.sources import scenes
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import presets
-from segdiff_jax.training import sharding
+from segdiff_jax.parallel import sharding
+from segdiff_jax.text import vocabulary
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))

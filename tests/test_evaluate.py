@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from segdiff_jax import cli, evaluate, ownership, train, workdir
-from segdiff_jax.data import vocabulary
+from segdiff_jax import cli, evaluate, ownership, train
+from segdiff_jax.text import vocabulary
+from segdiff_jax.weights import workdir
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -55,7 +56,7 @@ def files(tmp_path, data, tiny_networks, tiny_config, monkeypatch):
             {"newest": 6, "best": 2}[which],
         ),
     )
-    monkeypatch.setattr("segdiff_jax.runtime.start", lambda *_: None)
+    monkeypatch.setattr("segdiff_jax.parallel.runtime.start", lambda *_: None)
     return tmp_path
 
 

@@ -11,11 +11,11 @@ import pytest
 import safetensors.numpy
 import transformers
 
-from segdiff_jax import cli, export, ownership, workdir
+from segdiff_jax import cli, export, ownership
 from segdiff_jax.config import Config, DataConfig
 from segdiff_jax.errors import UserError
-from segdiff_jax.models import pretrained
-from segdiff_jax.segmenter import Segmenter
+from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.weights import pretrained, workdir
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 CLASSES = ("plain red circle", "striped blue triangle", "background")
@@ -24,7 +24,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch):
-    monkeypatch.setattr("segdiff_jax.runtime.start", lambda: None)
+    monkeypatch.setattr("segdiff_jax.parallel.runtime.start", lambda: None)
 
 
 def run(checkpoint, output, *more):

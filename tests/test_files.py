@@ -11,10 +11,11 @@ import pytest
 from etils import epath
 
 from segdiff_jax import files, ownership
-from segdiff_jax.data import images, requests
+from segdiff_jax.data import images
 from segdiff_jax.errors import UserError
-from segdiff_jax.models import pretrained
-from segdiff_jax.segmenter import Segmenter
+from segdiff_jax.inference import requests
+from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.weights import pretrained
 
 
 def _message(call, *args) -> str:

@@ -14,8 +14,9 @@ from etils.epath import backend
 from huggingface_hub import constants
 from silent import Silent
 
-from segdiff_jax import evaluate, export, files, predict, runtime, train, waiting
+from segdiff_jax import evaluate, export, files, predict, train, waiting
 from segdiff_jax.errors import UserError
+from segdiff_jax.parallel import runtime
 
 SECONDS = 1.0
 CONFIG = """
@@ -43,7 +44,7 @@ def silent(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     monkeypatch.setitem(fsspec.config.conf["gcs"], "token", "anon")  # read at import
     backend.fsspec_backend._get_filesystem.cache_clear()
-    monkeypatch.setattr("segdiff_jax.runtime.start", lambda *_: None)
+    monkeypatch.setattr("segdiff_jax.parallel.runtime.start", lambda *_: None)
     yield server
     server.close()
     backend.fsspec_backend._get_filesystem.cache_clear()

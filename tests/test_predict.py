@@ -13,9 +13,10 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from segdiff_jax import cli, files, ownership, predict, workdir
-from segdiff_jax.data import vocabulary
+from segdiff_jax import cli, files, ownership, predict
 from segdiff_jax.errors import UserError
+from segdiff_jax.text import vocabulary
+from segdiff_jax.weights import workdir
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 CLASSES = "sky; building, edifice; road"
@@ -33,7 +34,7 @@ def place(tmp_path, tiny_networks, tiny_config, monkeypatch):
             {"newest": 6, "best": 2}[which],
         ),
     )
-    monkeypatch.setattr("segdiff_jax.runtime.start", lambda: None)
+    monkeypatch.setattr("segdiff_jax.parallel.runtime.start", lambda: None)
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     for name, size in (("a.png", (20, 28)), ("b.bmp", (24, 18))):

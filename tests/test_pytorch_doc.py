@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from segdiff_jax import export, workdir
+from segdiff_jax import export
 from segdiff_jax.diffusion import sampler as sampler_lib
-from segdiff_jax.segmentation import decode
-from segdiff_jax.segmenter import Segmenter
+from segdiff_jax.inference.result import decode
+from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.weights import workdir
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 DOC = Path(__file__).parents[1] / "docs" / "pytorch.md"
@@ -82,7 +83,7 @@ def test_several_classes_per_pass(
 
 
 def test_the_stablehlo_sampler(blocks, make_segmenter, tmp_path, monkeypatch):
-    from segdiff_jax import stablehlo
+    from segdiff_jax.inference import stablehlo
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stablehlo, "_LIMIT", 1000)  # weights beside: the longer way

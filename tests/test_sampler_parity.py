@@ -11,11 +11,11 @@ import transformers
 from torch_oracles import from_torch, relative_error, text_encoder, to_torch, unet, vae, write
 
 from segdiff_jax.config import CodecConfig, Config, DataConfig, DiffusionConfig, SamplerConfig
-from segdiff_jax.data import vocabulary
 from segdiff_jax.diffusion import sampler as sampler_lib
-from segdiff_jax.models import hf_config, pretrained
-from segdiff_jax.models.tokenizer import train_tokenizer
-from segdiff_jax.segmenter import Segmenter
+from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.text import vocabulary
+from segdiff_jax.text.tokenizer import train_tokenizer
+from segdiff_jax.weights import hf_config, pretrained
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 SIZE, SEED, SCALE = (16, 24), 5, 0.9

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data import chance, images
 from segdiff_jax.data.images import UnreadableError
-from segdiff_jax.data.layouts import IGNORE
-from segdiff_jax.data.sources import Look, PairSource, Source
+from segdiff_jax.data.sources.layouts import IGNORE
+from segdiff_jax.data.sources.source import Look, PairSource, Source
 from segdiff_jax.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ The first record is the latent of an empty mask. Then each pair has, for each of
 (data.augment.views of them; otherwise as it is, then mirrored where the config flips), the image
 latent with its valid mask and one latent per mask: of each class that the view shows, or one of all
 classes where one pass paints them all; with each, which latent pixels show the class.
-A folder without `cache.json` is no cache. `training/latent_cache.py` writes all this.
+A folder without `cache.json` is no cache. `data/latent_cache.py` writes all this.
 """
 
 import atexit
@@ -26,7 +26,7 @@ from etils import epath
 from segdiff_jax.config import Config
 from segdiff_jax.data import pipeline, transforms
 from segdiff_jax.data.images import UnreadableError
-from segdiff_jax.data.sources import Source
+from segdiff_jax.data.sources.source import Source
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote
 

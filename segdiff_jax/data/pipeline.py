@@ -18,7 +18,7 @@ from absl import flags
 from segdiff_jax.config import Config
 from segdiff_jax.data import chance, transforms
 from segdiff_jax.data.images import UnreadableError
-from segdiff_jax.data.sources import Source
+from segdiff_jax.data.sources.source import Source
 from segdiff_jax.errors import UserError
 
 IGNORE = transforms.IGNORE

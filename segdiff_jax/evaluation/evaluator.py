@@ -12,15 +12,15 @@ import numpy as np
 from segdiff_jax import codec
 from segdiff_jax.config import SamplerConfig
 from segdiff_jax.data import label_summary, transforms
-from segdiff_jax.data.sources import Source, count_ids
+from segdiff_jax.data.sources.source import Source, count_ids
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import metrics, reconstruction
+from segdiff_jax.inference.result import Segmentation
+from segdiff_jax.inference.segmenter import Segmenter, to_gray
+from segdiff_jax.parallel import processes
+from segdiff_jax.parallel.placement import equal_parts, multiple
 from segdiff_jax.progress import Progress
-from segdiff_jax.segmentation import Segmentation
-from segdiff_jax.segmenter import Segmenter, to_gray
-from segdiff_jax.training import processes
 from segdiff_jax.training.losses import to_pixels
-from segdiff_jax.training.placement import equal_parts, multiple
 
 
 class Example(NamedTuple):

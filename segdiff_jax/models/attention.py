@@ -1,7 +1,7 @@
 """Scaled dot-product attention as the paper writes it.
 
 Networks are given their attention function when they are built: this one, or one of the same form
-that suits the devices better (`training/attention_kernels.py`).
+that suits the devices better (`parallel/attention_kernels.py`).
 """
 
 import math

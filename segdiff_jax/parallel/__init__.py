@@ -1,1 +1,1 @@
-"""Everything that knows how many devices there are, and which."""
+"""Everything that knows how many devices and processes there are."""

@@ -13,11 +13,11 @@ from etils import epath
 from segdiff_jax.config import Config
 from segdiff_jax.data.pipeline import TrainBatches
 from segdiff_jax.errors import UserError
-from segdiff_jax.training import processes, sharding
-from segdiff_jax.training.checkpoint import Checkpoints
+from segdiff_jax.parallel import processes, sharding
 from segdiff_jax.training.step import Frozen, StepFunction, TrainState
 from segdiff_jax.training.telemetry import GracefulStop, Telemetry
 from segdiff_jax.training.throughput import ProfileWindow, StartUp, Throughput
+from segdiff_jax.weights.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
 

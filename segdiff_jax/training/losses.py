@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from segdiff_jax import codec, conditioning
+from segdiff_jax import codec
 from segdiff_jax.config import CodecConfig, NoiseConfig
 from segdiff_jax.diffusion import noise as noise_lib
 from segdiff_jax.diffusion import schedule as schedule_lib
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, encode_latents
+from segdiff_jax.text import conditioning
 
 Batch = dict[str, Any]
 

@@ -5,14 +5,15 @@ import logging
 
 from etils import epath
 
-from segdiff_jax import workdir as workdirs
 from segdiff_jax.combinations import check_image_size
 from segdiff_jax.config import Config, DiffusionConfig
-from segdiff_jax.data.sources import Source
+from segdiff_jax.data.sources.source import Source
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
-from segdiff_jax.models import presets, pretrained
-from segdiff_jax.models.pretrained import Described
+from segdiff_jax.models import presets
+from segdiff_jax.weights import pretrained
+from segdiff_jax.weights import workdir as workdirs
+from segdiff_jax.weights.pretrained import Described
 
 log = logging.getLogger(__name__)
 

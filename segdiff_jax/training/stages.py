@@ -15,36 +15,30 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from segdiff_jax import __version__, codec, conditioning
-from segdiff_jax import workdir as workdirs
+from segdiff_jax import __version__, codec
 from segdiff_jax.config import Config, of_stage
-from segdiff_jax.data import label_summary, latents, pipeline
-from segdiff_jax.data.prompts import prompts
-from segdiff_jax.data.sources import Source, open_source
-from segdiff_jax.data.vocabulary import Vocabulary
+from segdiff_jax.data import label_summary, latent_cache, latents, pipeline
+from segdiff_jax.data.sources.source import Source, open_source
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
-from segdiff_jax.models import flops, presets, pretrained
+from segdiff_jax.models import flops, presets
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.layers import with_attention
-from segdiff_jax.models.pretrained import Pretrained
-from segdiff_jax.models.tokenizer import Tokenizer, train_tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.training import (
-    attention_kernels,
-    latent_cache,
-    lock,
-    loop,
-    losses,
-    origin,
-    processes,
-    sharding,
-)
-from segdiff_jax.training.checkpoint import Checkpoints, check_config
-from segdiff_jax.training.placement import placer
+from segdiff_jax.parallel import attention_kernels, processes, sharding
+from segdiff_jax.parallel.placement import placer
+from segdiff_jax.text import conditioning
+from segdiff_jax.text.prompts import prompts
+from segdiff_jax.text.tokenizer import Tokenizer, train_tokenizer
+from segdiff_jax.text.vocabulary import Vocabulary
+from segdiff_jax.training import lock, loop, losses, origin
 from segdiff_jax.training.step import Frozen, TrainState, diffusion_step, init_state, vae_step
 from segdiff_jax.training.throughput import StartUp
+from segdiff_jax.weights import pretrained
+from segdiff_jax.weights import workdir as workdirs
+from segdiff_jax.weights.checkpoint import Checkpoints, check_config
+from segdiff_jax.weights.pretrained import Pretrained
 
 log = logging.getLogger(__name__)
 
@@ -213,8 +207,8 @@ def _train_diffusion(run: Run) -> None:
     step = diffusion_step(graph, vae_graph, config, mesh)
     validate = None
     if config.train.eval_every:
-        from segdiff_jax.segmenter import Segmenter
-        from segdiff_jax.training.validation import validator
+        from segdiff_jax.evaluation.validation import validator
+        from segdiff_jax.inference.segmenter import Segmenter
 
         segmenter = Segmenter(
             unet, vae, text_encoder, tokenizer, config, mesh, run.source.vocabulary

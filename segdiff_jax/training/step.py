@@ -9,13 +9,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from segdiff_jax.conditioning import PromptTable
 from segdiff_jax.config import Config
 from segdiff_jax.diffusion.schedule import Schedule
 from segdiff_jax.models.layers import kernels_as_multiplied
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.training import losses, sharding
+from segdiff_jax.parallel import sharding
+from segdiff_jax.text.conditioning import PromptTable
+from segdiff_jax.training import losses
 from segdiff_jax.training.optimizer import ema_update, learning_rate, make_optimizer
 
 Metrics = dict[str, jax.Array]

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from segdiff_jax.config import AugmentConfig, Config, ScenesConfig, TrainConfig
-from segdiff_jax.data import vocabulary
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.pipeline import Draws, draw_classes, eval_examples, train_batches
-from segdiff_jax.data.sources import open_source
+from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.errors import UserError
+from segdiff_jax.text import vocabulary
 
 SIZE = (16, 24)
 
@@ -169,7 +169,7 @@ if __name__ == "__main__":
     import itertools
     from segdiff_jax.config import Config
     from segdiff_jax.data.pipeline import train_batches
-    from segdiff_jax.data.sources import open_source
+    from segdiff_jax.data.sources.source import open_source
 
     config = Config()
     config.data.source, config.data.workers, config.train.batch_size = "scenes", 2, 4

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from segdiff_jax.config import DataConfig, ScenesConfig
-from segdiff_jax.data import scenes
-from segdiff_jax.data.sources import open_source
+from segdiff_jax.data.sources import scenes
+from segdiff_jax.data.sources.source import open_source
 
 CONFIG = DataConfig(source="scenes", image_size=(64, 64), scenes=ScenesConfig(400, 200, 4))
 

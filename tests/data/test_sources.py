@@ -6,10 +6,11 @@ import pytest
 from PIL import Image
 
 from segdiff_jax.config import DataConfig
-from segdiff_jax.data import layouts, vocabulary
 from segdiff_jax.data.images import UnreadableError
-from segdiff_jax.data.sources import open_source
+from segdiff_jax.data.sources import layouts
+from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.errors import UserError
+from segdiff_jax.text import vocabulary
 
 
 def write(path, array):

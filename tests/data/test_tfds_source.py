@@ -6,9 +6,10 @@ import pytest
 from PIL import Image
 
 from segdiff_jax.config import DataConfig
-from segdiff_jax.data import tfds_source, vocabulary
-from segdiff_jax.data.sources import open_source
+from segdiff_jax.data.sources import tfds as tfds_source
+from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.errors import UserError
+from segdiff_jax.text import vocabulary
 
 SEMANTIC = np.array([[0, 1, 2, 13], [148, 149, 150, 0]], np.uint8)
 CATEGORY = np.array([[0, 1, 4, 4], [9, 100, 100, 0]], np.uint8)

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from segdiff_jax.data import vocabulary
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import metrics
 from segdiff_jax.evaluation.evaluator import evaluate
-from segdiff_jax.segmenter import Segmenter
+from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.text import vocabulary
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 

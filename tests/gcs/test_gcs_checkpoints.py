@@ -10,7 +10,7 @@ import pytest
 
 from segdiff_jax.errors import UserError
 from segdiff_jax.training import lock
-from segdiff_jax.training.checkpoint import Checkpoints
+from segdiff_jax.weights.checkpoint import Checkpoints
 
 MARKER = "commit_success.txt"
 SHAPE = {"x": jax.ShapeDtypeStruct((3,), jnp.float32)}

@@ -14,7 +14,7 @@ from flax import nnx
 
 from segdiff_jax import export, ownership
 from segdiff_jax.errors import UserError
-from segdiff_jax.models import pretrained
+from segdiff_jax.weights import pretrained
 
 pytestmark = pytest.mark.usefixtures("impatient")
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from segdiff_jax import files
 from segdiff_jax.config import DataConfig
-from segdiff_jax.data.sources import open_source
+from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("impatient")

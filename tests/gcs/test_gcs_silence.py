@@ -7,12 +7,12 @@ import textwrap
 
 from emulator import BUCKET, Fault
 
-from segdiff_jax import runtime
+from segdiff_jax.parallel import runtime
 
 SAVE = """
     import sys
     from segdiff_jax import cli, waiting
-    from segdiff_jax.training.checkpoint import Checkpoints
+    from segdiff_jax.weights.checkpoint import Checkpoints
     import jax.numpy as jnp
 
     waiting.FIRST_WORD, waiting.NEXT_WORD = 1.0, 1.0

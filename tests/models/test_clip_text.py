@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch_oracles import relative_error, run, text_encoder, write
 
-from segdiff_jax.models import pretrained
 from segdiff_jax.models.clip_text import CLIPText
+from segdiff_jax.weights import pretrained
 
 # name: (transformers options, [B, L])
 CASES = {

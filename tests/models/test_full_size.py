@@ -30,11 +30,11 @@ from torch_oracles import (
     write,
 )
 
-from segdiff_jax.models import pretrained
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.presets import PRESETS
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
+from segdiff_jax.weights import pretrained
 
 pytestmark = pytest.mark.slow
 

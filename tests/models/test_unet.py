@@ -8,9 +8,10 @@ import torch
 from flax import nnx
 from torch_oracles import from_torch, normal, relative_error, run, to_torch, unet, write
 
-from segdiff_jax.models import key_map, layers, pretrained
+from segdiff_jax.models import layers
 from segdiff_jax.models.presets import PRESETS
 from segdiff_jax.models.unet import UNet
+from segdiff_jax.weights import key_map, pretrained
 
 # name: (cross-attention per level, diffusers options, latent [B, h, w], tokens)
 CASES = {

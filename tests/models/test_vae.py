@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch_oracles import from_torch, normal, relative_error, run, to_torch, vae, write
 
-from segdiff_jax.models import pretrained
 from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
+from segdiff_jax.weights import pretrained
 
 # name: (widths, diffusers options, pixels [B, H, W])
 CASES = {

@@ -14,9 +14,10 @@ from test_telemetry import read_scalars
 
 from segdiff_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig
 from segdiff_jax.errors import UserError
-from segdiff_jax.training import loop, sharding
-from segdiff_jax.training.checkpoint import Checkpoints
+from segdiff_jax.parallel import sharding
+from segdiff_jax.training import loop
 from segdiff_jax.training.step import TrainState, init_state
+from segdiff_jax.weights.checkpoint import Checkpoints
 
 
 def step(state: TrainState, frozen, batch, key):

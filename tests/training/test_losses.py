@@ -10,9 +10,9 @@ import scipy.stats
 import torch
 from diffusers import DDIMScheduler
 
-from segdiff_jax import conditioning
 from segdiff_jax.config import CodecConfig, DiffusionConfig, NoiseConfig
 from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.text import conditioning
 from segdiff_jax.training import losses
 
 FACTOR, CHANNELS, K = 4, 2, 5

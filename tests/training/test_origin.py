@@ -14,9 +14,9 @@ from flax import nnx
 from segdiff_jax import cli, train
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
-from segdiff_jax.models import pretrained
-from segdiff_jax.models.pretrained import Pretrained
 from segdiff_jax.training import loop, stages
+from segdiff_jax.weights import pretrained
+from segdiff_jax.weights.pretrained import Pretrained
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 SD2 = {"rescale_betas_zero_snr": False, "timestep_spacing": "leading"}
@@ -72,8 +72,8 @@ def run(tmp_path, capsys, *flags) -> str:
     (tmp_path / "config.py").write_text(CONFIG)
     argv = ["--config", str(tmp_path / "config.py"), "--workdir", str(tmp_path / "run"), *flags]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as caught:
-        patch.setattr("segdiff_jax.runtime.start", lambda *_: None)
-        patch.setattr("segdiff_jax.runtime.start_logging", lambda **_: None)
+        patch.setattr("segdiff_jax.parallel.runtime.start", lambda *_: None)
+        patch.setattr("segdiff_jax.parallel.runtime.start_logging", lambda **_: None)
         cli.run(train.main, argv)
     output = capsys.readouterr()
     assert caught.value.code == 2 and output.err.count("\n") == 1, output.err

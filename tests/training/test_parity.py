@@ -9,13 +9,13 @@ import torch
 from flax import nnx
 from torch_oracles import normal, relative_error, to_torch, unet, vae, write
 
-from segdiff_jax.conditioning import PromptTable
 from segdiff_jax.config import CodecConfig, Config, OptimizerConfig, TrainConfig
 from segdiff_jax.diffusion.schedule import make_schedule
-from segdiff_jax.models import hf_config, key_map, pretrained
+from segdiff_jax.text.conditioning import PromptTable
 from segdiff_jax.training import losses
 from segdiff_jax.training.optimizer import learning_rate
 from segdiff_jax.training.step import Frozen, diffusion_step, init_state
+from segdiff_jax.weights import hf_config, key_map, pretrained
 
 B, SIZE, K, TOKENS, WIDTH = 4, 16, 3, 5, 12
 pytestmark = pytest.mark.usefixtures("fast_compile")

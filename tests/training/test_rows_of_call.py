@@ -2,7 +2,7 @@
 
 import pytest
 
-from segdiff_jax.training.placement import rows_of_call
+from segdiff_jax.parallel.placement import rows_of_call
 
 
 @pytest.mark.parametrize(("most", "devices"), [(1, 1), (4, 1), (25, 1), (32, 1), (32, 8), (5, 4)])

@@ -17,18 +17,19 @@ from flax import nnx
 from test_telemetry import read_scalars
 
 from segdiff_jax import __version__, aot
-from segdiff_jax import workdir as workdirs
-from segdiff_jax.data import pipeline
-from segdiff_jax.data.scenes import vocabulary
-from segdiff_jax.data.vocabulary import from_names
+from segdiff_jax.data import latent_cache, pipeline
+from segdiff_jax.data.sources.scenes import vocabulary
 from segdiff_jax.errors import UserError
-from segdiff_jax.models import pretrained
+from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models.unet import UNet
-from segdiff_jax.segmenter import Segmenter
-from segdiff_jax.training import latent_cache, loop, losses, sharding, stages
-from segdiff_jax.training.checkpoint import Checkpoints
+from segdiff_jax.parallel import sharding
+from segdiff_jax.text.vocabulary import from_names
+from segdiff_jax.training import loop, losses, stages
 from segdiff_jax.training.step import init_state
 from segdiff_jax.training.telemetry import Telemetry
+from segdiff_jax.weights import pretrained
+from segdiff_jax.weights import workdir as workdirs
+from segdiff_jax.weights.checkpoint import Checkpoints
 
 
 def steps_of(workdir):
@@ -93,7 +94,7 @@ def test_a_run_knows_its_classes_and_goes_on_with_no_others(
         assert "--workdir" in str(caught.value) and contents(workdir) == before
     config = micro_config()
     with monkeypatch.context() as patch, pytest.raises(UserError, match="started with other"):
-        patch.setattr("segdiff_jax.data.scenes.vocabulary", lambda: from_names(names[::-1]))
+        patch.setattr("segdiff_jax.data.sources.scenes.vocabulary", lambda: from_names(names[::-1]))
         stages.train(config, workdir)
     assert contents(workdir) == before
     os.remove(f"{workdir}/classes.json")

@@ -9,9 +9,9 @@ import optax
 import pytest
 from flax import nnx
 
-from segdiff_jax.conditioning import PromptTable
 from segdiff_jax.config import Config, NoiseConfig, OptimizerConfig, TrainConfig, VAEConfig
 from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.text.conditioning import PromptTable
 from segdiff_jax.training import losses
 from segdiff_jax.training.optimizer import make_optimizer
 from segdiff_jax.training.step import Frozen, diffusion_step, init_state, vae_step

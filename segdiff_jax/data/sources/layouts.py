@@ -1,0 +1,306 @@
+"""Where the published data sets, and a folder of one's own, keep images and masks.
+
+Each function gives the pairs of a split and how the ids of their files become classes.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from segdiff_jax.config import DataConfig
+from segdiff_jax.data.images import missing
+from segdiff_jax.data.sources.pairing import Pairs, is_image, listing, nearby, pairs
+from segdiff_jax.errors import UserError
+from segdiff_jax.text import vocabulary as vocabularies
+from segdiff_jax.text.vocabulary import Vocabulary
+
+IGNORE = 255
+OUTSIDE = -1  # marks ids that are no class in a lookup table
+# Of the 182 ids of COCO-Stuff's own PNGs (0-based), those that COCO never annotated.
+_COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
+# Of Cityscapes' labelIds 0…33, those of the 19 train ids, in their order.
+_CITYSCAPES_TRAINED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_CITYSCAPES_IDS = 34
+
+
+class Layout(NamedTuple):
+    """lookup: int16 [n], from the id in a file to the class id, `IGNORE` or `OUTSIDE`."""
+
+    pairs: Pairs
+    vocabulary: Vocabulary
+    lookup: np.ndarray
+
+
+def lookup_of(classes: Iterable[int], ignored: Iterable[int]) -> np.ndarray:
+    """int16 [n]: the table in which the class i has the id classes[i] in the files."""
+    values, ignored = list(classes), list(ignored)
+    lookup = np.full(max(256, *(value + 1 for value in (*values, *ignored, 0))), OUTSIDE, np.int16)
+    lookup[values] = np.arange(len(values))
+    lookup[ignored] = IGNORE
+    return lookup
+
+
+def folder(config: DataConfig, split: str) -> Layout:
+    """SPLIT/images and SPLIT/masks, images/SPLIT and masks/SPLIT, or images and masks; with
+    data.mask_suffix the masks may lie beside the images."""
+    root = _existing(config.root)
+    images, masks = _folders_of(root, config, split)
+    found = pairs(images, masks, config.mask_suffix)
+    if not found:
+        raise UserError(f"{images}: no images in split {split!r}{_unread(images)}")
+    vocabulary = vocabularies.load(config.vocabulary or _class_file(root))
+    return Layout(found, vocabulary, _configured_lookup(config, vocabulary))
+
+
+def _folders_of(root: epath.Path, config: DataConfig, split: str) -> tuple[epath.Path, epath.Path]:
+    nested = [root / split, root / "images" / split]
+    choices = [(nested[0] / "images", nested[0] / "masks"), (nested[1], root / "masks" / split)]
+    splits = {split, config.train_split, config.val_split}
+    if not (root / split).is_dir() and not any((root / "images" / s).is_dir() for s in splits):
+        choices.append((root / "images", root / "masks"))
+    suffixed = bool(config.mask_suffix)
+    for images, masks in choices:
+        if images.is_dir():
+            if masks.is_dir():
+                return images, masks
+            if suffixed:
+                return images, images
+            raise UserError(
+                f"{masks}: {missing(masks, 'folder')}, check config.data.root and the split's name"
+                f"{_other_names(masks)}{nearby(masks.parent, 'folder')}"
+            )
+    if suffixed:
+        beside = root / split if (root / split).is_dir() else root
+        if beside != root or not any((root / s).is_dir() for s in splits):
+            return beside, beside
+    images = choices[-1][0] if len(choices) == 2 and nested[1].is_dir() else choices[0][0]
+    raise UserError(
+        f"{images}: {missing(images, 'folder')}, check config.data.root and the split's name"
+        f"{nearby(root, 'folder')}"
+    )
+
+
+def _other_names(masks: epath.Path) -> str:
+    """ "; found labels: …" where the masks lie under another usual name."""
+    for name in (
+        "mask",
+        "labels",
+        "label",
+        "annotations",
+        "gt",
+        "segmentation",
+        "SegmentationClass",
+    ):
+        if (masks.parent / name).is_dir():
+            return f"; found {masks.parent / name}: rename it to {masks.name} if it holds the masks"
+    return ""
+
+
+def _unread(folder: epath.Path) -> str:
+    """ "; found 3 *.heic": what an empty folder holds that is no image to us."""
+    counts: dict[str, int] = {}
+    for path in folder.iterdir():
+        if not is_image(path.name) and path.suffix and not path.name.startswith("."):
+            counts[path.suffix] = counts.get(path.suffix, 0) + 1
+    if not counts:
+        return ", check config.data.root"
+    ending = max(counts, key=lambda suffix: counts[suffix])
+    return f"; found {counts[ending]} *{ending}, which are not read: save them as PNG or JPEG"
+
+
+def _class_file(root: epath.Path) -> epath.Path:
+    path = root / "classes.txt"
+    if not path.exists():
+        raise UserError(
+            f"{path}: {missing(path)}, write one class name a line in id order "
+            "or set config.data.vocabulary"
+        )
+    return path
+
+
+def _configured_lookup(config: DataConfig, vocabulary: Vocabulary) -> np.ndarray:
+    """The table of data.first_id, .mask_values and .ignore_ids. Ids below the first class's are
+    ignored."""
+    count, first = len(vocabulary), config.first_id
+    if count > IGNORE:
+        raise UserError(
+            f"{vocabulary.name}: {count} classes, but a label map holds at most {IGNORE}: "
+            "shorten the class list"
+        )
+    if config.mask_values and len(config.mask_values) != count:
+        raise UserError(
+            f"config.data.mask_values={config.mask_values}: {len(config.mask_values)} values for "
+            f"the {count} classes of {vocabulary.name}: give one for each, in order"
+        )
+    values = config.mask_values or tuple(range(first, first + count))
+    if config.mask_values and (first or len(set(values)) < count):
+        twice = "leave config.data.first_id out" if first else "give each class a value of its own"
+        raise UserError(f"config.data.mask_values={config.mask_values}: {twice}")
+    both = sorted(set(values) & set(config.ignore_ids))
+    if both:
+        name = vocabulary.names[values.index(both[0])]
+        rest = ",".join(str(i) for i in config.ignore_ids if i not in both)
+        raise UserError(
+            f"id {both[0]} in the masks would be the class {name!r} and ignored "
+            f"(config.data.ignore_ids): set --config.data.ignore_ids={rest or '()'}, or change "
+            f"config.data.{'mask_values' if config.mask_values else 'first_id'}"
+        )
+    return lookup_of(values, {*config.ignore_ids, *range(0 if config.mask_values else first)})
+
+
+def ade20k(config: DataConfig, split: str) -> Layout:
+    root = _descend(config.root, "ADEChallengeData2016")
+    part = {"train": "training", "val": "validation"}.get(split, split)
+    images, masks = root / "images" / part, root / "annotations" / part
+    if not images.is_dir():
+        raise UserError(
+            f"{images}: {missing(images, 'folder')}, check config.data.root and the split's name"
+            f"{nearby(root, 'ade20k')}"
+        )
+    vocabulary = vocabularies.load(config.vocabulary or "ade20k_150")
+    return Layout(pairs(images, masks), vocabulary, shifted_lookup())
+
+
+def shifted_lookup() -> np.ndarray:
+    """int16 [256]: ADE20K's ids, where 0 is *other* and classes are 1…150."""
+    return lookup_of(range(1, 151), (0, IGNORE))
+
+
+def coco_stuff(config: DataConfig, split: str) -> Layout:
+    """Images in images/train2017 or train2017. Labels are either COCO-Stuff's own 182 ids
+    (stuffthingmaps) or the 171 train ids that mmsegmentation's converter writes beside them."""
+    root = _descend(config.root, "coco_stuff164k")
+    part = {"train": "train2017", "val": "val2017"}.get(split, split)
+    image_folder = _first_folder(root, (f"images/{part}", part), "coco_stuff")
+    parents = ("annotations", "stuffthingmaps", "stuffthingmaps_trainval2017")
+    mask_folder = _first_folder(root, tuple(f"{p}/{part}" for p in parents), "coco_stuff")
+    vocabulary = vocabularies.load(config.vocabulary or "coco_stuff_171")
+    suffix = "_labelTrainIds"
+    converted = any(path.stem.endswith(suffix) for path in mask_folder.iterdir())
+    found = pairs(image_folder, mask_folder, suffix if converted else "")
+    lookup = lookup_of(range(171), (IGNORE,)) if converted else coco_stuff_lookup()
+    return Layout(found, vocabulary, lookup)
+
+
+def coco_stuff_lookup() -> np.ndarray:
+    """int16 [256]: the 182 ids of COCO-Stuff's PNGs to the 171 classes that are annotated."""
+    return lookup_of([i for i in range(182) if i not in _COCO_UNUSED], (IGNORE,))
+
+
+def pascal_voc(config: DataConfig, split: str) -> Layout:
+    """The devkit's tree. A split is a list in ImageSets/Segmentation; masks that SegmentationClass
+    does not have are taken from SegmentationClassAug, where that was added."""
+    root = _voc_root(_existing(config.root))
+    vocabulary = vocabularies.load(config.vocabulary or "pascal_voc_21")
+    if len(vocabulary) not in (20, 21):
+        raise UserError(
+            f"{vocabulary.name}: {len(vocabulary)} classes, but the masks of pascal_voc have 20, "
+            "or 21 with background: correct config.data.vocabulary"
+        )
+    background = len(vocabulary) == 21
+    lookup = lookup_of(range(21), (IGNORE,)) if background else lookup_of(range(1, 21), (0, IGNORE))
+    folders = [root / "SegmentationClass", root / "SegmentationClassAug"]
+    masks = [_names(folder) for folder in folders]
+    images = _names(root / "JPEGImages")
+    found = []
+    for name in _voc_list(root, split):
+        mask = next((have[name] for have in masks if name in have), None)
+        if name not in images or mask is None:
+            where = folders[0] if name in images else root / "JPEGImages"
+            raise UserError(
+                f"{where}: has no image of {name!r}, which is in the list of {split!r}: "
+                "unpack the whole archive, or correct the list"
+            )
+        found.append((images[name], mask))
+    return Layout(found, vocabulary, lookup)
+
+
+def _voc_root(root: epath.Path) -> epath.Path:
+    """`root` or the folder in it that holds JPEGImages: the newest of several years."""
+    parents = (root, root / "VOCdevkit")
+    years = (f"VOC20{year:02d}" for year in range(12, 6, -1))
+    for choice in (root, *(parent / year for year in years for parent in parents)):
+        if (choice / "JPEGImages").is_dir():
+            return choice
+    raise UserError(
+        f"{root}: no folder JPEGImages, VOC2012 or VOCdevkit, check config.data.root"
+        f"{nearby(root, 'pascal_voc')}"
+    )
+
+
+def _voc_list(root: epath.Path, split: str) -> list[str]:
+    lists = root / "ImageSets" / "Segmentation"
+    path = lists / f"{split}.txt"
+    if not path.exists():
+        have = (
+            sorted(p.stem for p in lists.iterdir() if p.suffix == ".txt") if lists.is_dir() else []
+        )
+        advice = f"choose one of {', '.join(have)}" if have else "unpack the whole archive"
+        raise UserError(f"{path}: {missing(path)}: {advice}")
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8: restore it") from error
+    return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+
+
+def _names(folder: epath.Path) -> dict[str, str]:
+    if not folder.is_dir():
+        return {}
+    return {path.stem: str(path) for path in folder.iterdir() if is_image(path.name)}
+
+
+def cityscapes(config: DataConfig, split: str) -> Layout:
+    """leftImg8bit and gtFine as unpacked. Masks are labelTrainIds where all images have them, else
+    labelIds, of which the 19 trained classes are kept."""
+    root = _existing(config.root)
+    if not (root / "leftImg8bit").is_dir() and root.name == "leftImg8bit":
+        root = root.parent
+    images = root / "leftImg8bit" / split
+    masks = root / "gtFine" / split
+    for place in (images, masks):
+        if not place.is_dir():
+            beside = place.parent.iterdir() if place.parent.is_dir() else ()
+            splits = sorted(path.name for path in beside if path.is_dir())
+            found = f"; found {', '.join(splits)}" if splits else nearby(root, "cityscapes")
+            raise UserError(
+                f"{place}: {missing(place, 'folder')}, "
+                f"check config.data.root and the split's name{found}"
+            )
+    vocabulary = vocabularies.load(config.vocabulary or "cityscapes_19")
+    count = _count(images, "_leftImg8bit")
+    trained = _count(masks, "_gtFine_labelTrainIds")
+    if trained and trained >= count:
+        suffix, lookup = "_gtFine_labelTrainIds", lookup_of(range(19), (IGNORE,))
+    else:
+        suffix, rest = "_gtFine_labelIds", set(range(_CITYSCAPES_IDS)) - set(_CITYSCAPES_TRAINED)
+        lookup = lookup_of(_CITYSCAPES_TRAINED, (*rest, IGNORE))
+    return Layout(pairs(images, masks, suffix, "_leftImg8bit"), vocabulary, lookup)
+
+
+def _count(folder: epath.Path, suffix: str) -> int:
+    return sum(name.endswith(f"{suffix}.png") for name in listing(folder))
+
+
+def _existing(root: str) -> epath.Path:
+    path = epath.Path(root)
+    if not path.is_dir():
+        raise UserError(f"config.data.root={root}: {missing(path, 'folder')}, correct the path")
+    return path
+
+
+def _descend(root: str, name: str) -> epath.Path:
+    """`root`, or the dataset's own folder inside it."""
+    path = _existing(root)
+    return path / name if (path / name).is_dir() else path
+
+
+def _first_folder(root: epath.Path, names: Iterable[str], source: str) -> epath.Path:
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise UserError(
+        f"{root}: no folder {' or '.join(names)}, check config.data.root{nearby(root, source)}"
+    )

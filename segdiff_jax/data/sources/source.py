@@ -1,0 +1,206 @@
+"""Datasets as random-access, picklable sequences of image/label pairs."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from etils import epath
+
+from segdiff_jax.config import DataConfig
+from segdiff_jax.data import images
+from segdiff_jax.data.sources import layouts, scenes
+from segdiff_jax.data.sources.layouts import IGNORE, OUTSIDE, Layout
+from segdiff_jax.data.sources.memory import Memory
+from segdiff_jax.data.sources.pairing import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
+from segdiff_jax.errors import UserError
+from segdiff_jax.text.vocabulary import Vocabulary
+
+
+class Source(Protocol):
+    """source[i] = {"image": uint8 [H, W, 3], "labels": uint8 [H, W] (255: ignore), "name": str}.
+
+    Sources of files add "ids": {id in the mask file: pixels}.
+    """
+
+    vocabulary: Vocabulary
+    novel: tuple[int, ...]  # ids that training never shows
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+def open_source(config: DataConfig, split: str, seed: int) -> Source:
+    """The dataset of `config.source`; `split` is one of config.train_split and .val_split.
+
+    `seed` matters to procedural scenes only. Raises `UserError` when the files are not there.
+    """
+    if config.source == "scenes":
+        train = split == config.train_split
+        keep = config.cache_images
+        return scenes.ScenesSource(config.scenes, config.image_size, train, seed, keep)
+    if config.source == "tfds":
+        from segdiff_jax.data.sources.tfds import TfdsSource
+
+        return TfdsSource(config.root, split)
+    readers: dict[str, Callable[[DataConfig, str], Layout]] = {
+        "folder": layouts.folder,
+        "ade20k": layouts.ade20k,
+        "coco_stuff": layouts.coco_stuff,
+        "pascal_voc": layouts.pascal_voc,
+        "cityscapes": layouts.cityscapes,
+    }
+    if config.source not in readers:
+        choices = ", ".join(("scenes", *readers, "tfds"))
+        raise UserError(f"config.data.source={config.source!r}: choose one of {choices}")
+    source = PairSource(readers[config.source](config, split), config)
+    if not len(source):
+        raise UserError(f"{config.root}: no images in split {split!r}, check config.data.root")
+    return source
+
+
+class Look(NamedTuple):
+    """What a pair shows, found without decoding a photo of 8 bits."""
+
+    ids: dict[int, int]  # id in the mask file: pixels
+    turn_unsure: bool  # EXIF turns the photo, and nothing tells whether the mask wants that
+    guessed_max: int  # the range by which a photo of 16 bits is read if that is a guess, else 0
+
+
+class PairSource:
+    """Image files and the label files that belong to them.
+
+    lookup: int16 [n], from the id in the file to the class id, see `Layout`.
+    """
+
+    novel: tuple[int, ...] = ()
+
+    def __init__(self, layout: Layout, config: DataConfig):
+        self.pairs, self.vocabulary, self.lookup = layout
+        self.config = config
+        self._memory = Memory(config.cache_images)
+        classes = np.setdiff1d(self.lookup, (IGNORE, OUTSIDE))
+        if len(classes) != len(self.vocabulary):
+            raise UserError(
+                f"{self.vocabulary.name}: {len(self.vocabulary)} classes, but the masks of "
+                f"config.data.source={config.source} have {len(classes)}: "
+                "correct config.data.vocabulary"
+            )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self.pairs):
+            raise IndexError(index)
+        return self._memory.get(index, self._read)
+
+    def look(self, index: int) -> Look:
+        """What pair `index` shows. Raises as reading it does, but finds less damage in photos."""
+        image_path, mask_path = self.pairs[index]
+        limit, exif = self.config.max_pixels, self.config.exif
+        photo = images.look_at(image_path, limit, exif=exif, max_value=self.config.max_value)
+        labels = images.read_labels(mask_path, limit, exif=exif)
+        self._check_sizes(index, photo.size, labels.shape)
+        ids = count_ids(labels)
+        self._check_ids(ids, mask_path)
+        unsure = photo.orientation in (2, 3, 4) or (
+            photo.orientation > 4 and photo.size[0] == photo.size[1]
+        )
+        if unsure and exif == "apply":
+            unsure = images.look_at(mask_path, limit).orientation == 1
+        return Look(ids, unsure and exif == "apply", photo.guessed_max)
+
+    def _read(self, index: int) -> dict[str, Any]:
+        image_path, mask_path = self.pairs[index]
+        limit, exif = self.config.max_pixels, self.config.exif
+        image = images.read_image(image_path, limit, exif=exif, max_value=self.config.max_value)
+        labels = images.read_labels(mask_path, limit, exif=exif)
+        self._check_sizes(index, image.shape[:2], labels.shape)
+        ids = count_ids(labels)
+        self._check_ids(ids, mask_path)
+        labels = self.lookup.astype(np.uint8)[labels]
+        name = epath.Path(image_path).stem
+        return {"image": image, "labels": labels, "name": name, "ids": ids}
+
+    def _check_sizes(self, index: int, image: tuple[int, ...], mask: tuple[int, ...]) -> None:
+        if image == mask:
+            return
+        image_path, mask_path = self.pairs[index]
+        mend = "make the sizes equal"
+        turned = images.look_at(image_path, self.config.max_pixels).orientation > 4
+        if turned and image[::-1] == mask:
+            applied = self.config.exif == "apply"
+            fits = "stored" if applied else "turned"
+            other = "ignore" if applied else "apply"
+            mend = (
+                "the photo is turned by its EXIF tag, and the mask fits its "
+                f"{fits} pixels: set config.data.exif={other}"
+            )
+        raise UserError(
+            f"{mask_path}: {mask[1]}x{mask[0]} pixels, but its image has "
+            f"{image[1]}x{image[0]}: {mend}"
+        )
+
+    def _check_ids(self, ids: dict[int, int], mask_path: str) -> None:
+        folder = self.config.source == "folder"
+        check_ids(ids, self.lookup, mask_path, self.vocabulary, configurable=folder)
+
+
+def count_ids(labels: np.ndarray) -> dict[int, int]:
+    """{id: pixels} of the ids in `labels` [...], in order."""
+    if labels.min() < 0:
+        ids, pixels = np.unique(labels, return_counts=True)
+        return dict(zip(ids.tolist(), pixels.tolist(), strict=True))
+    pixels = np.bincount(labels.ravel())
+    return {int(i): int(pixels[i]) for i in np.flatnonzero(pixels)}
+
+
+def to_class_ids(
+    labels: np.ndarray, lookup: np.ndarray, path: str, vocabulary: Vocabulary
+) -> np.ndarray:
+    """uint8 [H, W]: `labels` through `lookup`; `UserError` for an id that is no class."""
+    check_ids(count_ids(labels), lookup, path, vocabulary)
+    return lookup.astype(np.uint8)[labels]
+
+
+def check_ids(
+    ids: dict[int, int],
+    lookup: np.ndarray,
+    path: str,
+    vocabulary: Vocabulary,
+    configurable: bool = False,
+) -> None:
+    """Raises `UserError` for an id that `lookup` knows nothing of.
+
+    configurable: whether the keys of a `folder` can say what it means.
+    """
+    bad = [i for i in ids if not 0 <= i < len(lookup) or lookup[i] == OUTSIDE]
+    if not bad:
+        return
+    ignored = [int(i) for i in np.flatnonzero(lookup == IGNORE)]
+    shown = ", ".join(map(str, ignored[:3])) + (", ..." if len(ignored) > 3 else "")
+    mend = _id_mend(sorted(ids), bad, lookup) if configurable else ""
+    raise UserError(
+        f"{path}: id {bad[0]} is none of the {len(vocabulary)} classes of {vocabulary.name} "
+        f"and not ignored ({shown or 'no id is'}): "
+        f"{mend or 'correct the mask or the class list'}"
+    )
+
+
+def _id_mend(ids: list[int], bad: list[int], lookup: np.ndarray) -> str:
+    """Which key would give the ids that are no class a meaning, if one is likely meant."""
+    classes = np.flatnonzero((lookup != OUTSIDE) & (lookup != IGNORE))
+    labelled = [i for i in ids if i not in (IGNORE, 65535) or i in classes]
+    if bad in ([255], [65535]) and len(labelled) > 1:
+        ignored = [int(i) for i in np.flatnonzero(lookup == IGNORE)] + bad
+        value = ",".join(map(str, ignored))
+        return f"to ignore it set config.data.ignore_ids={value}"
+    if bad == [int(classes[-1]) + 1] and classes[0] == 0:
+        return "if the first class has the id 1 in the masks, set config.data.first_id=1"
+    if len(ids) == len(classes) and ids[-1] > classes[-1]:
+        return (
+            "if each class has a value of its own in the masks, list them in order: "
+            f"--config.data.mask_values={','.join(map(str, ids))} --config.data.ignore_ids=()"
+        )
+    return ""

@@ -1,0 +1,63 @@
+"""Validation while training: figures for TensorBoard and the best checkpoint, and pictures."""
+
+import numpy as np
+from PIL import Image
+
+from segdiff_jax.config import Config
+from segdiff_jax.data.sources.source import open_source
+from segdiff_jax.evaluation.evaluator import Example, evaluate
+from segdiff_jax.inference import page as report
+from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.training.loop import Validate
+from segdiff_jax.training.step import TrainState
+from segdiff_jax.training.telemetry import Telemetry
+
+_SHOWN = 4  # images to look at
+_LONGEST_SIDE = 512  # of their pictures, in pixels
+
+
+def validator(segmenter: Segmenter, config: Config) -> Validate:
+    """`validate(step, state, telemetry)` on train.eval_examples images of the validation split.
+
+    It writes "validation/<figure>" scalars and "validation/<i>" images (photo, truth, prediction
+    side by side) and returns the figures of `metrics.summarize` that are numbers. `segmenter` lends
+    everything but the UNet's parameters, which are those of the state, gathered to every device:
+    the moving average if there is one. All processes evaluate together and find the same figures.
+    Sampling noise is that of config.seed each time, so that figures can be compared.
+
+    Raises `UserError` if the validation split cannot be opened, before any training.
+    """
+    source = open_source(config.data, config.data.val_split, config.seed)
+    palette = source.vocabulary.palette()
+
+    def validate(step: int, state: TrainState, telemetry: Telemetry) -> dict[str, float]:
+        params = state.ema if config.optimizer.ema_decay else state.params
+        result = evaluate(
+            segmenter.with_params(params),
+            source,
+            limit=config.train.eval_examples,
+            seed=config.seed,
+            examples=_SHOWN,
+        )
+        figures = {k: v for k, v in result.summary.items() if isinstance(v, float)}
+        telemetry.scalars(step, {f"validation/{name}": v for name, v in figures.items()})
+        for index, example in enumerate(result.examples):
+            telemetry.images(step, f"validation/{index}", _side_by_side(example, palette))
+        return figures
+
+    return validate
+
+
+def _side_by_side(example: Example, palette: np.ndarray) -> np.ndarray:
+    """uint8 [3, H, W, 3]: photo, truth, prediction."""
+    photo = Image.fromarray(example.image)
+    pictures = [
+        photo,
+        *(
+            report.overlay(example.image, labels, palette, (), legend=False)
+            for labels in (example.labels, example.prediction)
+        ),
+    ]
+    for picture in pictures:
+        picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
+    return np.stack([np.asarray(picture) for picture in pictures])

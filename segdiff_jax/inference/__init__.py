@@ -1,0 +1,1 @@
+"""A photo and class names in; labels, scores, pictures and pages out."""

@@ -1,0 +1,218 @@
+"""What a user asks of prediction, on the command line or in Python: which images and classes."""
+
+import glob
+import itertools
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from segdiff_jax import files, ownership
+from segdiff_jax.data.sources.source import IMAGE_EXTENSIONS
+from segdiff_jax.errors import UserError
+from segdiff_jax.text import vocabulary
+from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
+
+_MOST_FOLDERS = 1000  # that are looked into for images that were meant
+
+
+def parse_classes(text: str) -> Vocabulary:
+    """The value of --classes: "a; b, synonym", "@file", or the name of a packaged vocabulary.
+
+    Raises `UserError` for an empty list, an empty or a repeated name, an unreadable file.
+    """
+    text = text.strip()
+    if text in vocabulary.packaged():
+        return vocabulary.load(text)
+    if text.startswith("@"):
+        files.check_scheme(text[1:])
+        return vocabulary.load(text[1:])
+    if text.endswith((".txt", ".json")) and ";" not in text:
+        raise UserError(f"--classes {text}: a file is read where @ stands before it: @{text}")
+    return vocabulary.from_names([p for p in text.split(";") if p.strip()], name="--classes")
+
+
+def as_classes(classes: Any) -> tuple[ClassEntry, ...]:
+    """The classes that a caller in Python means: texts and `ClassEntry`s, or a `Vocabulary`.
+
+    "building, edifice" names synonyms; one text that looks like a whole list is warned about.
+    Raises `TypeError` for what is no list of them, and `UserError` as `Vocabulary` does.
+    """
+    if isinstance(classes, Vocabulary):
+        return classes.classes
+    if isinstance(classes, str | ClassEntry):
+        raise TypeError(f"classes: {classes!r} is one class: give a list, [{classes!r}]")
+    ordered = isinstance(classes, Iterable) and not isinstance(classes, bytes | Mapping | Set)
+    if not ordered or getattr(classes, "ndim", 1) != 1:
+        raise TypeError(
+            f"classes: a {type(classes).__name__} is no list of class names: "
+            'give one such as ["sky", "building, edifice"]'
+        )
+    given = list(classes)
+    for position, item in enumerate(given):
+        if not isinstance(item, str | ClassEntry):
+            raise TypeError(
+                f"classes[{position}]: {item!r} is neither a text nor a ClassEntry: "
+                "name the class in a text"
+            )
+    entries = [c if isinstance(c, ClassEntry) else vocabulary.entry_from(str(c)) for c in given]
+    found = Vocabulary("classes", tuple(entries))
+    if len(given) == 1 and isinstance(given[0], str) and vocabulary.looks_like_several(entries[0]):
+        warnings.warn(found.summary(), stacklevel=3)
+    return found.classes
+
+
+def as_photo(image: Any) -> np.ndarray:
+    """`image` as numpy uint8 [H, W, 3], which it must be.
+
+    Raises `TypeError` for what is no array of uint8 and `ValueError` for another shape.
+    """
+    wanted = "give an array of uint8 [H, W, 3], RGB"
+    if not hasattr(image, "dtype") or not hasattr(image, "shape"):
+        what = "a path" if isinstance(image, str | os.PathLike) else f"a {type(image).__name__}"
+        raise TypeError(f"image: {what} is no array: {wanted}, as np.asarray of a PIL image in RGB")
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        real = np.issubdtype(array.dtype, np.floating)
+        mend = ", such as (255 * image).round().astype(np.uint8) for values in 0…1" if real else ""
+        raise TypeError(f"image: has dtype {array.dtype}: {wanted}{mend}")
+    if array.ndim == 3 and array.shape[-1] == 3 and array.size:
+        return array
+    raise ValueError(f"image: has shape {list(array.shape)}: {wanted}{_mend(array.shape)}")
+
+
+def _mend(shape: tuple[int, ...]) -> str:
+    if len(shape) == 2:
+        return ", a gray one as np.stack([image] * 3, axis=-1)"
+    if len(shape) == 4:
+        return ", one a call"
+    if len(shape) == 3 and shape[-1] == 4:
+        return ", without its transparency as image[..., :3]"
+    if len(shape) == 3 and shape[0] == 3:
+        return ", with channels last as image.transpose(1, 2, 0)"
+    return ""
+
+
+def whole_numbers(given: dict[str, tuple[Any, int]]) -> dict[str, int]:
+    """Of the settings {name: (value or None, lowest)} those that are given. Raises `ValueError`."""
+    changes = {}
+    for name, (value, lowest) in given.items():
+        if value is None:
+            continue
+        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not whole or value < lowest:
+            raise ValueError(f"{name}={value!r}: give a whole number from {lowest} on")
+        changes[name] = int(value)
+    return changes
+
+
+def find_images(arguments: Sequence[str]) -> list[str]:
+    """Files that --images names, each once, in the order of the arguments, folders by name.
+
+    Folders give their images (by extension) and are not searched further down. Raises `UserError`
+    for an argument that names nothing.
+    """
+    found: dict[str, str] = {}  # identity -> path as named
+    for argument in arguments:
+        for path in _expand(argument):
+            found.setdefault(identity(path), path)
+    return list(found.values())
+
+
+def without_results(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`paths` parted into photos and the files that an earlier command wrote beside them.
+
+    The latter are those that the marker of their folder lists (`ownership`), nothing else.
+    """
+    listed: dict[str, set[str]] = {}
+
+    def is_ours(path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in listed:
+            listed[folder] = set().union(*ownership.owned(folder or ".").values())
+        return name in listed[folder]
+
+    ours = [path for path in paths if is_ours(path) or is_ours(identity(path))]
+    return [path for path in paths if path not in set(ours)], ours
+
+
+def _expand(argument: str) -> list[str]:
+    if not argument:
+        raise UserError("--images: an empty name, name a file, a folder or a pattern")
+    files.check_scheme(argument)
+    path = epath.Path(argument)
+    try:
+        with files.reading(argument):
+            if path.is_dir():
+                return _images_in(argument)
+            if path.exists():
+                return [argument]
+            if glob.has_magic(argument):
+                return _matches(argument)
+    except OSError as error:
+        raise UserError(f"--images {argument}: {error.strerror}: correct the path") from error
+    wrong = files.dangling(argument) or f"{argument}: no such file or folder, correct the path"
+    raise UserError(f"--images {wrong}")
+
+
+def _images_in(folder: str) -> list[str]:
+    inside = [p for p in epath.Path(folder).iterdir() if _is_image(p.name)]
+    found = [os.fspath(p) for p in inside if files.is_remote(folder) or not os.path.isdir(p)]
+    if not found:
+        raise UserError(f"--images {folder}: no images in this folder{_nearby(folder)}")
+    return sorted(found)
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and not name.startswith(".")
+
+
+def _nearby(folder: str) -> str:
+    """What to do about a folder without images: which of its sub-folders have some."""
+    found: list[str] = []
+    if not files.is_remote(folder):
+        for root, folders, names in itertools.islice(os.walk(folder), _MOST_FOLDERS):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found += [os.path.join(root, name) for name in names if _is_image(name)]
+    if not found:
+        return ", name another one"
+    first = min(found)
+    pattern = os.path.join(glob.escape(folder), "**", f"*{os.path.splitext(first)[1]}")
+    return (
+        f", but {len(found)} in its sub-folders, such as {first}: name one of those, "
+        f"or all with '{pattern}'"
+    )
+
+
+def _matches(pattern: str) -> list[str]:
+    if files.is_remote(pattern):
+        path = epath.Path(pattern)
+        found = [os.fspath(p) for p in path.parent.glob(path.name)]
+    else:
+        # Whatever is there, but for folders: what cannot be read is told of when it is opened.
+        everything = glob.glob(_literal_start(pattern), recursive=True)
+        found = [path for path in everything if not os.path.isdir(path)]
+    if not found:
+        hint = ""
+        if "[" in pattern:
+            hint = "; [ and ] enclose letters to choose from: write [[] for a bracket itself"
+        raise UserError(f"--images {pattern}: no file matches this pattern, correct it{hint}")
+    return sorted(found)
+
+
+def _literal_start(pattern: str) -> str:
+    """`pattern` with its first folders escaped, as far as there are folders of just these names."""
+    parts = pattern.split(os.sep)
+    for count in range(len(parts) - 1, 0, -1):
+        start = os.sep.join(parts[:count])
+        if glob.has_magic(start) and os.path.isdir(start):
+            return os.path.join(glob.escape(start), *parts[count:])
+    return pattern
+
+
+def identity(path: str) -> str:
+    """The same for all names of one file."""
+    return path if files.is_remote(path) else os.path.realpath(path)

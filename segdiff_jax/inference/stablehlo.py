@@ -1,0 +1,206 @@
+"""The sampler as a portable file: StableHLO that runs without this package or its networks.
+
+`jax.export` writes it for several platforms at once, with the number of passes left open. Weights
+are constants of the function, up to the 2 GiB at which the format ends; larger ones lie beside it
+in a safetensors file, and are the function's first argument. JAX promises to read such a file for
+six months of its own releases
+(https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees).
+"""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+
+from segdiff_jax import codec, files, ownership
+from segdiff_jax.config import SamplerConfig
+from segdiff_jax.errors import UserError
+from segdiff_jax.inference import segmenter
+from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.models.attention import plain
+from segdiff_jax.models.layers import with_attention
+from segdiff_jax.weights import safetensors_files
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+FUNCTION, DESCRIPTION = "sampler.stablehlo", "sampler.json"
+WEIGHTS = "sampler.safetensors"
+_RNG = "threefry2x32"  # JAX's default: its bits are the same on every platform
+_LIMIT = 2**31 - 2**24  # bytes of weights; flatbuffers, the container, ends at 2 GiB
+
+Sampler = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Weights = Mapping[str, Any]  # "unet/..." and "vae/..." → array, as they are stored
+
+
+def write(
+    model: Segmenter,
+    directory: os.PathLike[str] | str,
+    sampler: SamplerConfig,
+    dtype: str = "float32",
+) -> None:
+    """Writes `sampler.stablehlo`, and `sampler.json` that describes its inputs.
+
+    The function is (image uint8 [H, W, 3], context float32 [P, L, D], key uint32 [2]) → gray maps
+    float32 [P, H, W] in [-1, 1], merged over the ensemble. H and W are `config.data.image_size`.
+    P is open, and so is L where `codec.context` is "bound". All P · `sampler.ensemble` UNet calls
+    of a step are one batch. The file is as large as the weights and one part in a hundred.
+
+    Where the weights exceed 2 GiB they are in `sampler.safetensors`, and the function takes them,
+    {name: array}, before the image.
+
+    Args:
+      model: what to export.
+      directory: local or `gs://` folder, which appears whole or not at all.
+      sampler: steps, ensemble, eta and how members are merged; fixed in the file.
+      dtype: of the stored weights: "float32", "bfloat16" or "float16". The computation is in
+        `config.model.dtype`.
+
+    Raises:
+      UserError: a weight overflows float16, or the place holds other files or cannot be written.
+    """
+    function: Callable[..., jax.Array] = sample_with(model, sampler)
+    inputs: tuple[Any, ...] = _inputs(model)
+    beside = _size(model, dtype) > _LIMIT
+    if beside:
+        shapes = _named_weights(model)
+        inputs = ({n: jax.ShapeDtypeStruct(w.shape, dtype) for n, w in shapes.items()}, *inputs)
+    else:
+        function = functools.partial(function, _stored(model, dtype))
+    data = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*inputs).serialize()
+    names = [FUNCTION, DESCRIPTION, *([WEIGHTS] if beside else [])]
+    with ownership.whole_folder(directory, "stablehlo", names, last=FUNCTION) as folder:
+        about = describe(model, sampler, dtype)
+        text = json.dumps(about, indent=2, ensure_ascii=False)
+        files.write_text(folder / DESCRIPTION, text + "\n")
+        if beside:
+            _write_weights(model, folder / WEIGHTS, dtype)
+        files.write_bytes(folder / FUNCTION, bytes(data))
+
+
+def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.Array]:
+    """The function that `write` exports, of weights and the inputs. Maps as `Segmenter.maps`."""
+    height, width = model.config.data.image_size
+    structure = jax.tree.structure(_weights(model))
+    names = list(_named_weights(model))
+    schedule = jax.tree.map(jnp.asarray, jax.device_get(model._schedule))
+    # The file is for every platform: no kernel of the one that it is written on.
+    unet = nnx.split(with_attention(nnx.merge(model._unet, model._unet_params), plain))[0]
+
+    def sample(weights: Weights, image: jax.Array, context: jax.Array, key: jax.Array) -> jax.Array:
+        leaves = [jnp.asarray(weights[name]).astype(jnp.float32) for name in names]
+        params = jax.tree.unflatten(structure, leaves)
+        passes, members = context.shape[0], sampler.ensemble
+        job = jnp.arange(passes * members)
+        latent = segmenter._encode(model._vae, params["vae"], image[None])[0]
+        gray = segmenter.sample_jobs(
+            unet,
+            model._vae,
+            sampler.steps,
+            sampler.eta,
+            params["unet"],
+            params["vae"],
+            schedule,
+            context[job // members],
+            None,
+            jnp.broadcast_to(latent, (job.shape[0], *latent.shape)),
+            job % members,
+            jax.random.wrap_key_data(key, impl=_RNG),
+        )
+        if members > 1:
+            gray = gray.reshape(passes, members, height, width)
+            settings = sampler.align, sampler.reduce, sampler.uncertainty
+            gray = segmenter._merge_members(gray, *settings)[0]
+        return gray.clip(-1.0, 1.0)
+
+    return sample
+
+
+def _weights(model: Segmenter) -> dict[str, Any]:
+    return {"unet": model._unet_params, "vae": model._vae_params}
+
+
+def _named_weights(model: Segmenter) -> dict[str, jax.Array]:
+    """The arrays by their path, "unet/conv_in/kernel", in the order of the tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(_weights(model))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf
+        for path, leaf in leaves
+    }
+
+
+def _size(model: Segmenter, dtype: str) -> int:
+    sizes = (leaf.size for leaf in jax.tree.leaves(_weights(model)))
+    return sum(sizes) * jnp.dtype(dtype).itemsize
+
+
+def _stored(model: Segmenter, dtype: str) -> dict[str, np.ndarray]:
+    """The weights as numpy arrays of `dtype`: constants of the exported function."""
+
+    def store(array: jax.Array) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            stored = np.asarray(array).astype(jnp.dtype(dtype))
+        if dtype == "float16" and not np.isfinite(stored).all():
+            raise UserError("--dtype float16: a weight overflows it: use bfloat16 or float32")
+        return stored
+
+    return {name: store(array) for name, array in _named_weights(model).items()}
+
+
+def _write_weights(model: Segmenter, path: epath.Path, dtype: str) -> None:
+    arrays = _named_weights(model)
+    tensors = {
+        name: (array.shape, functools.partial(np.asarray, array)) for name, array in arrays.items()
+    }
+    safetensors_files.write(path, tensors, dtype)
+
+
+def _inputs(model: Segmenter) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes and dtypes of image, context and key, with symbolic dimensions."""
+    tokens = "L" if model.config.codec.context == "bound" else model.tokenizer.model_max_length
+    context = jax.export.symbolic_shape(f"P, {tokens}, {model.text_encoder.config.hidden_size}")
+    return (
+        jax.ShapeDtypeStruct((*model.config.data.image_size, 3), jnp.uint8),
+        jax.ShapeDtypeStruct(context, jnp.float32),
+        jax.ShapeDtypeStruct((2,), jnp.uint32),
+    )
+
+
+def describe(model: Segmenter, sampler: SamplerConfig, dtype: str) -> dict[str, Any]:
+    """What a program must know to call the function and to read its maps, as JSON values."""
+    config = model.config
+    inputs = {
+        name: {
+            "dtype": str(value.dtype),
+            "shape": [n if isinstance(n, int) else str(n) for n in value.shape],
+        }
+        for name, value in zip(("image", "context", "key"), _inputs(model), strict=True)
+    }
+    height, width = config.data.image_size
+    output = {"dtype": "float32", "shape": ["P", height, width], "range": [-1, 1]}
+    return {
+        "function": FUNCTION,
+        "weights": WEIGHTS if _size(model, dtype) > _LIMIT else None,  # None: in the function
+        "platforms": list(PLATFORMS),
+        "jax": jax.__version__,
+        "inputs": inputs,
+        "output": output,
+        "weights_dtype": dtype,
+        "sampler": {
+            name: getattr(sampler, name) for name in ("steps", "ensemble", "eta", "align", "reduce")
+        },
+        "codec": {
+            name: getattr(config.codec, name)
+            for name in ("classes_per_pass", "context", "threshold", "closed")
+        },
+        "templates": list(config.prompts.templates),
+        "trained_classes": None if model.trained is None else list(model.trained.names),
+        "key": f"seed s is [0, s], as jax.random.key(s, impl={_RNG!r})",
+        "other_label": codec.IGNORE,
+    }

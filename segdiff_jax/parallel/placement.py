@@ -1,0 +1,89 @@
+"""Arrays of a process on the mesh: weights from files, whole networks, rows of work.
+
+Weights from files go straight to where the mesh wants them: no device ever holds them whole.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from segdiff_jax.parallel import processes
+from segdiff_jax.parallel.sharding import partition, put, replicated, rows_sharding
+from segdiff_jax.weights.tensors import Place
+
+
+def placer(mesh: Mesh) -> Place:
+    """For `weights.pretrained.load(place=...)`: cuts each array by the rules of `sharding`.
+
+    Every process reads the files and keeps of each array what its devices hold.
+    """
+    sizes = dict(mesh.shape)
+
+    def place(path: str, array: np.ndarray) -> jax.Array:
+        sharding = NamedSharding(mesh, partition(path, array.shape, sizes))
+        return put(array, sharding)
+
+    return place
+
+
+def on_mesh(tree: Any, mesh: Mesh) -> Any:
+    """The arrays of `tree`, whole on each device of `mesh`.
+
+    What is on the mesh already stays as it is cut up, and shapes without arrays stay shapes.
+    """
+    whole = replicated(mesh)
+
+    def place(leaf: Any) -> Any:
+        here = getattr(leaf, "sharding", None)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        if isinstance(here, NamedSharding) and here.mesh == mesh:
+            return leaf
+        # From device to device where that is possible: not through the host.
+        return jax.device_put(leaf, whole) if processes.count() == 1 else put(leaf, whole)
+
+    return jax.tree.map(place, tree)
+
+
+def spread_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Rows [N, ...] that every process holds, a part on each device of `mesh`.
+
+    N grows to a multiple of the devices: the first rows come again.
+    """
+    padded = np.take(rows, range(multiple(len(rows), mesh.size)), axis=0, mode="wrap")
+    return put(padded, rows_sharding(mesh))
+
+
+def equal_parts(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Rows [N, ...] in parts [size, ...], one shape for one compilation.
+
+    The last part is filled up with the first rows.
+    """
+    for start in range(0, len(rows), size):
+        yield np.take(rows, range(start, start + size), axis=0, mode="wrap")
+
+
+def rows_of_call(count: int, most: int, devices: int) -> int:
+    """Rows of the compiled calls that `count` rows are worked off in: one of a few numbers.
+
+    On each device 1, 2, 4, 8, and from there on twice and three times a power of two: 12, 16, 24,
+    32, ..., up to `most` rows over all devices. So a few rows do not pay for many, at worst three
+    for five, and after the first few calls no number of rows compiles anything.
+    """
+    largest = multiple(most, devices) // devices
+    wanted, size = min(-(-count // devices), largest), 1
+    while size < wanted:
+        size = size + size // 2 if size >= 8 and size & (size - 1) == 0 else _next_power(size)
+    return devices * min(size, largest)
+
+
+def _next_power(size: int) -> int:
+    return 1 << size.bit_length()
+
+
+def multiple(count: int, of: int) -> int:
+    """The smallest multiple of `of` that is at least `count`."""
+    return -(-count // of) * of

@@ -1,0 +1,1 @@
+"""From class names to the context that the UNet attends to."""

@@ -1,0 +1,1 @@
+"""Networks on disk: Stable Diffusion folders, checkpoints and workdirs, in and out."""

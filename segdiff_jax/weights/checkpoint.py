@@ -1,0 +1,462 @@
+"""Checkpoints: state and metadata saved together, asynchronously, on local disk or `gs://`.
+
+A checkpoint appears under its step number only when it is complete (Orbax renames the local folder,
+or writes a commit marker on object stores), so a killed run leaves at worst a temporary folder.
+Leaves are stored under plain names, `params/down_blocks/0/resnets/0/conv1/kernel`: list positions
+and named tuples become dictionary keys, so what is read depends on names and shapes only, not on
+the Python containers or the mesh of the run that wrote it.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from segdiff_jax.errors import UserError
+from segdiff_jax.files import is_remote
+from segdiff_jax.parallel import processes
+from segdiff_jax.parallel.sharding import leaf_path
+from segdiff_jax.weights import step_folders
+from segdiff_jax.weights.quiet import silence_failed_writes
+from segdiff_jax.weights.store_waits import seen
+from segdiff_jax.weights.tensors import all_finite
+
+log = logging.getLogger(__name__)
+
+# What the stored state means. A section stands for all of its keys but those in MAY_DIFFER.
+DEFINES_STATE = (
+    "seed",  # with the data position, the examples still to come
+    "stage",
+    "data.source",
+    "model",
+    "codec.classes_per_pass",
+    "codec.context",
+    "diffusion",
+    "optimizer.method",
+)
+MAY_DIFFER = (
+    "model.dtype",  # of activations: parameters are float32
+    "model.remat",
+    "model.zero_init",  # of new networks only
+    "diffusion.timestep_spacing",  # the sampler's, as the next two
+    "diffusion.set_alpha_to_one",
+    "diffusion.steps_offset",
+    "diffusion.convert_prediction",  # permits a start, says nothing of the state
+)
+SWITCHES = ("optimizer.ema_decay",)  # the value may change, zero and not zero may not
+
+# TensorStore's words for a store that did not answer: the checkpoint may be perfectly good.
+_UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED")
+
+
+class Checkpoints:
+    """The checkpoints of one run: the last `keep`, and the best by `best_metric` when it is given.
+
+    Every process of a run makes one and calls its methods in the same order. As a context it closes
+    at the end, but not after an error among several processes: the others may never come to close.
+
+    Args:
+      directory: local or `gs://` folder that holds one folder per step.
+      keep: how many of the newest to keep.
+      best_metric: name in `metrics` of `save`; the checkpoint where it was highest is kept too.
+      read_only: for readers of a finished or still running training; nothing is made or removed.
+      guard: called before each save; raises when the folder is no longer ours to write to.
+
+    Raises `UserError` for a path that checkpoints could not be read back from and, if they are to
+    be written, where numbered folders hold something else than a complete checkpoint.
+    """
+
+    def __init__(
+        self,
+        directory: os.PathLike[str] | str,
+        keep: int = 3,
+        best_metric: str | None = None,
+        read_only: bool = False,
+        guard: Callable[[], None] | None = None,
+    ):
+        step_folders.check_path(directory)
+        path = epath.Path(directory)
+        self.directory = path if is_remote(directory) else path.absolute()
+        self.used: int | None = None  # the step that was read last
+        self._best_metric, self._guard = best_metric, guard
+        self._damaged: list[int] = []
+        self._noted: int | None = None
+        with self._writing():
+            if not read_only:
+                silence_failed_writes()
+                if processes.is_first():
+                    step_folders.settle(self.directory)
+                    self.directory.mkdir(parents=True, exist_ok=True)
+                    _drop_damaged_metrics(self.directory)
+            processes.barrier()
+            self._manager = ocp.CheckpointManager(
+                self.directory,
+                options=_options(keep, best_metric, read_only, is_remote(directory)),
+                # Named here because a fresh process cannot tell how to read shapes otherwise.
+                item_handlers={
+                    "state": ocp.PyTreeCheckpointHandler(),
+                    "metadata": ocp.JsonCheckpointHandler(),
+                },
+            )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or processes.count() == 1:
+            self.close()
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first, without those found damaged."""
+        if not self.directory.exists():
+            return []
+        return sorted(set(self._manager.all_steps()) - set(self._damaged))
+
+    def latest_step(self) -> int | None:
+        """The newest of `steps()`, or None."""
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The step with the highest `best_metric`, the newer of two; None if none was measured."""
+        metric = self._best_metric
+        found = step_folders.scores(self.directory, self.steps(), metric) if metric else {}
+        return max(found, key=lambda step: (found[step], step), default=None)
+
+    @seen
+    def save(
+        self,
+        step: int,
+        state: Any,
+        metadata: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Starts saving `state` (a tree of arrays) and `metadata` (JSON values) as `step`.
+
+        Returns when the arrays are copied off the device, which may then reuse them; files are
+        written in the background. A step that is already saved is left as it is. Raises `UserError`
+        when this or the previous save cannot be written.
+        """
+        if self._guard is not None:
+            self._guard()
+        with self._writing():
+            for damaged in self._damaged:  # newer than what we resumed from: they would mask it
+                self._manager.delete(damaged)
+            self._damaged.clear()
+            if step in self._manager.all_steps():
+                return
+            self._finish()
+            if processes.is_first():
+                step_folders.note(self.directory, step)
+                self._noted = step
+            tree = _by_name(state)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(tree),
+                    metadata=ocp.args.JsonSave({"user": metadata, "checksums": _checksums(tree)}),
+                ),
+                metrics=metrics or {},  # None would draw a warning from Orbax on every save
+                force=True,
+            )
+
+    @seen
+    def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
+        """The state and metadata of `step`, or of the newest readable checkpoint.
+
+        `abstract` is a tree of `ShapeDtypeStruct`s with the shardings wanted (one local device
+        where there is none); top-level entries that it leaves out are not read. Without `step`, a
+        damaged checkpoint gives a warning and the one before it is used. Raises `UserError` for no
+        readable checkpoint, another architecture, or a store that does not answer.
+        """
+        return self._newest_readable(lambda s: self._read(s, abstract), step)
+
+    @seen
+    def metadata(self, step: int | None = None) -> dict[str, Any]:
+        """The metadata alone, found as by `restore`: enough to rebuild the config."""
+        return self._newest_readable(self._read_metadata, step)
+
+    @seen
+    def wait(self) -> None:
+        """Returns when the save under way is complete; raises `UserError` if it failed."""
+        with self._writing():
+            self._finish()
+
+    @seen
+    def close(self) -> None:
+        """`wait`, then release threads. No call may follow."""
+        with self._writing():
+            self._finish()
+            self._manager.close()
+
+    def _finish(self) -> None:
+        self._manager.wait_until_finished()
+        if self._noted is not None:
+            step_folders.forget(self.directory, self._noted)
+            self._noted = None
+
+    def _newest_readable(self, read: Any, step: int | None) -> Any:
+        self.wait()
+        candidates = self.steps()
+        if step is not None and step not in candidates:
+            held = ", ".join(map(str, candidates)) or "none"
+            raise UserError(f"{self.directory}: no checkpoint of step {step} (there are: {held})")
+        if not candidates:
+            unknown = step_folders.unknown_folders(self.directory)
+            if unknown:
+                raise UserError(step_folders.explain(self.directory, unknown))
+            raise UserError(f"{self.directory}: no readable checkpoint: train first, or check it")
+        for candidate in reversed(candidates if step is None else [step]):
+            where = self.directory / str(candidate)
+            try:
+                found = read(candidate)
+                self.used = candidate
+                return found
+            except (UserError, jax.errors.JaxRuntimeError):
+                raise
+            except Exception as error:  # Orbax and TensorStore raise whatever the file led them to
+                reason = _first_line(error)
+                if isinstance(error, PermissionError) or any(w in reason for w in _UNREACHABLE):
+                    raise UserError(f"{where}: cannot be read now: {reason}") from error
+                if step is not None:
+                    raise UserError(f"{where}: damaged checkpoint: {reason}") from error
+                if processes.is_first():
+                    log.warning("%s: damaged checkpoint, trying the one before: %s", where, reason)
+                self._damaged.append(candidate)
+        raise UserError(
+            f"{self.directory}: every checkpoint is damaged: restore them from a copy, "
+            "or train again in another directory"
+        )
+
+    def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        wanted = jax.tree.map(_with_sharding, abstract)
+        tree = _by_name(wanted)
+        folder = self.directory / str(step)
+        args = ocp.args.PyTreeRestore(
+            tree,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+            partial_restore=True,
+        )
+
+        def read() -> tuple[Any, Any, Any]:
+            stored = self._manager.item_metadata(step)["state"].tree
+            _check_architecture(folder, stored, tree)
+            # Not through the manager, which waits for the other processes when it has read.
+            restored = ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args)
+            return stored, restored, _read_json(folder)
+
+        stored, restored, metadata = _in_all(read)
+        _verify(restored, metadata["checksums"], stored)
+        _check_finite(restored)
+        arrays = _flat(restored)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(wanted)
+        in_order = [arrays[leaf_path(path)] for path, _ in leaves]
+        return jax.tree_util.tree_unflatten(structure, in_order), metadata["user"]
+
+    def _read_metadata(self, step: int) -> dict[str, Any]:
+        return _in_all(lambda: _read_json(self.directory / str(step)))["user"]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns a full disk and a forbidden place, however they surface, into a `UserError`."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            raise  # of the devices, or of another process that is gone
+        except Exception as error:
+            # The writer thread's failure arrives as a ValueError with the system's words in it.
+            system = re.search(r"([^:]+?) \[os_error_code", str(error))
+            reason = system[1].strip() if system else _first_line(error)
+            unreachable = any(word in reason for word in _UNREACHABLE)
+            if system or unreachable or isinstance(error, OSError):
+                kept = max(step_folders.numbered(self.directory), default=None)
+                raise UserError(
+                    f"{self.directory}: cannot write checkpoints: {reason}"
+                    f"{'' if kept is None else f' (checkpoint {kept} is kept)'}: "
+                    "free some space, or choose a --workdir that can be written"
+                ) from error
+            raise
+
+
+def _in_all(read: Callable[[], Any]) -> Any:
+    """`read()`; raises in every process where it raises in one, so that all try the same step."""
+    result, damage = None, None
+    try:
+        with processes.at_work("reads a checkpoint"):
+            result = read()
+    except (UserError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        damage = error
+    if not processes.all_agree(damage is None):
+        raise damage or ValueError("another process cannot read its part")
+    return result
+
+
+def _read_json(folder: epath.Path) -> dict[str, Any]:
+    args = ocp.args.JsonRestore()
+    return ocp.JsonCheckpointHandler().restore(folder / "metadata", args=args)
+
+
+def check_config(stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises `UserError` if a run with config `current` cannot continue one with config `stored`.
+
+    Both are nested dictionaries of JSON values (`config.to_dict`). Keys of `DEFINES_STATE` must be
+    equal; steps, logging, paths, learning rates, data augmentation and so on may differ.
+    """
+    old, new = (_flat(json.loads(json.dumps(tree))) for tree in (stored, current))
+    differing = []
+    for path in sorted(old.keys() | new.keys()):
+        key = ".".join(path)
+        before, now = old.get(path), new.get(path)
+        if key in SWITCHES:
+            before, now = bool(before), bool(now)
+        elif key in MAY_DIFFER or not any(f"{key}.".startswith(f"{s}.") for s in DEFINES_STATE):
+            continue
+        if before != now:
+            differing.append(f"config.{key} was {old.get(path)!r} and is now {new.get(path)!r}")
+    if differing:
+        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+        raise UserError(
+            f"the checkpoint contradicts the config: {'; '.join(differing[:3])}{more}: "
+            "restore these values, or start in a new --workdir with config.init_from"
+        )
+
+
+def _options(
+    keep: int, best_metric: str | None, read_only: bool, remote: bool
+) -> ocp.CheckpointManagerOptions:
+    def score(metrics: Any) -> float:
+        value = metrics.get(best_metric)
+        return -math.inf if value is None or math.isnan(value) else value
+
+    policies = ocp.checkpoint_managers
+    keepers: list[Any] = [policies.LatestN(keep)]
+    if best_metric and not read_only:
+        keepers.append(
+            policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
+        )
+    return ocp.CheckpointManagerOptions(
+        best_fn=score if best_metric and not read_only else None,
+        preservation_policy=policies.AnyPreservationPolicy(keepers),
+        # In a bucket it would remove every folder without a marker: see `step_folders.settle`.
+        cleanup_tmp_directories=not read_only and not remote,
+        read_only=read_only,
+        create=False,
+        lightweight_initialize=read_only,  # else it reads every metrics file, damaged ones too
+        save_interval_steps=0 if read_only else 1,
+    )
+
+
+def _drop_damaged_metrics(directory: epath.Path) -> None:
+    """Orbax reads every metrics file when it opens the folder to write, and would not open it."""
+    for path in directory.glob("*/metrics/metrics"):
+        try:
+            json.loads(path.read_text())
+        except ValueError as error:
+            log.warning("%s: damaged metrics file, removed: %s", path, _first_line(error))
+            path.unlink()
+
+
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """`tree` as nested dictionaries with string keys, one level per part of `leaf_path`."""
+    nested: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *parents, name = leaf_path(path)
+        folder = nested
+        for parent in parents:
+            folder = folder.setdefault(parent, {})
+        folder[name] = leaf
+    return nested
+
+
+def _flat(nested: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """The inverse view: (part, part, …) → leaf, in the order of `nested`."""
+    flat = {}
+    for key, value in nested.items():
+        path = (*prefix, str(key))
+        flat.update(_flat(value, path) if isinstance(value, dict) else {path: value})
+    return flat
+
+
+def _check_architecture(where: epath.Path, stored: Any, wanted: dict[str, Any]) -> None:
+    old = {path: tuple(leaf.shape) for path, leaf in _flat(stored).items() if path[0] in wanted}
+    new = {path: tuple(leaf.shape) for path, leaf in _flat(wanted).items()}
+    for path in [*new, *(path for path in old if path not in new)]:
+        if old.get(path) != new.get(path):
+            before, now = (f"shape {t[path]}" if path in t else "absent" for t in (old, new))
+            raise UserError(
+                f"{where}: checkpoint of another architecture: {'/'.join(path)} is {before} there "
+                f"and {now} here: use the config it was trained with"
+            )
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> jax.Array:
+    """The sum of the bit patterns modulo 2³²: exact, and the same however the array is cut."""
+    if array.dtype != jnp.bool_:
+        array = jax.lax.bitcast_convert_type(array, f"uint{array.dtype.itemsize * 8}")
+    return jnp.sum(array, dtype=jnp.uint32)
+
+
+def _checksums(tree: dict[str, Any]) -> dict[str, int]:
+    leaves = {"/".join(path): leaf for path, leaf in _flat(tree).items()}
+    spread = [name for name, leaf in leaves.items() if len(leaf.sharding.device_set) > 1]
+    sums = {name: _checksum(leaf) for name, leaf in leaves.items() if name not in set(spread)}
+    found = {name: int(value) for name, value in jax.device_get(sums).items()}
+    if spread:
+        # On the host: a program with collectives for each array was seen to hang on CPU devices.
+        mine = np.array([_local_checksum(leaves[name]) for name in spread], np.uint32)
+        total = processes.stacked(mine).sum(0, dtype=np.uint32)
+        found |= {name: int(value) for name, value in zip(spread, total, strict=True)}
+    return found
+
+
+def _local_checksum(array: jax.Array) -> int:
+    """`_checksum` of the parts held here, each counted by one of the devices that hold it."""
+    total = 0
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            part = np.ascontiguousarray(shard.data)
+            if part.dtype != np.bool_:
+                part = part.view(f"uint{part.dtype.itemsize * 8}")
+            total += int(part.sum(dtype=np.uint32))
+    return total % 2**32
+
+
+def _verify(tree: dict[str, Any], expected: dict[str, int], stored: Any) -> None:
+    """Orbax's chunks carry no checksum: a flipped bit in one would be restored as it is."""
+    dtypes = {"/".join(path): leaf.dtype for path, leaf in _flat(stored).items()}
+    same = {path: x for path, x in _flat(tree).items() if x.dtype == dtypes["/".join(path)]}
+    for name, value in _checksums({"/".join(path): x for path, x in same.items()}).items():
+        if value != expected[name]:
+            raise ValueError(f"the contents of {name} do not match their checksum")
+
+
+def _check_finite(tree: dict[str, Any]) -> None:
+    """NaN passes a checksum; whoever goes on from it would blame the data or the learning rate."""
+    bad = None
+    for path, array in _flat(tree).items():
+        if bad is None and jnp.issubdtype(array.dtype, jnp.floating):
+            mine = (part.data for part in array.addressable_shards if part.replica_id == 0)
+            bad = None if all(all_finite(np.asarray(data)) for data in mine) else path
+    if not processes.all_agree(bad is None):
+        raise ValueError(f"{'/'.join(bad or ('an array',))} holds NaN or infinity")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), repr(error))[:300]

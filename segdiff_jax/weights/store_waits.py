@@ -1,0 +1,73 @@
+"""Waits for checkpoints: for an object store that Orbax reads and writes, and for other processes.
+
+Orbax drives TensorStore, whose own client asks a store that does not answer 33 times, up to half a
+minute apart, in threads that nobody can end. So its calls run in a thread that can be left behind.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from segdiff_jax import waiting
+from segdiff_jax.files import is_remote
+from segdiff_jax.parallel import processes
+
+# With these libcurl ends a transfer that stands still; TensorStore counts that and tries again.
+_STANDSTILL = "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"
+_SLOW = "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES"
+_CONNECT = "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS"
+_COUNTERS = "/tensorstore/http/"
+
+
+def seen(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a method of `Checkpoints` that may wait say so, and end when a store is silent."""
+
+    @functools.wraps(method)
+    def waited(self: Any, *arguments: Any, **options: Any) -> Any:
+        call = functools.partial(method, self, *arguments, **options)
+        if not is_remote(self.directory):
+            if processes.count() == 1:
+                return call()
+            whom = f"all processes to read or write {self.directory}"
+            return waiting.bounded(call, waiting.Wait(whom, None))  # Orbax ends these itself
+        patience = waiting.limit(waiting.NETWORK) / 4
+        for name, value in ((_STANDSTILL, patience), (_CONNECT, patience), (_SLOW, 1)):
+            os.environ.setdefault(name, str(max(1, round(value))))  # read at the first request
+        advice = "check the network and your access to the bucket"
+        wait = waiting.Wait(f"{self.directory}", waiting.NETWORK, advice, patience)
+        wait.watch(_traffic())
+        return waiting.bounded(call, wait)
+
+    return waited
+
+
+def _traffic() -> Callable[[], int]:
+    """A count that grows while TensorStore gets on.
+
+    It counts answers, and bytes only when an object is done, which may be a gigabyte. So it also
+    gets on while nothing has failed since the last answer: what stands still fails.
+    """
+    count, before = 0, _answers_and_failures()
+
+    def signs() -> int:
+        nonlocal count, before
+        now = _answers_and_failures()
+        if now[0] != before[0]:
+            before = now
+        count += now == before
+        return count
+
+    return signs
+
+
+def _answers_and_failures() -> tuple[float, float]:
+    import tensorstore  # only a store needs it this early
+
+    found = tensorstore.experimental_collect_matching_metrics(_COUNTERS)
+    totals = {
+        metric["name"].removeprefix(_COUNTERS): sum(v.get("value", 0) for v in metric["values"])
+        for metric in found
+    }
+    answers = totals.get("response_codes", 0)
+    return answers, totals.get("request_completed", 0) - answers

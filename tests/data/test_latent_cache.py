@@ -1,0 +1,340 @@
+"""Training from cached latents: the same batches, losses and order as from pixels."""
+
+import dataclasses
+import itertools
+import json
+import logging
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from segdiff_jax.config import AugmentConfig, CodecConfig, Config, DataConfig, TrainConfig
+from segdiff_jax.data import latent_cache, latents, pipeline
+from segdiff_jax.data.images import UnreadableError
+from segdiff_jax.data.sources.source import open_source
+from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.errors import UserError
+from segdiff_jax.models.vae import encode_latents
+from segdiff_jax.text import conditioning, vocabulary
+from segdiff_jax.training import losses
+from segdiff_jax.training.step import Frozen, diffusion_step, init_state
+
+SIZE = (32, 32)
+
+
+class Pairs:
+    """Noise in random rectangles of five classes, with an unannotated corner; class 4 is novel."""
+
+    vocabulary = vocabulary.from_names(["sky", "building", "road", "tree", "car"])
+    novel = (4,)
+
+    def __init__(self, length=10, unreadable=()):
+        self.length, self.unreadable = length, unreadable
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        if index in self.unreadable:
+            raise UnreadableError(f"{index}.png: truncated")
+        rng = np.random.default_rng(index)
+        image = rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        labels = np.kron(rng.integers(0, 5, (2, 3)), np.ones((20, 16))).astype(np.uint8)
+        labels[:9, :13] = 255
+        return {"image": image, "labels": labels, "name": str(index)}
+
+
+def make_config(**codec):
+    return Config(
+        data=DataConfig(image_size=SIZE, cache_latents=True, root="pairs"),
+        codec=CodecConfig(**codec),
+        train=TrainConfig(batch_size=4),
+    )
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
+
+
+def mirrored_rows(batch, source):
+    """How many rows of a batch of pixels show a pair mirrored."""
+    fitted = [pipeline.transforms.resize_image(source[i]["image"], SIZE) for i in range(10)]
+    turned = {image[:, ::-1].tobytes() for image in fitted}
+    return sum(image.tobytes() in turned for image in batch["image"])
+
+
+@pytest.fixture(scope="module")
+def vae(tiny_networks):
+    return tiny_networks[1]
+
+
+@pytest.fixture(scope="module")
+def encode(vae):
+    """The latents of a batch of pixels, as the training step makes them."""
+    graph, params = nnx.split(vae)
+    run = jax.jit(lambda p, batch: losses.latents(nnx.merge(graph, p), batch))
+    return lambda batch: run(params, batch)
+
+
+@pytest.fixture(scope="module")
+def cache(vae, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "latents"
+    return latent_cache.open_or_build(Pairs(), vae, make_config(), str(folder)), folder
+
+
+@pytest.mark.parametrize("codec", [{"negatives": 0.4}, {"negatives": 1.0}, {"classes_per_pass": 0}])
+def test_batches_hold_what_the_step_would_have_encoded(vae, encode, cache, tmp_path, codec):
+    config, source = make_config(**codec), Pairs()
+    stored, _ = cache
+    if config.codec.classes_per_pass == 0:
+        stored = latent_cache.open_or_build(source, vae, config, str(tmp_path / "all"))
+    from_pixels = take(pipeline.train_batches(source, config, 7), 6)
+    from_cache = take(latents.train_batches(stored, config, 7), 6)
+    for pixels, cached in zip(from_pixels, from_cache, strict=True):
+        assert (pixels["class_ids"] == cached["class_ids"]).all()
+        assert cached["class_ids"].dtype == np.int32 and cached["valid"].dtype == bool
+        image_latents, mask_latents = encode(pixels)
+        np.testing.assert_allclose(cached["image_latents"], image_latents, atol=1e-5)
+        np.testing.assert_allclose(cached["mask_latents"], mask_latents, atol=1e-5)
+        weights = losses.latent_weights(pixels, vae.config.downsampling)
+        assert (losses.latent_weights(cached, vae.config.downsampling) == weights).all()
+        assert 0 < cached["valid"].mean() < 1
+        balanced = losses.latent_weights(pixels, vae.config.downsampling, 0.5)
+        assert (losses.latent_weights(cached, vae.config.downsampling, 0.5) == balanced).all()
+    mirrored = sum(mirrored_rows(batch, source) for batch in from_pixels)
+    assert 4 < mirrored < 20, "both views must be among the 24 examples"
+
+
+def test_fixed_views_hold_what_the_step_would_have_encoded(vae, encode, tmp_path):
+    config, source = make_config(negatives=0.4), Pairs()
+    config.data.augment = AugmentConfig(max_scale=2.0, color_jitter=0.4, views=3)
+    stored = latent_cache.open_or_build(source, vae, config, str(tmp_path / "latents"))
+    images = set()
+    for pixels, cached in zip(
+        take(pipeline.train_batches(source, config, 0), 12),
+        take(latents.train_batches(stored, config, 0), 12),
+        strict=True,
+    ):
+        assert (pixels["class_ids"] == cached["class_ids"]).all()
+        image_latents, mask_latents = encode(pixels)
+        np.testing.assert_allclose(cached["image_latents"], image_latents, atol=1e-5)
+        np.testing.assert_allclose(cached["mask_latents"], mask_latents, atol=1e-5)
+        valid = losses.latent_weights(pixels, vae.config.downsampling) > 0
+        assert (cached["valid"] == valid).all()
+        images |= {image.tobytes() for image in pixels["image"]}
+    assert 20 < len(images) <= 30, "three views of each of ten pairs"
+    config.seed = 1
+    reason = latent_cache._outdated(
+        str(tmp_path / "latents"), latent_cache.fingerprint(source, vae, config)
+    )
+    assert "seed" in reason, "another seed has other views"
+
+
+def test_losses_are_those_of_training_from_pixels(tiny_networks, cache):
+    unet, vae, text_encoder, tokenizer = tiny_networks
+    config, source = make_config(), Pairs()
+    config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-4, 1
+    table = conditioning.encode_prompts(
+        text_encoder, tokenizer, source.vocabulary.classes, config.prompts.templates
+    )
+    (unet_graph, params), (vae_graph, vae_params) = nnx.split(unet), nnx.split(vae)
+    frozen = Frozen(vae_params, make_schedule(config.diffusion), table)
+    step = jax.jit(diffusion_step(unet_graph, vae_graph, config))
+
+    def run(batches, frozen):
+        state, found = init_state(params, config), []
+        for batch in take(batches, 5):
+            state, metrics = step(state, frozen, batch, jax.random.key(0))
+            found.append(float(metrics["loss"]))
+        return found
+
+    from_pixels = run(pipeline.train_batches(source, config, 0), frozen)
+    no_vae = frozen._replace(vae=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), vae_params))
+    from_cache = run(latents.train_batches(cache[0], config, 0), no_vae)
+    assert len(set(from_pixels)) == 5
+    np.testing.assert_allclose(from_cache, from_pixels, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", [1, 5])
+def test_resuming_continues_the_same_run(cache, start):
+    config = make_config()
+    whole = take(latents.train_batches(cache[0], config, 0), start + 2)
+    first = start * config.train.batch_size
+    resumed = take(latents.train_batches(cache[0], config, 0, first), 2)
+    assert all(equal(a, b) for a, b in zip(whole[start:], resumed, strict=True))
+
+
+def test_processes_together_hold_the_same_global_batch(cache):
+    config = make_config()
+    whole = take(latents.train_batches(cache[0], config, 0, 3), 2)
+    for rows in ([0, 2], [1, 3]):
+        part = take(latents.train_batches(cache[0], config, 0, 3, rows), 2)
+        for mine, batch in zip(part, whole, strict=True):
+            assert equal(mine, {key: batch[key][rows] for key in batch})
+
+
+def test_shards_of_several_processes_make_the_same_cache(vae, cache, tmp_path):
+    whole, folder = cache
+    for process in range(3):
+        latent_cache._write_shard(Pairs(), vae, make_config(), tmp_path, process, 3)
+    description = json.loads((folder / "cache.json").read_text())
+    (tmp_path / "cache.json").write_text(json.dumps(description | {"shards": 3}))
+    parts = latents.Latents(str(tmp_path), Pairs())
+    pairs = [take(latents.train_batches(stored, make_config(), 0), 4) for stored in (whole, parts)]
+    for a, b in zip(*pairs, strict=True):
+        assert all(np.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+
+def test_an_open_cache_travels_to_worker_processes(cache):
+    sent = pickle.loads(pickle.dumps(cache[0]))
+    batches = [next(latents.train_batches(one, make_config(), 0)) for one in (cache[0], sent)]
+    assert equal(*batches)
+
+
+def test_a_cache_that_fits_is_used_and_a_stale_one_is_built_again(
+    vae, cache, monkeypatch, caplog, tmp_path
+):
+    _, folder = cache
+    built = []
+    monkeypatch.setattr(latent_cache, "build", lambda *args: built.append(args))
+
+    def opened(source=None, other_vae=None, config=None):
+        built.clear()
+        with caplog.at_level(logging.INFO):
+            latent_cache.open_or_build(
+                source or Pairs(), other_vae or vae, config or make_config(), str(folder)
+            )
+        return bool(built)
+
+    assert not opened()
+    config = make_config(negatives=0.9)  # decided when batches are made
+    config.train.steps, config.data.workers, config.seed = 7, 1, 5
+    assert not opened(config=config)
+
+    assert opened(source=Pairs(11)) and "another pairs" in caplog.text
+    other = nnx.clone(vae)
+    kernel = other.encoder.conv_in.kernel
+    kernel[...] = kernel[...].at[0, 0, 0, 0].add(1e-6)
+    assert opened(other_vae=other) and "another vae" in caplog.text
+    scaled = nnx.clone(vae)
+    scaled.config = dataclasses.replace(vae.config, scaling_factor=0.5)
+    assert opened(other_vae=scaled)
+    for change in ({"image_size": (32, 36)}, {"augment": AugmentConfig(flip=False)}, {"root": "b"}):
+        config = make_config()
+        config.data = dataclasses.replace(config.data, **change)
+        assert opened(config=config)
+    assert opened(config=make_config(classes_per_pass=0)) and "all_in_one_image" in caplog.text
+
+
+def test_a_corrected_mask_makes_the_cache_stale(vae, tmp_path):
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    config = make_config()
+    config.data.root = str(tmp_path)
+    Image.new("RGB", SIZE, (9, 99, 200)).save(tmp_path / "images/a.png")
+
+    def shown(class_id):
+        Image.new("L", SIZE, class_id).save(tmp_path / "masks/a.png")
+        source = open_source(config.data, "train", 0)
+        stored = latent_cache.open_or_build(source, vae, config, str(tmp_path / "latents"))
+        return stored.classes(0, 0).tolist()
+
+    assert shown(0) == [0]
+    assert shown(1) == [1]
+
+
+def test_a_damaged_cache_is_built_again(vae, tmp_path):
+    config, folder = make_config(), tmp_path / "latents"
+    good = latent_cache.open_or_build(Pairs(4), vae, config, str(folder)).image(3, 1)[0]
+    shard = folder / "latents-00000.array_record"
+    content = shard.read_bytes()
+    for damaged in (content[:70_000], b""):
+        shard.write_bytes(damaged)
+        again = latent_cache.open_or_build(Pairs(4), vae, config, str(folder))
+        assert (again.image(3, 1)[0] == good).all()
+    shard.write_bytes(b"x" * len(content))  # while training reads it
+    with pytest.raises(UserError, match=r"latents: damaged .* remove it"):
+        take(latents.train_batches(again, config, 0), 9)
+    (folder / "cache.json").write_text("{")
+    assert len(latent_cache.open_or_build(Pairs(4), vae, config, str(folder))) == 4
+
+
+class Interrupted(Pairs):
+    def __getitem__(self, index):
+        if index == 7:
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
+
+
+def test_an_interrupted_build_leaves_nothing(vae, tmp_path):
+    folder = str(tmp_path / "latents")
+    with pytest.raises(KeyboardInterrupt):
+        latent_cache.open_or_build(Interrupted(), vae, make_config(), folder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_build_left_is_no_cache_and_goes_away(vae, tmp_path):
+    left = tmp_path / ".latents.partial"
+    latent_cache._write_shard(Pairs(3), vae, make_config(), left_folder(left), 0, 1)
+    stored = latent_cache.open_or_build(Pairs(), vae, make_config(), str(tmp_path / "latents"))
+    assert len(stored) == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["latents"]
+
+
+def left_folder(path):
+    path.mkdir()
+    return path
+
+
+def test_a_full_disk_is_one_clear_line(vae, tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, path, options):
+            pass
+
+        def write(self, data):
+            raise RuntimeError("write() failed: No space left on device; writing /x; at byte 0")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(latent_cache, "ArrayRecordWriter", Full)
+    with pytest.raises(UserError, match=r"latents: .*No space left on device: free") as caught:
+        latent_cache.open_or_build(Pairs(), vae, make_config(), str(tmp_path / "latents"))
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_unreadable_pairs_are_replaced_as_when_training_from_pixels(vae, encode, tmp_path):
+    config, source = make_config(), Pairs(10, unreadable=(2, 3))
+    config.data.max_unreadable = 0.2
+    stored = latent_cache.open_or_build(source, vae, config, str(tmp_path / "latents"))
+    from_pixels = pipeline.train_batches(source, config, 0)
+    from_cache = latents.train_batches(stored, config, 0)
+    for pixels, cached in zip(take(from_pixels, 5), take(from_cache, 5), strict=True):
+        np.testing.assert_allclose(cached["image_latents"], encode(pixels)[0], atol=1e-5)
+    assert from_cache.unreadable == from_pixels.unreadable
+    assert set(from_cache.unreadable) == {2, 3}
+
+    config.data.max_unreadable = 0.1
+    with pytest.raises(UserError, match=r"png: truncated \(2 of 10 pairs unreadable"):
+        latent_cache.open_or_build(source, vae, config, str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_empty_mask_is_stored_once(vae, cache):
+    stored, _ = cache
+    nothing = encode_latents(vae, jnp.full((1, *SIZE, 3), -1.0))[0]
+    (latent, shown), again = (stored.mask(0, 0, 4) for _ in range(2))
+    np.testing.assert_allclose(latent, nothing, atol=1e-5)
+    assert latent is again[0] and not shown.any()
+    absent = sorted({0, 1, 2, 3, 4} - set(stored.classes(0, 0).tolist()))
+    assert 4 in absent, "a novel class is never asked and needs no latent"

@@ -1,0 +1,106 @@
+"""Validation while training: the evaluator's figures, for the right parameters."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_telemetry import read_events, read_scalars
+
+from segdiff_jax.config import OptimizerConfig
+from segdiff_jax.data.sources.source import open_source
+from segdiff_jax.errors import UserError
+from segdiff_jax.evaluation.evaluator import evaluate
+from segdiff_jax.evaluation.validation import validator
+from segdiff_jax.training.step import init_state
+
+
+class Recorder:
+    def __init__(self):
+        self.values, self.pictures = {}, {}
+
+    def scalars(self, step, values):
+        self.values |= {(step, name): value for name, value in values.items()}
+
+    def images(self, step, name, images):
+        self.pictures[step, name] = images
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config):
+    config = tiny_config()
+    config.data.scenes.val_examples = 5
+    config.train.eval_examples = 3
+    config.sampler.batch_size = 25
+    return config
+
+
+@pytest.fixture(scope="module")
+def model(make_segmenter, config):
+    return make_segmenter(config)
+
+
+@pytest.fixture(scope="module")
+def other_params(model):
+    return jax.tree.map(lambda x: x + 0.05, model._unet_params)
+
+
+def figures_of(model, params, config):
+    source = open_source(config.data, config.data.val_split, config.seed)
+    limit, seed = config.train.eval_examples, config.seed
+    return evaluate(model.with_params(params), source, limit=limit, seed=seed).summary
+
+
+def test_figures_are_the_evaluators_for_the_parameters_of_the_state(model, config, other_params):
+    validate, recorder = validator(model, config), Recorder()
+    found = validate(7, init_state(other_params, config), recorder)
+    expected = figures_of(model, other_params, config)
+    for name in ("miou_present", "miou_union", "pixel_accuracy", "mean_accuracy"):
+        assert found[name] == expected[name] == recorder.values[7, f"validation/{name}"]
+    json.dumps(found, allow_nan=False)  # goes into the checkpoint
+    assert found != validate(8, init_state(model._unet_params, config), recorder)
+
+
+def test_with_a_moving_average_that_is_what_counts(model, config, other_params):
+    state = init_state(model._unet_params, config)._replace(ema=other_params)
+    averaging = type(config)(**vars(config) | {"optimizer": OptimizerConfig(ema_decay=0.9)})
+    found = [validator(model, c)(1, state, Recorder()) for c in (config, averaging)]
+    alone = validator(model, config)(1, init_state(other_params, config), Recorder())
+    assert found[0] != found[1] == alone
+
+
+def test_pictures_show_photo_truth_and_prediction(model, config, other_params):
+    recorder = Recorder()
+    validator(model, config)(3, init_state(other_params, config), recorder)
+    assert sorted(recorder.pictures) == [(3, f"validation/{i}") for i in range(3)]
+    source = open_source(config.data, config.data.val_split, config.seed)
+    photo, truth, prediction = recorder.pictures[3, "validation/0"]
+    assert (photo == source[0]["image"]).all() and photo.dtype == np.uint8
+    assert np.abs(truth.astype(int) - photo).max() > 20
+    assert np.abs(truth.astype(int) - prediction).max() > 20
+
+
+def test_a_model_without_arrays_lends_the_rest(model, config, other_params):
+    """In training the Segmenter is made from shapes: only the state has parameters."""
+    shapes = model.with_params(jax.eval_shape(lambda: other_params))
+    state = init_state(other_params, config)
+    assert validator(shapes, config)(1, state, Recorder()) == validator(model, config)(
+        1, state, Recorder()
+    )
+
+
+def test_a_missing_validation_split_is_found_before_training(model, config, tmp_path):
+    data = type(config.data)(source="folder", root=str(tmp_path))
+    with pytest.raises(UserError, match="no such folder"):
+        validator(model, type(config)(**vars(config) | {"data": data}))
+
+
+def test_training_writes_curves_and_pictures_and_names_the_best_checkpoint(trained):
+    scalars = read_scalars(Path(trained))
+    score = scalars["validation/miou_present"]
+    assert list(score) == [6] and 0 <= score[6] <= 1
+    tags = {v.tag for event in read_events(Path(trained)) for v in event.summary.value}
+    assert {"validation/0", "validation/1", "diffusion/loss", "diffusion/learning_rate"} <= tags
+    saved = json.loads((Path(trained) / "checkpoints/6/metrics/metrics").read_text())
+    assert saved["miou_present"] == pytest.approx(score[6])

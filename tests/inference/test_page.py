@@ -1,0 +1,236 @@
+"""Pictures and pages, read back by other code: Pillow, an HTML parser, CIELAB by hand."""
+
+import base64
+import io
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segdiff_jax.errors import UserError
+from segdiff_jax.inference import page as report
+
+PALETTE = np.array([[255, 0, 0], [0, 200, 0], [10, 20, 250]], np.uint8)
+NAMES = ["sky", "road", "a very long class name that fits no small picture at all"]
+LABELS = np.array([[0, 0, 1], [1, 255, 0]])
+
+
+def _random(shape, high, seed=0):
+    return np.random.default_rng(seed).integers(0, high, shape)
+
+
+def test_colorize():
+    colors = report.colorize(LABELS, PALETTE)
+    assert colors.dtype == np.uint8 and colors.shape == (2, 3, 3)
+    for (y, x), label in np.ndenumerate(LABELS):
+        assert tuple(colors[y, x]) == (tuple(PALETTE[label]) if label < 3 else (0, 0, 0))
+    assert (report.colorize(np.array([[-1, 3]]), PALETTE) == 0).all()
+
+
+def test_overlay_mixes_and_leaves_other_alone():
+    photo = _random((2, 3, 3), 256).astype(np.uint8)
+    got = np.asarray(report.overlay(photo, LABELS, PALETTE, NAMES, alpha=0.25, legend=False))
+    expected = photo.astype(float)
+    known = LABELS != 255
+    expected[known] = 0.75 * expected[known] + 0.25 * PALETTE[LABELS[known]]
+    np.testing.assert_allclose(got, expected, atol=0.5)
+    plain = report.overlay(Image.fromarray(photo), LABELS, PALETTE, NAMES, 0.0, legend=False)
+    np.testing.assert_array_equal(np.asarray(plain), photo)
+
+
+def _swatches(picture, height):
+    below = np.asarray(picture)[height:].reshape(-1, 3)
+    return [bool((below == color).all(axis=1).sum() > 20) for color in PALETTE]
+
+
+@pytest.mark.parametrize("size", [(24, 32), (96, 128), (480, 640)])
+def test_legend_shows_the_classes_present(size):
+    photo = np.full((*size, 3), 128, np.uint8)
+    labels = np.where(np.arange(size[1]) < size[1] // 3, 0, 2) * np.ones(size, int)
+    picture = report.overlay(photo, labels, PALETTE, NAMES)
+    assert picture.mode == "RGB" and picture.width == size[1] and picture.height > size[0]
+    assert _swatches(picture, size[0]) == [True, False, True]
+    bare = report.overlay(photo, labels, PALETTE, NAMES, legend=False)
+    np.testing.assert_array_equal(np.asarray(picture)[: size[0]], np.asarray(bare))
+
+
+def test_legend_of_nothing():
+    photo = np.zeros((8, 8, 3), np.uint8)
+    picture = report.overlay(photo, np.full((8, 8), 255), PALETTE, NAMES)
+    assert picture.size == (8, 8)
+
+
+def test_legend_with_many_classes_and_foreign_names():
+    palette = _random((150, 3), 256).astype(np.uint8)
+    names = [f"{i} 建物 ☃\nх" for i in range(150)]
+    picture = report.overlay(
+        np.zeros((64, 64, 3), np.uint8), _random((64, 64), 150), palette, names
+    )
+    assert picture.width == 64 and picture.height > 64 + 150 * 10
+
+
+def _lightness(rgb):
+    """CIELAB L* of sRGB, from the standard's definition."""
+    linear = rgb / 255
+    linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
+    y = linear @ [0.2126, 0.7152, 0.0722]
+    return np.where(y > (6 / 29) ** 3, 116 * np.cbrt(y) - 16, y * (29 / 3) ** 3)
+
+
+def test_uncertainty_colors_are_perceptually_even():
+    ramp = np.linspace(0, 1, 256)[None]  # [1, 256]
+    colors = report.uncertainty_map(ramp)
+    assert colors.shape == (1, 256, 3) and colors.dtype == np.uint8
+    light = _lightness(colors[0].astype(float))
+    assert light[0] < 5 and light[-1] > 95
+    assert (np.diff(light) >= 0).all()
+    # magma is even in CAM02-UCS, whose lightness is up to 6 away from L*
+    np.testing.assert_allclose(light, np.linspace(0, 98, 256), atol=6.5)
+
+
+def test_uncertainty_scale():
+    values = np.array([[0.0, 0.1, 0.2]])
+    np.testing.assert_array_equal(
+        report.uncertainty_map(values), report.uncertainty_map(9 * values)
+    )
+    half = report.uncertainty_map(values, high=0.4)
+    np.testing.assert_array_equal(half[0, 2], report.uncertainty_map(np.array([[0.5, 1.0]]))[0, 0])
+    certain = report.uncertainty_map(np.zeros((4, 5)))
+    assert certain.shape == (4, 5, 3) and (certain == certain[0, 0]).all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 255])
+def test_label_png_holds_ids_and_palette(count):
+    palette = _random((count, 3), 256).astype(np.uint8)
+    labels = _random((20, 30), count)
+    labels[0] = 255
+    data = report.label_png(labels, palette)
+    picture = Image.open(io.BytesIO(data))
+    assert picture.mode == "P" and picture.format == "PNG"
+    np.testing.assert_array_equal(np.asarray(picture), labels)
+    np.testing.assert_array_equal(
+        np.asarray(picture.convert("RGB")), report.colorize(labels, palette)
+    )
+    assert report.label_png(labels, palette) == data
+
+
+def test_label_png_of_a_large_vocabulary():
+    labels = _random((20, 30), 847)
+    labels[0], labels[1] = -1, 846
+    picture = Image.open(io.BytesIO(report.label_png(labels, np.zeros((847, 3), np.uint8))))
+    np.testing.assert_array_equal(np.asarray(picture), np.where(labels < 0, 65535, labels))
+
+
+class _Reader(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.sources, self.text, self.open = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "img":
+            self.sources.append(dict(attrs)["src"])
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+
+def _page(tmp_path, **arguments) -> _Reader:
+    report.page(tmp_path / "out" / "index.html", **arguments)
+    reader = _Reader((tmp_path / "out" / "index.html").read_text(encoding="utf-8"))
+    assert reader.open == []  # every tag is closed
+    return reader
+
+
+@pytest.mark.parametrize("letters", [1, 3, 12, 50, 10_000, 1_000_000])
+def test_a_name_too_long_for_the_legend_is_cut_at_once(letters):
+    photo, labels = np.zeros((40, 160, 3), np.uint8), np.zeros((40, 160), np.uint8)
+    palette = np.array([[200, 10, 10]], np.uint8)
+    start = time.perf_counter()
+    picture = report.overlay(photo, labels, palette, ["x" * letters])
+    assert time.perf_counter() - start < 2
+    drawn = (np.asarray(picture)[40:, 18:] < 128).all(-1)  # the dark pixels of the text
+    columns = np.flatnonzero(drawn.any(0))
+    assert columns.size and columns.max() + 18 < 160
+    if letters >= 50:
+        assert columns.max() + 18 > 140, "as much as fits"
+
+
+def test_page_is_complete_and_self_contained(tmp_path):
+    photo = _random((8, 12, 3), 256).astype(np.uint8)
+    labels = _random((8, 12), 3)
+    row = report.comparison("img 1", photo, labels, PALETTE, labels, np.zeros((8, 12)))
+    table = report.class_table({"sky": 0.5, "road": 1.0, "car": None}, PALETTE)
+    page = _page(
+        tmp_path,
+        title="Results",
+        figures={"mIoU": 0.12345, "images": 101, "novel": None},
+        tables=[table],
+        rows=[row],
+    )
+    assert list(row.images) == ["image", "truth", "prediction", "uncertainty"]
+    assert len(page.sources) == 4
+    for source, data in zip(page.sources, row.images.values(), strict=True):
+        header, _, body = source.partition(",")
+        assert header in ("data:image/png;base64", "data:image/jpeg;base64")
+        assert base64.b64decode(body) == data
+        assert Image.open(io.BytesIO(data)).size == (12, 8)
+    assert {"0.123", "101", "–", "0.500", "1.000", "Results"} <= set(page.text)
+    bars = [a["style"] for tag, a in page.tags if tag == "i" and "width" in a.get("style", "")]
+    assert bars == ["width:50.0%", "width:100.0%"]
+    colors = [a["style"] for tag, a in page.tags if a.get("class") == "swatch"]
+    assert colors == [f"background:rgb({r},{g},{b})" for r, g, b in PALETTE]
+    addresses = [v for _, a in page.tags for k, v in a.items() if k in ("src", "href")]
+    assert all(value.startswith("data:") for value in addresses)
+
+
+def test_page_escapes_what_users_name(tmp_path):
+    evil = '<script>alert("1")</script>&\'"><img src=x>'
+    page = _page(
+        tmp_path,
+        title=evil,
+        note=evil,
+        figures={evil: evil},
+        tables=[report.Table(evil, [evil], [[evil]])],
+        rows=[report.Row(evil, {evil: "a b#?<\"'.png"})],
+    )
+    tags = {tag for tag, _ in page.tags}
+    assert "script" not in tags and page.sources == ["a%20b%23%3F%3C%22%27.png"]
+    assert page.text.count(evil) == 10  # two titles, note, figure, table, row
+    assert [a["alt"] for tag, a in page.tags if tag == "img"] == [f"{evil} of {evil}"]
+
+
+def test_page_with_a_split(tmp_path):
+    groups = {"sky": "trained", "car": "novel"}
+    table = report.class_table({"sky": 1.5, "car": 0.0}, None, groups)
+    page = _page(tmp_path, title="t", tables=[table])
+    assert {"trained", "novel", "split"} <= set(page.text)
+    bars = [a["style"] for tag, a in page.tags if tag == "i"]
+    assert bars == ["width:100.0%", "width:0.0%"]
+
+
+def test_page_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="not a directory"):
+        report.page(tmp_path / "file" / "index.html", "t")
+
+
+def test_contact_sheet_shows_every_image_at_the_same_height():
+    image = np.zeros((8, 16, 3), np.uint8)
+    labels = np.ones((8, 16), np.uint8)
+    palette = np.array([[10, 20, 30], [200, 100, 50]], np.uint8)
+    row = report.comparison("a", image, labels, palette, truth=labels)
+    sheet = np.asarray(report.contact_sheet([row, row], height=16, gap=4))
+    assert sheet.shape == (2 * 16 + 4, 3 * 32 + 2 * 4, 3)
+    assert (sheet[:16, 32:36] == 255).all() and (sheet[16:20] == 255).all()
+    assert (sheet[2:14, 38:66] == (200, 100, 50)).all()

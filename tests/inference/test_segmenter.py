@@ -1,0 +1,574 @@
+"""The Python API, on a small random model: what the result depends on, and what not."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from segdiff_jax.errors import UserError
+from segdiff_jax.inference import result as segmentation
+from segdiff_jax.inference import segmenter as segmenter_lib
+from segdiff_jax.models.unet import UNet
+from segdiff_jax.text import vocabulary
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+CLASSES = ("sky", "building, edifice", "road")
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model(make_segmenter):
+    return make_segmenter()
+
+
+def test_result_has_the_shapes_and_ranges_of_the_contract(model, image):
+    found = model(image, CLASSES)
+    assert found.labels.shape == (40, 56) and found.labels.dtype == np.int32
+    assert found.scores.shape == (40, 56, 3) and found.scores.dtype == np.float32
+    assert found.scores.min() >= 0 and found.scores.max() <= 1
+    assert found.classes == ("sky", "building", "road") and found.uncertainty is None
+    assert len(np.unique(found.scores)) > 1000, "a constant map would pass everything below"
+
+
+def test_seed_decides_everything(model, image):
+    first, again = (model(image, CLASSES, seed=3, ensemble=2) for _ in range(2))
+    assert first.labels.tobytes() == again.labels.tobytes()
+    assert first.scores.tobytes() == again.scores.tobytes()
+    assert first.uncertainty.tobytes() == again.uncertainty.tobytes()
+    assert np.abs(first.scores - model(image, CLASSES, seed=4, ensemble=2).scores).max() > 1e-3
+
+
+def test_closed_and_threshold(model, image):
+    closed = model(image, CLASSES, closed=True, threshold=1.0)
+    assert (closed.labels == closed.scores.argmax(-1)).all()
+    cut = float(np.median(closed.scores.max(-1)))
+    found = model(image, CLASSES, threshold=cut)
+    expected = np.where(found.scores.max(-1) < cut, 255, found.scores.argmax(-1))
+    assert (found.labels == expected).all()
+    assert 0.2 < (found.labels == 255).mean() < 0.8
+    assert (model(image, CLASSES, threshold=0.0).labels < 3).all()
+
+
+def _entries(*names):
+    return vocabulary.from_names(names).classes
+
+
+def test_member_is_the_same_whatever_the_ensemble_and_the_chunks(model, image):
+    sampler = dataclasses.replace(model.config.sampler, reduce="mean", ensemble=1)
+    images, classes = [image, image[::-1]], _entries("sky", "road")
+
+    def maps(ensemble, batch_size):
+        changed = dataclasses.replace(sampler, ensemble=ensemble, batch_size=batch_size)
+        return model.maps(images, classes, changed, seed=1)[0]
+
+    alone, pair = maps(1, 4), maps(2, 4)
+    assert np.abs(alone - pair).max() > 1e-3, "members differ"
+    for chunk in (3, 64):
+        np.testing.assert_allclose(maps(2, chunk), pair, atol=1e-5)
+    # The mean of N members, times N, is a sum: its differences are the members.
+    second, third = 2 * pair - alone, 3 * maps(3, 4) - 2 * pair
+    jobs = np.array([(i, p, m) for m in (2, 1) for i in (0, 1) for p in (0, 1)])
+    latents = segmenter_lib._encode(
+        model._vae,
+        model._vae_params,
+        np.stack([segmenter_lib.transforms.resize_image(i, (16, 16)) for i in images]),
+    )
+    run = model._run(latents, model.table(classes), np.array([[0], [1]]), jobs, sampler, 1)
+    run = run.clip(-1, 1)  # as members are before they are merged
+    np.testing.assert_allclose(run[:4].reshape(third.shape), third, atol=1e-4)
+    np.testing.assert_allclose(run[4:].reshape(second.shape), second, atol=1e-4)
+
+
+def test_images_of_one_call_do_not_see_each_other(model, image):
+    other = np.ascontiguousarray(image[:, ::-1])
+    classes, sampler = _entries(*CLASSES), model.config.sampler
+    together, _ = model.maps([image, other], classes, sampler, 0)
+    alone, _ = model.maps([other], classes, sampler, 0)
+    np.testing.assert_allclose(together[1], alone[0], atol=1e-5)
+
+
+def test_more_steps_use_more_of_the_schedule(model, image):
+    one, two = (model(image, CLASSES, steps=n).scores for n in (1, 2))
+    assert np.abs(one - two).max() > 1e-3
+
+
+def test_classes_are_scored_one_by_one_when_alone_in_a_pass(model, image):
+    scores = model(image, CLASSES).scores
+    turned = model(image, CLASSES[::-1]).scores
+    np.testing.assert_allclose(turned[..., ::-1], scores, atol=1e-5)
+    np.testing.assert_allclose(model(image, CLASSES[1:2]).scores, scores[..., 1:2], atol=1e-5)
+
+
+def test_synonyms_are_averaged(model, image):
+    both = model.table(_entries("building, edifice"))
+    apart = model.table(_entries("building", "edifice"))
+    np.testing.assert_allclose(both.hidden[0], apart.hidden.mean(0), atol=1e-6)
+    assert np.abs(apart.hidden[0] - apart.hidden[1]).max() > 1e-2
+    with_synonym = model(image, ["building, edifice"]).scores
+    assert np.abs(with_synonym - model(image, ["building"]).scores).max() > 0
+
+
+def test_shortlist_spends_the_full_budget_on_the_most_present(model, image):
+    classes = ("sky", "building", "road", "red tree")
+    full = model(image, classes, steps=2, ensemble=2, seed=5)
+    same = model(image, classes, steps=2, ensemble=2, seed=5, shortlist=4)
+    assert (same.scores == full.scores).all() and (same.uncertainty == full.uncertainty).all()
+    short = model(image, classes, steps=2, ensemble=2, seed=5, shortlist=2)
+    kept = np.flatnonzero(short.network_scores.max((0, 1)) > 0)
+    assert len(kept) == 2
+    np.testing.assert_allclose(short.scores[..., kept], full.scores[..., kept], atol=1e-5)
+    cheap = model(image, classes, steps=1, ensemble=1, seed=5).network_scores
+    presence = np.maximum(2 * cheap - 1, 0).mean((0, 1))
+    assert set(kept) == set(np.argsort(-presence)[:2])
+
+
+def test_uncertainty_is_the_spread_of_the_winning_class(model, image):
+    found = model(image, CLASSES, ensemble=3)
+    assert found.uncertainty.shape == (40, 56) and found.uncertainty.dtype == np.float32
+    sampler = dataclasses.replace(model.config.sampler, ensemble=3)
+    _, spread = model.maps([image], _entries(*CLASSES), sampler, 0)
+    resized = segmentation.resize(np.moveaxis(spread[0], 0, -1), (40, 56))
+    winner = found.scores.argmax(-1)[..., None]
+    np.testing.assert_allclose(
+        found.uncertainty, np.take_along_axis(resized, winner, -1)[..., 0], atol=1e-6
+    )
+    assert 0 <= found.uncertainty.min() < found.uncertainty.max() <= 0.5
+
+
+@pytest.mark.parametrize("context", ["mean", "bound"])
+@pytest.mark.parametrize("group", [0, 2])
+def test_several_classes_per_pass(make_segmenter, tiny_config, image, group, context):
+    model = make_segmenter(tiny_config(classes_per_pass=group, context=context))
+    found = model(image, CLASSES, ensemble=2)
+    assert found.scores.shape == (40, 56, 3) and found.uncertainty.shape == (40, 56)
+    sampler = dataclasses.replace(model.config.sampler, ensemble=2)
+    gray, _ = model.maps([image], _entries(*CLASSES), sampler, 0)
+    assert gray.shape == (1, 1 if group == 0 else 2, 16, 16)
+    with pytest.raises(UserError, match="shortlist=1"):
+        model(image, CLASSES, shortlist=1)
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [([], "empty class list"), (["sky", "Sky"], "duplicate class name"), ([""], "empty name")],
+)
+def test_bad_classes(model, image, classes, message):
+    with pytest.raises(UserError, match=message):
+        model(image, classes)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        "road",
+        b"road",
+        5,
+        None,
+        {"road": 1},
+        {"road"},
+        ["sky", 5],
+        [None],
+        [["sky"]],
+        np.array("sky"),
+    ]
+    + [vocabulary.ClassEntry("road"), np.array([["sky"]])],
+)
+def test_what_is_no_list_of_classes_is_a_type_error_in_one_line(model, image, classes):
+    with pytest.raises(TypeError, match="^classes") as caught:
+        model(image, classes)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_ordered_list_of_names_is_one(model, image):
+    expected = model(image, CLASSES)
+    entries = _entries(*CLASSES)
+    for classes in (
+        list(CLASSES),
+        (name for name in CLASSES),
+        np.array(CLASSES),
+        [CLASSES[0], entries[1], np.str_(CLASSES[2])],
+        entries,
+        vocabulary.Vocabulary("mine", entries),
+    ):
+        found = model(image, classes)
+        assert found.classes == expected.classes
+        assert found.scores.tobytes() == expected.scores.tobytes()
+    with pytest.raises(UserError, match="duplicate class name"):
+        model(image, [entries[0], "Sky"])
+    with pytest.raises(UserError, match="duplicate class name"):
+        model(image, [entries[0], entries[0]])
+
+
+def test_one_class_of_many_synonyms_is_warned_about(model, image):
+    with pytest.warns(UserWarning, match=r"1 class \(sky = building = road\): .*synonyms"):
+        model(image, ["sky, building, road"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(image, ["sky, building"])
+        model(image, ["sky, building, road", "photo"])
+        model(image, [vocabulary.ClassEntry("sky", ("building", "road"))])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda i: i / 255.0, TypeError, "float64.*uint8 .*255"),
+        (lambda i: i.astype(np.int32), TypeError, "int32.*uint8"),
+        (lambda i: i[..., 0], ValueError, r"\[40, 56\].*np.stack"),
+        (lambda i: np.concatenate([i, i[..., :1]], -1), ValueError, r"40, 56, 4.*\[\.\.\., :3\]"),
+        (lambda i: i.transpose(2, 0, 1), ValueError, "transpose"),
+        (lambda i: i[None], ValueError, "one a call"),
+        (lambda i: i[:0], ValueError, r"\[0, 56, 3\]"),
+        (lambda i: i.tolist(), TypeError, "a list is no array"),
+        (Image.fromarray, TypeError, "an? Image is no array.*np.asarray"),
+        (lambda i: "photo.png", TypeError, "a path is no array"),
+        (lambda i: None, TypeError, "NoneType"),
+    ],
+)
+def test_what_is_no_photo_says_what_would_be(model, image, change, error, words):
+    for call in (model, lambda i, c: model.maps([i], _entries(*c), model.config.sampler, 0)):
+        with pytest.raises(error, match=f"^image: .*{words}") as caught:
+            call(change(image), CLASSES)
+        assert "\n" not in str(caught.value) and "uint8 [H, W, 3]" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"steps": 0}, {"steps": 2.5}, {"ensemble": 0}, {"ensemble": "2"}, {"shortlist": -1}]
+    + [{"threshold": 2.0}, {"threshold": float("nan")}],
+)
+def test_settings_out_of_range_are_named(model, image, setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        model(image, CLASSES, **setting)
+
+
+def test_the_darkest_maps_still_have_an_order(make_segmenter, tiny_config):
+    """Closed: where all scores are 0 the nearest level wins, not the first."""
+    size, entries = (2, 3), _entries("sky", "building", "road")
+
+    def labels(gray, per_pass, closed=True, threshold=0.0):
+        model = make_segmenter(tiny_config(classes_per_pass=per_pass))
+        maps = np.broadcast_to(np.array(gray, np.float32)[:, None, None], (len(gray), 2, 2))
+        found = model.segmentation(maps, None, entries, size, threshold, closed)
+        assert found.scores.min() >= 0 and found.scores.max() <= 1
+        assert len(np.unique(found.labels)) == 1
+        return found.labels[0, 0]
+
+    assert labels([-1.5, -1.2, -1.3], 1) == 1
+    assert labels([-1.5, -1.2, -1.1], 1) == 2
+    assert labels([1.1, 1.5, 1.2], 1) == 1, "brighter than certain"
+    assert labels([-1.0, -1.0, -1.0], 1) == 0, "a tie goes to the first"
+    assert labels([-1.5, -1.2, -1.3], 1, closed=False, threshold=0.1) == 255
+    assert labels([-0.2, -1.2, -1.3], 1) == 0
+    assert labels([-1.4], 0) == 0 and labels([1.3], 0) == 2, "one image: the nearest level"
+    assert labels([0.4], 0) == 1 and labels([-0.6], 0) == 0
+    assert labels([-1.4, -1.2], 2) == 2, "of two images the brighter one"
+
+
+@pytest.fixture(scope="module")
+def with_vae(tiny_networks, tiny_config):
+    """A function of a change of the VAE that makes a Segmenter."""
+
+    def make(change):
+        unet, vae, *rest = tiny_networks
+        changed = nnx.clone(vae)
+        change(changed)
+        return segmenter_lib.Segmenter(unet, changed, *rest, tiny_config())
+
+    return make
+
+
+def _darken(vae):
+    vae.decoder.conv_out.bias[...] -= 3.0
+
+
+@pytest.mark.parametrize("ensemble", [{}, {"ensemble": 3}, {"ensemble": 2, "reduce": "mean"}])
+def test_dark_maps_of_the_networks_are_ordered(with_vae, model, image, ensemble):
+    """A decoder that is darker by 3 and by 0: the order of the classes is the same everywhere."""
+    dark = with_vae(_darken)
+    sampler = dataclasses.replace(model.config.sampler, **ensemble)
+    entries = _entries(*CLASSES)
+    gray, spread = dark.unclipped_maps([image], entries, sampler, 0)
+    clipped, _ = dark.maps([image], entries, sampler, 0)
+    assert gray.max() < -1 and (clipped == -1).all() and not spread.any()
+    bright, _ = model.unclipped_maps(
+        [image], entries, dataclasses.replace(sampler, align="none"), 0
+    )
+    found = dark.segmentation(gray[0], None, entries, (16, 16), 0.0, True).labels
+    same = (found == bright[0].argmax(0))[(np.abs(bright[0]) < 1).all(0)]
+    assert same.size > 100 and same.mean() > (0.99 if not ensemble else 0.9)
+    assert len(np.unique(found)) == 3
+
+
+def test_the_cheap_pass_of_a_shortlist_asks_at_the_first_timestep(
+    make_segmenter, tiny_config, image
+):
+    classes, maps = ("sky", "building", "road", "red tree"), []
+    for spacing in ("trailing", "leading", "linspace"):
+        config = tiny_config()
+        config.diffusion = dataclasses.replace(config.diffusion, timestep_spacing=spacing)
+        model = make_segmenter(config)
+        one = model(image, classes, steps=1, seed=5)
+        short = model(image, classes, steps=2, seed=5, shortlist=2)
+        kept = np.flatnonzero(short.network_scores.max((0, 1)) > 0).tolist()
+        maps.append((one.scores.tobytes(), kept))
+    assert maps[0] == maps[1] == maps[2]
+
+
+def test_what_a_shortlist_leaves_out_wins_nowhere(with_vae, image):
+    found = with_vae(_darken)(image, ("sky", "building", "road", "photo"), shortlist=2, closed=True)
+    assert len(np.unique(found.labels)) == 2
+
+
+def test_a_list_of_another_order_is_refused_where_levels_stand_for_classes(
+    tiny_networks, tiny_config, image, caplog
+):
+    trained = vocabulary.from_names(CLASSES, "run/classes.json")
+    config = tiny_config(classes_per_pass=0)
+    model = segmenter_lib.Segmenter(*tiny_networks, config, trained=trained)
+    assert model(image, ["Sky", "building", "road"]).classes == ("Sky", "building", "road")
+    for classes, words in (
+        (("building, edifice", "sky", "road"), "class 0 is 'sky', not 'building'"),
+        (CLASSES[:2], "there are 3 classes, not 2"),
+        ((*CLASSES, "photo"), "there are 3 classes, not 4"),
+        (("sky",), "there are 3 classes, not 1"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            model(image, classes)
+        assert "run/classes.json" in str(caught.value)
+    with caplog.at_level("WARNING"):
+        segmenter_lib.Segmenter(*tiny_networks, config)(image, CLASSES)
+    assert "does not say which classes" in caplog.text
+    caplog.clear()
+    bound = tiny_config(classes_per_pass=2, context="bound")
+    for free in (tiny_config(), bound):
+        with caplog.at_level("WARNING"):
+            open_ = segmenter_lib.Segmenter(*tiny_networks, free, trained=trained)
+            assert open_(image, ["road", "photo", "sky"]).classes == ("road", "photo", "sky")
+        assert not caplog.records
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_maps_that_are_not_finite_are_no_answer(model, with_vae, tiny_networks, image, value):
+    broken = model.with_params(jax.tree.map(lambda x: x * value, nnx.state(tiny_networks[0])))
+    for settings in ({}, {"ensemble": 2}, {"shortlist": 1}):
+        with pytest.raises(
+            UserError, match="image 1 of 1: .*'?sky.*not finite: .*weights of the UNet"
+        ):
+            broken(image, CLASSES, **settings)
+    huge = with_vae(lambda vae: nnx.update(vae, jax.tree.map(lambda x: x * 1e30, nnx.state(vae))))
+    entries = _entries("sky", "road")
+    with pytest.raises(UserError, match="b.png: the map of sky .*overflow"):
+        huge.unclipped_maps([image, image], entries, model.config.sampler, 0, ["b.png", "c.png"])
+    with pytest.raises(UserError, match="VAE decodes is not finite"):
+        huge.reconstruct(np.ones((1, 16, 16, 3), np.float32))
+
+
+def test_no_other_list_and_no_other_number_compiles_anything(make_segmenter, image, caplog):
+    """Once the sizes of a call are there: 1, 2 and 4 (the batch), however many jobs there are."""
+    model = make_segmenter()
+    names = [f"class {i}" for i in range(12)]
+    # Of other steps than those of other tests, which may have compiled it already.
+    sampler = dataclasses.replace(model.config.sampler, steps=3, batch_size=4)
+
+    def compiled(images, classes, ensemble=1):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level("WARNING"):
+            wanted = dataclasses.replace(sampler, ensemble=ensemble)
+            gray, spread = model.unclipped_maps([image] * images, _entries(*classes), wanted, 0)
+            for one, other in zip(gray, spread, strict=True):
+                shown = None if ensemble == 1 else other
+                model.segmentation(one, shown, _entries(*classes), (40, 56), 0.0, True)
+        return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")]
+
+    assert any("sample" in line for line in compiled(1, names[:3]))
+    assert compiled(1, names[3:6]) == [], "another list"
+    assert compiled(1, names[:4]) == [] and compiled(1, names[:7]) == [], (
+        "another number of classes"
+    )
+    assert compiled(2, names[:2]) == [] and compiled(3, names[:5]) == [], "another number of images"
+    for count in (1, 2):
+        compiled(1, names[:count])
+    compiled(1, names[:4], ensemble=2)
+    for images, classes, ensemble in ((1, 11, 1), (5, 1, 1), (2, 3, 2), (1, 9, 2), (3, 3, 2)):
+        assert compiled(images, names[:classes], ensemble) == []
+
+
+def test_too_many_classes_for_one_gray_image(make_segmenter, tiny_config, image):
+    model = make_segmenter(tiny_config(classes_per_pass=0))
+    with pytest.raises(UserError, match="256 classes do not fit"):
+        model(image, [f"class {i}" for i in range(256)])
+
+
+def test_bands_do_not_show(model, monkeypatch, image):
+    whole = model(image, CLASSES, ensemble=2)
+    monkeypatch.setattr(
+        segmentation, "_bands", lambda size, channels: [slice(0, 7), slice(7, 39), slice(39, 40)]
+    )
+    cut = model(image, CLASSES, ensemble=2)
+    assert (cut.labels == whole.labels).all()
+    np.testing.assert_allclose(cut.uncertainty, whole.uncertainty, atol=1e-6)
+
+
+def test_with_params_swaps_the_unet_only(model, image):
+    zeros = jax.tree.map(lambda x: x * 0, model._unet_params)
+    other = model.with_params(zeros)
+    assert np.abs(other(image, CLASSES).scores - model(image, CLASSES).scores).max() > 1e-3
+    assert other.config is model.config
+
+
+def test_kernels_are_kept_as_the_network_multiplies_them(tiny_networks, tiny_config, monkeypatch):
+    unet, *rest = tiny_networks
+    graph, params = nnx.split(UNet(unet.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    gathered, for_use = [], segmenter_lib.sharding.for_use
+
+    def watched(params, mesh):
+        gathered.append({leaf.dtype.name for leaf in jax.tree.leaves(params)})
+        return for_use(params, mesh)
+
+    monkeypatch.setattr(segmenter_lib.sharding, "for_use", watched)
+    model = segmenter_lib.Segmenter(nnx.merge(graph, params), *rest, tiny_config())
+    for kept in (model, model.with_params(params)):
+        dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(kept._unet_params)}
+        assert dtypes == {"float32", "bfloat16"}
+    assert gathered == [{"float32", "bfloat16"}] * 2, "rounded before they are sent"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}, "not the caller's"
+
+
+MERGED = """
+    import json, sys
+    import jax
+    jax.config.update("jax_num_cpu_devices", 8)
+    import numpy as np
+    from segdiff_jax import segmenter
+    from segdiff_jax.config import MeshConfig, SamplerConfig
+    from segdiff_jax.training import sharding
+
+    merge, parts = segmenter._merge_spread, []
+    def watched(*arguments):
+        result = merge(*arguments)
+        parts.append([s.data.shape[0] for s in result[0].addressable_shards])
+        return result
+    segmenter._merge_spread = watched
+
+    members = np.random.default_rng(0).uniform(-1, 1, (3, 4, 3, 6, 8)).astype(np.float32)
+    found = {"members": members.tolist()}
+    for name, devices in [("1", 1), ("8", 8)]:
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+        for align in ("none", "affine"):
+            maps = segmenter._merge(members, SamplerConfig(ensemble=3, align=align), mesh)
+            found[f"{align} {name}"] = [m.tolist() for m in maps]
+    print(json.dumps(found | {"parts": parts}))
+"""
+
+
+def test_maps_are_merged_on_all_devices_as_on_one():
+    script = textwrap.dedent(MERGED)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["parts"] == [[12], [12], [2] * 8, [2] * 8]  # 3 images × 4 passes, and 4 to fill
+    for align in ("none", "affine"):
+        alone, shared = (np.array(found[f"{align} {name}"]) for name in ("1", "8"))
+        assert alone.shape == (2, 3, 4, 6, 8)
+        np.testing.assert_allclose(shared, alone, atol=1e-5)
+    merged, spread = np.array(found["none 8"])
+    members = np.array(found["members"], np.float32)
+    middle = np.median(members, axis=2)
+    np.testing.assert_allclose(merged, middle, atol=1e-6)
+    deviation = np.abs(members - middle[:, :, None])
+    np.testing.assert_allclose(spread, np.median(deviation, axis=2) / 2, atol=1e-6)
+
+
+ON_MESHES = """
+    import dataclasses, json, sys
+    import jax
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_disable_most_optimizations", True)
+    import numpy as np
+    from segdiff_jax import segmenter, workdir
+    from segdiff_jax.config import MeshConfig
+    from segdiff_jax.data.sources.source import open_source
+    from segdiff_jax.evaluation.evaluator import evaluate
+    from segdiff_jax.training import sharding
+
+    *networks, config = workdir.load_networks(sys.argv[1])
+    config.sampler = dataclasses.replace(config.sampler, steps=2, ensemble=2, batch_size=12)
+    source = open_source(config.data, config.data.val_split, config.seed)
+    sampler_on, parts = segmenter.sampler_on, []
+    def watched(mesh):
+        def sample(*arguments):
+            result = sampler_on(mesh)(*arguments)
+            parts.append([len(result), [s.data.shape[0] for s in result.addressable_shards]])
+            return result
+        return sample
+    segmenter.sampler_on = watched
+
+    found = {}
+    for name, sizes, devices in [
+        ("1", (1, 1, 1), 1), ("8", (8, 1, 1), 8), ("2,2,2", (2, 2, 2), 8)
+    ]:
+        mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
+        model = segmenter.Segmenter(*networks, config, mesh)
+        # As validation gets them: cut up by the rules of training.
+        cut = {"params": model._unet_params}
+        cut = jax.device_put(cut, sharding.state_sharding(cut, mesh))["params"]
+        model = model.with_params(cut)
+        whole = [[leaf.is_fully_replicated for leaf in jax.tree.leaves(params)]
+                 for params in (cut, model._unet_params)]
+        parts.clear()
+        result = evaluate(model, source, limit=2, seed=1, examples=2)
+        gray, spread = model.maps([source[0]["image"]], source.vocabulary.classes,
+                                  config.sampler, seed=1)
+        found[name] = {"confusion": result.confusion.tolist(), "parts": parts[0],
+                       "whole": [all(leaves) for leaves in whole],
+                       "labels": [e.prediction.tolist() for e in result.examples],
+                       "gray": gray.tolist(), "spread": spread.tolist()}
+    print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def on_meshes(trained):
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(ON_MESHES), trained], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_passes_and_members_are_shared_out_over_all_devices(on_meshes):
+    assert on_meshes["1"]["parts"] == [12, [12]]
+    for mesh in ("8", "2,2,2"):
+        assert on_meshes[mesh]["parts"] == [16, [2] * 8]
+
+
+@pytest.mark.slow
+def test_parameters_that_are_cut_up_are_gathered(on_meshes):
+    assert on_meshes["2,2,2"]["whole"] == [False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["8", "2,2,2"])
+def test_what_is_found_does_not_depend_on_the_devices(on_meshes, mesh):
+    alone, shared = on_meshes["1"], on_meshes[mesh]
+    for name in ("gray", "spread"):
+        np.testing.assert_allclose(shared[name], alone[name], atol=1e-5)
+    assert np.std(alone["gray"]) > 0.01 and np.max(alone["spread"]) > 0.01
+    # Sums in another order differ in the last bits: only a pixel between two classes may change.
+    assert np.mean(np.array(shared["labels"]) != np.array(alone["labels"])) < 0.01
+    assert np.abs(np.subtract(shared["confusion"], alone["confusion"])).sum() <= 2 * 0.01 * 512

@@ -1,0 +1,131 @@
+"""Pre-trained weights on a mesh of 8 devices, in a process that forces them."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+SETUP = """
+    import json, math, sys
+    import jax
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    import numpy as np
+    from flax import nnx
+    from segdiff_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+    from segdiff_jax.models import pretrained
+    from segdiff_jax.models.clip_text import CLIPText
+    from segdiff_jax.models.presets import PRESETS
+    from segdiff_jax.text.tokenizer import train_tokenizer
+    from segdiff_jax.models.unet import UNet
+    from segdiff_jax.models.vae import VAE
+    from segdiff_jax.training import placement, sharding, stages
+    from segdiff_jax.training.step import init_state
+
+    folder, workdir = sys.argv[1:]
+    rng = np.random.default_rng(0)
+    def filled(make):
+        graph, shapes = nnx.split(nnx.eval_shape(make))
+        host = jax.tree.map(lambda a: rng.normal(0, 0.1, a.shape).astype(np.float32), shapes)
+        return nnx.merge(graph, host), host
+    tiny = PRESETS["tiny"]
+    written, host = filled(lambda: UNet(tiny.unet, rngs=nnx.Rngs(0)))
+    tokenizer = train_tokenizer(["a red circle"], 600, 10)
+    pretrained.save(pretrained.Pretrained(
+        unet=written, vae=filled(lambda: VAE(tiny.vae, rngs=nnx.Rngs(0)))[0],
+        text_encoder=filled(lambda: CLIPText(tiny.text_encoder, rngs=nnx.Rngs(0)))[0],
+        tokenizer=tokenizer, schedule=Config().diffusion), folder)
+
+    def held():  # bytes on the fullest device; a look at the shards would make arrays of them
+        totals = dict.fromkeys(jax.devices(), 0)
+        for array in jax.live_arrays():
+            part = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+            for device in array.sharding.device_set:
+                totals[device] += part
+        return max(totals.values())
+
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8, tensor=1))
+    put, peaks = placement.placer(mesh), []
+    def place(path, array):
+        placed = put(path, array)
+        peaks.append(held())
+        return placed
+
+    before = held()
+    unet = pretrained.load(folder, ("unet",), place=place).unet
+    graph, params = nnx.split(unet)
+    loaded = held()
+    same = all(
+        np.array_equal(np.asarray(a), b)
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(host), strict=True)
+    )
+    # What training does with them next.
+    config = Config()
+    state = jax.eval_shape(lambda p: init_state(p, config), params)
+    shardings = sharding.state_sharding(state, mesh)
+    create = jax.jit(lambda p: init_state(p, config), out_shardings=shardings)
+    analysis = create.lower(params).compile().memory_analysis()
+    created = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    created += analysis.temp_size_in_bytes
+    as_wanted = jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim),
+                             params, sharding.state_sharding(params, mesh))
+    # The same through a run, up to where the state is made.
+    base, run = held(), {"peak": 0, "arrays": 0}
+    def spying(mesh):
+        put = placement.placer(mesh)
+        def place(path, array):
+            placed = put(path, array)
+            run["peak"], run["arrays"] = max(run["peak"], held() - run["base"]), run["arrays"] + 1
+            return placed
+        run["base"] = held()
+        return place
+    def instead(config, workdir, mesh, batches, step, frozen, params, *rest):
+        wanted = sharding.state_sharding(params, mesh)
+        run["as_wanted"] = all(jax.tree.leaves(jax.tree.map(
+            lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), params, wanted)))
+    stages.placer, stages._run = spying, instead
+    config = Config(
+        init_from=folder, mesh=MeshConfig(data=1, fsdp=8, tensor=1), model=ModelConfig("tiny"),
+        train=TrainConfig(batch_size=8, eval_every=0), data=DataConfig(source="scenes"),
+    )
+    stages.train(config, workdir)
+    json.dump({
+        "run": run,
+        "whole": sum(a.nbytes for a in jax.tree.leaves(host)),
+        "largest": max(a.nbytes for a in jax.tree.leaves(host)),
+        "before": before, "peak": max(peaks), "loaded": loaded, "same": same,
+        "creating": created, "arrays": len(peaks), "leaves": len(jax.tree.leaves(host)),
+        "as_wanted": all(jax.tree.leaves(as_wanted)),
+    }, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    root = tmp_path_factory.mktemp("placement")
+    command = [sys.executable, "-c", textwrap.dedent(SETUP), str(root / "model"), str(root / "run")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_no_device_ever_holds_the_whole_unet(seen):
+    print(seen)
+    assert seen["arrays"] == seen["leaves"]
+    assert seen["before"] < 0.01 * seen["whole"]
+    # An eighth, and the vectors, which are replicated.
+    assert seen["peak"] == seen["loaded"] <= seen["whole"] / 8 * 1.1
+    # Parameters as read, and the state: parameters, two moments.
+    assert seen["creating"] <= 4.4 * seen["whole"] / 8
+
+
+def test_the_weights_are_those_of_the_file_where_training_wants_them(seen):
+    assert seen["same"] and seen["as_wanted"]
+
+
+def test_a_run_reads_its_starting_point_in_this_way(seen):
+    run = seen["run"]
+    assert run["arrays"] == seen["leaves"] and run["as_wanted"]
+    assert run["peak"] <= seen["whole"] / 8 * 1.1

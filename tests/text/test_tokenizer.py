@@ -1,0 +1,253 @@
+"""The tokenizer against transformers.CLIPTokenizer, with CLIP's real vocabulary."""
+
+import gzip
+import importlib.metadata
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
+from transformers import CLIPTokenizer
+
+from segdiff_jax.errors import UserError
+from segdiff_jax.text.tokenizer import Tokenizer, train_tokenizer
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def _write_clip_vocabulary(folder: Path) -> None:
+    """`vocab.json` and `merges.txt` out of OpenAI's list of merges, which `openai-clip` ships."""
+    package = importlib.metadata.distribution("openai-clip")
+    packed = Path(str(package.locate_file("clip/bpe_simple_vocab_16e6.txt.gz")))
+    lines = gzip.decompress(packed.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = letters + [letter + "</w>" for letter in letters]
+    tokens += ["".join(line.split()) for line in lines] + [BOS, EOS]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    assert len(vocab) == 49408
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    merges = "#version: 0.2\n" + "\n".join(lines) + "\n"
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
+
+
+def _write_stable_diffusion(folder: Path, pad: str) -> Path:
+    """A tokenizer folder with the special-token files of SD1 (`pad` = end) or SD2 (`pad` = "!")."""
+    _write_clip_vocabulary(folder)
+    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    roles = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS}
+    special = {role: {"content": token} | flags for role, token in roles.items()}
+    config = {role: {"__type": "AddedToken"} | value for role, value in special.items()}
+    config |= {"pad_token": EOS, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special | {"pad_token": pad}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["sd1", "sd2"])
+def folder(request, tmp_path_factory) -> Path:
+    pad = {"sd1": EOS, "sd2": "!"}[request.param]
+    return _write_stable_diffusion(tmp_path_factory.mktemp(request.param), pad)
+
+
+def _expected(tokenizer: CLIPTokenizer, texts: list[str]) -> np.ndarray:
+    length = tokenizer.model_max_length
+    return np.array(
+        tokenizer(texts, padding="max_length", truncation=True, max_length=length)["input_ids"]
+    )
+
+
+def _varied_texts(count: int) -> list[str]:
+    rng = random.Random(0)
+    words = ["a", "photo", "of", "the", "Building,", "edifice", "grandstand", "don't", "we'll"]
+    words += ["IT'S", "3rd", "1024", "café", "naïve"]
+    ranges = [(0x20, 0x7E), (0xA0, 0x24F), (0x370, 0x3FF), (0x400, 0x4FF), (0x590, 0x6FF)]
+    ranges += [
+        (0x900, 0x97F),
+        (0x2000, 0x206F),
+        (0x3040, 0x30FF),
+        (0x4E00, 0x9FFF),
+        (0xAC00, 0xD7A3),
+    ]
+    ranges += [(0x1F300, 0x1FAFF), (0x300, 0x36F), (0x0, 0x1F), (0xFF00, 0xFFEF)]
+    odd = [
+        "<|endoftext|>",
+        "<|StartOfText|>",
+        "<|ENDOFTEXT|>",
+        "!",
+        "!!!",
+        "👩‍👩‍👧‍👦",
+        "\t\n",
+        "\u3000",
+        "…",
+        "ﬁ",
+        "İ",
+        "ß",
+    ]
+
+    def piece() -> str:
+        kind = rng.random()
+        if kind < 0.5:
+            return rng.choice(words)
+        if kind < 0.65:
+            return rng.choice(odd)
+        low, high = rng.choice(ranges)
+        return "".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 8)))
+
+    def text() -> str:
+        length = rng.choice([0, 1, 2, 5, 5, 10, 30, 120])
+        return rng.choice(["", " "]).join(piece() for _ in range(length))
+
+    return ["", " ", "\n", *(text() for _ in range(count - 3))]
+
+
+def test_ids_equal_transformers_on_10000_texts(folder):
+    texts = _varied_texts(10_000)
+    ids = Tokenizer.load(folder)(texts)
+    np.testing.assert_array_equal(ids, _expected(CLIPTokenizer.from_pretrained(folder), texts))
+    assert ids.dtype == np.int32 and ids.shape == (10_000, 77)
+    assert (ids[:, -2] != ids[0, -2]).sum() > 500  # many fill the row, or are too long
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text(max_size=60), min_size=1, max_size=4))
+def test_any_text(clip_pair, texts):
+    ours, theirs = clip_pair
+    np.testing.assert_array_equal(ours(texts), _expected(theirs, texts))
+
+
+@pytest.fixture(scope="module")
+def clip_pair(folder):
+    return Tokenizer.load(folder), CLIPTokenizer.from_pretrained(folder)
+
+
+def test_layout_of_a_row(folder):
+    tokenizer = Tokenizer.load(folder)
+    (row,) = tokenizer(["a photo of a cat"])
+    # Golden: these ids are the same in every release of CLIP's vocabulary.
+    assert row[:7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert (row[7:] == tokenizer.pad_id).all()
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (49406, 49407, 49408)
+    (row,) = tokenizer(["cat " * 200])
+    assert row[0] == tokenizer.bos_id and row[-1] == tokenizer.eos_id and (row[1:-1] == 2368).all()
+    assert tokenizer([]).shape == (0, 77)
+
+
+def test_padding_of_the_two_releases(tmp_path):
+    sd1 = Tokenizer.load(_write_stable_diffusion(tmp_path / "1", EOS))
+    sd2 = Tokenizer.load(_write_stable_diffusion(tmp_path / "2", "!"))
+    assert (sd1.pad_id, sd2.pad_id) == (49407, 0)
+    # "!" is SD2's padding token, and is also read as such within a text.
+    assert sd1(["hi!"])[0, 2] == 256 and sd2(["hi!"])[0, 2] == 0
+
+
+def test_save_round_trip(folder, tmp_path):
+    texts = _varied_texts(500)
+    expected = Tokenizer.load(folder)(texts)
+    Tokenizer.load(folder).save(tmp_path / "ours")
+    np.testing.assert_array_equal(Tokenizer.load(tmp_path / "ours")(texts), expected)
+    theirs = CLIPTokenizer.from_pretrained(tmp_path / "ours")
+    np.testing.assert_array_equal(_expected(theirs, texts), expected)
+    # transformers 5 writes one tokenizer.json instead of vocab.json and merges.txt
+    CLIPTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "theirs")
+    assert not (tmp_path / "theirs" / "vocab.json").exists()
+    np.testing.assert_array_equal(Tokenizer.load(tmp_path / "theirs")(texts), expected)
+
+
+PROMPTS = [
+    f"a photo of a {texture} {color} {shape}"
+    for texture in ("striped", "dotted", "plain")
+    for color in ("blue", "red", "green", "yellow")
+    for shape in ("triangle", "circle", "square", "star")
+]
+
+
+def test_trained_words_become_single_tokens():
+    tokenizer = train_tokenizer(PROMPTS, vocab_size=1000, model_max_length=16)
+    ids = tokenizer(PROMPTS)
+    assert ids.shape == (48, 16) and tokenizer.vocab_size <= 1000
+    assert (ids[:, 8] == tokenizer.eos_id).all()  # start, seven words, end
+    assert len({tuple(row) for row in ids}) == 48
+    assert tokenizer.eos_id == tokenizer.vocab_size - 1 == ids.max()
+
+
+def test_trained_saves_for_transformers(tmp_path):
+    tokenizer = train_tokenizer(PROMPTS, vocab_size=560, model_max_length=40)
+    assert tokenizer.vocab_size == 560
+    tokenizer.save(tmp_path)
+    texts = [*PROMPTS, *_varied_texts(300)]
+    np.testing.assert_array_equal(Tokenizer.load(tmp_path)(texts), tokenizer(texts))
+    theirs = CLIPTokenizer.from_pretrained(tmp_path)
+    assert theirs.model_max_length == 40
+    np.testing.assert_array_equal(_expected(theirs, texts), tokenizer(texts))
+
+
+def test_frequent_words_come_first():
+    texts = ["sky"] * 50 + ["road"] * 10 + ["zyx"]
+    tokenizer = train_tokenizer(texts, vocab_size=514 + 5, model_max_length=8)
+    words = tokenizer(["sky", "road", "zyx"])
+    assert (words == tokenizer.eos_id).argmax(axis=1).tolist() == [2, 2, 4]
+
+
+def test_training_is_the_same_in_every_process():
+    code = (
+        "from segdiff_jax.text.tokenizer import train_tokenizer\n"
+        "t = train_tokenizer(['abc bcd cde dea eab', 'xyz yzx zxy'], 530)\n"
+        "print(t._merges)"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(outputs) == 1
+
+
+def _break(name, content):
+    def apply(folder: Path) -> None:
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(content)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_break("vocab.json", None), "vocab.json: no such file"),
+        (_break("merges.txt", None), "merges.txt: no such file"),
+        (_break("vocab.json", '{"a": 1'), "vocab.json: not valid JSON"),
+        (_break("vocab.json", "[]"), "vocab.json: holds no JSON object"),
+        (_break("vocab.json", '{"a": 0}'), "do not fit"),
+        (_break("merges.txt", "#version: 0.2\na b c\n"), "'a b c' is not a merge"),
+        (_break("merges.txt", "#version: 0.2\nqqq zzz\n"), "do not fit"),
+        (_break("tokenizer_config.json", '{"model_max_length": 2}'), "leaves no room"),
+        (_break("tokenizer_config.json", '{"model_max_length": "x"}'), "tokenizer_config.json"),
+        (_break("tokenizer_config.json", '{"pad_token": "<pad>"}'), "'<pad>' is not in"),
+    ],
+)
+def test_broken_folder(tmp_path, damage, message):
+    train_tokenizer(PROMPTS, vocab_size=600).save(tmp_path)
+    (tmp_path / "special_tokens_map.json").unlink()
+    damage(tmp_path)
+    with pytest.raises(UserError) as error:
+        Tokenizer.load(tmp_path)
+    assert message in str(error.value) and str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_vocabulary_without_room():
+    with pytest.raises(UserError, match="vocab_size=100"):
+        train_tokenizer(PROMPTS, vocab_size=100)

@@ -1,0 +1,245 @@
+"""Reading from and pushing to the hub, over HTTP, with `huggingface_hub` itself."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from fake_hub import TOKEN, FakeHub
+from flax import nnx
+from huggingface_hub import constants
+
+from segdiff_jax import export, ownership
+from segdiff_jax.errors import UserError
+from segdiff_jax.weights import pretrained
+
+STEM = "vae/diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_networks, tiny_config, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "model"
+    export.write_folder(*tiny_networks, tiny_config(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def contents(exported) -> dict[str, bytes]:
+    """All files but the list of them, which is about the disk that they are on."""
+    files = (p for p in exported.rglob("*") if p.is_file() and p.name != ownership.MARKER)
+    return {str(path.relative_to(exported)): path.read_bytes() for path in files}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The hub of this process and of those it starts, with an empty cache."""
+    server = FakeHub()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    # Its uploads need a store of their own.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    for name, value in (
+        ("HF_ENDPOINT", server.url),
+        ("HF_HOME", str(tmp_path / "hf")),
+        ("HF_HUB_CACHE", str(tmp_path / "hf" / "hub")),
+        ("HF_HUB_DISABLE_XET", "1"),
+    ):
+        monkeypatch.setenv(name, value)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def leaves(module) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(module))]
+
+
+def assert_same(left, right, rounded=None) -> None:
+    for a, b in zip(leaves(left), leaves(right), strict=True):
+        b = b.astype(rounded).astype(np.float32) if rounded else b
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_repository_its_revisions_and_the_cache(hub, contents, tiny_networks, monkeypatch):
+    extra = {"README.md": b"", "photo.png": b"", "unet/diffusion_pytorch_model.bin": b"pickle"}
+    extra |= {f"{STEM}.fp16.safetensors": b"not wanted", "v1-5-pruned.safetensors": b"nor this"}
+    hub.commit("someone/model", contents | extra)
+    name = "scheduler/scheduler_config.json"
+    other = json.dumps(json.loads(contents[name]) | {"steps_offset": 5}).encode()
+    second = hub.commit("someone/model", contents | {name: other}, branch="v2")
+
+    loaded = pretrained.load("someone/model")
+    assert None not in loaded
+    for part, ours in zip(loaded[:3], tiny_networks, strict=False):
+        assert_same(part, ours)
+    assert hub.downloads() == set(contents) - {"README.md", "segdiff.json"}
+
+    hub.log.clear()
+    assert_same(pretrained.load("someone/model").vae, tiny_networks[1])
+    assert not hub.downloads(), "the cache has it all"
+    for source, revision in (
+        ("someone/model@v2", None),
+        ("someone/model", "v2"),
+        ("someone/model", second),
+    ):
+        schedule = pretrained.load(source, ("schedule",), revision=revision).schedule
+        assert schedule.steps_offset == 5
+    assert hub.downloads() == {name}, "one file differs, once"
+
+    hub.log.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert_same(pretrained.load("someone/model").unet, tiny_networks[0])
+    assert pretrained.load("someone/model@v2", ("schedule",)).schedule.steps_offset == 5
+    with pytest.raises(UserError, match="someone/model@v3: no such folder, nor could it"):
+        pretrained.load("someone/model@v3", ("schedule",))
+    assert not hub.log
+
+
+@pytest.mark.parametrize(
+    ("source", "refuse", "message"),
+    [
+        ("someone/other", "", r"someone/other: .*\(.*404.*\): check the name"),
+        ("someone/model@v9", "", "someone/model@v9: .*404"),
+        ("someone/model", "resolve", "someone/model: .*403"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_line(source, refuse, message, hub, contents):
+    hub.commit("someone/model", contents)
+    hub.refuse = refuse
+    with pytest.raises(UserError, match=message) as error:
+        pretrained.load(source, ("vae",))
+    assert "\n" not in str(error.value)
+
+
+def variant_files(contents, name: str, shard: str, index: str) -> dict[str, bytes]:
+    """`contents` with the VAE in float16, whole or in two shards; {n} is "00001-of-00002"."""
+    half = {k: v.astype(np.float16) for k, v in safetensors.numpy.load(contents[WEIGHTS]).items()}
+    files = {path: data for path, data in contents.items() if path != WEIGHTS}
+    if name:
+        return files | {f"{STEM}.{name}": safetensors.numpy.save(half)}
+    where = {k: shard.format(n=f"0000{1 + i % 2}-of-00002") for i, k in enumerate(sorted(half))}
+    for file in set(where.values()):
+        part = {k: half[k] for k in half if where[k] == file}
+        files[f"vae/{file}"] = safetensors.numpy.save(part)
+    return files | {f"vae/{index}": json.dumps({"metadata": {}, "weight_map": where}).encode()}
+
+
+S = "diffusion_pytorch_model"
+LAYOUTS = {
+    "whole": ("fp16.safetensors", "", ""),
+    "today": ("", f"{S}.fp16-{{n}}.safetensors", f"{S}.safetensors.index.fp16.json"),
+    "older": ("", f"{S}-{{n}}.fp16.safetensors", f"{S}.safetensors.fp16.index.json"),
+    "older, today's index": (
+        "",
+        f"{S}-{{n}}.fp16.safetensors",
+        f"{S}.safetensors.index.fp16.json",
+    ),
+    "hub's own": ("", f"{S}.fp16-{{n}}.safetensors", f"{S}.fp16.safetensors.index.json"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_way_to_name_a_variant(layout, hub, contents, tiny_networks):
+    files = variant_files(contents, *LAYOUTS[layout])
+    weights = {path for path in files if path.startswith(STEM) and path.endswith(".safetensors")}
+    hub.commit("someone/only", files)
+    hub.commit("someone/both", files | {WEIGHTS: contents[WEIGHTS]})
+    for source, variant in (("someone/both", "fp16"), ("someone/only", None)):
+        hub.log.clear()
+        loaded = pretrained.load(source, ("vae",), variant=variant)
+        assert_same(loaded.vae, tiny_networks[1], np.float16)
+        assert {p for p in hub.downloads() if p.endswith(".safetensors")} == weights
+    hub.log.clear()
+    assert_same(pretrained.load("someone/both", ("vae",)).vae, tiny_networks[1])
+    assert {p for p in hub.downloads() if p.endswith(".safetensors")} == {WEIGHTS}
+    with pytest.raises(UserError, match="bf16: there is no such variant, but fp16: choose"):
+        pretrained.load("someone/only", ("vae",), variant="bf16")
+
+
+def test_a_variant_is_fetched_only_for_the_component_that_has_nothing_else(hub, contents):
+    """As many repositories have it: the plain UNet beside a half one, the VAE half alone."""
+    files = variant_files(contents, "fp16.safetensors", "", "")
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    hub.commit("a/b", files | {unet.replace(".safe", ".fp16.safe"): b"not wanted"})
+    pretrained.load("a/b", ("unet", "vae"))
+    weights = {path for path in hub.downloads() if path.endswith(".safetensors")}
+    assert weights == {unet, f"{STEM}.fp16.safetensors"}
+
+
+def push(exported: Path, output: Path, repository: str = "me/model", **environment: str):
+    """`export --push-to-hub` in a process of its own, which imports only what it asks for."""
+    command = [sys.executable, "-m", "segdiff_jax.export", "--checkpoint", str(exported)]
+    command += ["--output", str(output), "--format", "diffusers", "--push-to-hub", repository]
+    environment = {**os.environ, "HF_TOKEN": TOKEN, "TQDM_DISABLE": "1", **environment}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+OFFLINE = """
+from segdiff_jax.models import pretrained
+print(None in pretrained.load("me/model"))
+"""
+
+
+def test_push_and_read_back(hub, exported, contents, tiny_networks, tmp_path, monkeypatch):
+    done = push(exported, tmp_path / "m")
+    assert done.returncode == 0, done.stderr
+    assert f"pushed: {hub.url}/me/model" in done.stdout
+    assert hub.private == {"me/model": True}
+    hub.content("me/model").pop(".gitattributes")
+    assert hub.content("me/model") == contents
+    assert len(hub.commits) == 2, "an empty repository, and all files in one commit"
+
+    monkeypatch.setattr("segdiff_jax.parallel.runtime.start", lambda: None)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    argv = ["--checkpoint", str(exported), "--output", str(tmp_path / "m"), "--format=diffusers"]
+    before = len(hub.commits)
+    export.main([*argv, "--dtype", "bfloat16", "--push-to-hub", "me/model"])  # over the first one
+    assert len(hub.commits) == before + 1
+    assert len(hub.content("me/model")[WEIGHTS]) < 0.7 * len(contents[WEIGHTS])
+
+    assert None not in pretrained.load("me/model")
+    command = [sys.executable, "-c", OFFLINE]
+    hub.shutdown()
+    offline = dict(os.environ, HF_HUB_OFFLINE="1")
+    seen = subprocess.run(command, env=offline, check=True, capture_output=True, text=True)
+    assert seen.stdout == "False\n"
+
+
+def test_a_push_that_cannot_succeed_is_refused_before_the_work(
+    hub, exported, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("segdiff_jax.parallel.runtime.start", lambda: None)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    for repository, output, message in (
+        ("me/mo del", tmp_path / "n", "--push-to-hub me/mo del: Repo id"),
+        ("me/model", "gs://b/n", "only a local folder can be pushed"),
+        ("me/model", tmp_path / "n", "--push-to-hub me/model: .*check .* `hf auth login`"),
+    ):
+        argv = ["--checkpoint", str(exported), "--output", str(output), "--format", "diffusers"]
+        with pytest.raises(UserError, match=message) as error:
+            export.main([*argv, "--push-to-hub", repository])
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "n").exists() and not hub.commits
+
+
+def test_a_push_that_breaks_leaves_the_repository_as_it_was(hub, exported, tmp_path, monkeypatch):
+    monkeypatch.setattr("segdiff_jax.parallel.runtime.start", lambda: None)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    before = hub.commit("me/model", {"README.md": b"---\n"})
+    hub.refuse = "/commit/"
+    argv = ["--checkpoint", str(exported), "--output", str(tmp_path / "m"), "--format=diffusers"]
+    with pytest.raises(UserError, match="--push-to-hub me/model: .*403") as error:
+        export.main([*argv, "--push-to-hub", "me/model"])
+    assert "\n" not in str(error.value)
+    assert hub.branches["me/model"] == {"main": before}
