@@ -1,4 +1,4 @@
-"""Labels <-> gray image <-> scores, and which class has which gray level in the context.
+"""Labels <-> gray image <-> scores; which class has which gray level in the context; pixels.
 
 K classes are cut into groups of G = `classes_per_pass`; one network pass paints one group. In a
 pass, gray level -1 is "none of these" and class j = 1 ... G of the group is at -1 + 2j/G.
@@ -59,6 +59,22 @@ def encode(labels: jax.Array, class_ids: jax.Array, ignore_label: int = IGNORE) 
     labels = labels.astype(jnp.int32)[..., None]  # uint8 on disk; -1 must not wrap around
     match = (labels == class_ids) & (class_ids != PAD) & (labels != ignore_label)
     return jnp.max(jnp.where(match, levels(class_ids.shape[0]), -1.0), axis=-1)
+
+
+def to_pixels(image: jax.Array | np.ndarray) -> jax.Array:
+    """uint8 [0, 255] → float32 [-1, 1], the VAE's range."""
+    return jnp.asarray(image, jnp.float32) / 127.5 - 1.0
+
+
+def mask_images(labels: jax.Array, class_ids: jax.Array) -> jax.Array:
+    """labels [B, H, W], class_ids [B, G] → the gray mask as three equal channels [B, H, W, 3]."""
+    gray = jax.vmap(encode)(labels, class_ids)
+    return jnp.broadcast_to(gray[..., None], (*gray.shape, 3))
+
+
+def to_gray(pixels: Any) -> jax.Array:
+    """Decoded [..., H, W, 3] → gray maps [..., H, W], beyond [-1, 1] where the decoder is."""
+    return pixels.mean(-1)
 
 
 def valid_mask(labels: jax.Array, ignore_label: int = IGNORE) -> jax.Array:

@@ -2,8 +2,13 @@
 
 import logging
 import os
+from typing import TYPE_CHECKING
 
 from segdiff_jax import cli
+from segdiff_jax.config import Config
+
+if TYPE_CHECKING:
+    from segdiff_jax.training.throughput import StartUp
 
 _DESCRIPTION = (
     """Train a model. The same command again continues from the newest checkpoint.
@@ -37,7 +42,7 @@ def main(argv: list[str]) -> None:
 
     from segdiff_jax.parallel import processes
     from segdiff_jax.parallel.runtime import start, start_logging
-    from segdiff_jax.training import loop, stages
+    from segdiff_jax.training import loop
     from segdiff_jax.training.throughput import StartUp, process_age
 
     startup = StartUp(process_age())
@@ -48,9 +53,17 @@ def main(argv: list[str]) -> None:
     with processes.together():
         try:
             startup.done("processes")
-            stages.train(config, os.fspath(args.workdir), startup)
+            train(config, os.fspath(args.workdir), startup)
         except loop.Stopped as stopped:
             logging.info("%s; run the same command to continue", stopped)
+
+
+def train(config: Config, workdir: str, startup: "StartUp | None" = None) -> None:
+    """`stages.train`, which is judged by an evaluation where the config asks for it."""
+    from segdiff_jax.evaluation.validation import validator_of
+    from segdiff_jax.training import stages
+
+    stages.train(config, workdir, startup, validator_of if config.train.eval_every else None)
 
 
 if __name__ == "__main__":

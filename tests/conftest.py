@@ -154,13 +154,13 @@ def train_optimized():
     """
     import jax
 
-    from segdiff_jax.training import stages
+    from segdiff_jax import train as train_command
 
     def train(config, workdir):
         before = jax.config.read(WITHOUT_OPTIMIZATIONS)
         jax.config.update(WITHOUT_OPTIMIZATIONS, False)
         try:
-            stages.train(config, workdir)
+            train_command.train(config, workdir)
         finally:
             jax.config.update(WITHOUT_OPTIMIZATIONS, before)
 

@@ -8,7 +8,7 @@ from etils import epath
 
 from segdiff_jax import cli, ownership
 from segdiff_jax.config import DiffusionConfig
-from segdiff_jax.data.sources import scenes
+from segdiff_jax.data import scenes
 from segdiff_jax.errors import UserError
 from segdiff_jax.weights import pretrained
 

@@ -36,7 +36,6 @@ from segdiff_jax.parallel import processes
 from segdiff_jax.parallel.placement import equal_parts, spread_rows
 from segdiff_jax.parallel.sharding import replicated
 from segdiff_jax.progress import reporter
-from segdiff_jax.training import losses
 
 log = logging.getLogger(__name__)
 
@@ -242,8 +241,8 @@ class _Encoder:
         def encode(pixels: Callable, params: Any, *arrays: jax.Array) -> jax.Array:
             return encode_latents(nnx.merge(graph, params), pixels(*arrays))
 
-        self._photos = functools.partial(encode, losses.to_pixels, params)
-        self._masks = functools.partial(encode, losses.mask_images, params)
+        self._photos = functools.partial(encode, codec.to_pixels, params)
+        self._masks = functools.partial(encode, codec.mask_images, params)
         self._factor = vae.config.downsampling
         shown = functools.partial(codec.latent_shown, factor=self._factor)
         self._shown = jax.jit(jax.vmap(shown))

@@ -16,11 +16,10 @@ from segdiff_jax.data.sources.source import Source, count_ids
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import metrics, reconstruction
 from segdiff_jax.inference.result import Segmentation
-from segdiff_jax.inference.segmenter import Segmenter, to_gray
+from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.parallel import processes
 from segdiff_jax.parallel.placement import equal_parts, multiple
 from segdiff_jax.progress import Progress
-from segdiff_jax.training.losses import to_pixels
 
 
 class Example(NamedTuple):
@@ -208,13 +207,13 @@ def _painted_and_back(
     jobs = painted.reshape(-1, height, width, 1)  # [I * P, h, w, 1]
     chunk = multiple(min(sampler.batch_size, len(jobs)), segmenter.mesh.size)
     pixels = (np.broadcast_to(p, (*p.shape[:3], 3)) for p in equal_parts(jobs, chunk))
-    back = [np.asarray(to_gray(segmenter.reconstruct(part))) for part in pixels]
+    back = [np.asarray(codec.to_gray(segmenter.reconstruct(part))) for part in pixels]
     return np.concatenate(back)[: len(jobs)].reshape(painted.shape)
 
 
 def _photos_and_back(segmenter: Segmenter, images: np.ndarray, count: int) -> reconstruction.Sums:
     """The first `count` of `images` uint8 [I, h, w, 3] against themselves through the VAE."""
-    pixels = np.asarray(to_pixels(images))
+    pixels = np.asarray(codec.to_pixels(images))
     decoded = segmenter.reconstruct(pixels)
     if not np.isfinite(decoded).all():
         raise UserError("photos through the VAE are not finite numbers: check its weights")

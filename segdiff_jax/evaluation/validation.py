@@ -1,6 +1,7 @@
 """Validation while training: figures for TensorBoard and the best checkpoint, and pictures."""
 
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from segdiff_jax.config import Config
@@ -8,12 +9,20 @@ from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.evaluation.evaluator import Example, evaluate
 from segdiff_jax.inference import page as report
 from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.text.vocabulary import Vocabulary
 from segdiff_jax.training.loop import Validate
 from segdiff_jax.training.step import TrainState
 from segdiff_jax.training.telemetry import Telemetry
+from segdiff_jax.weights.pretrained import Pretrained
 
 _SHOWN = 4  # images to look at
 _LONGEST_SIDE = 512  # of their pictures, in pixels
+
+
+def validator_of(networks: Pretrained, config: Config, mesh: Mesh, classes: Vocabulary) -> Validate:
+    """`validator` of networks in training, of which the UNet may have shapes without arrays."""
+    parts = networks.unet, networks.vae, networks.text_encoder, networks.tokenizer
+    return validator(Segmenter(*parts, config, mesh, classes), config)  # type: ignore[arg-type]
 
 
 def validator(segmenter: Segmenter, config: Config) -> Validate:

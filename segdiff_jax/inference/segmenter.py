@@ -31,7 +31,6 @@ from segdiff_jax.parallel.placement import equal_parts, on_mesh, rows_of_call, s
 from segdiff_jax.text import conditioning, vocabulary
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
-from segdiff_jax.training.losses import to_pixels
 from segdiff_jax.weights import workdir
 
 
@@ -326,18 +325,13 @@ def _check_finite(maps: np.ndarray, owners: np.ndarray) -> None:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(vae: nnx.GraphDef, params: Any, images: jax.Array) -> jax.Array:
-    return encode_latents(nnx.merge(vae, params), to_pixels(images))
+    return encode_latents(nnx.merge(vae, params), codec.to_pixels(images))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _reconstruct(vae: nnx.GraphDef, params: Any, pixels: jax.Array) -> jax.Array:
     network = nnx.merge(vae, params)
     return decode_latents(network, encode_latents(network, pixels))
-
-
-def to_gray(pixels: Any) -> jax.Array:
-    """Decoded [..., H, W, 3] → gray maps [..., H, W], beyond [-1, 1] where the decoder is."""
-    return pixels.mean(-1)
 
 
 @functools.cache
@@ -393,7 +387,7 @@ def sample_jobs(
     in_axes = (0, 0, 0, None if mask is None else 0)
     x0 = jax.vmap(member, in_axes)(members, image_latents, contexts, mask)
     # One after the other: at full size the decoder's activations are hundreds of times the latents.
-    return jax.lax.map(lambda latent: to_gray(decode_latents(decoder, latent[None]))[0], x0)
+    return jax.lax.map(lambda latent: codec.to_gray(decode_latents(decoder, latent[None]))[0], x0)
 
 
 def _merge_members(

@@ -3,7 +3,7 @@
 Weights from files go straight to where the mesh wants them: no device ever holds them whole.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from segdiff_jax.parallel import processes
 from segdiff_jax.parallel.sharding import partition, put, replicated, rows_sharding
-from segdiff_jax.weights.tensors import Place
+
+Place = Callable[[str, np.ndarray], jax.Array]  # puts the array of a path where it belongs
 
 
 def placer(mesh: Mesh) -> Place:

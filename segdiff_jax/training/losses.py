@@ -24,17 +24,6 @@ class Corruption(NamedTuple):
     noise: jax.Array  # [B, h, w, c]
 
 
-def to_pixels(image: jax.Array | np.ndarray) -> jax.Array:
-    """uint8 [0, 255] → float32 [-1, 1], the VAE's range."""
-    return jnp.asarray(image, jnp.float32) / 127.5 - 1.0
-
-
-def mask_images(labels: jax.Array, class_ids: jax.Array) -> jax.Array:
-    """labels [B, H, W], class_ids [B, G] → the gray mask as three equal channels [B, H, W, 3]."""
-    gray = jax.vmap(codec.encode)(labels, class_ids)
-    return jnp.broadcast_to(gray[..., None], (*gray.shape, 3))
-
-
 def corrupt(
     key: jax.Array,
     shape: tuple[int, int, int, int],
@@ -58,8 +47,8 @@ def latents(vae: VAE, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Image and mask latents [B, h, w, c]: from the cache where the batch has them."""
     if "image_latents" in batch:
         return batch["image_latents"], batch["mask_latents"]
-    pixels = to_pixels(batch["image"])
-    masks = mask_images(batch["labels"], batch["class_ids"])
+    pixels = codec.to_pixels(batch["image"])
+    masks = codec.mask_images(batch["labels"], batch["class_ids"])
     # In pairs: a photo and its mask stay on the chip that has the example. One after the other,
     # the rows of all chips would move, and XLA lose track of where a batch is cut.
     pairs = jnp.stack([pixels, masks], axis=1)  # [B, 2, H, W, 3]
@@ -137,9 +126,9 @@ def vae_loss(
     is possible, and the decoder has to turn it into the mean of the masks. One that has seen clean
     masks, with absolute error, rounds to the likeliest: thin and rare classes have no score.
     """
-    masks = mask_images(batch["labels"], batch["class_ids"])
+    masks = codec.mask_images(batch["labels"], batch["class_ids"])
     rows = is_mask[:, None, None, None]
-    pixels = jnp.where(rows, masks, to_pixels(batch["image"]))
+    pixels = jnp.where(rows, masks, codec.to_pixels(batch["image"]))
     mean, logvar = vae.encode(pixels)
     following = _following(is_mask)  # a photo follows itself: nothing to mix
     mix = lambda x: x + mixing[:, None, None, None] * (x[following] - x)  # noqa: E731

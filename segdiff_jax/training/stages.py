@@ -32,7 +32,7 @@ from segdiff_jax.text import conditioning
 from segdiff_jax.text.prompts import prompts
 from segdiff_jax.text.tokenizer import Tokenizer, train_tokenizer
 from segdiff_jax.text.vocabulary import Vocabulary
-from segdiff_jax.training import lock, loop, losses, origin
+from segdiff_jax.training import lock, loop, origin
 from segdiff_jax.training.step import Frozen, TrainState, diffusion_step, init_state, vae_step
 from segdiff_jax.training.throughput import StartUp
 from segdiff_jax.weights import pretrained
@@ -48,8 +48,16 @@ _SCALING_EXAMPLES = 64
 Batches = Callable[[int, list[int]], pipeline.TrainBatches]
 
 
+# (networks, config, mesh, classes) -> what judges them while they are trained
+MakeValidator = Callable[[Pretrained, Config, Mesh, Vocabulary], loop.Validate]
+
+
 def train(
-    config: Config, workdir: str, startup: StartUp | None = None, nested: bool = False
+    config: Config,
+    workdir: str,
+    startup: StartUp | None = None,
+    make_validator: MakeValidator | None = None,
+    nested: bool = False,
 ) -> None:
     """Runs `config.stage` in `workdir`, the VAE stage before it where it is needed.
 
@@ -57,7 +65,8 @@ def train(
     see the same `workdir`, which is locked meanwhile (`lock.held`). Nothing is written there before
     all is known that could forbid it. Raises `UserError` for what a user can mend and
     `loop.Stopped` after a signal. `startup` tells in the log what the time to the first step went
-    to. `nested`: a stage before another, which has told the log of classes and labels.
+    to. `make_validator` is asked where `config.train.eval_every` is set. `nested`: a stage before
+    another, which has told the log of classes and labels.
     """
     startup = startup or StartUp()
     _check_start(config, workdir)
@@ -76,7 +85,7 @@ def train(
     with held as guard:
         processes.barrier()
         _check_start(config, workdir)  # who held the lock before may have begun something
-        run = Run(config, workdir, source, startup, guard)
+        run = Run(config, workdir, source, startup, guard, make_validator)
         if config.stage == "vae":
             _train_vae(run)
         else:
@@ -91,6 +100,7 @@ class Run(NamedTuple):
     source: Source
     startup: StartUp
     guard: Callable[[], None] | None  # of `Checkpoints`; in the first process
+    make_validator: MakeValidator | None
 
 
 def _check_start(config: Config, workdir: str) -> None:
@@ -206,14 +216,9 @@ def _train_diffusion(run: Run) -> None:
         del given
     step = diffusion_step(graph, vae_graph, config, mesh)
     validate = None
-    if config.train.eval_every:
-        from segdiff_jax.evaluation.validation import validator
-        from segdiff_jax.inference.segmenter import Segmenter
-
-        segmenter = Segmenter(
-            unet, vae, text_encoder, tokenizer, config, mesh, run.source.vocabulary
-        )
-        validate = validator(segmenter, config)
+    if config.train.eval_every and run.make_validator:
+        networks = Pretrained(unet, vae, text_encoder, tokenizer)
+        validate = run.make_validator(networks, config, mesh, run.source.vocabulary)
     batches = _batches(run, vae if config.data.cache_latents else None)
     group = codec.group_size(len(entries), config.codec.classes_per_pass)
     tokens = group if config.codec.context == "bound" else table.hidden.shape[1]
@@ -345,7 +350,7 @@ def _with_scaling(vae: VAE, config: Config, source: Source) -> VAE:
         rows = next(batches)
     batch = {name: jnp.asarray(values) for name, values in rows.items()}
     pixels = jnp.concatenate(
-        [losses.to_pixels(batch["image"]), losses.mask_images(batch["labels"], batch["class_ids"])]
+        [codec.to_pixels(batch["image"]), codec.mask_images(batch["labels"], batch["class_ids"])]
     )
     graph, params = nnx.split(vae)
     mean, _ = jax.jit(lambda p, x: nnx.merge(graph, p).encode(x))(params, pixels)

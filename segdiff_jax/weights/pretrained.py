@@ -21,12 +21,12 @@ from segdiff_jax.models.clip_text import CLIPText, CLIPTextConfig
 from segdiff_jax.models.layers import Dtype
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE, VAEConfig
+from segdiff_jax.parallel.placement import Place
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.weights import hf_config, safetensors_files
 from segdiff_jax.weights import hub as hf_folders
 from segdiff_jax.weights import tensors as weights
 from segdiff_jax.weights.hub import INDEX, STEM, read_json
-from segdiff_jax.weights.tensors import Place
 
 COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "schedule")
 _FILES = {  # of each component's folder

@@ -10,10 +10,10 @@ from etils import epath
 from flax import nnx
 
 from segdiff_jax.errors import UserError
+from segdiff_jax.parallel.placement import Place
 from segdiff_jax.weights import key_map, safetensors_files
 from segdiff_jax.weights.hub import STEM
 
-Place = Callable[[str, np.ndarray], jax.Array]
 Shape = tuple[int, ...]
 
 _CONV_IN = "conv_in/kernel"

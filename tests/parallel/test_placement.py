@@ -90,7 +90,7 @@ SETUP = """
         init_from=folder, mesh=MeshConfig(data=1, fsdp=8, tensor=1), model=ModelConfig("tiny"),
         train=TrainConfig(batch_size=8, eval_every=0), data=DataConfig(source="scenes"),
     )
-    stages.train(config, workdir)
+    train(config, workdir)
     json.dump({
         "run": run,
         "whole": sum(a.nbytes for a in jax.tree.leaves(host)),

@@ -59,7 +59,7 @@ def begin(micro_config, tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises((Reached, UserError)) as caught:
             patch.setattr(stages.pretrained, "load", load)
             workdir = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
-            stages.train(config, str(workdir))
+            train.train(config, str(workdir))
         if isinstance(caught.value, UserError):
             assert "\n" not in str(caught.value) and not workdir.exists()
         return "" if isinstance(caught.value, Reached) else str(caught.value)
@@ -206,7 +206,7 @@ def test_weights_only_as_variants_are_chosen_by_a_key(
     monkeypatch.setattr(loop, "run", lambda config, workdir, step, state, *_: started.append(state))
     config = micro_config()
     config.init_from, config.init_variant, config.train.eval_every = str(folder), "fp16", 0
-    stages.train(config, str(tmp_path / "run"))
+    train.train(config, str(tmp_path / "run"))
     leaves = zip(
         jax.tree.leaves(started[0].params),
         jax.tree.leaves(nnx.state(tiny_networks[0])),
@@ -230,7 +230,7 @@ def test_nothing_to_weigh_where_a_pass_shows_every_class(micro_config, tmp_path)
     config.train.balance, config.codec.context = 0.5, "bound"
     config.codec.classes_per_pass = 25
     with pytest.raises(UserError, match=r"config\.train\.balance=0\.5: must be 0"):
-        stages.train(config, str(tmp_path / "run"))
+        train.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from test_telemetry import read_scalars
 
-from segdiff_jax import __version__, aot
+from segdiff_jax import __version__, aot, codec
 from segdiff_jax.data import latent_cache, pipeline
 from segdiff_jax.data.sources.scenes import vocabulary
 from segdiff_jax.errors import UserError
@@ -24,7 +24,8 @@ from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.parallel import sharding
 from segdiff_jax.text.vocabulary import from_names
-from segdiff_jax.training import loop, losses, stages
+from segdiff_jax.train import train
+from segdiff_jax.training import loop, stages
 from segdiff_jax.training.step import init_state
 from segdiff_jax.training.telemetry import Telemetry
 from segdiff_jax.weights import pretrained
@@ -95,7 +96,7 @@ def test_a_run_knows_its_classes_and_goes_on_with_no_others(
     config = micro_config()
     with monkeypatch.context() as patch, pytest.raises(UserError, match="started with other"):
         patch.setattr("segdiff_jax.data.sources.scenes.vocabulary", lambda: from_names(names[::-1]))
-        stages.train(config, workdir)
+        train(config, workdir)
     assert contents(workdir) == before
     os.remove(f"{workdir}/classes.json")
     with caplog.at_level("WARNING"):
@@ -145,8 +146,8 @@ def test_the_vae_stage_scales_its_latents_to_unit_variance(trained, micro_config
     vae = pretrained.load(f"{trained}/pretrained", ("vae",)).vae
     source = stages.open_source(config.data, "train", config.seed)
     batch = next(pipeline.train_batches(source, config, config.seed, batch_size=64))
-    masks = losses.mask_images(batch["labels"], batch["class_ids"])
-    pixels = np.concatenate([losses.to_pixels(batch["image"]), masks])
+    masks = codec.mask_images(batch["labels"], batch["class_ids"])
+    pixels = np.concatenate([codec.to_pixels(batch["image"]), masks])
     graph, params = nnx.split(vae)
     mean, _ = jax.jit(lambda p, x: nnx.merge(graph, p).encode(x))(params, pixels)
     assert np.std(mean) * vae.config.scaling_factor == pytest.approx(1, rel=1e-3)
@@ -220,7 +221,7 @@ def test_a_finished_run_is_left_as_it_is(trained, micro_config, monkeypatch, cap
     caplog.set_level(logging.INFO, "segdiff_jax")
     config = micro_config()
     config.train.steps, config.train.eval_every = steps, 0
-    stages.train(config, trained)
+    train(config, trained)
     assert contents(trained) == before
     assert "nothing to do" in caplog.text and "resuming" not in caplog.text
     assert f"has done 6 steps, and config.train.steps is {steps}: raise it" in caplog.text
@@ -234,11 +235,11 @@ def test_a_finished_vae_stage_is_left_as_it_is_and_goes_on_with_more_steps(
     config = workdirs.read_config(workdir)
     before = contents(workdir)
     caplog.set_level(logging.INFO, "segdiff_jax")
-    stages.train(config, workdir)
+    train(config, workdir)
     assert contents(workdir) == before
     assert "nothing to do: the vae stage has done 3 steps" in caplog.text
     config.train.steps = 4
-    stages.train(config, workdir)
+    train(config, workdir)
     assert steps_of(workdir)[-1] == 4
     old, new = (
         pretrained.load(f"{w}/pretrained", ("vae",)).vae for w in (f"{trained}/vae", workdir)
@@ -256,13 +257,13 @@ def test_a_second_training_in_the_same_workdir_is_refused(
     def run(*_):
         seen.append(contents(workdir))
         with pytest.raises(UserError, match=f"process {os.getpid()} on .* since .*--workdir"):
-            stages.train(config, workdir)
+            train(config, workdir)
         seen.append(contents(workdir))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop, "run", run)
     with pytest.raises(KeyboardInterrupt):
-        stages.train(config, workdir)
+        train(config, workdir)
     during, after = seen
     assert during == after and during.keys() - contents(workdir) == {f"{workdir}/lock.json"}
 
@@ -293,7 +294,7 @@ def test_a_folder_of_another_kind_is_no_workdir(trained, micro_config, tmp_path,
     files_of_the_user(folder, kind, trained)
     before = contents(folder)
     with pytest.raises(UserError, match=f"--workdir {folder}: .*{kind}.*another --workdir"):
-        stages.train(micro_config(), str(folder))
+        train(micro_config(), str(folder))
     assert contents(folder) == before
 
 
@@ -310,7 +311,7 @@ def test_files_of_the_user_in_a_new_workdir_are_no_obstacle(micro_config, tmp_pa
         (tmp_path / name).write_text("mine")
     before = contents(tmp_path)
     with pytest.raises(Reached):
-        stages.train(micro_config(), str(tmp_path))
+        train(micro_config(), str(tmp_path))
     assert before.items() <= contents(tmp_path).items()
 
 
@@ -338,7 +339,7 @@ def test_a_start_that_cannot_be_leaves_nothing(trained, micro_config, tmp_path, 
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     for workdir in (tmp_path / "new" / "run", tmp_path / "mine"):
         with pytest.raises(UserError, match=words) as error:
-            stages.train(config, str(workdir))
+            train(config, str(workdir))
         assert "\n" not in str(error.value)
     assert contents(tmp_path).keys() == {str(tmp_path / "mine" / "notes.txt")}
     assert not (tmp_path / "new").exists()
@@ -348,7 +349,7 @@ def test_a_start_that_cannot_be_leaves_nothing(trained, micro_config, tmp_path, 
 def test_an_empty_workdir_is_refused(micro_config, monkeypatch, tmp_path, workdir):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--workdir is empty"):
-        stages.train(micro_config(), workdir)
+        train(micro_config(), workdir)
     assert not os.listdir(tmp_path)
 
 
@@ -420,10 +421,10 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(
     with monkeypatch.context() as patch:
         patch.setattr(Telemetry, "step", interrupted)
         with pytest.raises(loop.Stopped, match="stopped at step 4"):
-            stages.train(config, workdir)
+            train(config, workdir)
     assert steps_of(workdir) == [2, 4]
 
-    stages.train(config, workdir)
+    train(config, workdir)
     assert steps_of(workdir) == [2, 4, 6]
     assert same_bits(state_of(workdir), state_of(trained))
     assert [function._cache_size() for function in compiled] == [1, 1]
@@ -440,7 +441,7 @@ def test_not_finite_keeps_the_last_good_checkpoint(trained, micro_config, tmp_pa
         lambda *args: jax.tree.map(lambda x: x * np.nan, encode_prompts(*args)),
     )
     with pytest.raises(UserError, match="not finite at step 7; checkpoint 6 is kept"):
-        stages.train(config, workdir)
+        train(config, workdir)
     assert steps_of(workdir) == [2, 4, 6]
     assert same_bits(state_of(workdir), state_of(trained))
 
@@ -466,10 +467,10 @@ def test_a_signal_in_the_first_stage_ends_the_command_and_the_next_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(Telemetry, "step", interrupted)
         with pytest.raises(loop.Stopped, match="stopped at step 1"):
-            stages.train(config, workdir)
+            train(config, workdir)
     assert steps_of(f"{workdir}/vae") == [1] and not Path(workdir, "pretrained").exists()
     with pytest.raises(Reached):
-        stages.train(config, workdir)
+        train(config, workdir)
     assert steps_of(f"{workdir}/vae") == [1, 2, 3]
     parts = [pretrained.load(f"{w}/pretrained", ("vae",)).vae for w in (workdir, trained)]
     assert same_bits(*(nnx.state(part) for part in parts)) and parts[0].config == parts[1].config
@@ -482,7 +483,7 @@ def test_a_changed_architecture_or_seed_is_refused_and_nothing_is_written(traine
         *path, name = key.split(".")
         setattr(getattr(config, path[0]) if path else config, name, value)
         with pytest.raises(UserError, match=f"config.{key}"):
-            stages.train(config, trained)
+            train(config, trained)
     assert contents(trained) == before
 
 
@@ -497,7 +498,7 @@ def test_starting_from_a_trained_workdir_continues_with_its_weights(
     monkeypatch.setattr(loop, "run", run)
     config = micro_config()
     config.init_from, config.train.eval_every = trained, 0
-    stages.train(config, str(tmp_path / "run"))
+    train(config, str(tmp_path / "run"))
     assert int(started[0].step) == 0
     assert same_bits(started[0].params, jax.device_get(state_of(trained).ema))
     assert same_bits(started[0].ema, started[0].params)
@@ -508,7 +509,7 @@ def test_going_on_does_not_read_what_init_from_gave(trained, micro_config, tmp_p
     config.init_from, config.train.eval_every = str(tmp_path / "moved away"), 0
     started = []
     monkeypatch.setattr(loop, "run", lambda config, workdir, step, state, *_: started.append(state))
-    stages.train(config, workdir)
+    train(config, workdir)
     assert int(started[0].step) == 2
     assert same_bits(started[0].params, state_of(trained, 2).params)
 
@@ -524,7 +525,7 @@ def test_the_data_goes_on_where_it_was_with_another_batch_size(
         taken.append((metadata["next_example"], next(batches)))
 
     monkeypatch.setattr(loop, "run", run)
-    stages.train(config, workdir)
+    train(config, workdir)
     source = stages.open_source(config.data, "train", config.seed)
     expected = next(pipeline.train_batches(source, config, config.seed, start=2 * 4))
     (position, batch), *_ = taken
@@ -547,7 +548,7 @@ def test_training_from_cached_latents_is_the_same_training(
 
     monkeypatch.setattr(Telemetry, "fetch", recording)
     monkeypatch.setattr(stages.pipeline, "train_batches", lambda *_: pytest.fail("read pixels"))
-    stages.train(config, workdir)
+    train(config, workdir)
     from_pixels = read_scalars(Path(trained))["diffusion/loss"]
     assert sorted(seen) == [3, 4, 5, 6] and len(set(seen.values())) == 4
     expected = [from_pixels[step] for step in sorted(seen)]
