@@ -48,15 +48,15 @@ def keeping(
 class Linear(nnx.Linear):
     """nnx.Linear whose result can be kept by its name."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # [..., in] -> [..., out]
-        return checkpoint_name(super().__call__(x), PRODUCT)
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        return checkpoint_name(super().__call__(inputs, out_sharding), PRODUCT)
 
 
 class Conv(nnx.Conv):
     """nnx.Conv whose result can be kept by its name."""
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, in] -> [B, H', W', out]
-        return checkpoint_name(super().__call__(x), PRODUCT)
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        return checkpoint_name(super().__call__(inputs, out_sharding), PRODUCT)
 
 
 def linear(
@@ -162,7 +162,7 @@ class Attention(nnx.Module):
         kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         source = context_dim or channels
         # Not kept: what they give is large for the work that makes it.
-        project = functools.partial(nnx.Linear, kernel_init=_kernel_init, **kw)
+        project: Any = functools.partial(nnx.Linear, kernel_init=_kernel_init, **kw)
         self.to_q = project(channels, channels, use_bias=qkv_bias)
         self.to_k = project(source, channels, use_bias=qkv_bias)
         self.to_v = project(source, channels, use_bias=qkv_bias)

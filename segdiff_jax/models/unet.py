@@ -182,7 +182,7 @@ class Level(nnx.Module):
         )
         count = len(widths_in) - (resample == "middle") if heads else 0
         self.attentions = nnx.List(
-            SpatialTransformer(config, channels, heads, zero=zero, attention=attention, **kw)
+            SpatialTransformer(config, channels, heads or 1, zero=zero, attention=attention, **kw)
             for _ in range(count)
         )
         self.downsample = Downsample(channels, padding=(1, 1), **kw) if resample == "down" else None

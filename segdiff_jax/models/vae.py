@@ -118,8 +118,8 @@ def _levels(
     changes = [resample] * (len(widths) - 1) + [None]
     before = (widths[0], *widths)
     return nnx.List(
-        Level(config, *of_level, resnets, change, **kw)
-        for *of_level, change in zip(before, widths, changes, strict=False)
+        Level(config, width_in, width, resnets, change, **kw)
+        for width_in, width, change in zip(before, widths, changes, strict=False)
     )
 
 

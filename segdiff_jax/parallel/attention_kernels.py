@@ -42,7 +42,7 @@ def in_parts(attention: AttentionFn, mesh: Mesh) -> AttentionFn:
             return plain(query, key, value, mask)
         heads = None if query.shape[2] % mesh.shape["tensor"] else "tensor"
         part = P(("data", "fsdp"), None, heads)
-        on_each = jax.shard_map(
+        on_each: Any = jax.shard_map(
             attention, mesh=mesh, in_specs=(part,) * 3, out_specs=part, check_vma=False
         )
         return on_each(query, key, value)
