@@ -121,7 +121,9 @@ def test_maps_that_are_not_finite_have_no_score(files, capsys, tiny_networks, mo
     broken = nnx.clone(vae)
     nnx.update(broken, jax.tree.map(lambda x: x * np.nan, nnx.state(vae)))
     monkeypatch.setattr(
-        workdir, "load_networks", lambda path: (unet, broken, *rest, workdir.read_config(path))
+        workdir,
+        "load_with_step",
+        lambda path, which: ((unet, broken, *rest, workdir.read_config(path)), 6),
     )
     code, output = _run(files, capsys, *more)
     assert code == 2 and "not finite: the weights of the VAE" in output.err

@@ -262,7 +262,9 @@ def test_maps_that_are_not_finite_stop_with_image_class_and_reason(
     broken = nnx.clone(unet)
     nnx.update(broken, jax.tree.map(lambda x: x * np.nan, nnx.state(unet)))
     monkeypatch.setattr(
-        workdir, "load_networks", lambda path: (broken, *rest, workdir.read_config(path))
+        workdir,
+        "load_with_step",
+        lambda path, which: ((broken, *rest, workdir.read_config(path)), 6),
     )
     for more in ([], ["--ensemble", "2"]):
         code, output = _run(place, capsys, *more)
@@ -524,10 +526,10 @@ def test_pixels_are_limited_as_asked(place, capsys):
 def test_an_output_is_not_touched_before_the_checkpoint_is_known_to_load(
     place, capsys, monkeypatch
 ):
-    def damaged(path):
+    def damaged(path, which):
         raise UserError(f"{path}: every checkpoint is damaged")
 
-    monkeypatch.setattr(workdir, "load_networks", damaged)
+    monkeypatch.setattr(workdir, "load_with_step", damaged)
     assert _run(place, capsys)[0] == 2
     assert not (place / "o").exists()
 
