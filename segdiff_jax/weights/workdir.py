@@ -136,13 +136,15 @@ def check_not_inside(path: str, what: str = "--checkpoint") -> None:
 
 
 def _is_training(config: epath.Path) -> bool | None:
-    """Whether the file is a training's: networks have a config.json too. None: not readable."""
+    """Whether a config.json is a training's; networks have one too. None: nothing says so."""
     try:
         with reading(config):
-            values = json.loads(config.read_bytes())
-    except (OSError, ValueError):
+            keys = set(json.loads(config.read_bytes()))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return isinstance(values, dict) and ("stage" in values or "train" in values)
+    if keys & {"_class_name", "architectures", "model_type"}:
+        return False
+    return True if keys & {item.name for item in dataclasses.fields(Config)} else None
 
 
 def write_config(workdir: str, config: Config) -> None:
