@@ -49,7 +49,7 @@ def test_a_checkpoint_that_is_never_taken(gcs):
 COMPILE = """
     import time
     import jax, jax.numpy as jnp
-    from segdiff_jax import runtime
+    from segdiff_jax.parallel import runtime
 
     runtime.start()
     start = time.monotonic()

@@ -453,9 +453,9 @@ MERGED = """
     import jax
     jax.config.update("jax_num_cpu_devices", 8)
     import numpy as np
-    from segdiff_jax import segmenter
+    from segdiff_jax.inference import segmenter
     from segdiff_jax.config import MeshConfig, SamplerConfig
-    from segdiff_jax.training import sharding
+    from segdiff_jax.parallel import sharding
 
     merge, parts = segmenter._merge_spread, []
     def watched(*arguments):
@@ -499,11 +499,12 @@ ON_MESHES = """
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_disable_most_optimizations", True)
     import numpy as np
-    from segdiff_jax import segmenter, workdir
+    from segdiff_jax.inference import segmenter
+    from segdiff_jax.weights import workdir
     from segdiff_jax.config import MeshConfig
     from segdiff_jax.data.sources.source import open_source
     from segdiff_jax.evaluation.evaluator import evaluate
-    from segdiff_jax.training import sharding
+    from segdiff_jax.parallel import sharding
 
     *networks, config = workdir.load_networks(sys.argv[1])
     config.sampler = dataclasses.replace(config.sampler, steps=2, ensemble=2, batch_size=12)

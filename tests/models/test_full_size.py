@@ -147,7 +147,7 @@ LOADING = """
 import json, re, sys
 import jax
 from flax import nnx
-from segdiff_jax.models import pretrained
+from segdiff_jax.weights import pretrained
 
 def peak():
     status = open("/proc/self/status").read()

@@ -15,13 +15,15 @@ SETUP = """
     import numpy as np
     from flax import nnx
     from segdiff_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-    from segdiff_jax.models import pretrained
+    from segdiff_jax.weights import pretrained
     from segdiff_jax.models.clip_text import CLIPText
     from segdiff_jax.models.presets import PRESETS
     from segdiff_jax.text.tokenizer import train_tokenizer
     from segdiff_jax.models.unet import UNet
     from segdiff_jax.models.vae import VAE
-    from segdiff_jax.training import placement, sharding, stages
+    from segdiff_jax.training import stages
+    from segdiff_jax.parallel import placement
+    from segdiff_jax.parallel import sharding
     from segdiff_jax.training.step import init_state
 
     folder, workdir = sys.argv[1:]

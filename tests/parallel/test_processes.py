@@ -156,13 +156,14 @@ def test_an_error_in_one_process_is_told_and_returned_by_both(pair, tmp_path):
 ASSEMBLED = """
     import json, sys
     import jax
-    from segdiff_jax.training import processes
+    from segdiff_jax.parallel import processes
     processes.join()
     import numpy as np
     from jax.sharding import Mesh
     from segdiff_jax.config import Config, MeshConfig, TrainConfig
-    from segdiff_jax.data import pipeline, vocabulary
-    from segdiff_jax.training import sharding
+    from segdiff_jax.data import pipeline
+    from segdiff_jax.text import vocabulary
+    from segdiff_jax.parallel import sharding
 
     class Numbered:
         vocabulary, novel = vocabulary.from_names(["a", "b"]), ()
@@ -251,7 +252,7 @@ def test_half_an_address_is_a_clear_error(given, named, monkeypatch):
 LATE = """
     import os, sys, time
     from segdiff_jax import cli, waiting
-    from segdiff_jax.training import processes
+    from segdiff_jax.parallel import processes
     waiting.FIRST_WORD, waiting.NEXT_WORD = 1.0, 1.0
 
     def main(argv):

@@ -16,7 +16,7 @@ CLASSES = "sky; striped blue triangle; red disc, red circle"
 PATCHED = """
     import os, signal, sys
     from segdiff_jax import cli, predict
-    from segdiff_jax.data import requests
+    from segdiff_jax.inference import requests
     from segdiff_jax.inference.segmenter import Segmenter
 
     me, calls = int(os.environ["JAX_PROCESS_ID"]), []
@@ -66,7 +66,7 @@ def test_two_processes_predict_the_same_bytes_as_one(trained, photos, tmp_path):
 TELLING = """
     import sys
     from segdiff_jax import cli, evaluate
-    from segdiff_jax.data import sources
+    from segdiff_jax.data.sources import source as sources
     from segdiff_jax.inference.segmenter import Segmenter
 
     open_source, segmentation = sources.open_source, Segmenter.segmentation

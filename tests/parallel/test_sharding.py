@@ -152,8 +152,8 @@ TWO_SLICES = """
     from segdiff_jax.config import Config, MeshConfig, ModelConfig
     from segdiff_jax.errors import UserError
     from segdiff_jax.models import presets
-    from segdiff_jax.roofline.steps import train_step
-    from segdiff_jax.training import sharding
+    from segdiff_jax.aot import make_step
+    from segdiff_jax.parallel import sharding
     from segdiff_jax.parallel.sharding import make_mesh, state_sharding
 
     found = topologies.get_topology_desc(
@@ -183,9 +183,11 @@ TWO_SLICES = """
         config = Config(mesh=MeshConfig(*sizes), model=ModelConfig(preset="micro"))
         config.data.image_size = (16, 16)
         mesh = make_mesh(config.mesh, found)
-        step = train_step(config, mesh)
+        step = make_step(config, mesh)
         programs[name] = step.function.lower(*step.arguments).as_text()
-        meshes[f"step {name}"] = [dict(mesh.shape), programs[name].count("sharding_constraint")]
+        constraints = [x for x in programs[name].splitlines() if "sharding_constraint" in x]
+        over_replicas = sum('"data"' in line for line in constraints)
+        meshes[f"step {name}"] = [dict(mesh.shape), over_replicas]
     meshes["same"] = programs["1"] == programs["-1"]
     try:
         make_mesh(MeshConfig(dcn_data=3), found)
@@ -245,7 +247,7 @@ EIGHT_DEVICES = """
     import jax.numpy as jnp, numpy as np, optax
     from segdiff_jax.config import MeshConfig, OptimizerConfig
     from segdiff_jax.errors import UserError
-    from segdiff_jax.training import sharding
+    from segdiff_jax.parallel import sharding
     from segdiff_jax.training.optimizer import make_optimizer
 
     sharding.SMALLEST_SPREAD = 0  # the arrays here are small
@@ -420,7 +422,7 @@ REAL_UNET = """
     from segdiff_jax.config import MeshConfig
     from segdiff_jax.models.presets import PRESETS
     from segdiff_jax.models.unet import UNet
-    from segdiff_jax.training import sharding
+    from segdiff_jax.parallel import sharding
 
     config = PRESETS["tiny"].unet
     dtype = jnp.dtype(sys.argv[1])

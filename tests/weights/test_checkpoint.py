@@ -302,7 +302,7 @@ OTHER_MESH = """
     jax.config.update("jax_num_cpu_devices", 8)
     import jax.numpy as jnp, numpy as np
     from segdiff_jax.config import MeshConfig
-    from segdiff_jax.training import sharding
+    from segdiff_jax.parallel import sharding
     from segdiff_jax.weights.checkpoint import Checkpoints
 
     def placed(mesh, state):

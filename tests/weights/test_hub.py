@@ -185,7 +185,7 @@ def push(exported: Path, output: Path, repository: str = "me/model", **environme
 
 
 OFFLINE = """
-from segdiff_jax.models import pretrained
+from segdiff_jax.weights import pretrained
 print(None in pretrained.load("me/model"))
 """
 
