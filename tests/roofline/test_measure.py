@@ -93,7 +93,7 @@ def test_bodies_of_loops_are_counted_as_often_as_they_run():
     assert figures["bytes_accessed"] == 5 * 1000 + 3 * 100
 
 
-def test_the_sampler_needs_no_network_and_one_latent_per_image():
+def test_the_sampler_needs_no_network_and_knows_no_classes_or_images():
     config = small_config.get_config()
     config.sampler = dataclasses.replace(config.sampler, steps=2, ensemble=3)
     target = measure.Target("v5e:2x2", step="sample", classes=4)
@@ -102,10 +102,11 @@ def test_the_sampler_needs_no_network_and_one_latent_per_image():
     figures = made["per_chip"]
     assert figures["collectives"] == []
     assert figures["flops"]["total"] > figures["flops"]["model"]
-    # The latent is broadcast on the chip, not sent there once for each pass and member.
+    # Of classes and images it gets what is gathered for each of the 12: their number is no shape.
     _, _, mesh = measure._mesh(config, target)
-    *_, latents, groups, jobs, _ = steps.sample_step(config, mesh, 1, 4).arguments
-    assert (latents.shape[0], groups.shape, jobs.shape) == (1, (4, 1), (12, 3))
+    *_, contexts, mask, latents, members, _ = steps.sample_step(config, mesh, 1, 4).arguments
+    assert mask is None and members.shape == (12,)
+    assert contexts.shape[0] == latents.shape[0] == 12
 
 
 def test_the_decoder_counted_apart_is_a_part_of_the_sampler():
