@@ -203,10 +203,11 @@ class Segmenter:
             _check_finite(gray + spread, np.moveaxis(np.indices(gray.shape[:2]), 0, -1))
             return gray, spread
         except _NotFinite as error:
-            image = names[error.image] if names else f"image {error.image + 1} of {len(images)}"
+            numbered = f"image {error.image + 1} of {len(images)}: " if len(images) > 1 else ""
+            image = f"{names[error.image]}: " if names else numbered
             shown = [classes[i].name for i in groups[error.map] if i != codec.PAD]
             raise UserError(
-                f"{image}: the map of {', '.join(map(vocabulary.shorten, shown[:3]))} is not "
+                f"{image}the map of {', '.join(map(vocabulary.shorten, shown[:3]))} is not "
                 f"finite: {self._why_not_finite()}"
             ) from None
 
