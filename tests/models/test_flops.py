@@ -7,9 +7,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from segdiff_jax.models import flops, presets
-from segdiff_jax.models.attention import fused
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
+from segdiff_jax.parallel.attention_kernels import splash
 
 
 def traced(function, *arguments):
@@ -91,8 +91,8 @@ def test_the_part_of_one_device_counts_for_each():
 
 
 def test_attention_kernels_are_counted_apart():
-    q = k = floats(2, 512, 128, dtype=jnp.bfloat16)  # [B, S, N · D]
-    attend = lambda q, k, v: fused(q, k, v, 64)  # noqa: E731
+    q = k = floats(2, 512, 2, 64, dtype=jnp.bfloat16)  # [B, S, N, D]
+    attend = lambda q, k, v: splash(q, k, v)  # noqa: E731
     product = 2 * 2 * 2 * 512 * 512 * 64
     assert traced(attend, q, k, k) == (0, 0, 2 * product)
     gradient = jax.grad(lambda *x: attend(*x).astype(jnp.float32).sum(), (0, 1, 2))
