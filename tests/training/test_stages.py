@@ -238,7 +238,7 @@ def test_a_finished_vae_stage_is_left_as_it_is_and_goes_on_with_more_steps(
     train(config, workdir)
     assert contents(workdir) == before
     assert "nothing to do: the vae stage has done 3 steps" in caplog.text
-    config.train.steps = 4
+    config.vae.steps = 4
     train(config, workdir)
     assert steps_of(workdir)[-1] == 4
     old, new = (
