@@ -25,8 +25,8 @@ from segdiff_jax.config import SamplerConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import safetensors_files
 from segdiff_jax.models.attention import plain
-from segdiff_jax.models.layers import with_attention
 from segdiff_jax.segmenter import Segmenter
+from segdiff_jax.training.attention_kernels import with_attention
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 FUNCTION, DESCRIPTION = "sampler.stablehlo", "sampler.json"

@@ -15,14 +15,14 @@ from segdiff_jax.models.layers import Dtype
 class CLIPTextConfig:
     """The fields of transformers' `text_encoder/config.json` that change the network."""
 
-    vocab_size: int = 49408
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 23
-    num_attention_heads: int = 16
-    max_position_embeddings: int = 77
+    vocab_size: int = 49408  # tokens, ≥ 1
+    hidden_size: int = 1024  # channels, a multiple of the heads
+    intermediate_size: int = 4096  # channels within a feed-forward, ≥ 1
+    num_hidden_layers: int = 23  # ≥ 1
+    num_attention_heads: int = 16  # ≥ 1
+    max_position_embeddings: int = 77  # tokens of the longest text, ≥ 1
     hidden_act: str = "gelu"  # "gelu" (ViT-H, SD2) | "quick_gelu" (ViT-L, SD1)
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: float = 1e-5  # > 0
 
 
 def _activation(name: str, x: jax.Array) -> jax.Array:
@@ -34,11 +34,8 @@ def _activation(name: str, x: jax.Array) -> jax.Array:
 class EncoderLayer(nnx.Module):
     """Tokens attend to each other; then each by itself."""
 
-    def __init__(
-        self, config: CLIPTextConfig, *, attention: AttentionFn, dtype: Dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: CLIPTextConfig, *, attention: AttentionFn, **kw: Any):
         width = config.hidden_size
-        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         norm = lambda: nnx.LayerNorm(width, epsilon=config.layer_norm_eps, **kw)  # noqa: E731
         self.layer_norm1, self.layer_norm2 = norm(), norm()
         self.q_proj = nnx.Linear(width, width, **kw)
@@ -50,11 +47,8 @@ class EncoderLayer(nnx.Module):
         self.out_proj = nnx.Linear(width, width, kernel_init=mixing, **kw)
         self.fc1 = nnx.Linear(width, config.intermediate_size, **kw)
         self.fc2 = nnx.Linear(config.intermediate_size, width, **kw)
-        self.heads, self.act, self.attention = (
-            config.num_attention_heads,
-            config.hidden_act,
-            attention,
-        )
+        self.heads, self.act = config.num_attention_heads, config.hidden_act
+        self.attention = attention
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:  # [B, L, D] -> [B, L, D]
         x = x + self.out_proj(self._attend(self.layer_norm1(x), mask))

@@ -13,7 +13,7 @@ from segdiff_jax.config import Config
 from segdiff_jax.data import scenes, vocabulary
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.models import presets
-from segdiff_jax.models.layers import kernels_as_multiplied, with_attention
+from segdiff_jax.models.layers import kernels_as_multiplied
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, decode_latents
 from segdiff_jax.roofline import flops
@@ -83,12 +83,12 @@ def train_step(config: Config, mesh: jax.sharding.Mesh) -> Step:
     """The step of `config.stage`, as `training.loop` compiles it."""
     nets = networks(config)
     attention = attention_kernels.on_mesh(mesh)
-    vae_graph, vae_params = nnx.split(with_attention(nets.vae, attention))
+    vae_graph, vae_params = nnx.split(attention_kernels.with_attention(nets.vae, attention))
     if config.stage == "vae":
         params, frozen = vae_params, None
         step = vae_step(vae_graph, config, mesh)
     else:
-        graph, params = nnx.split(with_attention(nets.unet, attention))
+        graph, params = nnx.split(attention_kernels.with_attention(nets.unet, attention))
         frozen = sharding.abstract(
             Frozen(vae_params, _schedule(config), _table(nets, class_count(config))),
             sharding.replicated(mesh),
@@ -161,7 +161,7 @@ def _sampler(
     nets, whole = networks(config), sharding.replicated(mesh)
     rows = sharding.rows_sharding(mesh)
     attention = attention_kernels.on_device(mesh.devices.flat[0].platform)
-    unet_graph, unet_params = nnx.split(with_attention(nets.unet, attention))
+    unet_graph, unet_params = nnx.split(attention_kernels.with_attention(nets.unet, attention))
     vae_graph, vae_params = nnx.split(nets.vae)
     group = codec.group_size(classes, config.codec.classes_per_pass)
     latent = (*_latent_size(config, nets), nets.vae.config.latent_channels)

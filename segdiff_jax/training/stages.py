@@ -25,7 +25,6 @@ from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import presets, pretrained
 from segdiff_jax.models.clip_text import CLIPText
-from segdiff_jax.models.layers import with_attention
 from segdiff_jax.models.pretrained import Pretrained
 from segdiff_jax.models.tokenizer import train_tokenizer
 from segdiff_jax.models.unet import UNet, UNetConfig
@@ -80,7 +79,8 @@ def _train_vae(config: Config, workdir: str, source: Source, startup: StartUp) -
     if config.init_from:
         given = pretrained.load(config.init_from, ("vae",), place=placer(mesh)).vae
     vae = given or nnx.eval_shape(lambda: _new_vae(config))
-    graph, params = nnx.split(with_attention(vae, attention_kernels.on_mesh(mesh)))
+    attention = attention_kernels.on_mesh(mesh)
+    graph, params = nnx.split(attention_kernels.with_attention(vae, attention))
     make = None if given else lambda: nnx.state(_new_vae(config))
     batches = _batches(config, source)
     startup.done("weights")
@@ -114,7 +114,7 @@ def _train_diffusion(config: Config, workdir: str, source: Source, startup: Star
     table = conditioning.encode_prompts(text_encoder, tokenizer, entries, config.prompts.templates)
     mesh = sharding.make_mesh(config.mesh)
     attention = attention_kernels.on_mesh(mesh)
-    vae_graph, vae_params = nnx.split(with_attention(vae, attention))
+    vae_graph, vae_params = nnx.split(attention_kernels.with_attention(vae, attention))
     frozen = Frozen(vae_params, make_schedule(config.diffusion), table)
 
     # What a checkpoint of this run replaces need not be read.
