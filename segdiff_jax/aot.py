@@ -32,7 +32,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.inference import segmenter
 from segdiff_jax.models import flops, presets
 from segdiff_jax.models.attention import AttentionFn, plain
-from segdiff_jax.models.layers import kernels_as_multiplied, with_attention
+from segdiff_jax.models.layers import kernels_as_multiplied
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import attention_kernels, chips, sharding
@@ -225,8 +225,10 @@ def _sample_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
 def _sampler(config: Config, nets: _Networks, mesh: Mesh, jobs: int) -> tuple[Any, tuple[Any, ...]]:
     """`segmenter.sampler_on` and its arguments: all that this file knows of how it is called."""
     whole, rows = sharding.replicated(mesh), sharding.rows_sharding(mesh)
-    unet, unet_params = nnx.split(with_attention(nets.unet, attention_kernels.on_device("tpu")))
-    vae, vae_params = nnx.split(with_attention(nets.vae, plain))
+    unet, unet_params = nnx.split(
+        attention_kernels.with_attention(nets.unet, attention_kernels.on_device("tpu"))
+    )
+    vae, vae_params = nnx.split(attention_kernels.with_attention(nets.vae, plain))
     schedule, key = jax.eval_shape(lambda: (make_schedule(config.diffusion), jax.random.key(0)))
     kind, ids = config.codec.context, jax.ShapeDtypeStruct((jobs, nets.group), jnp.int32)
     contexts, mask = jax.eval_shape(lambda table, ids: context(table, ids, kind), nets.table, ids)

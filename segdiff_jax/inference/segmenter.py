@@ -23,7 +23,7 @@ from segdiff_jax.inference import requests
 from segdiff_jax.inference.result import Segmentation, from_maps
 from segdiff_jax.models.attention import plain
 from segdiff_jax.models.clip_text import CLIPText
-from segdiff_jax.models.layers import kernels_as_multiplied, with_attention
+from segdiff_jax.models.layers import kernels_as_multiplied
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
 from segdiff_jax.parallel import attention_kernels, processes, sharding
@@ -58,8 +58,8 @@ class Segmenter:
         self.mesh = mesh or sharding.make_mesh(MeshConfig())
         # Each device works by itself (`sampler_on`), whatever mesh the networks were trained on.
         attention = attention_kernels.on_device(self.mesh.devices.flat[0].platform)
-        self._unet, unet_params = nnx.split(with_attention(unet, attention))
-        self._vae, vae_params = nnx.split(with_attention(vae, plain))
+        self._unet, unet_params = nnx.split(attention_kernels.with_attention(unet, attention))
+        self._vae, vae_params = nnx.split(attention_kernels.with_attention(vae, plain))
         self._unet_params = self._for_sampling(unet_params)
         self._vae_params = on_mesh(vae_params, self.mesh)
         self._schedule = on_mesh(make_schedule(config.diffusion), self.mesh)

@@ -26,7 +26,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.inference import segmenter
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models.attention import plain
-from segdiff_jax.models.layers import with_attention
+from segdiff_jax.parallel.attention_kernels import with_attention
 from segdiff_jax.weights import safetensors_files
 
 PLATFORMS = ("cpu", "cuda", "tpu")

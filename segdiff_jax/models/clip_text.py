@@ -18,12 +18,12 @@ ACTIVATIONS = ("gelu", "quick_gelu")
 class CLIPTextConfig:
     """The fields of transformers' `text_encoder/config.json` that change the network."""
 
-    vocab_size: int = number(49408, 1, 10_000_000)
-    hidden_size: int = number(1024, 1, 65536)
-    intermediate_size: int = number(4096, 1, 1_000_000)
+    vocab_size: int = number(49408, 1, 10_000_000)  # tokens
+    hidden_size: int = number(1024, 1, 65536)  # channels, a multiple of the heads
+    intermediate_size: int = number(4096, 1, 1_000_000)  # channels within a feed-forward
     num_hidden_layers: int = number(23, 1, 1000)
     num_attention_heads: int = number(16, 1, 65536)
-    max_position_embeddings: int = number(77, 1, 65536)
+    max_position_embeddings: int = number(77, 1, 65536)  # tokens of the longest text
     hidden_act: str = choice("gelu", ACTIVATIONS)  # gelu: ViT-H, SD2; quick_gelu: ViT-L, SD1
     layer_norm_eps: float = number(1e-5, 1e-12, 1.0)
 
@@ -37,11 +37,8 @@ def _activation(name: str, x: jax.Array) -> jax.Array:
 class EncoderLayer(nnx.Module):
     """Tokens attend to each other; then each by itself."""
 
-    def __init__(
-        self, config: CLIPTextConfig, *, attention: AttentionFn, dtype: Dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: CLIPTextConfig, *, attention: AttentionFn, **kw: Any):
         width = config.hidden_size
-        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         norm = lambda: nnx.LayerNorm(width, epsilon=config.layer_norm_eps, **kw)  # noqa: E731
         self.layer_norm1, self.layer_norm2 = norm(), norm()
         self.q_proj = nnx.Linear(width, width, **kw)
@@ -53,11 +50,8 @@ class EncoderLayer(nnx.Module):
         self.out_proj = nnx.Linear(width, width, kernel_init=mixing, **kw)
         self.fc1 = nnx.Linear(width, config.intermediate_size, **kw)
         self.fc2 = nnx.Linear(config.intermediate_size, width, **kw)
-        self.heads, self.act, self.attention = (
-            config.num_attention_heads,
-            config.hidden_act,
-            attention,
-        )
+        self.heads, self.act = config.num_attention_heads, config.hidden_act
+        self.attention = attention
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:  # [B, L, D] -> [B, L, D]
         x = x + self.out_proj(self._attend(self.layer_norm1(x), mask))

@@ -2,6 +2,7 @@
 
 Products (convolutions, linear layers, attention) take and give the network's `dtype`, and so do
 blocks. Norms, and the sums within a transformer, are float32; layers cast what they are given.
+Constructors take `dtype` and `rngs` last, and hand them on as `kw`.
 """
 
 import functools
@@ -17,11 +18,11 @@ from jax.ad_checkpoint import checkpoint_name
 from segdiff_jax.models.attention import AttentionFn
 
 Dtype = jnp.dtype | type
+Policy = Callable[..., bool]
 
 # Keeps the variance of what passes through. Torch's default, a third of it, fades a signal that
 # crosses the dozen bare convolutions of the VAE until a new network sees little but its biases.
 _kernel_init = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
-
 
 PRODUCT = "product"  # the name of a result that a block may keep
 # What a block keeps for its backward pass, which makes the rest again: the results of products
@@ -31,10 +32,7 @@ KEEP_INPUTS = jax.checkpoint_policies.nothing_saveable
 
 
 def keeping(
-    policy: Callable[..., bool] | None,
-    block: Callable[..., jax.Array],
-    module: nnx.Module,
-    *inputs: Any,
+    policy: Policy | None, block: Callable[..., jax.Array], module: nnx.Module, *inputs: Any
 ) -> jax.Array:
     """`block(module, *inputs)`, which keeps what `policy` says; None: whatever JAX would."""
     if policy is None:
@@ -78,16 +76,9 @@ def conv(
     **kw,
 ) -> Conv:
     """A square convolution. `padding` is (before, after) on both axes; by default it keeps size."""
-    pad = (size // 2, size // 2) if padding is None else padding
-    return Conv(
-        features_in,
-        features_out,
-        kernel_size=(size, size),
-        strides=(stride, stride),
-        padding=(pad, pad),
-        kernel_init=nnx.initializers.zeros if zero else _kernel_init,
-        **kw,
-    )
+    kw["kernel_init"] = nnx.initializers.zeros if zero else _kernel_init
+    kw["padding"] = [padding or (size // 2, size // 2)] * 2
+    return Conv(features_in, features_out, (size, size), (stride, stride), **kw)
 
 
 def kernels_as_multiplied(network: nnx.GraphDef, params: Any) -> Any:
@@ -97,31 +88,15 @@ def kernels_as_multiplied(network: nnx.GraphDef, params: Any) -> Any:
     half as large to hold and to send, and what a layer computes stays the same to the last bit.
     Leaves may be `ShapeDtypeStruct`s; those that stay are not copied.
     """
-
-    def multiplied(params: Any) -> Any:
-        module = nnx.merge(network, params)
-        for _, layer in nnx.iter_modules(module):
-            if isinstance(layer, nnx.Linear | nnx.Conv) and layer.dtype is not None:
-                layer.kernel.set_value(layer.kernel[...].astype(layer.dtype))
-        return nnx.split(module)[1]
-
-    def cast(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
-        if leaf.dtype == like.dtype:
-            return leaf
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return leaf.update(dtype=like.dtype)
-        return leaf.astype(like.dtype)
-
-    return jax.tree.map(cast, params, jax.eval_shape(multiplied, params))
-
-
-def with_attention(network: Any, attention: AttentionFn) -> Any:
-    """`network`, with the same arrays, as if it had been built with another attention function."""
-    network = nnx.merge(*nnx.split(network))
-    for _, layer in nnx.iter_modules(network):
-        if isinstance(layer, Attention):
-            layer.attention = attention
-    return network
+    own = jax.tree.map(lambda leaf: leaf, params)  # variables of our own, for the same arrays
+    module = nnx.merge(network, own)
+    for _, layer in nnx.iter_modules(module):
+        if isinstance(layer, nnx.Linear | nnx.Conv) and layer.dtype is not None:
+            kernel = layer.kernel.get_value()
+            abstract = isinstance(kernel, jax.ShapeDtypeStruct)
+            change = kernel.update if abstract else kernel.astype
+            layer.kernel.set_value(change(dtype=layer.dtype))
+    return nnx.state(module)
 
 
 class GroupNorm(nnx.Module):
@@ -156,10 +131,8 @@ class Attention(nnx.Module):
         attention: AttentionFn,
         context_dim: int | None = None,
         qkv_bias: bool = False,
-        dtype: Dtype,
-        rngs: nnx.Rngs,
+        **kw: Any,
     ):
-        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         source = context_dim or channels
         # Not kept: what they give is large for the work that makes it.
         project: Any = functools.partial(nnx.Linear, kernel_init=_kernel_init, **kw)
@@ -198,7 +171,8 @@ class ResnetBlock(nnx.Module):
         kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.norm1 = GroupNorm(channels_in, groups, epsilon)
         self.conv1 = conv(channels_in, channels_out, **kw)
-        self.time_emb_proj = linear(time_dim, channels_out, rngs=rngs) if time_dim else None
+        exact: dict[str, Any] = {"dtype": jnp.float32, "rngs": rngs}  # small, and seen everywhere
+        self.time_emb_proj = linear(time_dim, channels_out, **exact) if time_dim else None
         self.norm2 = GroupNorm(channels_out, groups, epsilon)
         self.conv2 = conv(channels_out, channels_out, zero=zero, **kw)
         changes_width = channels_in != channels_out
@@ -216,8 +190,8 @@ class ResnetBlock(nnx.Module):
 class Downsample(nnx.Module):
     """Stride-2 convolution. The UNet pads (1, 1), the VAE encoder (0, 1)."""
 
-    def __init__(self, channels: int, *, padding: tuple[int, int], dtype: Dtype, rngs: nnx.Rngs):
-        self.conv = conv(channels, channels, stride=2, padding=padding, dtype=dtype, rngs=rngs)
+    def __init__(self, channels: int, *, padding: tuple[int, int], **kw: Any):
+        self.conv = conv(channels, channels, stride=2, padding=padding, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, C] -> [B, ⌈H/2⌉, ⌈W/2⌉, C]
         return self.conv(x)
@@ -226,8 +200,8 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Nearest-neighbour upsampling, then a convolution."""
 
-    def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
-        self.conv = conv(channels, channels, dtype=dtype, rngs=rngs)
+    def __init__(self, channels: int, **kw: Any):
+        self.conv = conv(channels, channels, **kw)
 
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
         """x [B, H, W, C] -> [B, *size, C], by default of twice the height and width."""
@@ -246,7 +220,7 @@ def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 def sinusoidal_embedding(
-    positions: jax.Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+    positions: jax.Array, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
 ) -> jax.Array:
     """Sinusoidal embedding (arXiv 1706.03762 §3.5) of positions [B] -> float32 [B, dim]."""
     half = dim // 2

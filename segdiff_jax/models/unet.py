@@ -31,24 +31,21 @@ from segdiff_jax.models.layers import (
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The fields of diffusers' `unet/config.json` that change the network.
+    """The fields of diffusers' `unet/config.json` that change the network."""
 
-    `heads` is the number of attention heads per level (the file calls it `attention_head_dim`).
-    """
-
-    in_channels: int = number(8, 1, 65536)
-    out_channels: int = number(4, 1, 65536)
-    block_out_channels: tuple[int, ...] = number((320, 640, 1280, 1280), 1, 65536)
-    cross_attention: tuple[bool, ...] = (True, True, True, False)  # per level, going down
-    layers_per_block: int = number(2, 1, 64)
-    transformer_layers: int = number(1, 1, 64)
-    heads: tuple[int, ...] = number((5, 10, 20, 20), 1, 65536)
-    cross_attention_dim: int = number(1024, 1, 65536)
-    use_linear_projection: bool = True
-    norm_groups: int = number(32, 1, 65536)
-    norm_epsilon: float = number(1e-5, 1e-12, 1.0)
-    flip_sin_to_cos: bool = True
-    freq_shift: float = number(0.0, 0.0, 1.0)
+    in_channels: int = number(8, 1, 65536)  # image latent ⊕ noisy mask latent
+    out_channels: int = number(4, 1, 65536)  # channels of one latent
+    block_out_channels: tuple[int, ...] = number((320, 640, 1280, 1280), 1, 65536)  # per level
+    cross_attention: tuple[bool, ...] = (True, True, True, False)  # per level: has transformers
+    layers_per_block: int = number(2, 1, 64)  # resnets per level going down; one more going up
+    transformer_layers: int = number(1, 1, 64)  # blocks per transformer
+    heads: tuple[int, ...] = number((5, 10, 20, 20), 1, 65536)  # in files: `attention_head_dim`
+    cross_attention_dim: int = number(1024, 1, 65536)  # channels of the text
+    use_linear_projection: bool = True  # around a transformer; False: a 1 × 1 convolution
+    norm_groups: int = number(32, 1, 65536)  # a divisor of all widths
+    norm_epsilon: float = number(1e-5, 1e-12, 1.0)  # of the resnets' norms
+    flip_sin_to_cos: bool = True  # cosines come first in the code of the timestep
+    freq_shift: float = number(0.0, 0.0, 1.0)  # 1 lets its frequencies end at 1 / 10,000
 
     @property
     def downsampling(self) -> int:
@@ -80,9 +77,9 @@ def check(config: UNetConfig, name: str, keys: Mapping[str, str] = MappingProxyT
 class FeedForward(nnx.Module):
     """GEGLU (arXiv 2002.05202): proj_out(a · gelu(b)) with a, b = split(proj_in(x))."""
 
-    def __init__(self, channels: int, *, dtype: Dtype, rngs: nnx.Rngs):
-        self.proj_in = linear(channels, 8 * channels, dtype=dtype, rngs=rngs)
-        self.proj_out = linear(4 * channels, channels, dtype=dtype, rngs=rngs)
+    def __init__(self, channels: int, **kw: Any):
+        self.proj_in = linear(channels, 8 * channels, **kw)
+        self.proj_out = linear(4 * channels, channels, **kw)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, S, C] -> [B, S, C]
         hidden, gate = jnp.split(self.proj_in(x), 2, axis=-1)
@@ -93,17 +90,9 @@ class TransformerBlock(nnx.Module):
     """Positions attend to each other, then to the text; then each by itself."""
 
     def __init__(
-        self,
-        channels: int,
-        heads: int,
-        context_dim: int,
-        *,
-        attention: AttentionFn,
-        dtype: Dtype,
-        rngs: nnx.Rngs,
+        self, channels: int, heads: int, context_dim: int, *, attention: AttentionFn, **kw: Any
     ):
-        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        norm = lambda: nnx.LayerNorm(channels, epsilon=1e-5, rngs=rngs)  # noqa: E731
+        norm = lambda: nnx.LayerNorm(channels, epsilon=1e-5, rngs=kw["rngs"])  # noqa: E731
         self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
         self.attn1 = Attention(channels, heads, attention=attention, **kw)
         self.attn2 = Attention(channels, heads, attention=attention, context_dim=context_dim, **kw)
@@ -127,10 +116,8 @@ class SpatialTransformer(nnx.Module):
         *,
         zero: bool,
         attention: AttentionFn,
-        dtype: Dtype,
-        rngs: nnx.Rngs,
+        **kw: Any,
     ):
-        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         project = linear if config.use_linear_projection else lambda i, o, **k: conv(i, o, 1, **k)
         self.norm = GroupNorm(channels, config.norm_groups, 1e-6)
         self.proj_in = project(channels, channels, **kw)
@@ -159,25 +146,17 @@ class Level(nnx.Module):
         config: UNetConfig,
         widths_in: list[int],
         channels: int,
-        heads: int | None,
+        heads: int,
         *,
         resample: str | None,
         zero: bool,
         attention: AttentionFn,
-        dtype: Dtype,
-        rngs: nnx.Rngs,
+        **kw: Any,
     ):
-        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
+        norm: dict[str, Any] = {"groups": config.norm_groups, "epsilon": config.norm_epsilon}
+        time_dim = 4 * config.block_out_channels[0]
         self.resnets = nnx.List(
-            ResnetBlock(
-                width,
-                channels,
-                groups=config.norm_groups,
-                epsilon=config.norm_epsilon,
-                time_dim=4 * config.block_out_channels[0],
-                zero=zero,
-                **kw,
-            )
+            ResnetBlock(width, channels, time_dim=time_dim, zero=zero, **norm, **kw)
             for width in widths_in
         )
         count = len(widths_in) - (resample == "middle") if heads else 0
@@ -190,16 +169,17 @@ class Level(nnx.Module):
 
     def layer(self, x, skip, time, context, mask, *, index: int) -> jax.Array:
         """The resnet at `index` of x ⊕ skip, and the transformer if there is one: [B, H, W, C]."""
-        x = self.resnets[index](x if skip is None else jnp.concatenate([x, skip], -1), time)
+        x = x if skip is None else jnp.concatenate([x, skip], axis=-1)
+        x = self.resnets[index](x, time)
         return self.attentions[index](x, context, mask) if index < len(self.attentions) else x
 
 
 class UNet(nnx.Module):
     """Predicts noise, x0 or velocity from noisy latents, timestep and text.
 
-    attention: for images to themselves and to the text. remat: blocks keep only what they are given
-    for the backward pass; without it they keep the results of their products too. zero_init: every
-    residual branch and the output start at zero, for training from nothing.
+    attention: of positions to each other and to the text. remat: for the backward pass blocks keep
+    only what they are given; else the results of their products too, and in float32 all. zero_init:
+    every residual branch and the output start at zero, for training from nothing.
     """
 
     def __init__(
@@ -214,6 +194,7 @@ class UNet(nnx.Module):
     ):
         kw: dict[str, Any] = {"zero": zero_init, "attention": attention}
         kw |= {"dtype": dtype, "rngs": rngs}
+        exact: dict[str, Any] = {"dtype": jnp.float32, "rngs": rngs}
         widths, layers = config.block_out_channels, config.layers_per_block
         last = len(widths) - 1
         self.config, self.dtype = config, dtype
@@ -222,13 +203,12 @@ class UNet(nnx.Module):
         self.kept = KEEP_INPUTS if remat else by_default
         # The two ends and the time embedding, which every block adds, are small: float32 there
         # costs nothing that can be measured and takes out rounding that all layers would see.
-        self.conv_in = conv(config.in_channels, widths[0], rngs=rngs)
-        self.time_linear_1 = linear(widths[0], 4 * widths[0], rngs=rngs)
-        self.time_linear_2 = linear(4 * widths[0], 4 * widths[0], rngs=rngs)
+        self.conv_in = conv(config.in_channels, widths[0], **exact)
+        self.time_linear_1 = linear(widths[0], 4 * widths[0], **exact)
+        self.time_linear_2 = linear(4 * widths[0], 4 * widths[0], **exact)
 
-        heads = [
-            n if on else None for n, on in zip(config.heads, config.cross_attention, strict=True)
-        ]
+        attends = zip(config.heads, config.cross_attention, strict=True)
+        heads = [count if on else 0 for count, on in attends]
         skips, down = [widths[0]], []
         for i, width in enumerate(widths):
             inputs = [widths[max(i - 1, 0)]] + [width] * (layers - 1)
@@ -249,7 +229,7 @@ class UNet(nnx.Module):
             up.append(Level(config, inputs, widths[i], heads[i], resample=resample, **kw))
         self.up_blocks = nnx.List(up)
         self.conv_norm_out = GroupNorm(widths[0], config.norm_groups, config.norm_epsilon)
-        self.conv_out = conv(widths[0], config.out_channels, zero=zero_init, rngs=rngs)
+        self.conv_out = conv(widths[0], config.out_channels, zero=zero_init, **exact)
 
     def __call__(
         self,
@@ -290,10 +270,6 @@ class UNet(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
     def _time_embedding(self, timesteps: jax.Array) -> jax.Array:
-        embedding = sinusoidal_embedding(
-            timesteps,
-            self.config.block_out_channels[0],
-            flip_sin_to_cos=self.config.flip_sin_to_cos,
-            freq_shift=self.config.freq_shift,
-        )
+        width, c = self.config.block_out_channels[0], self.config
+        embedding = sinusoidal_embedding(timesteps, width, c.flip_sin_to_cos, c.freq_shift)
         return self.time_linear_2(jax.nn.silu(self.time_linear_1(embedding)))

@@ -1,5 +1,6 @@
 """The VAE of Stable Diffusion (`AutoencoderKL`), channel-last."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,15 +35,14 @@ def _narrow_posterior(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> j
 class VAEConfig:
     """The fields of diffusers' `vae/config.json` that change the network or its use."""
 
-    in_channels: int = number(3, 1, 65536)
-    out_channels: int = number(3, 1, 65536)
+    in_channels: int = number(3, 1, 65536)  # channels of an image
+    out_channels: int = number(3, 1, 65536)  # channels of a decoded image
     latent_channels: int = number(4, 1, 65536)
-    block_out_channels: tuple[int, ...] = number((128, 256, 512, 512), 1, 65536)
-    layers_per_block: int = number(2, 1, 64)
-    norm_groups: int = number(32, 1, 65536)
-    mid_attention: bool = True
-    # Latents that the UNet sees = posterior mean × this.
-    scaling_factor: float = number(0.18215, 1e-4, 1e4)
+    block_out_channels: tuple[int, ...] = number((128, 256, 512, 512), 1, 65536)  # per level
+    layers_per_block: int = number(2, 1, 64)  # resnets per level; one more in the decoder
+    norm_groups: int = number(32, 1, 65536)  # a divisor of all widths
+    mid_attention: bool = True  # in the middle of encoder and decoder
+    scaling_factor: float = number(0.18215, 1e-4, 1e4)  # latents the UNet sees = mean × this
 
     @property
     def downsampling(self) -> int:
@@ -72,11 +72,8 @@ class MidBlock(nnx.Module):
 
     def __init__(self, config: VAEConfig, channels: int, *, attention: AttentionFn, **kw: Any):
         self.resnets = nnx.List(_resnet(config, channels, channels, **kw) for _ in range(2))
-        self.attention = (
-            SpatialAttention(channels, config.norm_groups, attention=attention, **kw)
-            if config.mid_attention
-            else None
-        )
+        attend = functools.partial(SpatialAttention, channels, config.norm_groups, **kw)
+        self.attention = attend(attention=attention) if config.mid_attention else None
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, C] -> [B, H, W, C]
         x = self.resnets[0](x)
@@ -86,40 +83,32 @@ class MidBlock(nnx.Module):
 
 
 class Level(nnx.Module):
-    """One resolution of the encoder or decoder: `resnets` of them, then to the next one."""
+    """One resolution of the encoder ("down" to the next), or of the decoder ("up" to it)."""
 
-    def __init__(
-        self,
-        config: VAEConfig,
-        channels_in: int,
-        channels: int,
-        resnets: int,
-        resample: str | None,
-        **kw: Any,
-    ):
-        widths_in = [channels_in] + [channels] * (resnets - 1)
-        self.resnets = nnx.List(_resnet(config, width, channels, **kw) for width in widths_in)
+    def __init__(self, config: VAEConfig, widths: list[int], resample: str | None, **kw: Any):
+        pairs = zip(widths, widths[1:], strict=False)
+        self.resnets = nnx.List(_resnet(config, *pair, **kw) for pair in pairs)
         down, up = resample == "down", resample == "up"
-        self.downsample = Downsample(channels, padding=(0, 1), **kw) if down else None
-        self.upsample = Upsample(channels, **kw) if up else None
+        self.downsample = Downsample(widths[-1], padding=(0, 1), **kw) if down else None
+        self.upsample = Upsample(widths[-1], **kw) if up else None
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, C_in] -> [B, H', W', C]
         for resnet in self.resnets:
             x = resnet(x)
-        if self.downsample is not None:
-            x = self.downsample(x)
-        return x if self.upsample is None else self.upsample(x)
+        for resample in (self.downsample, self.upsample):
+            x = x if resample is None else resample(x)
+        return x
 
 
 def _levels(
     config: VAEConfig, widths: tuple[int, ...], resnets: int, resample: str, **kw: Any
 ) -> nnx.List:
-    """One `Level` for each of `widths`; all but the last change the resolution."""
+    """One `Level` of `resnets` for each of `widths`; all but the last change the resolution."""
+    before = (widths[0], *widths[:-1])
     changes = [resample] * (len(widths) - 1) + [None]
-    before = (widths[0], *widths)
     return nnx.List(
-        Level(config, width_in, width, resnets, change, **kw)
-        for width_in, width, change in zip(before, widths, changes, strict=False)
+        Level(config, [first] + [width] * resnets, change, **kw)
+        for first, width, change in zip(before, widths, changes, strict=True)
     )
 
 

@@ -7,17 +7,30 @@ precision; what they do not take, and all on CPUs, is `models.attention.plain`.
 
 import functools
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from segdiff_jax.models.attention import AttentionFn, plain
-from segdiff_jax.models.layers import PRODUCT
+from segdiff_jax.models.layers import PRODUCT, Attention
+
+N = TypeVar("N", bound=nnx.Module)
+
+
+def with_attention(network: N, attention: AttentionFn) -> N:
+    """`network`, with the same arrays, as if it had been built with another attention function."""
+    graph, params = nnx.split(network)
+    network = nnx.merge(graph, params)
+    for _, layer in nnx.iter_modules(network):
+        if isinstance(layer, Attention):
+            layer.attention = attention
+    return network
 
 
 @functools.cache
@@ -42,8 +55,12 @@ def in_parts(attention: AttentionFn, mesh: Mesh) -> AttentionFn:
             return plain(query, key, value, mask)
         heads = None if query.shape[2] % mesh.shape["tensor"] else "tensor"
         part = P(("data", "fsdp"), None, heads)
-        on_each: Any = jax.shard_map(
-            attention, mesh=mesh, in_specs=(part,) * 3, out_specs=part, check_vma=False
+        on_each = jax.shard_map(
+            lambda query, key, value: attention(query, key, value, None),
+            mesh=mesh,
+            in_specs=(part,) * 3,
+            out_specs=part,
+            check_vma=False,
         )
         return on_each(query, key, value)
 

@@ -23,7 +23,6 @@ from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import flops, presets
 from segdiff_jax.models.clip_text import CLIPText
-from segdiff_jax.models.layers import with_attention
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import attention_kernels, processes, sharding
@@ -163,7 +162,8 @@ def _train_vae(run: Run) -> None:
         ).vae
     _begin(run)
     vae = given or nnx.eval_shape(lambda: _new_vae(config))
-    graph, params = nnx.split(with_attention(vae, attention_kernels.on_mesh(mesh)))
+    attention = attention_kernels.on_mesh(mesh)
+    graph, params = nnx.split(attention_kernels.with_attention(vae, attention))
     make = None if given else lambda: nnx.state(_new_vae(config))
     run.startup.done("weights")
     step = vae_step(graph, config, mesh)
@@ -191,7 +191,7 @@ def _train_diffusion(run: Run) -> None:
     entries = run.source.vocabulary.classes
     table = conditioning.encode_prompts(text_encoder, tokenizer, entries, config.prompts.templates)
     attention = attention_kernels.on_mesh(mesh)
-    vae_graph, vae_params = nnx.split(with_attention(vae, attention))
+    vae_graph, vae_params = nnx.split(attention_kernels.with_attention(vae, attention))
     frozen = Frozen(vae_params, make_schedule(config.diffusion), table)
     unet_config = saved or (
         given.config

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from segdiff_jax.parallel.attention_kernels import with_attention
 
 from segdiff_jax.models import layers, presets
 from segdiff_jax.models.attention import plain
@@ -68,7 +69,7 @@ def test_another_attention_function_takes_the_place_of_the_first_one():
     config = unet.config
     inputs = jnp.ones((1, 8, 8, config.in_channels)), jnp.ones(1), jnp.ones((1, 5, 128))
     expected = unet(*inputs)
-    other = layers.with_attention(unet, watched)
+    other = with_attention(unet, watched)
     np.testing.assert_array_equal(other(*inputs), expected)
     # Positions to themselves, then to the text: 4 × 4 of them, 4 heads of 32, in four layers.
     assert calls == [((1, 16, 4, 32), (1, n, 4, 32), True) for n in (16, 5)] * (len(calls) // 2)
