@@ -77,7 +77,7 @@ def conv(
 ) -> Conv:
     """A square convolution. `padding` is (before, after) on both axes; by default it keeps size."""
     kw["kernel_init"] = nnx.initializers.zeros if zero else _kernel_init
-    kw["padding"] = [padding or (size // 2, size // 2)] * 2
+    kw["padding"] = (padding or (size // 2, size // 2),) * 2  # of tuples: a list has no hash
     return Conv(features_in, features_out, (size, size), (stride, stride), **kw)
 
 

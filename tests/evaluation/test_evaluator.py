@@ -115,21 +115,6 @@ def test_ceiling_goes_through_the_vae_and_not_the_unet(model, monkeypatch):
     assert summary["miou_present"] < 0.9, "a random VAE keeps little"
 
 
-def test_maps_that_are_not_finite_stop_with_the_image(model, monkeypatch):
-    maps = Segmenter.maps
-
-    def spoilt(self, *arguments):
-        gray, spread = maps(self, *arguments)
-        gray = np.array(gray)
-        gray[-1, 0, 0, 0] = np.nan
-        return gray, spread
-
-    monkeypatch.setattr(Segmenter, "maps", spoilt)
-    with pytest.raises(UserError, match="photo_0: the model's maps are not finite") as caught:
-        evaluate(model, MemorySource(2))
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_vae_that_gives_no_numbers_stops_the_ceiling(model, monkeypatch, value):
     broken = lambda self, pixels: np.full_like(pixels, value)  # noqa: E731

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from segdiff_jax.parallel.attention_kernels import with_attention
 
 from segdiff_jax.models import layers, presets
 from segdiff_jax.models.attention import plain
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, VAEConfig
+from segdiff_jax.parallel.attention_kernels import with_attention
 
 
 def _network(dtype):

@@ -21,6 +21,7 @@ SETUP = """
     from segdiff_jax.text.tokenizer import train_tokenizer
     from segdiff_jax.models.unet import UNet
     from segdiff_jax.models.vae import VAE
+    from segdiff_jax.train import train
     from segdiff_jax.training import stages
     from segdiff_jax.parallel import placement
     from segdiff_jax.parallel import sharding
