@@ -56,10 +56,11 @@ def check(ours, labels, scores, config):
     error = np.linalg.norm(scores - ours.scores) / np.linalg.norm(ours.scores)
     print(f"scores {error:.1e}, labels differ at {(labels != ours.labels).mean():.4f}")
     assert error <= 1e-3
-    assert (labels == ours.labels).mean() > 0.999, "more than a pixel at a tie"
     best = np.sort(scores, -1)
-    alone = best[..., -1] - best[..., -2] > 1e-6
+    alone = best[..., -1] - best[..., -2] > 1e-5  # no tie, which rounding may decide either way
     assert alone.mean() > 0.5
+    np.testing.assert_array_equal(labels[alone], ours.labels[alone])
+    assert (labels == ours.labels).mean() > 0.99, "ties go by the maps beyond [-1, 1]"
     expected = decode(scores, config.codec.threshold, config.codec.closed)
     np.testing.assert_array_equal(labels[alone], expected[alone])
     assert len(np.unique(labels)) > 1, "a constant mask would pass"

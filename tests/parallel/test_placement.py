@@ -14,10 +14,12 @@ SETUP = """
     jax.config.update("jax_num_cpu_devices", 8)
     import numpy as np
     from flax import nnx
-    from segdiff_jax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+    from segdiff_jax.config import (
+        Config, DataConfig, MeshConfig, ModelConfig, PromptsConfig, TrainConfig)
     from segdiff_jax.weights import pretrained
     from segdiff_jax.models.clip_text import CLIPText
     from segdiff_jax.models.presets import PRESETS
+    from segdiff_jax.data.sources.scenes import vocabulary
     from segdiff_jax.text.tokenizer import train_tokenizer
     from segdiff_jax.models.unet import UNet
     from segdiff_jax.models.vae import VAE
@@ -35,7 +37,7 @@ SETUP = """
         return nnx.merge(graph, host), host
     tiny = PRESETS["tiny"]
     written, host = filled(lambda: UNet(tiny.unet, rngs=nnx.Rngs(0)))
-    tokenizer = train_tokenizer(["a red circle"], 600, 10)
+    tokenizer = train_tokenizer(vocabulary().names, 600, 10)
     pretrained.save(pretrained.Pretrained(
         unet=written, vae=filled(lambda: VAE(tiny.vae, rngs=nnx.Rngs(0)))[0],
         text_encoder=filled(lambda: CLIPText(tiny.text_encoder, rngs=nnx.Rngs(0)))[0],
@@ -90,7 +92,7 @@ SETUP = """
             lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), params, wanted)))
     stages.placer, stages._run = spying, instead
     config = Config(
-        init_from=folder, mesh=MeshConfig(data=1, fsdp=8, tensor=1), model=ModelConfig("tiny"),
+        prompts=PromptsConfig(("{class}",)), init_from=folder, mesh=MeshConfig(data=1, fsdp=8, tensor=1), model=ModelConfig("tiny"),
         train=TrainConfig(batch_size=8, eval_every=0), data=DataConfig(source="scenes"),
     )
     train(config, workdir)
