@@ -86,13 +86,14 @@ SETUP = """
             return placed
         run["base"] = held()
         return place
-    def instead(config, workdir, mesh, batches, step, frozen, params, *rest):
+    def instead(of, mesh, batches, step, frozen, params, *rest):
         wanted = sharding.state_sharding(params, mesh)
         run["as_wanted"] = all(jax.tree.leaves(jax.tree.map(
             lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), params, wanted)))
     stages.placer, stages._run = spying, instead
     config = Config(
-        prompts=PromptsConfig(("{class}",)), init_from=folder, mesh=MeshConfig(data=1, fsdp=8, tensor=1), model=ModelConfig("tiny"),
+        prompts=PromptsConfig(("{class}",)), init_from=folder,
+        mesh=MeshConfig(data=1, fsdp=8, tensor=1), model=ModelConfig("tiny"),
         train=TrainConfig(batch_size=8, eval_every=0), data=DataConfig(source="scenes"),
     )
     train(config, workdir)
