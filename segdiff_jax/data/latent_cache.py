@@ -40,6 +40,7 @@ from segdiff_jax.progress import reporter
 log = logging.getLogger(__name__)
 
 _FORMAT = 4
+_OWN = re.compile(r"cache\.json|classes-\d{5}\.json|latents-\d{5}\.array_record")  # its files
 _PAIRS_AT_ONCE = 16  # read, encoded and written together
 _ENCODED_AT_ONCE = 8  # images in one call of the VAE, per device
 
@@ -82,6 +83,8 @@ def build(
     target = epath.Path(folder)
     # A store of objects cannot rename: there cache.json, written last, makes the folder a cache.
     partial = target if is_remote(folder) else target.parent / f".{target.name}.partial"
+    if process_index == 0:
+        _check_own(target)
     try:
         if process_index == 0:
             (target / "cache.json").unlink(missing_ok=True)
@@ -111,6 +114,17 @@ def build(
                 "or set config.data.cache_latents=False"
             ) from error
         raise
+
+
+def _check_own(folder: epath.Path) -> None:
+    """Raises `UserError` if a folder that is to be replaced holds what no cache has."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    foreign = [name for name in names if not _OWN.fullmatch(name)]
+    if foreign:
+        raise UserError(
+            f"{folder / foreign[0]}: is no part of a latent cache, which is about to be built anew "
+            "in its folder: move it elsewhere"
+        )
 
 
 def fingerprint(source: Source, vae: VAE, config: Config) -> dict[str, Any]:

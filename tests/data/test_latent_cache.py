@@ -276,6 +276,18 @@ class Interrupted(Pairs):
         return super().__getitem__(index)
 
 
+def test_a_file_of_the_user_among_the_latents_is_not_removed(vae, tmp_path):
+    config, folder = make_config(), tmp_path / "latents"
+    latent_cache.open_or_build(Pairs(4), vae, config, str(folder))
+    (folder / "notes.txt").write_text("mine")
+    before = sorted(path.name for path in folder.iterdir())
+    with pytest.raises(UserError, match="notes.txt: is no part of a latent cache"):
+        latent_cache.open_or_build(Pairs(5), vae, config, str(folder))
+    assert sorted(path.name for path in folder.iterdir()) == before
+    (folder / "notes.txt").unlink()
+    assert len(latent_cache.open_or_build(Pairs(5), vae, config, str(folder))) == 5
+
+
 def test_an_interrupted_build_leaves_nothing(vae, tmp_path):
     folder = str(tmp_path / "latents")
     with pytest.raises(KeyboardInterrupt):
