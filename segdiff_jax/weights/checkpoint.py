@@ -273,9 +273,10 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:
             raise  # of the devices, or of another process that is gone
         except Exception as error:
-            # The writer thread's failure arrives as a ValueError with the system's words in it.
-            system = re.search(r"([^:]+?) \[os_error_code", str(error))
-            reason = system[1].strip() if system else _first_line(error)
+            # The writer thread's failure arrives as a ValueError that ends in annotations, in any
+            # order; the system's error code is one of them.
+            system = re.search(r"os_error_code='(\d+)'", str(error))
+            reason = os.strerror(int(system[1])) if system else _first_line(error)
             unreachable = any(word in reason for word in _UNREACHABLE)
             if system or unreachable or isinstance(error, OSError):
                 kept = max(step_folders.numbered(self.directory), default=None)
