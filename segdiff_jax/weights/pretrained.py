@@ -5,16 +5,17 @@ Modules are built without arrays and filled straight from the files, tensor by t
 memory holds the parameters once, or on each device its own part of them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from etils import epath
 
-from segdiff_jax import files, ownership
+from segdiff_jax import files, ownership, stored
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.models.clip_text import CLIPText, CLIPTextConfig
@@ -22,22 +23,26 @@ from segdiff_jax.models.layers import Dtype
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE, VAEConfig
 from segdiff_jax.parallel.placement import Place
+from segdiff_jax.text import tokenizer
 from segdiff_jax.text.tokenizer import Tokenizer
-from segdiff_jax.weights import hf_config, safetensors_files
-from segdiff_jax.weights import hub as hf_folders
-from segdiff_jax.weights import tensors as weights
-from segdiff_jax.weights.hub import INDEX, STEM, read_json
+from segdiff_jax.weights import hf_config, hub, safetensors_files, tensors
+from segdiff_jax.weights.hub import INDEX, STEM
 
-COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "schedule")
-_FILES = {  # of each component's folder
-    **{name: ("config.json", f"{stem}.safetensors") for name, stem in hf_folders.STEM.items()},
-    "tokenizer": (
-        *("vocab.json", "merges.txt"),
-        *("tokenizer_config.json", "special_tokens_map.json"),
-    ),
-    "schedule": ("scheduler_config.json",),
+_CLASSES = {  # of each component, as others call them
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "schedule": ["diffusers", "DDIMScheduler"],
 }
-_POSITIONS = "text_model.embeddings.position_embedding.weight"
+COMPONENTS = tuple(_CLASSES)
+_NETWORKS: dict[str, Any] = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText}
+_CONFIGS: dict[str, tuple[str, Callable[[Any, str], Any]]] = {  # the file of each, and its reader
+    "unet": ("config.json", hf_config.read_unet),
+    "vae": ("config.json", hf_config.read_vae),
+    "text_encoder": ("config.json", hf_config.read_text_encoder),
+    "schedule": ("scheduler_config.json", hf_config.read_schedule),
+}
 
 
 class Pretrained(NamedTuple):
@@ -86,21 +91,39 @@ def load(
     wrong = [name for name in components if name not in COMPONENTS]
     if wrong:
         raise ValueError(f"{wrong[0]!r} is not one of {COMPONENTS}")
-    root = hf_folders.locate(os.fspath(source), components, revision, variant)
-    plans = _plans(root, components, variant, dtype, remat, widen_conv_in)
-    weights.check(plans.values())  # all of them before the first byte of any
+    root = hub.locate(os.fspath(source), components, revision, variant)
     parts: dict[str, Any] = {}
-    if "schedule" in components:
-        values, file = read_json(root / "scheduler" / "scheduler_config.json")
-        parts["schedule"] = hf_config.read_schedule(values, file)
-    if "tokenizer" in components:
-        parts["tokenizer"] = Tokenizer.load(root / "tokenizer")
-        if "text_encoder" in components:
-            positions, _ = plans["text_encoder"].shapes[_POSITIONS]
-            _check_length(parts["tokenizer"], positions, root)
-    for name, plan in plans.items():
-        parts[name] = weights.fill(plan, place)
+    with contextlib.ExitStack() as stack:
+        plans = {}
+        for name in STEM:
+            if name in components:
+                config, widened = _read_config(root, name), False
+                options: dict[str, Any] = {"dtype": dtype}
+                if name == "unet":
+                    options["remat"] = remat
+                    if widen_conv_in:
+                        config, widened = _two_latents(config, root / name)
+                paths = hub.find_weights(root / name, name, variant)
+                opened = stack.enter_context(safetensors_files.opened(paths))
+                make = functools.partial(_NETWORKS[name], config, **options)
+                found = tensors.entries(paths, opened)
+                plans[name] = tensors.plan(name, make, root / name, found, widened)
+        tensors.check(plans.values())  # all of them before the first array of any
+        if "schedule" in components:
+            parts["schedule"] = _read_config(root, "schedule")
+        if "tokenizer" in components:
+            parts["tokenizer"] = Tokenizer.load(root / "tokenizer")
+            if "text_encoder" in components:
+                _check_length(parts["tokenizer"].model_max_length, plans["text_encoder"], root)
+        for name, plan in plans.items():
+            parts[name] = tensors.fill(plan, place)
     return Pretrained(**parts)
+
+
+def _read_config(root: epath.Path, component: str) -> Any:
+    name, read = _CONFIGS[component]
+    path = root / hub.folder_name(component) / name
+    return read(stored.read_object(path), os.fspath(path))
 
 
 class Described(NamedTuple):
@@ -123,80 +146,46 @@ def describe(
     Raises `UserError` for what `load` would refuse of them, and for a `variant` of the weights that
     no part of a local folder has.
     """
-    root = hf_folders.locate_configs(os.fspath(source))
-    readers = {
-        "unet": hf_config.read_unet,
-        "vae": hf_config.read_vae,
-        "text_encoder": hf_config.read_text_encoder,
-        "schedule": hf_config.read_schedule,
-    }
-    found: dict[str, Any] = dict.fromkeys(readers)
+    root = hub.locate_configs(os.fspath(source))
+    found: dict[str, Any] = dict.fromkeys(Described._fields[1:])
     for name in components:
-        folder = root / hf_folders.folder_name(name)
-        file = "scheduler_config.json" if name == "schedule" else "config.json"
+        folder = root / hub.folder_name(name)
         with files.reading(folder):
             there = folder.exists()
-        found[name] = readers[name](*read_json(folder / file)) if there else None
-    kept = {v for name, stem in STEM.items() for v in safetensors_files.variants(root / name, stem)}
+        found[name] = _read_config(root, name) if there else None
+    kept = {variant for name in STEM for variant in hub.variants(root / name, name)}
     if variant and kept and variant not in kept:  # of a repository no weights are here yet
         others = ", ".join(sorted(name or "the plain files" for name in kept))
         raise UserError(f"{root}: no weights of the variant {variant!r}, but {others}: choose")
     return Described(root, **found)
 
 
-def _plans(
-    root: epath.Path,
-    components: Collection[str],
-    variant: str | None,
-    dtype: Dtype,
-    remat: bool,
-    widen_conv_in: bool,
-) -> dict[str, weights.Plan]:
-    """How to fill each of the networks among `components`."""
-    plan = functools.partial(weights.plan, variant=variant)
-    plans = {}
-    if "unet" in components:
-        values, file = read_json(root / "unet" / "config.json")
-        config, widened = _two_latents(hf_config.read_unet(values, file), widen_conv_in, file)
-        unet = lambda rngs: UNet(config, dtype=dtype, remat=remat, rngs=rngs)  # noqa: E731
-        plans["unet"] = plan("unet", unet, root / "unet", widened=widened)
-    if "vae" in components:
-        vae_config = hf_config.read_vae(*read_json(root / "vae" / "config.json"))
-        vae = lambda rngs: VAE(vae_config, dtype=dtype, rngs=rngs)  # noqa: E731
-        plans["vae"] = plan("vae", vae, root / "vae")
-    if "text_encoder" in components:
-        folder = root / "text_encoder"
-        text_config = hf_config.read_text_encoder(*read_json(folder / "config.json"))
-        text = lambda rngs: CLIPText(text_config, dtype=dtype, rngs=rngs)  # noqa: E731
-        plans["text_encoder"] = plan("text_encoder", text, folder)
-    return plans
-
-
-def _check_length(tokenizer: Tokenizer, positions: int, root: epath.Path) -> None:
-    if tokenizer.model_max_length > positions:
+def _check_length(length: int, encoder: tensors.Plan, root: epath.Path) -> None:
+    positions, _ = encoder.shapes["text_model.embeddings.position_embedding.weight"]
+    if length > positions:
         raise UserError(
             f"{root / 'tokenizer' / 'tokenizer_config.json'}: model_max_length is "
-            f"{tokenizer.model_max_length}, but the text encoder has {positions} positions: "
+            f"{length}, but the text encoder has {positions} positions: "
             "use the tokenizer of this encoder"
         )
+
+
+def _two_latents(config: UNetConfig, folder: epath.Path) -> tuple[UNetConfig, bool]:
+    """The config with room for image latent ⊕ noisy latent, and whether that changed it."""
+    if config.in_channels == 2 * config.out_channels:
+        return config, False
+    if config.in_channels != config.out_channels:
+        raise UserError(
+            f"{folder / 'config.json'}: in_channels={config.in_channels} is neither one latent nor "
+            f"two of out_channels={config.out_channels}: use a text-to-image model"
+        )
+    return dataclasses.replace(config, in_channels=2 * config.in_channels), True
 
 
 def is_whole(directory: os.PathLike[str] | str) -> bool:
     """Whether `save` finished there. In `gs://` a killed one leaves a folder without its index."""
     with files.reading(directory):
         return (epath.Path(directory) / INDEX).exists()
-
-
-def _two_latents(config: UNetConfig, wanted: bool, file: str) -> tuple[UNetConfig, bool]:
-    """The config with room for image latent ⊕ noisy latent, and whether that changed it."""
-    if not wanted or config.in_channels == 2 * config.out_channels:
-        return config, False
-    if config.in_channels != config.out_channels:
-        raise UserError(
-            f"{file}: in_channels={config.in_channels} is neither one latent nor two "
-            f"of out_channels={config.out_channels}: use a text-to-image model"
-        )
-    return dataclasses.replace(config, in_channels=2 * config.in_channels), True
 
 
 def save(
@@ -227,59 +216,46 @@ def save(
     if dtype not in safetensors_files.FLOATS:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(safetensors_files.FLOATS)}")
     extra = extra_files or {}
-    names = [*_file_names(pretrained), *extra, INDEX]
-    with ownership.whole_folder(directory, kind, names, last=INDEX) as folder:
+    given = {name: part for name, part in pretrained._asdict().items() if part is not None}
+    names = [f"{hub.folder_name(name)}/{file}" for name in given for file in _file_names(name)]
+    with ownership.whole_folder(directory, kind, [*names, *extra, INDEX], last=INDEX) as folder:
         for path, text in extra.items():
             files.write_text(folder / path, text)
-        _write_components(pretrained, folder, dtype)
-        files.write_json(folder / INDEX, _model_index(pretrained))
+        for name, part in given.items():
+            _write(name, part, folder / hub.folder_name(name), dtype)
+        files.write_json(folder / INDEX, _model_index(given))
 
 
-def _file_names(pretrained: Pretrained) -> list[str]:
-    """What `_write_components` writes, relative to its folder."""
-    return [
-        f"{hf_folders.folder_name(component)}/{name}"
-        for component, part in pretrained._asdict().items()
-        if part is not None
-        for name in _FILES[component]
-    ]
+def _file_names(component: str) -> tuple[str, ...]:
+    """What `_write` writes."""
+    if component == "tokenizer":
+        return tokenizer.FILES
+    weights = [f"{STEM[component]}.safetensors"] if component in STEM else []
+    return (_CONFIGS[component][0], *weights)
 
 
-def _write_components(pretrained: Pretrained, folder: epath.Path, dtype: str) -> None:
-    unet, vae, text, tokenizer, schedule = pretrained
-    if unet is not None:
-        files.write_json(folder / "unet" / "config.json", hf_config.write_unet(unet.config))
-        weights.write("unet", unet, folder / "unet", dtype)
-    if vae is not None:
-        files.write_json(folder / "vae" / "config.json", hf_config.write_vae(vae.config))
-        weights.write("vae", vae, folder / "vae", dtype)
-    if text is not None:
-        values = hf_config.write_text_encoder(text.config, dtype)
-        files.write_json(folder / "text_encoder" / "config.json", values)
-        weights.write("text_encoder", text, folder / "text_encoder", dtype)
-    if tokenizer is not None:
-        tokenizer.save(folder / "tokenizer")
-    if schedule is not None:
-        path = folder / "scheduler" / "scheduler_config.json"
-        files.write_json(path, hf_config.write_schedule(schedule))
+def _write(component: str, part: Any, folder: epath.Path, dtype: str) -> None:
+    if component == "tokenizer":
+        part.save(folder)
+        return
+    if component == "schedule":
+        values = hf_config.write_schedule(part)
+    elif component == "unet":
+        values = hf_config.write_unet(part.config)
+    elif component == "vae":
+        values = hf_config.write_vae(part.config)
+    else:
+        values = hf_config.write_text_encoder(part.config) | {"torch_dtype": dtype}
+    files.write_json(folder / _CONFIGS[component][0], values)
+    if component in STEM:
+        tensors.write(component, part, folder, dtype)
 
 
-def _model_index(pretrained: Pretrained) -> dict[str, Any]:
-    classes = {
-        "scheduler": ("diffusers", "DDIMScheduler", pretrained.schedule),
-        "text_encoder": ("transformers", "CLIPTextModel", pretrained.text_encoder),
-        "tokenizer": ("transformers", "CLIPTokenizer", pretrained.tokenizer),
-        "unet": ("diffusers", "UNet2DConditionModel", pretrained.unet),
-        "vae": ("diffusers", "AutoencoderKL", pretrained.vae),
-    }
+def _model_index(given: Collection[str]) -> dict[str, Any]:
     listed = {
-        name: [None, None] if part is None else [library, kind]
-        for name, (library, kind, part) in classes.items()
+        hub.folder_name(name): names if name in given else [None, None]
+        for name, names in _CLASSES.items()
     }
     absent = {"feature_extractor": [None, None], "safety_checker": [None, None]}
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        **absent,
-        "requires_safety_checker": False,
-        **listed,
-    }
+    about = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    return about | absent | listed
