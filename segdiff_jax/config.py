@@ -26,7 +26,7 @@ OPTIMIZERS = ("adamw", "muon")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 PREDICTIONS = ("v_prediction", "epsilon", "sample")
 SPACINGS = ("trailing", "leading", "linspace")
-PATHS = ("data.root", "data.vocabulary", "init_from")  # keys that name files or folders
+PATHS = ("data.root", "data.vocabulary", "init_from", "init_tokenizer")  # name files or folders
 SOURCES = ("scenes", "folder", "ade20k", "coco_stuff", "pascal_voc", "cityscapes", "tfds")
 USES = ("model", "evaluate", "train")  # of a config, from what asks least of it
 VERSION_KEY = "segdiff_jax_version"  # beside a stored config: the package that wrote it
@@ -199,7 +199,8 @@ class MeshConfig:
 class Config:
     seed: int = number(0, 0, 2**31 - 1)
     stage: str = choice("diffusion", STAGES)
-    init_from: str = ""  # workdir or Hugging Face folder or repo id; "" = from nothing
+    init_from: str = ""  # workdir, Hugging Face folder or repo id, or a .safetensors; "" = nothing
+    init_tokenizer: str = ""  # where init_from is one file: folder or repo id of its tokenizer
     init_variant: str = ""  # of init_from's weights, such as fp16 or non_ema; "" = the plain files
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

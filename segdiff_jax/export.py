@@ -181,7 +181,9 @@ def portable(config: Config) -> Config:
     # A repository stays: it says whose licence the weights carry. "runs/x" only looks like one.
     repository = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", start)
     keep = repository and not epath.Path(start).exists()
-    return dataclasses.replace(config, data=data, init_from=start if keep else "")
+    return dataclasses.replace(
+        config, data=data, init_from=start if keep else "", init_tokenizer=""
+    )
 
 
 def _check_hub(repository: str, output: str) -> None:

@@ -239,7 +239,8 @@ def _frozen_networks(run: Run, dtype: Any) -> tuple[VAE, CLIPText, Any]:
     if not run.config.init_from:
         _begin(run)  # the VAE stage takes its time, in a folder below
     start = _starting_point(run)
-    kept = workdirs.load_frozen(start, jnp.dtype(jnp.float32), origin.variant(run.config))
+    variant, tokenizer = origin.variant(run.config), run.config.init_tokenizer
+    kept = workdirs.load_frozen(start, jnp.dtype(jnp.float32), variant, tokenizer)
     _begin(run)
     if processes.is_first():
         with processes.at_work("copies the frozen networks"):

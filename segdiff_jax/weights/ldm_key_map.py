@@ -246,9 +246,7 @@ def _open_clip_tensors(tensors: Tensors) -> Iterator[Entry]:
             )
 
 
-_READERS: dict[
-    str, tuple[Callable[[Tensors], Config], Callable[[Tensors], Iterator[Entry]]]
-] = {
+_READERS: dict[str, tuple[Callable[[Tensors], Config], Callable[[Tensors], Iterator[Entry]]]] = {
     "model.diffusion_model.": (_unet_config, _unet_tensors),
     "first_stage_model.": (_vae_config, _vae_tensors),
     "cond_stage_model.transformer.": (_clip_config, _clip_tensors),

@@ -23,9 +23,9 @@ from segdiff_jax.models.layers import Dtype
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE, VAEConfig
 from segdiff_jax.parallel.placement import Place
-from segdiff_jax.text import tokenizer
+from segdiff_jax.text import tokenizer as tokenizers
 from segdiff_jax.text.tokenizer import Tokenizer
-from segdiff_jax.weights import hf_config, hub, safetensors_files, tensors
+from segdiff_jax.weights import hf_config, hub, ldm_key_map, safetensors_files, tensors
 from segdiff_jax.weights.hub import INDEX, STEM
 
 _CLASSES = {  # of each component, as others call them
@@ -64,14 +64,15 @@ def load(
     dtype: Dtype = jnp.float32,
     remat: bool = False,
     widen_conv_in: bool = False,
+    tokenizer: str = "",
     place: Place | None = None,
 ) -> Pretrained:
-    """Reads the `components` of a Stable Diffusion folder; safetensors only.
+    """Reads the `components` of a Stable Diffusion folder or file; safetensors only.
 
     Args:
-      source: a local folder, a `gs://` folder, or a Hugging Face repository `owner/name` or
-        `owner/name@revision`. Downloads go to the usual cache (`HF_HOME`); `HF_HUB_OFFLINE=1`
-        reads only that.
+      source: a folder, local or in `gs://`, a Hugging Face repository `owner/name` or
+        `owner/name@revision`, or one `.safetensors` file in the original layout. Downloads go to
+        the usual cache (`HF_HOME`); `HF_HUB_OFFLINE=1` reads only that.
       components: which of `COMPONENTS` to read; the others need not exist.
       revision: branch, tag or commit of a repository.
       variant: "fp16" reads `*.fp16.safetensors` where there are any, else the plain files. By
@@ -80,6 +81,7 @@ def load(
       remat: recompute the UNet's blocks in the backward pass.
       widen_conv_in: make the UNet take image latent ⊕ noisy latent: an input one latent wide is
         doubled by duplicating and halving `conv_in`, which keeps the scale of activations.
+      tokenizer: for one file, which has none: as of `find_tokenizer`.
       place: puts a host array on devices; gets its path, such as
         "unet/down_blocks/0/resnets/0/conv1/kernel". By default the whole array goes to the
         default device.
@@ -91,33 +93,79 @@ def load(
     wrong = [name for name in components if name not in COMPONENTS]
     if wrong:
         raise ValueError(f"{wrong[0]!r} is not one of {COMPONENTS}")
-    root = hub.locate(os.fspath(source), components, revision, variant)
+    networks = [name for name in STEM if name in components]
+    alone = is_single_file(source)
+    root = epath.Path(source)
+    if not alone:
+        root = hub.locate(os.fspath(source), components, revision, variant)
     parts: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
+        found = _in_file(root, networks, stack) if alone else {}
         plans = {}
-        for name in STEM:
-            if name in components:
-                config, widened = _read_config(root, name), False
-                options: dict[str, Any] = {"dtype": dtype}
-                if name == "unet":
-                    options["remat"] = remat
-                    if widen_conv_in:
-                        config, widened = _two_latents(config, root / name)
-                paths = hub.find_weights(root / name, name, variant)
-                opened = stack.enter_context(safetensors_files.opened(paths))
-                make = functools.partial(_NETWORKS[name], config, **options)
-                found = tensors.entries(paths, opened)
-                plans[name] = tensors.plan(name, make, root / name, found, widened)
+        for name in networks:
+            config, entries = found.get(name) or _in_folder(root, name, variant, stack)
+            where, widened = root if alone else root / name, False
+            options: dict[str, Any] = {"dtype": dtype}
+            if name == "unet":
+                options["remat"] = remat
+                if widen_conv_in:
+                    config, widened = _two_latents(config, where)
+            make = functools.partial(_NETWORKS[name], config, **options)
+            plans[name] = tensors.plan(name, make, where, entries, widened)
         tensors.check(plans.values())  # all of them before the first array of any
-        if "schedule" in components:
+        if "schedule" in components and not alone:
             parts["schedule"] = _read_config(root, "schedule")
         if "tokenizer" in components:
-            parts["tokenizer"] = Tokenizer.load(root / "tokenizer")
+            folder = find_tokenizer(root, tokenizer) if alone else root / "tokenizer"
+            parts["tokenizer"] = Tokenizer.load(folder)
             if "text_encoder" in components:
-                _check_length(parts["tokenizer"].model_max_length, plans["text_encoder"], root)
+                _check_length(parts["tokenizer"].model_max_length, plans["text_encoder"], folder)
         for name, plan in plans.items():
             parts[name] = tensors.fill(plan, place)
     return Pretrained(**parts)
+
+
+Found = tuple[Any, list[tensors.Entry]]  # the config of a network, and its tensors
+
+
+def _in_folder(
+    root: epath.Path, component: str, variant: str | None, stack: contextlib.ExitStack
+) -> Found:
+    paths = hub.find_weights(root / component, component, variant)
+    opened = stack.enter_context(safetensors_files.opened(paths))
+    return _read_config(root, component), list(tensors.entries(paths, opened))
+
+
+def _in_file(
+    path: epath.Path, components: Collection[str], stack: contextlib.ExitStack
+) -> dict[str, Found]:
+    opened = stack.enter_context(safetensors_files.opened([path]))
+    entries = list(tensors.entries([path], opened))
+    return {name: ldm_key_map.read(entries, name, os.fspath(path)) for name in components}
+
+
+def is_single_file(source: os.PathLike[str] | str) -> bool:
+    """Whether a source is one file in Stable Diffusion's original layout, by its name."""
+    return os.fspath(source).endswith(".safetensors")
+
+
+def find_tokenizer(file: epath.Path, given: str = "") -> epath.Path:
+    """The tokenizer's folder for a model in one `file`: `tokenizer/` beside it, unless `given`.
+
+    given: a tokenizer's folder, or the folder or repository of a model that has one.
+    """
+    beside = file.parent / "tokenizer"
+    with files.reading(file):
+        if given and any((epath.Path(given) / name).exists() for name in tokenizers.FILES):
+            return epath.Path(given)
+        if given:
+            return hub.locate(given, ("tokenizer",), None, None) / "tokenizer"
+        if beside.exists():
+            return beside
+    raise UserError(
+        f"{file}: one file holds no tokenizer, and there is no {beside}: put its folder there, or "
+        "name a Stable Diffusion folder or repository that has one with --config.init_tokenizer"
+    )
 
 
 def _read_config(root: epath.Path, component: str) -> Any:
@@ -127,9 +175,11 @@ def _read_config(root: epath.Path, component: str) -> Any:
 
 
 class Described(NamedTuple):
-    """What a Stable Diffusion folder says of its parts; None where it has no such part."""
+    """What a Stable Diffusion folder or file says of its parts; None for those not asked for.
 
-    root: epath.Path
+    `schedule` also is None where there is no such folder, as for one file.
+    """
+
     unet: UNetConfig | None
     vae: VAEConfig | None
     text_encoder: CLIPTextConfig | None
@@ -141,43 +191,53 @@ def describe(
     components: Collection[str] = ("unet", "vae", "text_encoder", "schedule"),
     variant: str | None = None,
 ) -> Described:
-    """The configs of `components` in a folder, checked as `load` checks them; no weight is read.
+    """The configs of `components`, checked as `load` checks them; no weight is read.
 
-    Raises `UserError` for what `load` would refuse of them, and for a `variant` of the weights that
-    no part of a local folder has.
+    A tokenizer, which is not described, has to be there. Raises `UserError` for what `load` would
+    refuse of them, and for a `variant` of the weights that no part of a local folder has.
     """
-    root = hub.locate_configs(os.fspath(source))
     found: dict[str, Any] = dict.fromkeys(Described._fields[1:])
+    if is_single_file(source):
+        if variant:
+            raise UserError(f"{source}: one file has no variants: leave {variant!r} out")
+        with contextlib.ExitStack() as stack:
+            networks = [name for name in components if name in STEM]
+            in_file = _in_file(epath.Path(source), networks, stack)
+            return Described(**found | {name: config for name, (config, _) in in_file.items()})
+    root = hub.locate_configs(os.fspath(source))
     for name in components:
         folder = root / hub.folder_name(name)
         with files.reading(folder):
             there = folder.exists()
-        found[name] = _read_config(root, name) if there else None
+        if not there and name != "schedule":
+            raise UserError(f"{folder}: no such folder: {source} has no {name}")
+        if there and name in found:
+            found[name] = _read_config(root, name)
     kept = {variant for name in STEM for variant in hub.variants(root / name, name)}
     if variant and kept and variant not in kept:  # of a repository no weights are here yet
         others = ", ".join(sorted(name or "the plain files" for name in kept))
         raise UserError(f"{root}: no weights of the variant {variant!r}, but {others}: choose")
-    return Described(root, **found)
+    return Described(**found)
 
 
-def _check_length(length: int, encoder: tensors.Plan, root: epath.Path) -> None:
+def _check_length(length: int, encoder: tensors.Plan, folder: epath.Path) -> None:
     positions, _ = encoder.shapes["text_model.embeddings.position_embedding.weight"]
     if length > positions:
         raise UserError(
-            f"{root / 'tokenizer' / 'tokenizer_config.json'}: model_max_length is "
+            f"{folder / 'tokenizer_config.json'}: model_max_length is "
             f"{length}, but the text encoder has {positions} positions: "
             "use the tokenizer of this encoder"
         )
 
 
-def _two_latents(config: UNetConfig, folder: epath.Path) -> tuple[UNetConfig, bool]:
+def _two_latents(config: UNetConfig, where: epath.Path) -> tuple[UNetConfig, bool]:
     """The config with room for image latent ⊕ noisy latent, and whether that changed it."""
     if config.in_channels == 2 * config.out_channels:
         return config, False
     if config.in_channels != config.out_channels:
         raise UserError(
-            f"{folder / 'config.json'}: in_channels={config.in_channels} is neither one latent nor "
-            f"two of out_channels={config.out_channels}: use a text-to-image model"
+            f"{where}: in_channels={config.in_channels} is neither one latent nor two "
+            f"of out_channels={config.out_channels}: use a text-to-image model"
         )
     return dataclasses.replace(config, in_channels=2 * config.in_channels), True
 
@@ -229,7 +289,7 @@ def save(
 def _file_names(component: str) -> tuple[str, ...]:
     """What `_write` writes."""
     if component == "tokenizer":
-        return tokenizer.FILES
+        return tokenizers.FILES
     weights = [f"{STEM[component]}.safetensors"] if component in STEM else []
     return (_CONFIGS[component][0], *weights)
 

@@ -26,6 +26,13 @@ class Entry(NamedTuple):
     opened: Any  # by safetensors
     name: str  # in the file
     shape: Shape
+    called: str  # as in a folder's file of its component
+    rows: slice | None = None  # where it is a part of what is stored
+
+    def read(self) -> np.ndarray:
+        if self.rows is None:
+            return self.opened.get_tensor(self.name)
+        return self.opened.get_slice(self.name)[self.rows]
 
 
 class Plan(NamedTuple):
@@ -45,7 +52,7 @@ def entries(paths: Collection[epath.Path], opened: Iterable[Any]) -> Iterator[En
     """The tensors of files that are open, in their order there. Only headers are looked at."""
     for path, file in zip(paths, opened, strict=True):
         for name in file.offset_keys():
-            yield Entry(path, file, name, tuple(file.get_slice(name).get_shape()))
+            yield Entry(path, file, name, tuple(file.get_slice(name).get_shape()), name)
 
 
 def plan(
@@ -60,7 +67,7 @@ def plan(
     `make` is only traced. With `widened`, the file's `conv_in` has half the input channels: it is
     duplicated and halved, so that two copies of an input give what one gave.
     """
-    named = {key_map.canonical_name(component, entry.name): entry for entry in found}
+    named = {key_map.canonical_name(component, entry.called): entry for entry in found}
     graph, state = nnx.split(nnx.eval_shape(lambda: make(rngs=_OneKey())))
     variables = dict(nnx.to_flat_state(state))
     keys = {key_map.tensor_name(component, _path(key)): key for key in variables}
@@ -92,7 +99,7 @@ def fill(plan: Plan, place: Place | None = None) -> nnx.Module:
     variables = plan.variables
     for name, entry in plan.entries.items():
         path = _path(plan.keys[name])
-        array = entry.opened.get_tensor(entry.name).reshape(plan.shapes[name])
+        array = entry.read().reshape(plan.shapes[name])
         array = key_map.from_file(path, array)
         if plan.widened and path == _CONV_IN:  # [h, w, in, out]
             array = np.concatenate([array, array], axis=2).astype(np.float32) / 2

@@ -322,15 +322,14 @@ def check_image_size(config: Config, folder: str) -> None:
 
 
 def load_frozen(
-    folder: str, dtype: Any, variant: str | None = None
+    folder: str, dtype: Any, variant: str | None = None, tokenizer: str = ""
 ) -> tuple[VAE, CLIPText, Tokenizer]:
-    """The networks that the diffusion stage does not train. `variant` as of `pretrained.load`."""
+    """The networks that the diffusion stage does not train. The rest as of `pretrained.load`."""
     parts = ("vae", "text_encoder", "tokenizer")
-    _, vae, text_encoder, tokenizer, _ = pretrained.load(
-        folder, components=parts, variant=variant, dtype=dtype
-    )
-    assert vae and text_encoder and tokenizer  # what was asked for is there
-    return vae, text_encoder, tokenizer
+    loaded = pretrained.load(folder, parts, variant=variant, dtype=dtype, tokenizer=tokenizer)
+    _, vae, text_encoder, tokens, _ = loaded
+    assert vae and text_encoder and tokens  # what was asked for is there
+    return vae, text_encoder, tokens
 
 
 def _load_export(path: str) -> Networks:
