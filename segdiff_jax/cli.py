@@ -55,9 +55,7 @@ def _exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
         main(argv)
         return 0
     except UserError as error:
-        message, code = str(error), 2
-        if isinstance(error, waiting.NoAnswer):
-            code = os.EX_TEMPFAIL  # the same command may succeed later: `launch/supervise.sh`
+        message, code = str(error), error.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -196,7 +196,7 @@ def describe(
     A tokenizer, which is not described, has to be there. Raises `UserError` for what `load` would
     refuse of them, and for a `variant` of the weights that no part of a local folder has.
     """
-    found: dict[str, Any] = dict.fromkeys(Described._fields[1:])
+    found: dict[str, Any] = dict.fromkeys(Described._fields)
     if is_single_file(source):
         if variant:
             raise UserError(f"{source}: one file has no variants: leave {variant!r} out")
