@@ -136,7 +136,7 @@ def write(component: str, module: nnx.Module, folder: epath.Path, dtype: str) ->
     safetensors_files.write(folder / f"{STEM[component]}.safetensors", tensors, dtype)
 
 
-class _OneKey:
+class _OneKey(nnx.Rngs):
     """Stands in for `nnx.Rngs` where only shapes matter.
 
     Rngs counts its draws in a variable, and tracing those updates takes a time that grows with the
