@@ -124,32 +124,17 @@ def build(cls: type, values: Any, name: str) -> Any:
         if is_group(item.type):
             built[key] = build(item.type, value, f"{name}.{key}")  # type: ignore[arg-type]
         else:
-            built[key] = from_json(value, item.type)
+            built[key] = _from_json(value, item.type)
             check(f"{name}.{key}", item, built[key])
     return cls(**built)
 
 
-def from_json(value: Any, kind: Any) -> Any:
+def _from_json(value: Any, kind: Any) -> Any:
     """JSON has no tuples, and may write a float without its point."""
     if typing.get_origin(kind) is tuple and isinstance(value, list):
         return tuple(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
     return float(value) if kind is float and whole and _is_finite(value) else value
-
-
-def from_text(text: str, kind: Any) -> Any:
-    """What `text` on a command line stands for; `text` itself where that is no `kind`."""
-    if kind is str:
-        return text
-    if kind is bool:
-        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
-    try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return text
-    if typing.get_origin(kind) is tuple and isinstance(value, int):
-        value = (value,)  # "0" for "0,"
-    return from_json(value, kind)
 
 
 def texts_from(text: str) -> tuple[str, ...]:
