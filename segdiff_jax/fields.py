@@ -124,12 +124,12 @@ def build(cls: type, values: Any, name: str) -> Any:
         if is_group(item.type):
             built[key] = build(item.type, value, f"{name}.{key}")  # type: ignore[arg-type]
         else:
-            built[key] = _from_json(value, item.type)
+            built[key] = from_json(value, item.type)
             check(f"{name}.{key}", item, built[key])
     return cls(**built)
 
 
-def _from_json(value: Any, kind: Any) -> Any:
+def from_json(value: Any, kind: Any) -> Any:
     """JSON has no tuples, and may write a float without its point."""
     if typing.get_origin(kind) is tuple and isinstance(value, list):
         return tuple(value)
