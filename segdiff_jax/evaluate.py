@@ -204,29 +204,30 @@ def _check_open(wanted: bool, overrides: Sequence[str]) -> None:
 
 def _write_page(output: str, summary: dict[str, Any], examples: list[Any], source: Any) -> None:
     from segdiff_jax import files
-    from segdiff_jax.inference import page as report
+    from segdiff_jax.inference import page, pictures
 
     settings, novel = summary["settings"], set(source.novel)
-    names, palette = source.vocabulary.names, source.vocabulary.palette()
+    names = source.vocabulary.names
+    colors = dict(zip(names, source.vocabulary.palette().tolist(), strict=True))
     what = "Ceiling: ground truth through codec and VAE" if settings["ceiling"] else "Evaluation"
     groups = {n: "novel" if i in novel else "trained" for i, n in enumerate(names)}
     rows = [
-        report.comparison(e.name, e.image, e.prediction, palette, e.labels, e.uncertainty)
+        page.comparison(e.name, e.image, e.prediction, colors, e.labels, e.uncertainty)
         for e in examples
     ]
     if not rows:
         with files.writing(output):  # an earlier one would show other results
             epath.Path(output, "examples.png").unlink(missing_ok=True)
     else:
-        sheet = report.encode(report.contact_sheet(rows[:_SHEET_ROWS]))
+        sheet = pictures.encode(page.contact_sheet(rows[:_SHEET_ROWS]))
         files.write_bytes(os.path.join(output, "examples.png"), sheet)
-    report.page(
+    page.page(
         os.path.join(output, "index.html"),
         what,
         {label: summary[key] for key, label in _FIGURES.items() if key in summary},
         [
-            report.class_table(summary["per_class"], palette, groups if novel else None),
-            report.Table("Settings", ["setting", "value"], _settings_rows(summary)),
+            page.class_table(summary["per_class"], colors, groups if novel else None),
+            page.Table("Settings", ["setting", "value"], _settings_rows(summary)),
         ],
         rows,
         f"{summary['images']} images of {summary['data']['split']!r}, {len(names)} classes, "

@@ -14,8 +14,7 @@ from segdiff_jax import cli, ownership
 from segdiff_jax.config import Config
 from segdiff_jax.data import images
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import page as report
-from segdiff_jax.inference import requests
+from segdiff_jax.inference import page, requests
 from segdiff_jax.progress import Progress, reporter
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.vocabulary import Vocabulary
@@ -24,7 +23,7 @@ _MOST_NAMED = 10  # unreadable images in one message
 _DESCRIPTION = (
     """Segment photos into the classes you name.
 
-Per image: O/<name>_labels.png (class ids, palette), O/<name>_overlay.png with a legend,
+Per image: O/<name>_labels.png (or what --format says), O/<name>_overlay.png with a legend,
 O/<name>_uncertainty.png (for an ensemble of two or more) and O/<name>.json; O/index.html over all.
 <name> is the image's without its extension, or with it where several would be equal.
 The same seed gives the same bytes.
@@ -54,55 +53,58 @@ def main(argv: list[str]) -> None:
 
 def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> None:
     """Every process segments, the first one writes."""
-    from segdiff_jax.inference import writers as results
+    from segdiff_jax.inference import writers
     from segdiff_jax.inference.segmenter import Segmenter
     from segdiff_jax.parallel import processes
-    from segdiff_jax.weights import workdir
+    from segdiff_jax.weights import hub, workdir
 
     classes = requests.parse_classes(args.classes)
-    config = workdir.read_config(args.checkpoint)
+    folder = hub.local(args.checkpoint)
+    config = workdir.read_config(folder)
     settings = _settings(args, config, classes)
-    names = results.names(paths)
+    names = writers.names(paths)
     read = functools.partial(
         images.read_photo,
         max_pixels=args.max_pixels or config.data.max_pixels,
         max_value=config.data.max_value,
     )
     if first:
-        results.check_output(args.output, names)
+        written = writers.outputs(names.values(), args.format, len(classes))
+        writers.check_output(args.output, names, written)
         print(classes.summary(), flush=True)
     unreadable = _unreadable(paths, read, args.skip_unreadable, reporter("check", enabled=first))
     paths = [path for path in paths if path not in unreadable]
-    segmenter = Segmenter.load(args.checkpoint, args.which)
+    segmenter = Segmenter.load(folder, args.which)
     segmenter.table(classes.classes)  # what is wrong with the classes stops before all else
-    used = results.all_settings(settings, segmenter.config) | {
+    used = writers.all_settings(settings, segmenter.config) | {
         "checkpoint": args.checkpoint,
         "checkpoint_step": segmenter.checkpoint_step,
     }
-    rows = []
+    rows: list[page.Row] = []
     progress = reporter("predict", enabled=first)
     with contextlib.ExitStack() as stack:
         if first:
-            written = results.outputs(names[path] for path in paths)
-            stack.enter_context(ownership.claimed(args.output, results.KIND, written))
+            written = writers.outputs([names[path] for path in paths], args.format, len(classes))
+            stack.enter_context(ownership.claimed(args.output, writers.KIND, written))
         progress(0, len(paths))
+        photos = (read(path).pixels for path in paths)
+        results = segmenter.stream(photos, classes, **settings)
         for done, path in enumerate(paths, 1):
-            photo = read(path).pixels
             try:
-                found = segmenter(photo, classes.classes, **settings)
+                found = next(results)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
             if first:
                 target = os.path.join(args.output, names[path])
                 with processes.at_work("writes its results"):
-                    rows.append(results.write(target, path, photo, found, classes, used))
+                    rows.append(writers.write(target, path, found, used, args.format))
             progress(done, len(paths))
         if first:
             _write_page(args, rows, classes, settings, unreadable)
     if first:
         skipped = f", {len(unreadable)} unreadable left out" if unreadable else ""
-        page = os.path.join(args.output, results.PAGE)
-        print(f"{len(paths)} images segmented{skipped}: {page}")
+        index = os.path.join(args.output, writers.PAGE)
+        print(f"{len(paths)} images segmented{skipped}: {index}")
 
 
 def _counted(paths: Sequence[str]) -> str:
@@ -150,6 +152,15 @@ def _parser() -> argparse.ArgumentParser:
         type=cli.path,
         metavar="DIR",
         help="folder for the results; of the files there, only earlier results are replaced",
+    )
+    add(
+        "--format",
+        nargs="+",
+        choices=("labels", "scores", "masks", "coco"),
+        default=["labels"],
+        metavar="FORMAT",
+        help="labels (default): class ids as O/<name>_labels.png; scores: O/<name>_scores.npz; "
+        "masks: O/<name>_mask_<id>.png; coco: O/<name>_coco.json with run-length encoded masks",
     )
     add(
         "--skip-unreadable",
@@ -271,12 +282,12 @@ def _settings(args: argparse.Namespace, config: Config, classes: Vocabulary) -> 
 
 def _write_page(
     args: argparse.Namespace,
-    rows: Sequence[report.Row],
+    rows: Sequence[page.Row],
     classes: Vocabulary,
     settings: Mapping[str, Any],
     unreadable: Mapping[str, str],
 ) -> None:
-    legend = report.Table(
+    legend = page.Table(
         "Classes",
         ["class", "synonyms"],
         [(entry.name, ", ".join(entry.synonyms)) for entry in classes.classes],
@@ -285,9 +296,9 @@ def _write_page(
     tables = [legend]
     if unreadable:
         left_out = list(unreadable.items())
-        tables.append(report.Table("Left out: cannot be read", ["image", "why"], left_out))
+        tables.append(page.Table("Left out: cannot be read", ["image", "why"], left_out))
     note = ", ".join(f"{name} {value}" for name, value in settings.items())
-    report.page(
+    page.page(
         os.path.join(args.output, "index.html"),
         f"{len(rows)} images, {len(classes)} classes",
         tables=tables,

@@ -1,5 +1,6 @@
 """What a user asks of prediction, on the command line or in Python: which images and classes."""
 
+import dataclasses
 import glob
 import itertools
 import os
@@ -9,8 +10,11 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from segdiff_jax import files, ownership
+from segdiff_jax.config import CodecConfig, Config, DataConfig, SamplerConfig
+from segdiff_jax.data import images
 from segdiff_jax.data.sources.source import IMAGE_EXTENSIONS
 from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary
@@ -35,14 +39,14 @@ def parse_classes(text: str) -> Vocabulary:
     return vocabulary.from_names([p for p in text.split(";") if p.strip()], name="--classes")
 
 
-def as_classes(classes: Any) -> tuple[ClassEntry, ...]:
+def as_vocabulary(classes: Any) -> Vocabulary:
     """The classes that a caller in Python means: texts and `ClassEntry`s, or a `Vocabulary`.
 
     "building, edifice" names synonyms; one text that looks like a whole list is warned about.
     Raises `TypeError` for what is no list of them, and `UserError` as `Vocabulary` does.
     """
     if isinstance(classes, Vocabulary):
-        return classes.classes
+        return classes
     if isinstance(classes, str | ClassEntry):
         raise TypeError(f"classes: {classes!r} is one class: give a list, [{classes!r}]")
     ordered = isinstance(classes, Iterable) and not isinstance(classes, bytes | Mapping | Set)
@@ -62,18 +66,25 @@ def as_classes(classes: Any) -> tuple[ClassEntry, ...]:
     found = Vocabulary("classes", tuple(entries))
     if len(given) == 1 and isinstance(given[0], str) and vocabulary.looks_like_several(entries[0]):
         warnings.warn(found.summary(), stacklevel=3)
-    return found.classes
+    return found
 
 
-def as_photo(image: Any) -> np.ndarray:
-    """`image` as numpy uint8 [H, W, 3], which it must be.
+def as_photo(image: Any, data: DataConfig) -> np.ndarray:
+    """uint8 [H, W, 3] of a path (local or gs://), a PIL image, or an array that is one already.
 
-    Raises `TypeError` for what is no array of uint8 and `ValueError` for another shape.
+    data: max_pixels and max_value of it count, as for the photos of a data set.
+
+    Raises `UserError` for a file that cannot be read, `TypeError` for what is no image and
+    `ValueError` for an array of another shape.
     """
-    wanted = "give an array of uint8 [H, W, 3], RGB"
+    if isinstance(image, str | os.PathLike):
+        files.check_scheme(image)
+        return images.read_image(image, data.max_pixels, max_value=data.max_value)
+    if isinstance(image, Image.Image):
+        return images.from_pil(image, data.max_value)
+    wanted = "give a path, a PIL image or an array of uint8 [H, W, 3], RGB"
     if not hasattr(image, "dtype") or not hasattr(image, "shape"):
-        what = "a path" if isinstance(image, str | os.PathLike) else f"a {type(image).__name__}"
-        raise TypeError(f"image: {what} is no array: {wanted}, as np.asarray of a PIL image in RGB")
+        raise TypeError(f"image: a {type(image).__name__} is no image: {wanted}")
     array = np.asarray(image)
     if array.dtype != np.uint8:
         real = np.issubdtype(array.dtype, np.floating)
@@ -88,7 +99,7 @@ def _mend(shape: tuple[int, ...]) -> str:
     if len(shape) == 2:
         return ", a gray one as np.stack([image] * 3, axis=-1)"
     if len(shape) == 4:
-        return ", one a call"
+        return ", several as a list"
     if len(shape) == 3 and shape[-1] == 4:
         return ", without its transparency as image[..., :3]"
     if len(shape) == 3 and shape[0] == 3:
@@ -96,17 +107,29 @@ def _mend(shape: tuple[int, ...]) -> str:
     return ""
 
 
-def whole_numbers(given: dict[str, tuple[Any, int]]) -> dict[str, int]:
-    """Of the settings {name: (value or None, lowest)} those that are given. Raises `ValueError`."""
-    changes = {}
-    for name, (value, lowest) in given.items():
-        if value is None:
-            continue
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not whole or value < lowest:
-            raise ValueError(f"{name}={value!r}: give a whole number from {lowest} on")
-        changes[name] = int(value)
-    return changes
+def settings(config: Config, given: dict[str, Any]) -> tuple[SamplerConfig, CodecConfig]:
+    """What `config` says, but for the settings {name: value} of a call; None is as left out.
+
+    Raises `TypeError` for another name, `ValueError` for a value out of range.
+    """
+    lowest = {"steps": 1, "ensemble": 1, "shortlist": 0}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    for name, value in chosen.items():
+        if name in lowest:
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not whole or value < lowest[name]:
+                raise ValueError(f"{name}={value!r}: give a whole number from {lowest[name]} on")
+        elif name == "threshold":
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"threshold={value}: scores are between 0 and 1")
+        elif name != "closed":
+            raise TypeError(f"{name}: is no setting: {', '.join(lowest)}, threshold or closed")
+    sampler: dict[str, Any] = {name: int(value) for name, value in chosen.items() if name in lowest}
+    decoding = {name: value for name, value in chosen.items() if name not in lowest}
+    return (
+        dataclasses.replace(config.sampler, **sampler),
+        dataclasses.replace(config.codec, **decoding),
+    )
 
 
 def find_images(arguments: Sequence[str]) -> list[str]:

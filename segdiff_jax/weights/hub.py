@@ -23,6 +23,9 @@ STEM = {  # names of the weight files, without variant and suffix
 }
 
 
+_REPOSITORY = r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?"
+
+
 def folder_name(component: str) -> str:
     """The folder of a component inside a Stable Diffusion folder."""
     return "scheduler" if component == "schedule" else component
@@ -54,10 +57,21 @@ def locate_configs(source: str) -> epath.Path:
         )
 
 
+def local(checkpoint: str) -> str:
+    """The folder of a workdir or export; one on Hugging Face, OWNER/NAME, is downloaded whole."""
+    repository = re.fullmatch(_REPOSITORY, checkpoint)
+    if repository is None or files.is_remote(checkpoint) or os.path.exists(checkpoint):
+        return checkpoint
+    if os.path.exists(os.path.dirname(checkpoint)):  # a folder is meant, and its name is wrong
+        return checkpoint
+    patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    return os.fspath(_fetch(repository[1], repository[2], patterns))
+
+
 def _root(
     source: str, revision: str | None, download: Callable[[str, str | None], epath.Path]
 ) -> epath.Path:
-    repository = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", source)
+    repository = re.fullmatch(_REPOSITORY, source)
     root = epath.Path(source)
     if files.is_remote(source) or root.exists():
         if revision:
