@@ -23,7 +23,8 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.inference import pictures, regions
 from segdiff_jax.text.vocabulary import Vocabulary, same_name
 
-# How much a score may move for what lies beyond [0, 1]: it decides between equal scores only.
+# How much a score may move for what lies beyond [0, 1]: it decides between equal scores only, and
+# a score that is equal to the threshold still reaches it.
 _TIE = 1e-4
 _SHOWN = 640  # pixels of the longer side in a notebook
 
@@ -147,9 +148,7 @@ def from_maps(
         for number, of_pass in enumerate(_enlarged(spread[:, :height, :width], native)):
             np.copyto(uncertainty, of_pass, where=winner == number)
     if not settings.closed:
-        np.copyto(
-            labels, other_label(len(vocabulary)), where=best.clip(0.0, 1.0) < settings.threshold
-        )
+        np.copyto(labels, other_label(len(vocabulary)), where=best < settings.threshold - _TIE)
     return Segmentation(photo, labels, uncertainty, vocabulary, scores)
 
 

@@ -127,6 +127,8 @@ class Segmenter:
         photos = [self._photo(image) for image in (images if several else [images])]
         wanted = requests.as_vocabulary(classes)
         sampler, decoding = requests.settings(self.config, settings)
+        if not photos:
+            return []
         gray, spread = self.unclipped_maps(photos, wanted.classes, sampler, seed)
         found = []
         for number, image in enumerate(photos):

@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
@@ -169,7 +170,8 @@ def write(
     description = {"image": path} | _describe(name, found, settings, formats)
     contents = _contents(name, found, formats)
     contents[f"{name}.json"] = files.to_json(description).encode("utf-8")  # last: it names them
-    _write_set(output, contents, stale=f"{name}_uncertainty.png")
+    _write_set(output, contents)
+    _remove_stale(output, name, contents)
     return _row(path, found, description["files"])
 
 
@@ -224,12 +226,8 @@ def _contents(name: str, found: Segmentation, formats: Sequence[str]) -> dict[st
         return dict(zip(makers, pool.map(lambda make: make(), makers.values()), strict=True))
 
 
-def _write_set(output: str, contents: Mapping[str, bytes], stale: str) -> None:
-    """Writes all files of one image or, if one cannot be written, none of them.
-
-    `stale`: a file that an earlier run with other settings may have left and that would be wrong
-    beside these.
-    """
+def _write_set(output: str, contents: Mapping[str, bytes]) -> None:
+    """Writes all files of one image or, if one cannot be written, none of them."""
     written = []
     try:
         for name, data in contents.items():
@@ -239,8 +237,14 @@ def _write_set(output: str, contents: Mapping[str, bytes], stale: str) -> None:
         for name in written:
             epath.Path(output, name).unlink(missing_ok=True)
         raise
-    if stale not in contents:
-        epath.Path(output, stale).unlink(missing_ok=True)
+
+
+def _remove_stale(output: str, name: str, written: Mapping[str, bytes]) -> None:
+    """Removes what an earlier run with other settings wrote of an image: it would be wrong here."""
+    ends = r"_labels\.png|_scores\.npz|_mask_\d+\.png|_coco\.json|_uncertainty\.png"
+    for ours in ownership.owned(output).get(KIND, ()):
+        if re.fullmatch(rf"{re.escape(name)}({ends})", ours) and ours not in written:
+            epath.Path(output, ours).unlink(missing_ok=True)
 
 
 def _row(path: str, found: Segmentation, written: Mapping[str, Any]) -> page.Row:
