@@ -3,10 +3,12 @@
 import dataclasses
 import glob
 import itertools
+import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any, TypedDict
 
 import numpy as np
 from etils import epath
@@ -17,9 +19,11 @@ from segdiff_jax.config import CodecConfig, Config, DataConfig, SamplerConfig
 from segdiff_jax.data import images
 from segdiff_jax.data.sources.source import IMAGE_EXTENSIONS
 from segdiff_jax.errors import UserError
+from segdiff_jax.progress import Progress
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
 
+_MOST_NAMED = 10  # unreadable images in one message
 _MOST_FOLDERS = 1000  # that are looked into for images that were meant
 
 
@@ -107,25 +111,34 @@ def _mend(shape: tuple[int, ...]) -> str:
     return ""
 
 
-def settings(config: Config, given: dict[str, Any]) -> tuple[SamplerConfig, CodecConfig]:
-    """What `config` says, but for the settings {name: value} of a call; None is as left out.
+class Settings(TypedDict, total=False):
+    """What a call may ask otherwise than the config. None is as left out."""
+
+    steps: int | None  # of denoising, from 1 on
+    ensemble: int | None  # samples to merge, from 1 on; their spread is the uncertainty
+    shortlist: int | None  # classes that get the full budget; 0 = all
+    threshold: float | None  # 0…1: pixels whose best score is below are *other*
+    closed: bool | None  # every pixel gets a class
+
+
+def chosen(config: Config, settings: Settings) -> tuple[SamplerConfig, CodecConfig]:
+    """`config` with the `settings` of a call in place.
 
     Raises `TypeError` for another name, `ValueError` for a value out of range.
     """
     lowest = {"steps": 1, "ensemble": 1, "shortlist": 0}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    for name, value in chosen.items():
+    given: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
+    for name, value in given.items():
         if name in lowest:
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
             if not whole or value < lowest[name]:
                 raise ValueError(f"{name}={value!r}: give a whole number from {lowest[name]} on")
-        elif name == "threshold":
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(f"threshold={value}: scores are between 0 and 1")
-        elif name != "closed":
-            raise TypeError(f"{name}: is no setting: {', '.join(lowest)}, threshold or closed")
-    sampler: dict[str, Any] = {name: int(value) for name, value in chosen.items() if name in lowest}
-    decoding = {name: value for name, value in chosen.items() if name not in lowest}
+        elif name == "threshold" and not 0.0 <= value <= 1.0:
+            raise ValueError(f"threshold={value}: scores are between 0 and 1")
+        elif name not in Settings.__annotations__:
+            raise TypeError(f"{name}: is none of {', '.join(Settings.__annotations__)}")
+    sampler: dict[str, Any] = {name: int(v) for name, v in given.items() if name in lowest}
+    decoding = {name: v for name, v in given.items() if name not in lowest}
     return (
         dataclasses.replace(config.sampler, **sampler),
         dataclasses.replace(config.codec, **decoding),
@@ -160,6 +173,45 @@ def without_results(paths: Sequence[str]) -> tuple[list[str], list[str]]:
 
     ours = [path for path in paths if is_ours(path) or is_ours(identity(path))]
     return [path for path in paths if path not in set(ours)], ours
+
+
+def unreadable(
+    paths: Sequence[str],
+    read: Callable[[str], images.Photo],
+    skip: bool,
+    progress: Progress,
+) -> dict[str, str]:
+    """Decodes every image once, before anything is loaded or written: path → why it cannot be.
+
+    Raises `UserError`, which names them, unless they are to be skipped and others are left.
+    """
+    found: dict[str, images.UnreadableError] = {}
+    guessed: Counter[int] = Counter()
+    for done, path in enumerate(paths, 1):
+        try:
+            guessed[read(path).guessed_max] += 1
+        except images.UnreadableError as error:
+            found[path] = error
+        if not found or skip:
+            progress(done, len(paths))
+    if found and not (skip and len(found) < len(paths)):
+        raise _all_unreadable(found, len(paths))
+    del guessed[0]  # nothing to guess
+    if guessed:
+        logging.warning("%s", images.guessed_range(guessed, len(paths)))
+    return {path: str(error) for path, error in found.items()}
+
+
+def _all_unreadable(found: Mapping[str, images.UnreadableError], total: int) -> UserError:
+    shown = "; ".join(str(error) for error in list(found.values())[:_MOST_NAMED])
+    more = f"; and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    mends = []
+    if any(isinstance(error, images.TooLargeError) for error in found.values()):
+        mends.append("--max-pixels N reads larger ones")
+    if len(found) < total:
+        mends.append("--skip-unreadable leaves them out")
+    counted = f"{len(found)} of {total} images cannot be read: " if total > 1 else ""
+    return UserError("".join((counted, shown, more, *(f"; {mend}" for mend in mends))))
 
 
 def _expand(argument: str) -> list[str]:

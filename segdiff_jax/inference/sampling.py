@@ -136,3 +136,22 @@ def merge(members: np.ndarray, sampler: SamplerConfig, mesh: Mesh) -> tuple[np.n
         for maps in zip(*found, strict=True)
     )
     return merged, spread
+
+
+class NotFinite(Exception):
+    """Of image `image` the map of pass `map` has NaN or infinity in it."""
+
+    def __init__(self, image: int, map: int):
+        self.image, self.map = image, map
+
+
+def check_finite(maps: np.ndarray, owners: np.ndarray) -> None:
+    """Raises `NotFinite` of the first such map of [..., H, W]; owners: its (image, map, ...)."""
+    bad = np.argwhere(~np.isfinite(maps).all((-2, -1)))
+    if bad.size:
+        raise NotFinite(*owners[tuple(bad[0])][:2].tolist())
+
+
+def grid(images: int, passes: int, members: int) -> np.ndarray:
+    """Every (image, pass, member), int [J, 3], members fastest."""
+    return np.indices((images, passes, members)).reshape(3, -1).T

@@ -15,7 +15,7 @@ both    → jobs                 image × pass × member, in chunks of few shape
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from segdiff_jax import codec
-from segdiff_jax.config import Config, MeshConfig, SamplerConfig
+from segdiff_jax.config import CodecConfig, Config, MeshConfig, SamplerConfig
 from segdiff_jax.data import geometry
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import requests, sampling
+from segdiff_jax.inference.requests import Settings
 from segdiff_jax.inference.result import Segmentation, from_maps
 from segdiff_jax.models.attention import plain
 from segdiff_jax.models.clip_text import CLIPText
@@ -107,7 +108,7 @@ class Segmenter:
         classes: Sequence[str | ClassEntry] | Vocabulary,
         *,
         seed: int = 0,
-        **settings: Any,
+        **settings: Unpack[Settings],
     ) -> Any:
         """Segments an image into `classes` ("building, edifice" names synonyms): a `Segmentation`.
 
@@ -116,8 +117,7 @@ class Segmenter:
 
         Args:
           seed: the result depends on it and on nothing else that is random.
-          settings: steps, ensemble, shortlist (whole numbers), threshold (0…1), closed (bool);
-            those left out take the config's value.
+          settings: as of `requests.Settings`; those left out take the config's value.
 
         Raises:
           TypeError, ValueError: an image, list or setting that is none.
@@ -126,7 +126,7 @@ class Segmenter:
         several = isinstance(images, list | tuple) and not isinstance(images, Encoded)
         photos = [self._photo(image) for image in (images if several else [images])]
         wanted = requests.as_vocabulary(classes)
-        sampler, decoding = requests.settings(self.config, settings)
+        sampler, decoding = requests.chosen(self.config, settings)
         if not photos:
             return []
         gray, spread = self.unclipped_maps(photos, wanted.classes, sampler, seed)
@@ -141,7 +141,9 @@ class Segmenter:
         self,
         images: Iterable[Any],
         classes: Sequence[str | ClassEntry] | Vocabulary,
-        **settings: Any,
+        *,
+        seed: int = 0,
+        **settings: Unpack[Settings],
     ) -> Iterator[Segmentation]:
         """The `Segmentation` of each image, in order, in constant memory. Arguments as of a call.
 
@@ -150,7 +152,7 @@ class Segmenter:
         """
         wanted = requests.as_vocabulary(classes)
         photos = _ahead(map(self._photo, images))
-        return _ahead(self(photo, wanted, **settings) for photo in photos)
+        return _ahead(self(photo, wanted, seed=seed, **settings) for photo in photos)
 
     def encode(self, image: Any) -> Encoded:
         """`image` for many calls with other classes, seeds or settings: the VAE sees it once."""
@@ -166,7 +168,7 @@ class Segmenter:
         spread: np.ndarray | None,
         photo: np.ndarray,
         classes: Vocabulary,
-        decoding: Any,
+        decoding: CodecConfig,
     ) -> Segmentation:
         """What the (unclipped) maps [P, h, w] of one photo say at its own size: `from_maps`."""
         return from_maps(gray, spread, photo, classes, decoding, self.config.data.fit)
@@ -223,9 +225,9 @@ class Segmenter:
         find = self._shortlisted if short else self._all_in_full
         try:
             gray, spread = find(latents, table, groups, sampler, seed)
-            _check_finite(gray + spread, np.moveaxis(np.indices(gray.shape[:2]), 0, -1))
+            sampling.check_finite(gray + spread, np.moveaxis(np.indices(gray.shape[:2]), 0, -1))
             return gray, spread
-        except _NotFinite as error:
+        except sampling.NotFinite as error:
             numbered = f"image {error.image + 1} of {len(images)}: " if len(images) > 1 else ""
             image = f"{names[error.image]}: " if names else numbered
             shown = [classes[i].name for i in groups[error.map] if i != codec.PAD]
@@ -262,7 +264,7 @@ class Segmenter:
         return np.concatenate([processes.gathered(p) for p in parts])[: len(fitted)]
 
     def _all_in_full(self, image_latents, table, groups, sampler, seed):
-        jobs = _grid(len(image_latents), len(groups), sampler.ensemble)
+        jobs = sampling.grid(len(image_latents), len(groups), sampler.ensemble)
         members = self._run(image_latents, table, groups, jobs, sampler, seed)
         shape = len(image_latents), len(groups), sampler.ensemble, *self.config.data.image_size
         return sampling.merge(members.reshape(shape), sampler, self.mesh)
@@ -271,7 +273,7 @@ class Segmenter:
         """One cheap pass for every class, the full budget for the M most present per image."""
         count, size = len(image_latents), self.config.data.image_size
         cheap = dataclasses.replace(sampler, steps=1, ensemble=1)
-        jobs = _grid(count, len(groups), 1)
+        jobs = sampling.grid(count, len(groups), 1)
         first = self._run(image_latents, table, groups, jobs, cheap, seed)
         first = first.reshape(count, len(groups), *size)
         presence = first.clip(0.0, 1.0).mean((2, 3))  # [I, K]: area that is more yes than no
@@ -317,7 +319,7 @@ class Segmenter:
             found += [] if running is None else [processes.gathered(running)]
             running = result
         maps = np.concatenate([*found, processes.gathered(running)])[: len(jobs)]
-        _check_finite(maps, jobs)
+        sampling.check_finite(maps, jobs)
         return maps
 
     def _why_not_finite(self) -> str:
@@ -337,20 +339,6 @@ class Segmenter:
         )
 
 
-class _NotFinite(Exception):
-    """Of image `image` the map of pass `map` has NaN or infinity in it."""
-
-    def __init__(self, image: int, map: int):
-        self.image, self.map = image, map
-
-
-def _check_finite(maps: np.ndarray, owners: np.ndarray) -> None:
-    """Raises `_NotFinite` of the first such map of [..., H, W]; owners: its (image, map, ...)."""
-    bad = np.argwhere(~np.isfinite(maps).all((-2, -1)))
-    if bad.size:
-        raise _NotFinite(*owners[tuple(bad[0])][:2].tolist())
-
-
 _END = object()
 
 
@@ -361,8 +349,3 @@ def _ahead(items: Iterator[Any]) -> Iterator[Any]:
         while (item := following.result()) is not _END:
             following = pool.submit(next, items, _END)
             yield item
-
-
-def _grid(images: int, passes: int, members: int) -> np.ndarray:
-    """Every (image, pass, member), int [J, 3], members fastest."""
-    return np.indices((images, passes, members)).reshape(3, -1).T

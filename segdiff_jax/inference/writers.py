@@ -22,6 +22,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.inference import page, pictures, regions
 from segdiff_jax.inference.requests import identity
 from segdiff_jax.inference.result import Segmentation, other_label
+from segdiff_jax.text.vocabulary import Vocabulary
 
 _LONGEST_NAME = 255  # bytes, on most file systems
 _THUMBNAIL = 640  # pixels of the longer side of photos inside index.html
@@ -255,3 +256,30 @@ def _row(path: str, found: Segmentation, written: Mapping[str, Any]) -> page.Row
         if written.get(kind):
             shown[kind] = written[kind]
     return page.Row(path, shown, found.legend())
+
+
+def write_page(
+    output: str,
+    rows: Sequence[page.Row],
+    classes: Vocabulary,
+    note: str,
+    unreadable: Mapping[str, str],
+) -> None:
+    """Writes index.html over all images; `unreadable`: those that were left out, and why."""
+    legend = page.Table(
+        "Classes",
+        ["class", "synonyms"],
+        [(entry.name, ", ".join(entry.synonyms)) for entry in classes.classes],
+        colors=classes.palette().tolist(),
+    )
+    tables = [legend]
+    if unreadable:
+        left_out = list(unreadable.items())
+        tables.append(page.Table("Left out: cannot be read", ["image", "why"], left_out))
+    page.page(
+        os.path.join(output, PAGE),
+        f"{len(rows)} images, {len(classes)} classes",
+        tables=tables,
+        rows=rows,
+        note=f"{note}. Uncertainty is brightest at each image's own maximum.",
+    )

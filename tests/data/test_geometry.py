@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from segdiff_jax.config import AugmentConfig, DataConfig
+from segdiff_jax import config
+from segdiff_jax.config import AugmentConfig, Config, DataConfig
 from segdiff_jax.data import geometry, transforms
+from segdiff_jax.errors import UserError
 
 LENGTH = st.integers(1, 200)
 SIZES = st.sampled_from([(64, 64), (48, 64), (64, 48), (16, 128)])
@@ -100,3 +102,12 @@ def test_a_large_photo_shrinks_as_by_pillow_alone():
     exact = Image.fromarray(photo).resize((64, 48), Image.Resampling.BILINEAR)
     off = np.abs(geometry.fit(photo, (48, 64), "pad") - np.asarray(exact).astype(int))
     assert off.max() <= 3 and off.mean() < 0.7
+
+
+def test_a_config_remembers_its_rule_and_one_without_it_is_of_the_time_of_stretching():
+    stored = config.stored(Config())
+    assert stored["data"]["fit"] == "pad" and config.from_dict(stored).data.fit == "pad"
+    del stored["data"]["fit"]
+    assert config.from_dict(stored).data.fit == "stretch"
+    with pytest.raises(UserError, match="config.data.fit='crop'"):
+        config.validate(Config(data=DataConfig(source="scenes", fit="crop")))

@@ -117,11 +117,10 @@ def test_ceiling_goes_through_the_vae_and_not_the_unet(model, monkeypatch):
     assert summary["miou_present"] < 0.9, "a random VAE keeps little"
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_vae_that_gives_no_numbers_stops_the_ceiling(tiny_networks, tiny_config, value):
+def test_a_vae_that_gives_no_numbers_stops_the_ceiling(tiny_networks, tiny_config):
     unet, vae, *rest = tiny_networks
     broken = nnx.clone(vae)
-    nnx.update(broken, jax.tree.map(lambda x: x * value, nnx.state(vae)))
+    nnx.update(broken, jax.tree.map(lambda x: x * np.nan, nnx.state(vae)))
     with pytest.raises(UserError, match="not finite"):
         evaluate(Segmenter(unet, broken, *rest, tiny_config()), MemorySource(2), ceiling=True)
 

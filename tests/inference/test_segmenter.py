@@ -446,11 +446,10 @@ def test_a_list_of_another_order_is_refused_where_levels_stand_for_classes(
         assert not caplog.records
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_maps_that_are_not_finite_are_no_answer(model, with_vae, tiny_networks, image, value):
+def test_maps_that_are_not_finite_are_no_answer(model, with_vae, tiny_networks, image):
     unet, *rest = tiny_networks
     scaled = nnx.clone(unet)
-    nnx.update(scaled, jax.tree.map(lambda x: x * value, nnx.state(unet)))
+    nnx.update(scaled, jax.tree.map(lambda x: x * np.nan, nnx.state(unet)))
     broken = segmenter_lib.Segmenter(scaled, *rest, model.config)
     for settings in ({}, {"ensemble": 2}, {"shortlist": 1}):
         with pytest.raises(UserError, match="^the map of sky is not finite: .*weights of the UNet"):
@@ -546,6 +545,7 @@ MERGED = """
 """
 
 
+@pytest.mark.slow
 def test_maps_are_merged_on_all_devices_as_on_one():
     script = textwrap.dedent(MERGED)
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
