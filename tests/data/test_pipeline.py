@@ -317,10 +317,10 @@ def test_class_ids_are_drawn_for_the_augmented_view():
             return {"image": np.zeros((16, 120, 3), np.uint8), "labels": labels, "name": ""}
 
     config = make_config(batch_size=8, negatives=0.0)
-    config.data.augment = AugmentConfig(True, 1.0, 2.0)
+    config.data.augment = AugmentConfig(True, 1.5, 3.0)
     views = 0
     for batch in take(train_batches(Wide(), config, 0), 6):
         for labels, (class_id,) in zip(batch["labels"], batch["class_ids"], strict=True):
             assert (labels == class_id).any()
-            views += len(np.unique(labels)) < 3
+            views += len(np.unique(labels[labels < 3])) < 3
     assert views > 20, "crops should have hidden classes in many views"
