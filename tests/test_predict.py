@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from segdiff_jax import cli, files, ownership, predict
+from segdiff_jax import cli, evaluate, files, ownership, predict
 from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary
 from segdiff_jax.weights import workdir
@@ -91,6 +91,26 @@ def test_files_of_each_image(place, capsys):
         assert name in page
 
 
+def test_every_format_is_read_back(place, capsys):
+    flags = ["--format", "scores", "masks", "coco", "--threshold=0.48"]
+    assert _run(place, capsys, images=("in/a.png",))[0] == 0
+    labels = np.asarray(Image.open(place / "o" / "a_labels.png"))
+    code, output = _run(place, capsys, *flags, "--ensemble=1", images=("in/a.png",))
+    assert code == 0, output.err
+    assert "a_labels.png" not in _names(place / "o"), "not asked for, and of an earlier run"
+    said = json.loads((place / "o" / "a.json").read_text())
+    assert said["files"]["masks"] == [f"a_mask_{i}.png" for i in range(3)]
+    masks = [np.asarray(Image.open(place / "o" / name)) for name in said["files"]["masks"]]
+    assert [int(mask.sum()) for mask in masks] == [c["pixels"] for c in said["classes"]]
+    assert (np.sum(masks, 0) <= 1).all() and masks[0].shape == labels.shape
+    stored = np.load(place / "o" / said["files"]["scores"])
+    assert stored["scores"].shape == (3, 20, 28)
+    assert stored["classes"].tolist() == ["sky", "building", "road"]
+    coco = json.loads((place / "o" / said["files"]["coco"]).read_text())
+    areas = {a["category_id"]: a["area"] for a in coco["annotations"]}
+    assert areas == {c["id"]: c["pixels"] for c in said["classes"] if c["pixels"]}
+
+
 def test_same_seed_same_bytes_whatever_else_is_predicted(place, capsys):
     for output, images, seed in (("o1", ("in",), "1"), ("o2", ("in",), "1"), ("o3", ("in",), "2")):
         assert _run(place, capsys, "--seed", seed, images=images, output=output)[0] == 0
@@ -137,7 +157,7 @@ def test_more_classes_than_eight_bits(place, capsys):
     assert (labels == 65535).all()
 
 
-def _broken(place, kind):
+def _broken(place, kind, bomb):
     path = place / "in" / "b.bmp"
     data = path.read_bytes()
     if kind == "zero bytes":
@@ -154,7 +174,7 @@ def _broken(place, kind):
     elif kind == "bomb":
         path.unlink()
         path = path.with_suffix(".png")
-        Image.new("1", (30_000, 30_000)).save(path)
+        path.write_bytes(bomb)
     return path
 
 
@@ -168,8 +188,8 @@ def _broken(place, kind):
         ("bomb", "decompression bomb"),
     ],
 )
-def test_a_broken_image_stops_before_anything_is_written(place, capsys, kind, message):
-    path = _broken(place, kind)
+def test_a_broken_image_stops_before_anything_is_written(place, capsys, bomb, kind, message):
+    path = _broken(place, kind, bomb)
     code, output = _run(place, capsys)
     assert code == 2 and message in output.err and str(path) in output.err
     assert output.err.count("\n") == 1 and not (place / "o").exists()
@@ -326,12 +346,16 @@ def test_output_that_is_a_file_and_checkpoint_that_is_none(place, capsys):
     assert code == 2 and "neither a training workdir" in output.err
 
 
-def test_help_explains_every_flag(capsys):
-    with pytest.raises(SystemExit):
-        cli.run(predict.main, ["--help"])
+@pytest.mark.parametrize("command", [predict, evaluate])
+def test_help_explains_every_flag(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        cli.run(command.main, ["--help"])
     text = capsys.readouterr().out
-    for flag in ("--images", "--classes", "--steps", "--ensemble", "--seed", "--threshold"):
-        assert flag in text
+    own = {
+        predict: ("--images", "--classes", "--steps", "--ensemble", "--threshold", "--format"),
+        evaluate: ("--ceiling", "--open", "sampler.ensemble"),
+    }
+    assert caught.value.code == 0 and all(flag in text for flag in own[command])
 
 
 def test_a_guessed_range_of_photos_is_said_once(place, capsys, tiny_config):
