@@ -93,8 +93,7 @@ class Segmenter:
         which: "newest", "best" (by the mIoU of the training's validation) or a step, of the
         checkpoints of a training. `checkpoint_step` of the result says which was read.
 
-        Raises `UserError` if `checkpoint` is neither, has no such step, or holds another
-        architecture.
+        Raises `UserError` if it is neither, has no such step, or holds another architecture.
         """
         folder = hub.local(checkpoint)
         networks, step = workdir.load_with_step(folder, which=which)
