@@ -7,13 +7,14 @@ here has heard of is accepted only while it is off.
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from segdiff_jax import config as configs
 from segdiff_jax import fields
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
-from segdiff_jax.models import clip_text, unet
+from segdiff_jax.models import clip_text
 from segdiff_jax.models.clip_text import CLIPTextConfig
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
@@ -50,7 +51,7 @@ _VAE_FIXED: dict[str, tuple[Any, ...]] = {
 _VAE_IGNORED = {"sample_size", "force_upcast"}
 _TEXT_FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("clip_text_model",),
-    "hidden_act": clip_text.ACTIVATIONS,
+    "hidden_act": tuple(clip_text.ACTIVATIONS),
 }
 _SCHEDULE_FIXED: dict[str, tuple[Any, ...]] = {
     "trained_betas": _OFF,
@@ -144,6 +145,25 @@ def _cross_attention(values: Json, levels: int, file: str) -> tuple[bool, ...]:
     return attends["down_block_types"]
 
 
+def check_unet(config: UNetConfig, file: str, keys: Mapping[str, str]) -> None:
+    """Raises `UserError` if no network can be built of `config`.
+
+    keys: what `file` calls those fields that do not have their own names there.
+    """
+    levels = len(config.block_out_channels)
+    if levels > 16:
+        raise UserError(f"{file}: {levels} levels halve the image to nothing: at most 16")
+    for field in ("cross_attention", "heads"):
+        found = len(getattr(config, field))
+        if found != levels:
+            key = keys.get(field, field)
+            raise UserError(f"{file}: {key} has {found} levels instead of {levels}")
+    used = (*config.cross_attention[:-1], True)  # the middle attends with the last level's heads
+    for width, heads, attends in zip(config.block_out_channels, config.heads, used, strict=True):
+        _divides(config.norm_groups, (width,), keys.get("norm_groups", "norm_groups"), file)
+        _divides(heads if attends else 1, (width,), keys.get("heads", "heads"), file)
+
+
 def read_unet(values: Json, file: str) -> UNetConfig:
     """`unet/config.json` → `UNetConfig`. Missing keys mean what they mean to diffusers."""
     _check(values, {"_class_name": ("UNet2DConditionModel",)} | _UNET_FIXED, file)
@@ -172,7 +192,7 @@ def read_unet(values: Json, file: str) -> UNetConfig:
         cross_attention_dim=1280,
         use_linear_projection=False,
     )
-    unet.check(config, file, renamed)
+    check_unet(config, file, renamed)
     read = set(write_unet(config)) | {"num_attention_heads"}
     _check_unknown(values, read | set(_UNET_FIXED) | _UNET_IGNORED, file)
     return config

@@ -32,7 +32,6 @@ from segdiff_jax.config import VERSION_KEY, Config, from_dict, reading_of, store
 from segdiff_jax.data.sources.source import IMAGE_EXTENSIONS
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote, reading, write_json, write_text
-from segdiff_jax.models import unet as unets
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
@@ -41,7 +40,7 @@ from segdiff_jax.stored import parse_object
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import Vocabulary
-from segdiff_jax.weights import pretrained, step_folders
+from segdiff_jax.weights import hf_config, pretrained, step_folders
 from segdiff_jax.weights.checkpoint import Checkpoints
 from segdiff_jax.weights.hub import INDEX
 
@@ -307,7 +306,7 @@ def unet_config_from(
         config = fields.build(UNetConfig, values or {}, "unet")
         if not values:
             raise UserError("holds no UNet: name the workdir of a diffusion stage")
-        unets.check(config, "unet")
+        hf_config.check_unet(config, "unet", {})
     return config
 
 
