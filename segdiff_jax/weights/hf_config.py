@@ -16,6 +16,7 @@ from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import clip_text
 from segdiff_jax.models.clip_text import CLIPTextConfig
+from segdiff_jax.models.tiny_vae import TinyVAEConfig
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
 
@@ -49,6 +50,16 @@ _VAE_FIXED: dict[str, tuple[Any, ...]] = {
     "use_post_quant_conv": (True,),
 }
 _VAE_IGNORED = {"sample_size", "force_upcast"}
+_TINY_VAE_FIXED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("relu",),
+    "upsample_fn": ("nearest",),
+    "upsampling_scaling_factor": (2,),
+    "shift_factor": (0, None),
+}
+_TINY_VAE_IGNORED = {
+    *("block_out_channels", "force_upcast"),  # diffusers writes the first and does not read it
+    *("latent_magnitude", "latent_shift"),  # of latents stored as bytes
+}
 _TEXT_FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("clip_text_model",),
     "hidden_act": tuple(clip_text.ACTIVATIONS),
@@ -260,6 +271,46 @@ def write_vae(config: VAEConfig) -> Json:
         "out_channels": config.out_channels,
         "scaling_factor": config.scaling_factor,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+def read_tiny_vae(values: Json, file: str) -> TinyVAEConfig:
+    """The `config.json` of an `AutoencoderTiny` → `TinyVAEConfig`."""
+    _check(values, {"_class_name": ("AutoencoderTiny",)} | _TINY_VAE_FIXED, file)
+    renamed = {
+        "width": "encoder_block_out_channels",
+        "encoder_blocks": "num_encoder_blocks",
+        "decoder_blocks": "num_decoder_blocks",
+    }
+    widths = ("encoder_block_out_channels", "decoder_block_out_channels")
+    values = _same_everywhere(values, widths)
+    config = _fill(TinyVAEConfig, values, renamed, file)
+    if values.get(widths[1], config.width) != config.width:
+        raise UserError(f"{file}: {widths[1]} must be as {widths[0]}: use another model")
+    levels = len(config.encoder_blocks)
+    if levels > 16:
+        raise UserError(f"{file}: {levels} levels halve the image to nothing: at most 16")
+    if len(config.decoder_blocks) != levels:
+        raise UserError(f"{file}: num_decoder_blocks must have {levels} levels: use another model")
+    known = set(write_tiny_vae(config)) | set(_TINY_VAE_FIXED) | _TINY_VAE_IGNORED
+    _check_unknown(values, known, file)
+    return config
+
+
+def write_tiny_vae(config: TinyVAEConfig) -> Json:
+    """The inverse of `read_tiny_vae`, for `diffusers.AutoencoderTiny`."""
+    widths = [config.width] * len(config.encoder_blocks)
+    return {
+        "_class_name": "AutoencoderTiny",
+        "act_fn": "relu",
+        "decoder_block_out_channels": widths,
+        "encoder_block_out_channels": widths,
+        "in_channels": config.in_channels,
+        "latent_channels": config.latent_channels,
+        "num_decoder_blocks": list(config.decoder_blocks),
+        "num_encoder_blocks": list(config.encoder_blocks),
+        "out_channels": config.out_channels,
+        "scaling_factor": config.scaling_factor,
     }
 
 

@@ -19,6 +19,7 @@ INDEX = "model_index.json"
 STEM = {  # names of the weight files, without variant and suffix
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
+    "tiny_vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
 

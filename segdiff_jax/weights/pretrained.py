@@ -19,6 +19,7 @@ from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.models.clip_text import CLIPText, CLIPTextConfig
 from segdiff_jax.models.layers import Dtype
+from segdiff_jax.models.tiny_vae import TinyVAE
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE, VAEConfig
 from segdiff_jax.parallel.placement import Place
@@ -48,6 +49,7 @@ class Pretrained(NamedTuple):
     text_encoder: CLIPText | None = None
     tokenizer: Tokenizer | None = None
     schedule: DiffusionConfig | None = None
+    tiny_vae: TinyVAE | None = None  # an addition of ours, which diffusers' pipelines do not read
 
 
 def load(
@@ -67,7 +69,7 @@ def load(
       source: a local folder, a `gs://` folder, or a Hugging Face repository `owner/name` or
         `owner/name@revision`. Downloads go to the usual cache (`HF_HOME`); `HF_HUB_OFFLINE=1`
         reads only that.
-      components: which of `COMPONENTS` to read; the others need not exist.
+      components: which fields of `Pretrained` to read; the others need not exist.
       revision: branch, tag or commit of a repository.
       variant: "fp16" reads `*.fp16.safetensors` where there are any, else the plain files. By
         default the plain files, or the only variant.
@@ -83,9 +85,9 @@ def load(
       UserError: no such folder, an architecture that our modules do not have, damaged files, or
         tensors that are missing, unexpected or of the wrong shape (all of them in one error).
     """
-    wrong = [name for name in components if name not in COMPONENTS]
+    wrong = [name for name in components if name not in Pretrained._fields]
     if wrong:
-        raise ValueError(f"{wrong[0]!r} is not one of {COMPONENTS}")
+        raise ValueError(f"{wrong[0]!r} is not one of {Pretrained._fields}")
     root = hf_folders.locate(os.fspath(source), components, revision, variant)
     plans = _plans(root, components, variant, dtype, remat, widen_conv_in)
     weights.check(plans.values())  # all of them before the first byte of any
@@ -164,6 +166,10 @@ def _plans(
         vae_config = hf_config.read_vae(*read_json(root / "vae" / "config.json"))
         vae = lambda rngs: VAE(vae_config, dtype=dtype, rngs=rngs)  # noqa: E731
         plans["vae"] = plan("vae", vae, root / "vae")
+    if "tiny_vae" in components:
+        tiny_config = hf_config.read_tiny_vae(*read_json(root / "tiny_vae" / "config.json"))
+        tiny = lambda rngs: TinyVAE(tiny_config, dtype=dtype, rngs=rngs)  # noqa: E731
+        plans["tiny_vae"] = plan("tiny_vae", tiny, root / "tiny_vae")
     if "text_encoder" in components:
         folder = root / "text_encoder"
         text_config = hf_config.read_text_encoder(*read_json(folder / "config.json"))
@@ -246,13 +252,17 @@ def _file_names(pretrained: Pretrained) -> list[str]:
 
 
 def _write_components(pretrained: Pretrained, folder: epath.Path, dtype: str) -> None:
-    unet, vae, text, tokenizer, schedule = pretrained
+    unet, vae, text, tokenizer, schedule, tiny_vae = pretrained
     if unet is not None:
         files.write_json(folder / "unet" / "config.json", hf_config.write_unet(unet.config))
         weights.write("unet", unet, folder / "unet", dtype)
     if vae is not None:
         files.write_json(folder / "vae" / "config.json", hf_config.write_vae(vae.config))
         weights.write("vae", vae, folder / "vae", dtype)
+    if tiny_vae is not None:
+        values = hf_config.write_tiny_vae(tiny_vae.config)
+        files.write_json(folder / "tiny_vae" / "config.json", values)
+        weights.write("tiny_vae", tiny_vae, folder / "tiny_vae", dtype)
     if text is not None:
         values = hf_config.write_text_encoder(text.config, dtype)
         files.write_json(folder / "text_encoder" / "config.json", values)
