@@ -79,6 +79,7 @@ class DataConfig:
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     cache_images: bool = False  # keep decoded pairs in memory: for datasets that fit
     cache_latents: bool = False  # write VAE latents once, train without the VAE
+    class_balance: bool = False  # ask for rare classes more often, by inverse frequency
     max_unreadable: float = number(
         0.01, 0.0, 1.0
     )  # share of pairs that may be skipped before training stops
@@ -159,6 +160,9 @@ class TrainConfig:
     balance: float = number(
         0.0, 0.0, 1.0
     )  # γ: positions that show a pass's classes weigh (rest / shown)^γ
+    hard_negatives: float = number(
+        0.0, 0.0, 1.0
+    )  # share of the absent classes that are drawn by likeness of their prompts to a present one
     checkpoint_every: int = number(1000, 1)
     keep_checkpoints: int = number(3, 1)
     log_every: int = number(50, 1)
