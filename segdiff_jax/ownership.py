@@ -5,8 +5,8 @@ A folder that a command writes into holds `MARKER`, JSON that lists by kind ("pr
 so that whenever a command is killed, the next one knows what is its own.
 
 For a folder that may hold other files too: `claimed` (or `claim` before the work and `settle` after
-it); `check` looks only. For one that is replaced as a whole: `whole_folder`, and `check_whole`.
-`owned` tells what is listed, `is_ours` of a single file.
+it); `check` looks only, `adopted` and `adopt` do not look. For one that is replaced as a whole:
+`whole_folder`, and `check_whole`. `owned` tells what is listed, `is_ours` of a single file.
 """
 
 import contextlib
@@ -118,6 +118,11 @@ def claim(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) 
     Raises `UserError` as `check` does, and where that fails.
     """
     check(directory, kind, names)
+    adopt(directory, kind, names)
+
+
+def adopt(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) -> None:
+    """`claim` without `check`, where something else tells that `names` are ours."""
     listed = owned(directory)
     _write_marker(directory, listed | {kind: listed.get(kind, frozenset()) | set(names)})
 
@@ -137,7 +142,15 @@ def settle(directory: os.PathLike[str] | str, kind: str, names: Collection[str])
 @contextlib.contextmanager
 def claimed(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) -> Iterator[None]:
     """`claim` before the block that writes the files `names`, `settle` after it."""
-    claim(directory, kind, names)
+    check(directory, kind, names)
+    with adopted(directory, kind, names):
+        yield
+
+
+@contextlib.contextmanager
+def adopted(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) -> Iterator[None]:
+    """`adopt` before the block that writes the files `names`, `settle` after it."""
+    adopt(directory, kind, names)
     try:
         yield
     except BaseException:

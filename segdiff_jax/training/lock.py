@@ -32,6 +32,7 @@ BEAT = 10.0  # seconds
 EXPIRES = 60.0
 _LONG_AGO = 900.0  # no two clocks are that far apart
 _LOOK = 1.0
+_BEGINS = b'{"id": "'  # every lock
 
 _releases: list[Callable[[], None]] = []  # of the locks held, for a signal
 
@@ -199,16 +200,21 @@ def _last_beat(path: epath.Path) -> float | None:
 
 
 def _holder(path: epath.Path) -> dict[str, Any]:
-    """What the lock says; {} where there is none."""
-    unreadable = {"host": "an unknown host"}  # or not yet written
+    """What the lock says; {} where there is none. Raises `UserError` for a file of another kind."""
     try:
         with reading(path):
-            value = json.loads(path.read_bytes())
-        return value if isinstance(value, dict) else unreadable
+            data = path.read_bytes()
     except FileNotFoundError:
         return {}
-    except ValueError:
-        return unreadable
+    if not (data.startswith(_BEGINS) or _BEGINS.startswith(data)):
+        raise UserError(
+            f"{path}: is no lock of a training, which needs this name: move it away, or choose "
+            "another --workdir"
+        )
+    try:
+        return json.loads(data)
+    except ValueError:  # not wholly written
+        return {"host": "an unknown host"}
 
 
 def _myself() -> dict[str, Any]:

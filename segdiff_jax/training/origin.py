@@ -5,17 +5,26 @@ import logging
 
 from etils import epath
 
+from segdiff_jax import ownership
 from segdiff_jax.combinations import check_image_size
 from segdiff_jax.config import Config, DiffusionConfig
 from segdiff_jax.data.sources.source import Source
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
+from segdiff_jax.files import is_remote, reading
 from segdiff_jax.models import presets
 from segdiff_jax.weights import pretrained
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.pretrained import Described
 
 log = logging.getLogger(__name__)
+
+KIND = "workdir"  # of a run's names in the marker that lists them (`ownership`)
+_TENSORBOARD, _COMPILED = "tensorboard", "compile_cache"
+_FOLDERS = (
+    *(workdirs.CHECKPOINTS, workdirs.PRETRAINED, workdirs.VAE_STAGE, workdirs.LATENTS),
+    *(_TENSORBOARD, _COMPILED),
+)
 
 
 def check(config: Config, workdir: str) -> None:
@@ -34,6 +43,34 @@ def check(config: Config, workdir: str) -> None:
     else:
         name = f"model.preset={config.model.preset!r}"
         check_image_size(config, preset.vae.downsampling, name)
+
+
+def names(config: Config, workdir: str) -> set[str]:
+    """What this run may write at the top of `workdir`, its lock aside, and what earlier starts did.
+
+    Raises `UserError` where one of these names is taken and the folder's marker does not list it.
+    A workdir of a version that kept no list owns what lies there under the names of a run. A folder
+    that is only added to, TensorBoard's, may be the user's, and then stays off the list.
+    """
+    diffusion = config.stage != "vae"
+    with reading(workdir):
+        folder = epath.Path(workdir)
+        held = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
+        unmade = not pretrained.is_whole(folder / workdirs.PRETRAINED)
+        wanted = {"config.json", workdirs.CLASSES, workdirs.CHECKPOINTS, workdirs.PRETRAINED}
+        wanted |= {_TENSORBOARD}
+        wanted |= {workdirs.LATENTS} if diffusion and config.data.cache_latents else set()
+        wanted |= {workdirs.VAE_STAGE} if diffusion and unmade and not config.init_from else set()
+        wanted |= {_COMPILED} if is_remote(folder) else set()
+        listed = ownership.owned(folder).get(KIND)
+        if listed is None and workdirs.is_workdir(workdir):
+            return wanted | {"config.json", workdirs.CLASSES, *_FOLDERS} & held.keys()
+        foreign = wanted & held.keys() - (listed or frozenset())
+        folders = {name for name in foreign if held[name].is_dir()}
+        foreign -= {name for name in folders if not any(held[name].iterdir())}
+    shared = folders & foreign & {_TENSORBOARD, _COMPILED}
+    ownership.check(folder, KIND, foreign - shared)
+    return wanted - shared | {_COMPILED} & wanted
 
 
 def check_balance(config: Config, source: Source) -> None:

@@ -15,7 +15,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from segdiff_jax import __version__, codec
+from segdiff_jax import __version__, codec, ownership
 from segdiff_jax.config import Config, of_stage
 from segdiff_jax.data import label_summary, latent_cache, latents, pipeline
 from segdiff_jax.data.sources.source import Source, open_source
@@ -81,10 +81,10 @@ def train(
     startup.done("data")
     processes.barrier()  # all have looked
     held = lock.held(workdir) if processes.is_first() else contextlib.nullcontext()
-    with held as guard:
+    with held as guard, contextlib.ExitStack() as until_end:
         processes.barrier()
         _check_start(config, workdir)  # who held the lock before may have begun something
-        run = Run(config, workdir, source, startup, guard, make_validator)
+        run = Run(config, workdir, source, startup, guard, make_validator, until_end)
         if config.stage == "vae":
             _train_vae(run)
         else:
@@ -100,6 +100,7 @@ class Run(NamedTuple):
     startup: StartUp
     guard: Callable[[], None] | None  # of `Checkpoints`; in the first process
     make_validator: MakeValidator | None
+    until_end: contextlib.ExitStack  # left before the lock is
 
 
 def _check_start(config: Config, workdir: str) -> None:
@@ -110,6 +111,7 @@ def _check_start(config: Config, workdir: str) -> None:
     if workdirs.is_workdir(workdir):
         earlier = (of_stage(c) for c in (workdirs.read_config(workdir), config))
         check_config(*map(workdirs.to_dict, earlier))
+    origin.names(config, workdir)
     start = config.init_from
     if start and epath.Path(start).exists() and not _is_start(start):
         workdirs.check_not_inside(start, "config.init_from")
@@ -125,7 +127,13 @@ def _is_start(folder: str) -> bool:
 
 
 def _begin(run: Run) -> None:
-    """Marks the folder as the workdir of this run, unless it is that already."""
+    """Marks the folder as the workdir of this run, unless it is that already.
+
+    The marker that lists what is ours there comes first.
+    """
+    if processes.is_first():
+        names = origin.names(run.config, run.workdir)
+        run.until_end.enter_context(ownership.adopted(run.workdir, origin.KIND, names))
     if not processes.all_agree(workdirs.is_workdir(run.workdir)):
         _write_config(run)
         if not workdirs.is_workdir(run.workdir):

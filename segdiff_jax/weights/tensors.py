@@ -1,7 +1,7 @@
 """The arrays of one component ⇄ its safetensors files, one tensor in memory at a time."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ def plan(
             name = key_map.canonical_name(component, stored)
             if name is not None:
                 entries[name] = entry
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(cast(nnx.Rngs, _OneKey()))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(_OneKey())))
     variables = dict(nnx.to_flat_state(state))
     keys = {key_map.tensor_name(component, _path(key)): key for key in variables}
     shapes = {}
@@ -117,7 +117,7 @@ def write(component: str, module: nnx.Module, folder: epath.Path, dtype: str) ->
     safetensors_files.write(folder / f"{STEM[component]}.safetensors", tensors, dtype)
 
 
-class _OneKey:
+class _OneKey(nnx.Rngs):
     """Stands in for `nnx.Rngs` where only shapes matter.
 
     Rngs counts its draws in a variable, and tracing those updates takes a time that grows with the

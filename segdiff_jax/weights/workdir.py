@@ -9,6 +9,7 @@ W/checkpoints/    Orbax: parameters, optimiser, EMA; with the config and the UNe
 W/lock.json       while a training runs: which (`training/lock.py`)
 W/tensorboard/    events, and the profiler's traces
 W/compile_cache/  compiled programs, where W is on an object store
+W/.segdiff_files.json  which of these names a run wrote, so that nothing of the user's is replaced
 """
 
 import dataclasses

@@ -279,7 +279,7 @@ def test_a_process_that_does_not_come_is_named_and_ends_all(tmp_path, monkeypatc
     said = run.logs[0].read_text()
     assert "waiting for process 1, which sleeps well for" in said  # longer than 3 s: it is at work
     assert (
-        said.index("sleeps well") < said.index("together") < said.index("waiting for process 1 f")
+        said.index("sleeps well") < said.index("together") < said.rindex("waiting for process 1 f")
     )
     last = "process 1: no answer for 3 s: see what it does and its log, or allow more with"
     assert said.splitlines()[-1] == f"error: {last} {PROCESS}=SECONDS"

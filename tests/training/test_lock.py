@@ -84,12 +84,22 @@ def test_a_number_that_another_process_has_now_is_not_its_holder(left):
         pass
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"pid": 1'])
+@pytest.mark.parametrize("content", [b"", b'{"i', b'{"id": "1'])
 def test_a_lock_that_cannot_be_read_expires_too(tmp_path, content):
     (tmp_path / "lock.json").write_bytes(content)
     os.utime(tmp_path / "lock.json", (0, 0))
     with lock.held(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("content", [b"[]", b'{"packages": {}}', b"mine"])
+def test_a_file_of_the_user_is_no_lock(tmp_path, content):
+    path = tmp_path / "lock.json"
+    path.write_bytes(content)
+    os.utime(path, (0, 0))
+    with pytest.raises(UserError, match="move it away") as error, lock.held(tmp_path):
+        pytest.fail("taken over")
+    assert path.read_bytes() == content and "\n" not in str(error.value)
 
 
 def test_a_lock_of_another_machine_is_waited_for_and_then_taken_over(left, monkeypatch, caplog):

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from test_telemetry import read_scalars
 
-from segdiff_jax import __version__, aot, codec
+from segdiff_jax import __version__, aot, codec, ownership
 from segdiff_jax.data import latent_cache, pipeline
 from segdiff_jax.data.sources.scenes import vocabulary
 from segdiff_jax.errors import UserError
@@ -313,6 +313,48 @@ def test_files_of_the_user_in_a_new_workdir_are_no_obstacle(micro_config, tmp_pa
     with pytest.raises(Reached):
         train(micro_config(), str(tmp_path))
     assert before.items() <= contents(tmp_path).items()
+    assert "tensorboard" not in listed(tmp_path) and "config.json" in listed(tmp_path)
+
+
+def listed(workdir):
+    return ownership.owned(workdir).get("workdir")
+
+
+def test_the_marker_of_a_workdir_lists_what_a_run_wrote_there(trained, micro_config, tmp_path):
+    for folder in (trained, f"{trained}/vae"):
+        assert listed(folder) == set(os.listdir(folder)) - {ownership.MARKER}
+    workdir = copy_at_step_2(trained, tmp_path)  # as of a version that kept no list
+    os.remove(f"{workdir}/{ownership.MARKER}")
+    Path(workdir, "latents").mkdir()
+    Path(workdir, "notes.txt").write_text("mine")
+    config = micro_config()
+    config.train.steps, config.train.eval_every = 3, 0
+    train(config, workdir)
+    assert steps_of(workdir) == [2, 3]
+    assert listed(workdir) == listed(trained) | {"latents"}
+
+
+@pytest.mark.parametrize("name", ["config.json", "classes.json", "tensorboard"])
+def test_a_file_of_the_user_under_a_name_of_a_run_stays(micro_config, tmp_path, name):
+    workdir = str(tmp_path)
+    path = Path(workdir, name)
+    path.write_text("mine")
+    with pytest.raises(UserError, match=name) as error:
+        train(micro_config(), workdir)
+    assert "\n" not in str(error.value)
+    assert os.listdir(workdir) == [name] and path.read_text() == "mine"
+
+
+def test_a_folder_of_the_user_is_not_taken_for_a_later_part_of_the_run(
+    trained, micro_config, tmp_path
+):
+    workdir, config = copy_at_step_2(trained, tmp_path), micro_config()
+    Path(workdir, "latents").mkdir()
+    Path(workdir, "latents", "notes.txt").write_text("mine")
+    config.data.cache_latents, before = True, contents(workdir)
+    with pytest.raises(UserError, match="latents: would be replaced") as error:
+        train(config, workdir)
+    assert "\n" not in str(error.value) and contents(workdir) == before
 
 
 @pytest.mark.parametrize(
