@@ -96,6 +96,29 @@ def test_export_of_the_export_is_byte_identical(trained, exported, dtype, tmp_pa
     assert contents(run(first, tmp_path / "second", "--dtype", dtype)) == contents(first)
 
 
+def test_verify_compares_the_networks_with_those_of_diffusers(
+    exported, tmp_path, capsys, monkeypatch
+):
+    run(exported, tmp_path / "m", "--verify", "--dtype", "float16")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "verified" in line]
+    assert float(line.split("diffusers ")[1].split()[0]) < 1e-4
+    load = diffusers.AutoencoderKL.from_pretrained
+
+    def other(*args, **options):
+        vae = load(*args, **options)
+        vae.decoder.conv_out.weight.data *= -1
+        return vae
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", other)
+    with pytest.raises(SystemExit) as caught:
+        run(exported, tmp_path / "m", "--verify")
+    assert caught.value.code == 1 and "(vae decoder)" in capsys.readouterr().out
+    monkeypatch.setattr("segdiff_jax.weights.verify.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--verify: torch and diffusers not installed: pip install"):
+        run(exported, tmp_path / "n", "--verify")
+    assert not (tmp_path / "n").exists()
+
+
 def test_ema_or_raw_weights(trained, exported, tmp_path):
     assert contents(run(trained, tmp_path / "ema", "--weights", "ema")) == contents(exported)
     raw = contents(run(trained, tmp_path / "raw", "--weights", "raw"))
@@ -148,6 +171,7 @@ def test_model_card_says_what_the_model_is(tiny_networks, tiny_config, tmp_path)
     ("arguments", "message"),
     [
         (["--steps", "2"], "--steps: only --format stablehlo"),
+        (["--verify", "--format", "stablehlo"], "--verify: only for a local folder"),
         (["--dtype", "int8"], "--dtype"),
         (["--checkpoint", "/no/such/run"], "/no/such/run: neither a training workdir"),
     ],

@@ -1,6 +1,7 @@
 """The CLIP text transformer (arXiv 2103.00020), as far as Stable Diffusion uses it."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from segdiff_jax.models.attention import AttentionFn, plain
 from segdiff_jax.models.layers import Dtype
 from segdiff_jax.shapes import Context, Tokens
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }

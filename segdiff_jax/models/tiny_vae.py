@@ -59,10 +59,10 @@ def _double(x: jax.Array) -> jax.Array:
 
 
 def _encoder(config: TinyVAEConfig, **kw: Any) -> nnx.Sequential:
-    width, down = config.width, {"stride": 2, "padding": (1, 1), "use_bias": False}
+    width, down = config.width, kw | {"stride": 2, "padding": (1, 1), "use_bias": False}
     layers: list[nnx.Module] = [conv(config.in_channels, width, **kw)]
     for level, blocks in enumerate(config.encoder_blocks):
-        layers += [conv(width, width, **down, **kw)] if level else []
+        layers += [conv(width, width, **down)] if level else []
         layers += [Block(width, **kw) for _ in range(blocks)]
     return nnx.Sequential(*layers, conv(width, config.latent_channels, **kw))
 

@@ -28,7 +28,7 @@ from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import attention_kernels, processes, sharding
 from segdiff_jax.parallel.placement import placer
 from segdiff_jax.text import conditioning
-from segdiff_jax.text.prompts import prompts
+from segdiff_jax.text.conditioning import prompts
 from segdiff_jax.text.tokenizer import Tokenizer, train_tokenizer
 from segdiff_jax.text.vocabulary import Vocabulary
 from segdiff_jax.training import lock, loop, origin
@@ -247,7 +247,8 @@ def _frozen_networks(run: Run, dtype: Any) -> tuple[VAE, CLIPText, Any]:
     if not run.config.init_from:
         _begin(run)  # the VAE stage takes its time, in a folder below
     start = _starting_point(run)
-    kept = workdirs.load_frozen(start, jnp.dtype(jnp.float32), origin.variant(run.config))
+    variant, tokenizer = origin.variant(run.config), run.config.init_tokenizer
+    kept = workdirs.load_frozen(start, jnp.dtype(jnp.float32), variant, tokenizer)
     _begin(run)
     if processes.is_first():
         with processes.at_work("copies the frozen networks"):

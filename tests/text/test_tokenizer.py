@@ -107,12 +107,12 @@ def _varied_texts(count: int) -> list[str]:
     return ["", " ", "\n", *(text() for _ in range(count - 3))]
 
 
-def test_ids_equal_transformers_on_10000_texts(folder):
-    texts = _varied_texts(10_000)
+def test_ids_equal_transformers_on_many_texts(folder):
+    texts = _varied_texts(3000)
     ids = Tokenizer.load(folder)(texts)
     np.testing.assert_array_equal(ids, _expected(CLIPTokenizer.from_pretrained(folder), texts))
-    assert ids.dtype == np.int32 and ids.shape == (10_000, 77)
-    assert (ids[:, -2] != ids[0, -2]).sum() > 500  # many fill the row, or are too long
+    assert ids.dtype == np.int32 and ids.shape == (3000, 77)
+    assert (ids[:, -2] != ids[0, -2]).sum() > 150  # many fill the row, or are too long
 
 
 @settings(max_examples=200, deadline=None)
@@ -195,22 +195,14 @@ def test_frequent_words_come_first():
     assert (words == tokenizer.eos_id).argmax(axis=1).tolist() == [2, 2, 4]
 
 
-def test_training_is_the_same_in_every_process():
-    code = (
-        "from segdiff_jax.text.tokenizer import train_tokenizer\n"
-        "t = train_tokenizer(['abc bcd cde dea eab', 'xyz yzx zxy'], 530)\n"
-        "print(t._merges)"
-    )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
-            capture_output=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2", "3")
-    }
-    assert len(outputs) == 1
+def test_training_is_the_same_in_every_process(tmp_path):
+    texts = ["abc bcd cde dea eab", "xyz yzx zxy"]
+    train_tokenizer(texts, 530).save(tmp_path / "here")
+    code = "import sys; from segdiff_jax.text.tokenizer import train_tokenizer\n"
+    code += f"train_tokenizer({texts}, 530).save(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "there")], check=True)
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
 
 
 def _break(name, content):

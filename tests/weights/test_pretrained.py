@@ -95,7 +95,7 @@ def test_configs_of_presets_round_trip(name):
     preset = PRESETS[name]
     assert hf_config.read_unet(hf_config.write_unet(preset.unet), "f") == preset.unet
     assert hf_config.read_vae(hf_config.write_vae(preset.vae), "f") == preset.vae
-    text = hf_config.write_text_encoder(preset.text_encoder, "float32")
+    text = hf_config.write_text_encoder(preset.text_encoder)
     assert hf_config.read_text_encoder(text, "f") == preset.text_encoder
 
 
@@ -168,7 +168,7 @@ def test_failure_in_the_middle_keeps_the_earlier_export(ours, exported, tmp_path
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained.weights, "write", full_disk)
+    monkeypatch.setattr(pretrained.tensors, "write", full_disk)
     with pytest.raises(UserError, match="the disk is full"):
         save(ours, target, extra_files={"README.md": "new"})
     assert contents(target) == before
@@ -259,8 +259,7 @@ def test_one_error_lists_every_tensor_of_every_component_that_does_not_fit(tmp_p
 
     rewrite(root / "unet" / WEIGHTS, spoil)
     rewrite(root / "text_encoder" / "model.safetensors", lambda _: {"x": np.zeros(3, np.float32)})
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
-        patch.setattr(pretrained.weights.safetensors_files, "read", None)  # headers tell it all
+    with pytest.raises(UserError) as error:
         load(root, ("unet", "vae", "text_encoder"))
     message = str(error.value)
     assert "\n" not in message
