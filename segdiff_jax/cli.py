@@ -1,7 +1,6 @@
 """What all entry points share: exit codes, the config file, its overrides and its help text."""
 
 import argparse
-import copy
 import dataclasses
 import errno
 import inspect
@@ -14,6 +13,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import config_flags
 
 from segdiff_jax import config as config_module
 from segdiff_jax import fields, files, waiting
@@ -212,27 +214,35 @@ def override_config(config: Config, overrides: Sequence[str], use: str = "train"
         if not separator or not override.startswith(PREFIX):
             raise UserError(f"{override}: write it as {PREFIX}KEY=VALUE")
         texts.setdefault(key, []).append(text)
-    config = copy.deepcopy(config)
     for key in texts:
-        config_module.put(config, key, _parsed(key, texts[key]))
+        config = _override(config, key, texts[key])
     check_overridden(config, list(texts))
     return validate(config, use)
 
 
-def _parsed(key: str, texts: list[str]) -> Any:
-    """The value of a key from what was given for it: the last, but texts of a tuple add up."""
+def _override(config: Config, key: str, texts: list[str]) -> Config:
+    """`config` with what was given for one key: the last text, but texts of a tuple add up."""
     kind = _field(key).type
     if kind == tuple[str, ...]:
-        value: Any = tuple(part for text in texts for part in fields.texts_from(text))
-    elif key in config_module.PATHS:
-        value = os.path.expanduser(texts[-1])  # no shell does it behind "="
+        texts = [repr(fields.texts_from(text)) for text in texts]
     else:
-        value = fields.from_text(texts[-1], kind)
-    if not fields.has_type(value, kind):
+        # ml_collections would join repeated tuples of numbers, and no shell expands ~ behind "=".
+        last = texts[-1]
+        texts = [os.path.expanduser(last) if key in config_module.PATHS else last]
+    arguments = ["segdiff_jax", *(f"{PREFIX}{key}={text}" for text in texts)]
+    own_flags = flags.FlagValues()
+    try:
+        holder = config_flags.DEFINE_config_dataclass(
+            "config", config, flag_values=own_flags, sys_argv=arguments
+        )
+        own_flags(arguments)
+        if not fields.has_type(get(holder.value, key), kind):
+            raise TypeError
+    except (flags.Error, ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         text = texts[-1] if len(texts[-1]) <= 100 else f"{texts[-1][:100]}..."
         wanted = f"must be {fields.type_name(kind)}"
-        raise UserError(f"{PREFIX}{key}={text}: {wanted}: {_example(key)}")
-    return value
+        raise UserError(f"{PREFIX}{key}={text}: {wanted}: {_example(key)}") from error
+    return holder.value
 
 
 def _read_config_file(spec: str) -> Config:

@@ -14,9 +14,7 @@ import numpy as np
 from segdiff_jax.errors import UserError
 from segdiff_jax.shapes import (
     ClassIds,
-    ClassMask,
     ClassScores,
-    ClassVectors,
     GrayMap,
     GroupIds,
     Labels,
@@ -163,28 +161,12 @@ def decode(
     return jnp.where(jnp.max(class_scores, axis=-1) < threshold, other, labels)
 
 
-def bound_context(pooled: ClassVectors, class_ids: ClassIds) -> tuple[ClassVectors, ClassMask]:
-    """One token per class that also says its gray level: pooled text vector + level code.
-
-    pooled [G, D], class_ids int [G] in level order -> tokens [G, D], attention mask bool [G]
-    (False for empty slots, whose tokens are zero).
-    """
-    mask = class_ids != PAD
-    tokens = pooled + level_code(pooled.shape[0], pooled.shape[1]).astype(pooled.dtype)
-    return jnp.where(mask[:, None], tokens, 0.0), mask
-
-
-def level_code(size: int, dim: int) -> ClassVectors:
+def level_code(size: int, dim: int) -> np.ndarray:
     """Fixed sinusoidal codes of the G levels, float32 [G, D] in [-1, 1].
 
     The transformer's position code (arXiv 1706.03762) at position 1000 (l + 1) / 2, so that a
     level has the same code whatever G is, and 1/255 of the range is four radians.
     """
-    return jnp.asarray(level_code_of(size, dim))
-
-
-def level_code_of(size: int, dim: int) -> np.ndarray:
-    """`level_code` in numpy."""
     position = 500.0 * (_levels(size) + 1.0)
     frequency = 10_000.0 ** (-np.arange((dim + 1) // 2) / max(1, (dim + 1) // 2))
     angle = position[:, None] * frequency  # [G, ceil(D / 2)]

@@ -245,9 +245,9 @@ def of_stage(config: Config) -> Config:
         return config
     changed = copy.deepcopy(config)
     for key, source in _OF_VAE_STAGE.items():
-        put(changed, key, get(config, source))
+        _put(changed, key, get(config, source))
     for key, value in _NOT_OF_VAE_STAGE.items():
-        put(changed, key, value)
+        _put(changed, key, value)
     return changed
 
 
@@ -270,7 +270,7 @@ def get(config: Config, key: str) -> Any:
     return value
 
 
-def put(config: Config, key: str, value: Any) -> None:
+def _put(config: Config, key: str, value: Any) -> None:
     """Sets the value of a dotted key."""
     group, _, name = key.rpartition(".")
     setattr(get(config, group) if group else config, name, value)

@@ -137,21 +137,6 @@ def from_json(value: Any, kind: Any) -> Any:
     return float(value) if kind is float and whole and _is_finite(value) else value
 
 
-def from_text(text: str, kind: Any) -> Any:
-    """What `text` on a command line stands for; `text` itself where that is no `kind`."""
-    if kind is str:
-        return text
-    if kind is bool:
-        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
-    try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return text
-    if typing.get_origin(kind) is tuple and isinstance(value, int):
-        value = (value,)  # "0" for "0,"
-    return from_json(value, kind)
-
-
 def texts_from(text: str) -> tuple[str, ...]:
     """A Python tuple of strings as it is; any other text as a tuple that holds just this text."""
     try:

@@ -22,7 +22,7 @@ Sample = Float[Array, "*shape"]  # x_t, x_0, noise or prediction: one shape in a
 Timesteps = Num[Array, "B"]  # 0 ... T - 1
 Keys = Key[Array, "J"]  # one random key for each job of the sampler
 
-Pixels = Float[Array, "B H W 3"]  # in [-1, 1]
+Pixels = Float[Array, "B H W C"]  # in [-1, 1]; photos and masks have three channels
 Tokens = Integer[Array, "B L"]
 Context = Float[Array, "B L D"]  # what cross-attention reads
 ContextMask = Bool[Array, "B L"]  # False for tokens that no query may see
@@ -32,8 +32,6 @@ HeadKeys = Float[Array, "B L N D"]
 Labels = Integer[Array, "*map"]  # [..., H, W]
 ClassIds = Integer[Array, "G"]  # of one pass, in level order
 GroupIds = Integer[Array, "*batch G"]  # the same for every example
-ClassMask = Bool[Array, "G"]  # False for an empty slot
-ClassVectors = Float[Array, "G D"]  # pooled text vectors, or the codes of their levels
 Levels = Float[Array, "G"]
 GrayMap = Float[Array, "*map"]  # [..., H, W], the gray image of a pass, about [-1, 1]
 PassScores = Float[Array, "*map G"]

@@ -9,13 +9,12 @@ import diffusers
 import numpy as np
 import pytest
 import safetensors.numpy
-import transformers
 
 from segdiff_jax import cli, export, ownership
 from segdiff_jax.config import Config, DataConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.segmenter import Segmenter
-from segdiff_jax.weights import pretrained, workdir
+from segdiff_jax.weights import workdir
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 CLASSES = ("plain red circle", "striped blue triangle", "background")
@@ -54,28 +53,6 @@ def test_the_classes_of_the_training_travel_with_the_model(trained, tmp_path):
     assert run(trained, folder) == folder, "an export may be replaced by another"
 
 
-def test_torch_libraries_load_every_component_without_a_complaint(exported):
-    index = json.loads((exported / "model_index.json").read_text())
-    listed = {name for name, value in index.items() if isinstance(value, list) and value[0]}
-    assert listed == {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
-    for library, kind, name in (
-        (diffusers, "UNet2DConditionModel", "unet"),
-        (diffusers, "AutoencoderKL", "vae"),
-        (transformers, "CLIPTextModel", "text_encoder"),
-    ):
-        part, info = getattr(library, kind).from_pretrained(
-            exported / name, output_loading_info=True
-        )
-        assert not any(info.values()), (name, info)
-        assert part.training is False
-    scheduler = diffusers.DDIMScheduler.from_pretrained(exported / "scheduler")
-    assert scheduler.config.prediction_type == "v_prediction"
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(exported / "tokenizer")
-    text = "a photo of a striped blue triangle"
-    ids = tokenizer([text], padding="max_length", truncation=True)["input_ids"]
-    assert ids == pretrained.load(exported, ("tokenizer",)).tokenizer([text]).tolist()
-
-
 def test_the_export_segments_like_the_run(trained, exported):
     photo = np.random.default_rng(0).integers(0, 256, (20, 28, 3), dtype=np.uint8)
     before, after = (Segmenter.load(str(p)) for p in (trained, exported))
@@ -86,7 +63,7 @@ def test_the_export_segments_like_the_run(trained, exported):
     assert after.config == export.portable(before.config)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_export_of_the_export_is_byte_identical(trained, exported, dtype, tmp_path):
     first = run(trained, tmp_path / "first", "--dtype", dtype)
     if dtype == "float32":

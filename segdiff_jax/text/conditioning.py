@@ -163,7 +163,7 @@ def context(table: PromptTable, class_ids: Any, kind: str) -> tuple[Any, Any | N
     hidden, pooled = xp.asarray(table.hidden), xp.asarray(table.pooled)
     rows, present = xp.maximum(class_ids, 0), class_ids != codec.PAD  # [B, G]
     if kind == "bound":
-        tokens = pooled[rows] + codec.level_code_of(class_ids.shape[1], pooled.shape[1])
+        tokens = pooled[rows] + codec.level_code(class_ids.shape[1], pooled.shape[1])
         return xp.where(present[..., None], tokens, xp.float32(0)), present
     if class_ids.shape[1] == 1:  # nothing to average: skip the sum over K
         return hidden[rows[:, 0]], None

@@ -42,7 +42,7 @@ def differences(folder: str, image_size: tuple[int, int]) -> dict[str, float]:
     read: dict[str, Any] = {"torch_dtype": torch.float32}
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **read)
     vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae", **read)
-    theirs = {
+    theirs: dict[str, Any] = {
         "unet": lambda x, t, context: unet(_nchw(x), torch.tensor(t), torch.tensor(context)).sample,
         "vae encoder": lambda x: vae.encode(_nchw(x)).latent_dist.mean,
         "vae decoder": lambda z: vae.decode(_nchw(z)).sample,

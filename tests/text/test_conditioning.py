@@ -96,7 +96,7 @@ def test_bound_context_has_a_token_per_class_that_knows_its_level(table):
     class_ids = np.array([[2, 0, -1], [0, 2, 1]])
     tokens, mask = conditioning.context(table, class_ids, "bound")
     assert (np.asarray(mask) == (class_ids >= 0)).all()
-    code = np.asarray(codec.level_code(3, table.pooled.shape[1]))
+    code = codec.level_code(3, table.pooled.shape[1])
     pooled = np.asarray(table.pooled)
     np.testing.assert_allclose(tokens[0, 0], pooled[2] + code[0], atol=1e-5)
     np.testing.assert_allclose(tokens[1, 2], pooled[1] + code[2], atol=1e-5)
