@@ -25,6 +25,7 @@ STAGES = ("vae", "diffusion")
 OPTIMIZERS = ("adamw", "muon")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 PREDICTIONS = ("v_prediction", "epsilon", "sample")
+DECODERS = ("vae", "linear", "tiny")
 SPACINGS = ("trailing", "leading", "linspace")
 PATHS = ("data.root", "data.vocabulary", "init_from", "init_tokenizer")  # name files or folders
 SOURCES = ("scenes", "folder", "ade20k", "coco_stuff", "pascal_voc", "cityscapes", "tfds")
@@ -181,6 +182,7 @@ class SamplerConfig:
     align: str = choice("none", ("affine", "none"))
     reduce: str = choice("median", ("median", "mean"))
     uncertainty: str = choice("mad", ("mad", "std"))
+    decoder: str = choice("vae", DECODERS)  # of mask latents; a linear one is fitted by a training
     shortlist: int = number(0, 0)  # M; 0 = every class gets the full budget
     batch_size: int = number(32, 1, 1_000_000)  # UNet passes in one compiled call, over all devices
 

@@ -261,7 +261,7 @@ def save(
     directory: os.PathLike[str] | str,
     *,
     dtype: str = "float32",
-    extra_files: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
     kind: str = "pretrained",
 ) -> None:
     """Writes the parts that are not None as a folder that diffusers, transformers and `load` read.
@@ -275,7 +275,7 @@ def save(
       pretrained: what to write.
       directory: local or `gs://` folder.
       dtype: of the stored weights: "float32", "bfloat16" or "float16".
-      extra_files: relative path → text, to appear together with the weights.
+      extra_files: relative path → text or bytes, to appear together with the weights.
       kind: what `ownership` calls the folder; only one of the same kind is replaced.
 
     Raises:
@@ -287,8 +287,9 @@ def save(
     given = {name: part for name, part in pretrained._asdict().items() if part is not None}
     names = [f"{hub.folder_name(name)}/{file}" for name in given for file in _file_names(name)]
     with ownership.whole_folder(directory, kind, [*names, *extra, INDEX], last=INDEX) as folder:
-        for path, text in extra.items():
-            files.write_text(folder / path, text)
+        for path, content in extra.items():
+            write: Any = files.write_text if isinstance(content, str) else files.write_bytes
+            write(folder / path, content)
         for name, part in given.items():
             _write(name, part, folder / hub.folder_name(name), dtype)
         files.write_json(folder / INDEX, _model_index(given))
