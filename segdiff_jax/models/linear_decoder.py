@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from segdiff_jax.shapes import GrayMap, Latents
+
 _EXACT = jax.lax.Precision.HIGHEST  # sums over a hundred thousand positions
 
 
@@ -22,7 +24,7 @@ class LinearDecoder(NamedTuple):
     bias: jax.Array  # [f²]
 
 
-def fit(batches: Iterable[tuple[jax.Array, jax.Array]], ridge: float = 1e-4) -> LinearDecoder:
+def fit(batches: Iterable[tuple[Latents, GrayMap]], ridge: float = 1e-4) -> LinearDecoder:
     """Ridge regression (normal equations) from latents to masks.
 
     Batches are summed up one by one, so memory does not grow with their number.
@@ -47,7 +49,7 @@ def fit(batches: Iterable[tuple[jax.Array, jax.Array]], ridge: float = 1e-4) -> 
     return LinearDecoder(weights[:-1].reshape(3, 3, channels, pixels), weights[-1])
 
 
-def decode(decoder: LinearDecoder, latents: jax.Array) -> jax.Array:
+def decode(decoder: LinearDecoder, latents: Latents) -> GrayMap:
     """latents [B, h, w, c] → gray maps float32 [B, h·f, w·f], nominally in [-1, 1]."""
     dimensions = ("NHWC", "HWIO", "NHWC")
     blocks = jax.lax.conv_general_dilated(
@@ -60,7 +62,7 @@ def decode(decoder: LinearDecoder, latents: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _moments(latents: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _moments(latents: Latents, masks: GrayMap) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sums over positions of xᵀx [9c + 1, 9c + 1] and xᵀy [9c + 1, f²], and their number."""
     batch, height, width, _ = latents.shape
     padded = _padded(latents)
@@ -74,6 +76,6 @@ def _moments(latents: jax.Array, masks: jax.Array) -> tuple[jax.Array, jax.Array
     return product(x, x), product(x, y), jnp.float32(len(x))
 
 
-def _padded(latents: jax.Array) -> jax.Array:
+def _padded(latents: Latents) -> jax.Array:
     """One more position on every side: a mask goes on beyond the border."""
     return jnp.pad(latents.astype(jnp.float32), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")

@@ -13,6 +13,7 @@ from flax import nnx
 
 from segdiff_jax.fields import number
 from segdiff_jax.models.layers import Dtype, conv, upsample_nearest
+from segdiff_jax.shapes import Latents, Pixels
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,11 @@ class TinyVAE(nnx.Module):
         self.encoder = _encoder(config, dtype=dtype, rngs=rngs)
         self.decoder = _decoder(config, dtype=dtype, rngs=rngs)
 
-    def encode(self, pixels: jax.Array) -> jax.Array:
+    def encode(self, pixels: Pixels) -> Latents:
         """pixels [B, H, W, 3] in [-1, 1] → latents [B, ⌈H/f⌉, ⌈W/f⌉, 4], unscaled."""
         return self.encoder((pixels + 1.0) / 2.0).astype(jnp.float32)
 
-    def decode(self, latents: jax.Array) -> jax.Array:
+    def decode(self, latents: Latents) -> Pixels:
         """latents [B, h, w, 4], unscaled → pixels [B, h·f, w·f, 3], nominally in [-1, 1]."""
         bounded = 3.0 * jnp.tanh(latents / 3.0)
         return self.decoder(bounded).astype(jnp.float32) * 2.0 - 1.0

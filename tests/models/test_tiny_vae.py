@@ -20,7 +20,7 @@ from segdiff_jax.weights.pretrained import Pretrained
 CASES = {
     "published": (8, (1, 3, 3, 3), {}, (2, 16, 24)),
     "odd_sizes_wide_latent": (5, (2, 1), {"latent_channels": 7}, (1, 7, 9)),
-    "one_level_no_blocks": (4, (0,), {"in_channels": 1, "out_channels": 2}, (3, 5, 4)),
+    "one_level_no_blocks": (4, (0,), {"latent_channels": 1}, (3, 5, 4)),
 }
 # Real weights and photos are not ours to redistribute: they may lie in a folder above the checkout.
 SHARED = next((p / "shared" for p in Path(__file__).parents if (p / "shared/taesd").is_dir()), None)
