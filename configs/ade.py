@@ -26,9 +26,9 @@ def get_config() -> Config:
             source="ade20k",
             vocabulary="ade20k_150",
             image_size=(512, 512),
-            # The factors that are usual on ADE20K, of a short side of 512; below 1 the rest of
-            # the view is ignored.
-            augment=AugmentConfig(min_scale=0.5, max_scale=2.0),
+            # Of a long side of 512. A 4:3 photo's short side is then 256…1024 pixels, as with the
+            # usual 0.5…2 of a short side of 512; what the photo does not fill is ignored.
+            augment=AugmentConfig(min_scale=0.67, max_scale=2.67),
         ),
         # Without remat: 8 examples a chip are 8 GB, and a step is a tenth shorter (docs/pods.md).
         model=ModelConfig(preset="sd2", dtype="bfloat16"),

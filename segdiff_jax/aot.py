@@ -29,7 +29,7 @@ from segdiff_jax.config import Config, of_stage, to_dict
 from segdiff_jax.data.sources import scenes
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import segmenter
+from segdiff_jax.inference import sampling
 from segdiff_jax.models import flops, presets
 from segdiff_jax.models.attention import AttentionFn, plain
 from segdiff_jax.models.layers import kernels_as_multiplied
@@ -223,7 +223,7 @@ def _sample_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
 
 
 def _sampler(config: Config, nets: _Networks, mesh: Mesh, jobs: int) -> tuple[Any, tuple[Any, ...]]:
-    """`segmenter.sampler_on` and its arguments: all that this file knows of how it is called."""
+    """`sampling.sampler_on` and its arguments: all that this file knows of how it is called."""
     whole, rows = sharding.replicated(mesh), sharding.rows_sharding(mesh)
     unet, unet_params = nnx.split(
         attention_kernels.with_attention(nets.unet, attention_kernels.on_device("tpu"))
@@ -235,7 +235,7 @@ def _sampler(config: Config, nets: _Networks, mesh: Mesh, jobs: int) -> tuple[An
     shared = kernels_as_multiplied(unet, unet_params), vae_params, schedule
     members = jax.ShapeDtypeStruct((jobs,), jnp.int32)
     per_job = contexts, mask, _floats(jobs, *nets.latent), members
-    return segmenter.sampler_on(mesh), (
+    return sampling.sampler_on(mesh), (
         *(unet, vae, config.sampler.steps, config.sampler.eta),
         *(sharding.abstract(tree, whole) for tree in shared),
         *(sharding.abstract(tree, rows) for tree in per_job),

@@ -29,6 +29,7 @@ DECODERS = ("vae", "linear", "tiny")
 SPACINGS = ("trailing", "leading", "linspace")
 PATHS = ("data.root", "data.vocabulary", "init_from", "init_tokenizer")  # name files or folders
 SOURCES = ("scenes", "folder", "ade20k", "coco_stuff", "pascal_voc", "cityscapes", "tfds")
+FITS = ("pad", "stretch")  # a photo keeps its aspect ratio, or is as wide and high as the view
 USES = ("model", "evaluate", "train")  # of a config, from what asks least of it
 VERSION_KEY = "segdiff_jax_version"  # beside a stored config: the package that wrote it
 
@@ -38,7 +39,7 @@ class AugmentConfig:
     """Training augmentation. Image and labels always move together."""
 
     flip: bool = True
-    min_scale: float = number(1.0, 0.1, 10.0)  # of the crop's short side; 1.0 to 1.0 = no crop
+    min_scale: float = number(1.0, 0.1, 10.0)  # of the scale at which a photo fits; 1.0: none
     max_scale: float = number(1.0, 0.1, 10.0)
     color_jitter: float = number(0.0, 0.0, 0.99)  # brightness, contrast, saturation in 1 ± this
     views: int = number(0, 0)  # n: one of n fixed views of each pair; 0: new for every example
@@ -68,6 +69,9 @@ class DataConfig:
     max_value: int = number(0, 0, 65535)  # white in 16-bit gray photos; 0 = by each photo's range
     max_pixels: int = number(89_478_485, 1)  # larger images are not read
     image_size: tuple[int, int] = number((96, 128), 8, 16384)  # (height, width) the networks see
+    fit: str = choice(
+        "pad", FITS
+    )  # how a photo of another aspect ratio gets there: data/geometry.py
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     cache_images: bool = False  # keep decoded pairs in memory: for datasets that fit
@@ -321,6 +325,8 @@ def from_dict(values: Any, where: str = "") -> Config:
     with reading_of(version, where):
         if isinstance(values, dict):
             values = {key: value for key, value in values.items() if key != VERSION_KEY}
+            if isinstance(values.get("data"), dict):  # before there was a choice
+                values["data"] = {"fit": "stretch"} | values["data"]
         return validate(fields.build(Config, values, "config"), "model")
 
 

@@ -4,9 +4,6 @@ import argparse
 import contextlib
 import os
 from collections.abc import Sequence
-from typing import Any
-
-from etils import epath
 
 from segdiff_jax import cli
 from segdiff_jax.combinations import check_image_size
@@ -35,18 +32,6 @@ _TRAINED_FOR = (
     "diffusion.num_train_timesteps",
     "diffusion.rescale_betas_zero_snr",
 )
-_FIGURES = {
-    "miou_trained": "mIoU, trained classes",
-    "miou_novel": "mIoU, never-trained classes",
-    "miou_harmonic": "mIoU, harmonic mean of both",
-    "miou_present": "mIoU, classes in the ground truth",
-    "miou_union": "mIoU, classes in truth or prediction",
-    "pixel_accuracy": "pixel accuracy",
-    "mean_accuracy": "mean accuracy",
-    "photo_absolute_error": "photos through the VAE: error of 255",
-    "photo_brightness_r2": "photos through the VAE: brightness kept",
-    "photo_colour_r2": "photos through the VAE: colour kept",
-}
 
 
 def main(argv: list[str]) -> None:
@@ -72,9 +57,10 @@ def main(argv: list[str]) -> None:
 
 def _evaluate(args: argparse.Namespace, config: Config) -> None:
     """Every process evaluates, the first one writes."""
-    from segdiff_jax import files, ownership
+    from segdiff_jax import ownership
     from segdiff_jax.data import label_summary
     from segdiff_jax.data.sources.source import open_source
+    from segdiff_jax.evaluation import report
     from segdiff_jax.evaluation.evaluator import evaluate
     from segdiff_jax.inference.segmenter import Segmenter
     from segdiff_jax.parallel import processes
@@ -121,15 +107,13 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
         data = {"source": config.data.source, "root": config.data.root, "split": split}
         read = {"checkpoint": args.checkpoint, "checkpoint_step": step, "data": data}
         summary = result.summary | read
-        files.write_json(os.path.join(args.output, "metrics.json"), summary)
-        _write_page(args.output, summary, result.examples, source)
-    print(_text_table(summary))
+        report.write(args.output, summary, result.examples, source)
+    print(report.text_table(summary))
     print(f"written: {os.path.join(args.output, 'metrics.json')} and index.html")
 
 
 _KIND = "evaluation"  # of a folder's marker (`ownership`)
 _OUTPUTS = ("metrics.json", "index.html", "examples.png")
-_SHEET_ROWS = 4  # of examples.png
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -200,59 +184,6 @@ def _check_open(wanted: bool, overrides: Sequence[str]) -> None:
                 raise UserError(f"{flag}: has no effect without --open: add that, or leave it out")
             if key == "closed":
                 raise UserError(f"{flag}: --open says it already: leave one of them out")
-
-
-def _write_page(output: str, summary: dict[str, Any], examples: list[Any], source: Any) -> None:
-    from segdiff_jax import files
-    from segdiff_jax.inference import page as report
-
-    settings, novel = summary["settings"], set(source.novel)
-    names, palette = source.vocabulary.names, source.vocabulary.palette()
-    what = "Ceiling: ground truth through codec and VAE" if settings["ceiling"] else "Evaluation"
-    groups = {n: "novel" if i in novel else "trained" for i, n in enumerate(names)}
-    rows = [
-        report.comparison(e.name, e.image, e.prediction, palette, e.labels, e.uncertainty)
-        for e in examples
-    ]
-    if not rows:
-        with files.writing(output):  # an earlier one would show other results
-            epath.Path(output, "examples.png").unlink(missing_ok=True)
-    else:
-        sheet = report.encode(report.contact_sheet(rows[:_SHEET_ROWS]))
-        files.write_bytes(os.path.join(output, "examples.png"), sheet)
-    report.page(
-        os.path.join(output, "index.html"),
-        what,
-        {label: summary[key] for key, label in _FIGURES.items() if key in summary},
-        [
-            report.class_table(summary["per_class"], palette, groups if novel else None),
-            report.Table("Settings", ["setting", "value"], _settings_rows(summary)),
-        ],
-        rows,
-        f"{summary['images']} images of {summary['data']['split']!r}, {len(names)} classes, "
-        f"{summary['checkpoint']}",
-    )
-
-
-def _settings_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(name, str(value)) for name, value in summary["settings"].items()]
-
-
-def _text_table(summary: dict[str, Any]) -> str:
-    """The figures, then the classes, aligned for a terminal."""
-
-    from segdiff_jax.text.vocabulary import shorten
-
-    def show(value: float | None) -> str:
-        return "    –" if value is None else f"{value:5.3f}"
-
-    figures = [(label, summary[key]) for key, label in _FIGURES.items() if key in summary]
-    classes = [(shorten(name), iou) for name, iou in summary["per_class"].items()]
-    width = max(len(name) for name, _ in figures + classes)
-    lines = [f"  {name:<{width}}  {show(iou)}" for name, iou in classes]
-    lines.append("-" * (width + 9))
-    lines += [f"  {label:<{width}}  {show(value)}" for label, value in figures]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -4,27 +4,23 @@ import argparse
 import contextlib
 import functools
 import itertools
-import logging
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from segdiff_jax import cli, ownership
 from segdiff_jax.config import Config
 from segdiff_jax.data import images
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import page as report
-from segdiff_jax.inference import requests
-from segdiff_jax.progress import Progress, reporter
+from segdiff_jax.inference import page, requests
+from segdiff_jax.progress import reporter
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.vocabulary import Vocabulary
 
-_MOST_NAMED = 10  # unreadable images in one message
 _DESCRIPTION = (
     """Segment photos into the classes you name.
 
-Per image: O/<name>_labels.png (class ids, palette), O/<name>_overlay.png with a legend,
+Per image: O/<name>_labels.png (or what --format says), O/<name>_overlay.png with a legend,
 O/<name>_uncertainty.png (for an ensemble of two or more) and O/<name>.json; O/index.html over all.
 <name> is the image's without its extension, or with it where several would be equal.
 The same seed gives the same bytes.
@@ -46,7 +42,8 @@ def main(argv: list[str]) -> None:
         processes.check_same("--images", paths)
         first = processes.is_first()
         if ours and first:
-            print(f"left out: {_counted(ours)} of an earlier run, such as {ours[0]}", flush=True)
+            counted = f"{len(ours)} result" + ("s" if len(ours) > 1 else "")
+            print(f"left out: {counted} of an earlier run, such as {ours[0]}", flush=True)
         if not paths:
             raise UserError(f"--images {ours[0]}: only results of an earlier run: name the photos")
         _predict(args, paths, first)
@@ -54,59 +51,60 @@ def main(argv: list[str]) -> None:
 
 def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> None:
     """Every process segments, the first one writes."""
-    from segdiff_jax.inference import writers as results
+    from segdiff_jax.inference import writers
     from segdiff_jax.inference.segmenter import Segmenter
     from segdiff_jax.parallel import processes
-    from segdiff_jax.weights import workdir
+    from segdiff_jax.weights import hub, workdir
 
     classes = requests.parse_classes(args.classes)
-    config = workdir.read_config(args.checkpoint)
+    folder = hub.local(args.checkpoint)
+    config = workdir.read_config(folder)
     settings = _settings(args, config, classes)
-    names = results.names(paths)
+    names = writers.names(paths)
     read = functools.partial(
         images.read_photo,
         max_pixels=args.max_pixels or config.data.max_pixels,
         max_value=config.data.max_value,
     )
+    progress = functools.partial(reporter, enabled=first)
     if first:
-        results.check_output(args.output, names)
+        written = writers.outputs(names.values(), args.format, len(classes))
+        writers.check_output(args.output, names, written)
         print(classes.summary(), flush=True)
-    unreadable = _unreadable(paths, read, args.skip_unreadable, reporter("check", enabled=first))
+    unreadable = requests.unreadable(paths, read, args.skip_unreadable, progress("check"))
     paths = [path for path in paths if path not in unreadable]
-    segmenter = Segmenter.load(args.checkpoint, args.which)
+    segmenter = Segmenter.load(folder, args.which)
     segmenter.table(classes.classes)  # what is wrong with the classes stops before all else
-    used = results.all_settings(settings, segmenter.config) | {
+    used = writers.all_settings(settings, segmenter.config) | {
         "checkpoint": args.checkpoint,
         "checkpoint_step": segmenter.checkpoint_step,
     }
-    rows = []
-    progress = reporter("predict", enabled=first)
+    rows: list[page.Row] = []
+    step = progress("predict")
     with contextlib.ExitStack() as stack:
         if first:
-            written = results.outputs(names[path] for path in paths)
-            stack.enter_context(ownership.claimed(args.output, results.KIND, written))
-        progress(0, len(paths))
+            written = writers.outputs([names[path] for path in paths], args.format, len(classes))
+            stack.enter_context(ownership.claimed(args.output, writers.KIND, written))
+        step(0, len(paths))
+        photos = (read(path).pixels for path in paths)
+        results = segmenter.stream(photos, classes, **settings)
         for done, path in enumerate(paths, 1):
-            photo = read(path).pixels
             try:
-                found = segmenter(photo, classes.classes, **settings)
+                found = next(results)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from error
             if first:
                 target = os.path.join(args.output, names[path])
                 with processes.at_work("writes its results"):
-                    rows.append(results.write(target, path, photo, found, classes, used))
-            progress(done, len(paths))
+                    rows.append(writers.write(target, path, found, used, args.format))
+            step(done, len(paths))
         if first:
-            _write_page(args, rows, classes, settings, unreadable)
+            note = f"{args.checkpoint}: " + ", ".join(f"{k} {v}" for k, v in settings.items())
+            writers.write_page(args.output, rows, classes, note, unreadable)
     if first:
         skipped = f", {len(unreadable)} unreadable left out" if unreadable else ""
-        page = os.path.join(args.output, results.PAGE)
-        print(f"{len(paths)} images segmented{skipped}: {page}")
-
-
-def _counted(paths: Sequence[str]) -> str:
-    return f"{len(paths)} result" + ("s" if len(paths) > 1 else "")
+        index = os.path.join(args.output, writers.PAGE)
+        print(f"{len(paths)} images segmented{skipped}: {index}")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -150,6 +148,15 @@ def _parser() -> argparse.ArgumentParser:
         type=cli.path,
         metavar="DIR",
         help="folder for the results; of the files there, only earlier results are replaced",
+    )
+    add(
+        "--format",
+        nargs="+",
+        choices=("labels", "scores", "masks", "coco"),
+        default=["labels"],
+        metavar="FORMAT",
+        help="labels (default): class ids as O/<name>_labels.png; scores: O/<name>_scores.npz; "
+        "masks: O/<name>_mask_<id>.png; coco: O/<name>_coco.json with run-length encoded masks",
     )
     add(
         "--skip-unreadable",
@@ -204,45 +211,6 @@ def _share(text: str) -> float:
     return value
 
 
-def _unreadable(
-    paths: Sequence[str],
-    read: Callable[[str], images.Photo],
-    skip: bool,
-    progress: Progress,
-) -> dict[str, str]:
-    """Decodes every image once, before anything is loaded or written: path → why it cannot be.
-
-    Raises `UserError`, which names them, unless they are to be skipped and others are left.
-    """
-    found: dict[str, images.UnreadableError] = {}
-    guessed: Counter[int] = Counter()
-    for done, path in enumerate(paths, 1):
-        try:
-            guessed[read(path).guessed_max] += 1
-        except images.UnreadableError as error:
-            found[path] = error
-        if not found or skip:
-            progress(done, len(paths))
-    if found and not (skip and len(found) < len(paths)):
-        raise _all_unreadable(found, len(paths))
-    del guessed[0]  # nothing to guess
-    if guessed:
-        logging.warning("%s", images.guessed_range(guessed, len(paths)))
-    return {path: str(error) for path, error in found.items()}
-
-
-def _all_unreadable(found: Mapping[str, images.UnreadableError], total: int) -> UserError:
-    shown = "; ".join(str(error) for error in list(found.values())[:_MOST_NAMED])
-    more = f"; and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
-    mends = []
-    if any(isinstance(error, images.TooLargeError) for error in found.values()):
-        mends.append("--max-pixels N reads larger ones")
-    if len(found) < total:
-        mends.append("--skip-unreadable leaves them out")
-    counted = f"{len(found)} of {total} images cannot be read: " if total > 1 else ""
-    return UserError("".join((counted, shown, more, *(f"; {mend}" for mend in mends))))
-
-
 def _settings(args: argparse.Namespace, config: Config, classes: Vocabulary) -> dict[str, Any]:
     """Arguments of the call to the segmenter. Raises `UserError` for what the model cannot do."""
     from segdiff_jax import codec
@@ -267,33 +235,6 @@ def _settings(args: argparse.Namespace, config: Config, classes: Vocabulary) -> 
         # Who names a threshold wants *other*, even from a model whose config is closed.
         "closed": args.closed or (config.codec.closed and args.threshold is None),
     }
-
-
-def _write_page(
-    args: argparse.Namespace,
-    rows: Sequence[report.Row],
-    classes: Vocabulary,
-    settings: Mapping[str, Any],
-    unreadable: Mapping[str, str],
-) -> None:
-    legend = report.Table(
-        "Classes",
-        ["class", "synonyms"],
-        [(entry.name, ", ".join(entry.synonyms)) for entry in classes.classes],
-        colors=[[int(c) for c in color] for color in classes.palette()],
-    )
-    tables = [legend]
-    if unreadable:
-        left_out = list(unreadable.items())
-        tables.append(report.Table("Left out: cannot be read", ["image", "why"], left_out))
-    note = ", ".join(f"{name} {value}" for name, value in settings.items())
-    report.page(
-        os.path.join(args.output, "index.html"),
-        f"{len(rows)} images, {len(classes)} classes",
-        tables=tables,
-        rows=rows,
-        note=f"{args.checkpoint}: {note}. Uncertainty is brightest at each image's own maximum.",
-    )
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ def test_ade():
     assert (c.data.source, len(vocabulary.load(c.data.vocabulary))) == ("ade20k", 150)
     assert (c.codec.classes_per_pass, c.train.steps, c.model.dtype) == (1, 25_000, "bfloat16")
     assert c.train.eval_every > 0 and c.data.augment.flip
-    assert (c.data.augment.min_scale, c.data.augment.max_scale) == (0.5, 2.0)
+    # Of a photo in whole: 0.5 … 2 of the short side of one of 4:3.
+    assert (c.data.augment.min_scale, c.data.augment.max_scale) == (0.67, 2.67)
 
 
 def test_coco_stuff_is_scored_on_ade():

@@ -91,6 +91,26 @@ def test_files_of_each_image(place, capsys):
         assert name in page
 
 
+def test_every_format_is_read_back(place, capsys):
+    flags = ["--format", "scores", "masks", "coco", "--threshold=0.48"]
+    assert _run(place, capsys, images=("in/a.png",))[0] == 0
+    labels = np.asarray(Image.open(place / "o" / "a_labels.png"))
+    code, output = _run(place, capsys, *flags, "--ensemble=1", images=("in/a.png",))
+    assert code == 0, output.err
+    assert "a_labels.png" not in _names(place / "o"), "not asked for, and of an earlier run"
+    said = json.loads((place / "o" / "a.json").read_text())
+    assert said["files"]["masks"] == [f"a_mask_{i}.png" for i in range(3)]
+    masks = [np.asarray(Image.open(place / "o" / name)) for name in said["files"]["masks"]]
+    assert [int(mask.sum()) for mask in masks] == [c["pixels"] for c in said["classes"]]
+    assert (np.sum(masks, 0) <= 1).all() and masks[0].shape == labels.shape
+    stored = np.load(place / "o" / said["files"]["scores"])
+    assert stored["scores"].shape == (3, 20, 28)
+    assert stored["classes"].tolist() == ["sky", "building", "road"]
+    coco = json.loads((place / "o" / said["files"]["coco"]).read_text())
+    areas = {a["category_id"]: a["area"] for a in coco["annotations"]}
+    assert areas == {c["id"]: c["pixels"] for c in said["classes"] if c["pixels"]}
+
+
 def test_same_seed_same_bytes_whatever_else_is_predicted(place, capsys):
     for output, images, seed in (("o1", ("in",), "1"), ("o2", ("in",), "1"), ("o3", ("in",), "2")):
         assert _run(place, capsys, "--seed", seed, images=images, output=output)[0] == 0

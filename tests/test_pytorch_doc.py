@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from segdiff_jax import export
+from segdiff_jax.codec import decode
 from segdiff_jax.diffusion import sampler as sampler_lib
-from segdiff_jax.inference.result import decode
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.weights import workdir
 

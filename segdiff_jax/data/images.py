@@ -84,9 +84,22 @@ def read_photo(
 ) -> Photo:
     """`read_image`, with what is not sure about the file."""
     image, orientation = _open(path, max_pixels, exif)
+    pixels, guessed = _eight_bit_rgb(path, image, max_value)
+    return Photo(pixels, orientation, guessed)
+
+
+def from_pil(image: Image.Image, max_value: int = 0) -> np.ndarray:
+    """uint8 [H, W, 3] of a PIL image, as `read_image` of its file would give it."""
+    return _eight_bit_rgb("image", _upright(image), max_value)[0]
+
+
+def _eight_bit_rgb(
+    path: epath.PathLike, image: Image.Image, max_value: int
+) -> tuple[np.ndarray, int]:
+    """uint8 [H, W, 3], and the range by which 16-bit pixels were read if it was guessed, else 0."""
     if image.mode in _SIXTEEN_BIT:
         gray, guessed = _eight_bits(path, image, max_value)
-        return Photo(np.repeat(gray[..., None], 3, axis=-1), orientation, guessed)
+        return np.repeat(gray[..., None], 3, axis=-1), guessed
     if image.mode == "F":
         raise UnreadableError(f"{path}: floating-point pixels, save it with 8 or 16 bits")
     deep = image.info.get("deep_colour", False)
@@ -100,7 +113,7 @@ def read_photo(
             f"{path}: 16-bit colour that uses {_COLOUR_BITS} bits or fewer, which would be read "
             "as black: save it with 8 bits"
         )
-    return Photo(pixels, orientation, 0)
+    return pixels, 0
 
 
 def read_labels(

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from segdiff_jax import codec, waiting
 from segdiff_jax.config import Config
-from segdiff_jax.data import pipeline, transforms
+from segdiff_jax.data import geometry, pipeline, transforms
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.latents import Latents
 from segdiff_jax.data.sources.source import Source
@@ -145,6 +145,7 @@ def fingerprint(source: Source, vae: VAE, config: Config) -> dict[str, Any]:
         "pairs": [len(source), _files(source)],
         "classes": [list(source.vocabulary.names), list(source.novel)],
         "image_size": list(data.image_size),
+        "fit": data.fit,
         "augment": dataclasses.asdict(data.augment),
         "all_in_one_image": _in_one_image(config),
     }
@@ -304,13 +305,13 @@ def _views(
     image: np.ndarray, labels: np.ndarray, index: int, draws: pipeline.Draws, config: Config
 ) -> list[View]:
     """All that training can show of pair `index`, at the network's size."""
-    augment, size = config.data.augment, config.data.image_size
-    if augment.views:
-        chances = (draws.view_generator(index, view) for view in range(augment.views))
-        return [transforms.augment(image, labels, rng, augment, size) for rng in chances]
-    image, labels = transforms.fit(image, labels, size)
-    steps = (1, -1) if augment.flip else (1,)
-    return [(image[:, ::step], labels[:, ::step]) for step in steps]
+    data = config.data
+    if data.augment.views:
+        chances = (draws.view_generator(index, view) for view in range(data.augment.views))
+        return [transforms.augment(image, labels, rng, data) for rng in chances]
+    show = functools.partial(geometry.fit, size=data.image_size, rule=data.fit)
+    steps = (1, -1) if data.augment.flip else (1,)
+    return [(show(image[:, ::step]), show(labels[:, ::step])) for step in steps]
 
 
 def _in_one_image(config: Config) -> bool:

@@ -1,4 +1,4 @@
-"""From a source to training batches, with Grain, and to evaluation examples.
+"""From a source to training batches, with Grain.
 
 Example i of training is a function of (seed, i) alone: which record it shows, how that record is
 augmented and which classes are asked of it. Batches hold B successive examples, so a run that goes
@@ -16,13 +16,13 @@ import numpy as np
 from absl import flags
 
 from segdiff_jax.config import Config
-from segdiff_jax.data import chance, transforms
+from segdiff_jax.data import chance, geometry, transforms
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.preference import Preference
 from segdiff_jax.data.sources.source import Source
 from segdiff_jax.errors import UserError
 
-IGNORE = transforms.IGNORE
+IGNORE = geometry.IGNORE
 
 
 class Records(Protocol):
@@ -146,20 +146,6 @@ class TrainBatches:
         return batch
 
 
-def eval_examples(
-    source: Source, size: tuple[int, int], process_index: int = 0, process_count: int = 1
-) -> Iterator[dict[str, Any]]:
-    """Records process_index, process_index + process_count, …, in order.
-
-    {"image": uint8 [H, W, 3] at `size`, "labels": uint8 at native resolution, "name": str}.
-    An unreadable pair raises: a score over part of the data would be another score.
-    """
-    for index in range(process_index, len(source), process_count):
-        record = source[index]
-        image, _ = transforms.fit(record["image"], record["labels"], size)
-        yield {"image": image, "labels": record["labels"], "name": record["name"]}
-
-
 def too_many_unreadable(unreadable: dict[int, str], length: int, share: float) -> UserError:
     """The error for skipping more than config.data.max_unreadable = `share` of `length` pairs."""
     first = next(iter(unreadable.values()))
@@ -246,17 +232,14 @@ class _Example:
     def __init__(
         self, source: Source, config: Config, seed: int, preference: Preference | None = None
     ):
-        self.augment = config.data.augment
-        self.size = (config.data.image_size[0], config.data.image_size[1])
+        self.data = config.data
         self.draws = Draws(source, config, seed, preference)
 
     def __call__(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
         rng = chances = self.draws.generator(index)
         if self.draws.views:
             chances = self.draws.view_generator(record["record"], self.draws.view(rng))
-        image, labels = transforms.augment(
-            record["image"], record["labels"], chances, self.augment, self.size
-        )
+        image, labels = transforms.augment(record["image"], record["labels"], chances, self.data)
         return {
             "image": image,
             "labels": labels,

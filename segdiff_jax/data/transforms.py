@@ -1,66 +1,30 @@
-"""Geometry and colour of image/label pairs, in numpy and PIL. Sizes are (height, width)."""
+"""Random training views of image/label pairs: scale, crop, mirror, colour. Sizes are (h, w)."""
 
 import numpy as np
-from PIL import Image
 
-from segdiff_jax.config import AugmentConfig
+from segdiff_jax.config import AugmentConfig, DataConfig
+from segdiff_jax.data import geometry
 
-IGNORE = 255
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-Box = tuple[float, float, float, float]
-
-
-def resize_image(image: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
-    """Resizes uint8 [h, w, 3], or its `box`, to `size`, bilinear and antialiased."""
-    if box is None and image.shape[:2] == tuple(size):
-        return image
-    target = (size[1], size[0])
-    return np.asarray(Image.fromarray(image).resize(target, Image.Resampling.BILINEAR, box))
-
-
-def resize_labels(labels: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
-    """Resizes uint8 [h, w], or its `box`, to `size`, nearest."""
-    if box is None and labels.shape == tuple(size):
-        return labels
-    target = (size[1], size[0])
-    return np.asarray(Image.fromarray(labels).resize(target, Image.Resampling.NEAREST, box))
-
-
-def resize_pair(
-    image: np.ndarray, labels: np.ndarray, size: tuple[int, int], box: Box | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Resizes uint8 [h, w, 3] (bilinear, antialiased) and [h, w] (nearest) to `size`.
-
-    `box` = (left, top, right, bottom) in pixels of the input, fractions allowed, crops first.
-    """
-    return resize_image(image, size, box), resize_labels(labels, size, box)
-
-
-def fit(
-    image: np.ndarray, labels: np.ndarray, size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """What evaluation sees: the whole image at `size`, whatever its aspect ratio."""
-    return resize_pair(image, labels, size)
 
 
 def augment(
-    image: np.ndarray,
-    labels: np.ndarray,
-    rng: np.random.Generator,
-    config: AugmentConfig,
-    size: tuple[int, int],
+    image: np.ndarray, labels: np.ndarray, rng: np.random.Generator, data: DataConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random training view at `size`. Where the view leaves the image, labels are 255.
+    """A random view, at data.image_size, of a photo and its labels. What is not photo is ignored.
 
-    With min_scale = max_scale = 1 the view is the one of `fit`. Otherwise the image is scaled, at
-    its own aspect ratio, to cover `size` times a factor from [min_scale, max_scale], and cropped.
+    With min_scale = max_scale = 1 it is the view of `geometry.fit`. Otherwise the photo is scaled,
+    at its own aspect ratio, by a factor from [min_scale, max_scale] of what fits it (by the rule
+    "stretch": of what covers `size`), and cropped or padded at random.
     """
+    config, size = data.augment, data.image_size
     if (config.min_scale, config.max_scale) == (1.0, 1.0):
-        image, labels = resize_pair(image, labels, size)
+        step = -1 if draw_flip(rng, config) else 1  # before it is padded, which is on the right
+        image, labels = (geometry.fit(a[:, ::step], size, data.fit) for a in (image, labels))
     else:
-        image, labels = _scale_crop(image, labels, rng, config, size)
-    if draw_flip(rng, config):
-        image, labels = image[:, ::-1], labels[:, ::-1]
+        image, labels = _scale_crop(image, labels, rng, data)
+        if draw_flip(rng, config):
+            image, labels = image[:, ::-1], labels[:, ::-1]
     if config.color_jitter > 0:
         image = _color_jitter(image, rng, config.color_jitter)
     return np.ascontiguousarray(image), np.ascontiguousarray(labels)
@@ -72,25 +36,21 @@ def draw_flip(rng: np.random.Generator, config: AugmentConfig) -> bool:
 
 
 def _scale_crop(
-    image: np.ndarray,
-    labels: np.ndarray,
-    rng: np.random.Generator,
-    config: AugmentConfig,
-    size: tuple[int, int],
+    image: np.ndarray, labels: np.ndarray, rng: np.random.Generator, data: DataConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    native = image.shape[:2]
-    cover = max(size[0] / native[0], size[1] / native[1])
-    scale = cover * rng.uniform(config.min_scale, config.max_scale)
+    config, size, native = data.augment, data.image_size, image.shape[:2]
+    scale = max(geometry.scales(native, size, data.fit))
+    scale *= rng.uniform(config.min_scale, config.max_scale)
     (top, bottom), rows = _span(native[0], size[0], scale, rng)
     (left, right), columns = _span(native[1], size[1], scale, rng)
-    inner = (rows.stop - rows.start, columns.stop - columns.start)
-    image, labels = resize_pair(image, labels, inner, (left, top, right, bottom))
-    if inner == tuple(size):
-        return image, labels
-    padded_image = np.full((*size, 3), 127, np.uint8)
-    padded_labels = np.full(size, IGNORE, labels.dtype)
-    padded_image[rows, columns], padded_labels[rows, columns] = image, labels
-    return padded_image, padded_labels
+    inner, box = (rows.stop - rows.start, columns.stop - columns.start), (left, top, right, bottom)
+
+    def view(pixels: np.ndarray) -> np.ndarray:
+        shown = np.full((*size, *pixels.shape[2:]), geometry.padding_of(pixels), pixels.dtype)
+        shown[rows, columns] = geometry.resize(pixels, inner, box)
+        return shown
+
+    return view(image), view(labels)
 
 
 def _span(

@@ -11,9 +11,8 @@ import numpy as np
 
 from segdiff_jax import codec
 from segdiff_jax.config import SamplerConfig
-from segdiff_jax.data import label_summary, transforms
+from segdiff_jax.data import geometry, label_summary
 from segdiff_jax.data.sources.source import Source, count_ids
-from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import metrics, reconstruction
 from segdiff_jax.inference.result import Segmentation
 from segdiff_jax.inference.segmenter import Segmenter
@@ -81,10 +80,8 @@ def evaluate(
     if ceiling:
         sampler = dataclasses.replace(sampler, ensemble=1, shortlist=0)
     classes = source.vocabulary.classes
-    threshold = segmenter.config.codec.threshold if open_vocabulary else 0.0
-    decide = functools.partial(
-        segmenter.segmentation, classes=classes, threshold=threshold, closed=not open_vocabulary
-    )
+    decoding = dataclasses.replace(segmenter.config.codec, closed=not open_vocabulary)
+    decide = functools.partial(segmenter.segmentation, classes=source.vocabulary, decoding=decoding)
     total = len(source) if limit is None else min(limit, len(source))
     chosen = _spread(total, len(source))
     shown = set(_spread(min(examples, total), total))
@@ -103,12 +100,13 @@ def evaluate(
         own = {i: source[chosen[i]] for i in numbers if owners[i - start] == processes.index()}
         # One shape, one compilation: the last chunk is filled up with its last image.
         full = [*range(len(numbers)), *[-1] * (size - len(numbers))]
-        images = _resized(own, owners, "image", segmenter)[full]
+        images = _fitted(own, owners, "image", segmenter)[full]
         spread = None
         if ceiling:
-            labels = _resized(own, owners, "labels", segmenter)[full]
+            labels = _fitted(own, owners, "labels", segmenter)[full]
             gray = _painted_and_back(segmenter, labels, len(classes), sampler)
-            photos.append(_photos_and_back(segmenter, images, len(numbers)))
+            sizes = _of_all([r["image"].shape[:2] for r in own.values()], owners, np.zeros(2, int))
+            photos += _photos_and_back(segmenter, images, sizes)
         else:
             names = [own[i]["name"] if i in own else f"image {chosen[i]}" for i in numbers]
             names += names[-1:] * (size - len(names))
@@ -126,7 +124,7 @@ def evaluate(
     summary = _summary(matrix, segmenter, source, sampler, total, seed, ceiling)
     summary["settings"] |= {"closed": not open_vocabulary}
     if open_vocabulary:
-        summary["settings"]["threshold"] = threshold
+        summary["settings"]["threshold"] = decoding.threshold
     summary["labels"] = label_summary.figures(source, _summed_ids(ids), total)
     return Result(matrix, summary | (reconstruction.summarize(photos) if photos else {}), kept)
 
@@ -136,19 +134,24 @@ def _owner(image: int, shown: Collection[int]) -> int:
     return 0 if image in shown else image % processes.count()
 
 
-def _resized(
+def _fitted(
     own: Mapping[int, Any], owners: Sequence[int], name: str, segmenter: Segmenter
 ) -> np.ndarray:
-    """A chunk's "image" [I, h, w, 3] or "labels" [I, h, w] at the network's size, in every host.
+    """A chunk's "image" [I, h, w, 3] or "labels" [I, h, w] as the networks see them, in every host.
 
     own: the records that this one has read; owners: of each image of the chunk, the process.
     """
-    size = segmenter.config.data.image_size
-    shape, kind = ((*size, 3), np.uint8) if name == "image" else (size, np.int32)
-    resize = transforms.resize_image if name == "image" else transforms.resize_labels
-    rows = np.zeros((max(map(owners.count, owners)), *shape), kind)
-    for row, record in zip(rows, own.values(), strict=False):
-        row[...] = resize(record[name], size)
+    data = segmenter.config.data
+    fitted = [geometry.fit(record[name], data.image_size, data.fit) for record in own.values()]
+    shape = (*data.image_size, 3) if name == "image" else data.image_size
+    return _of_all(fitted, owners, np.zeros(shape, np.uint8))
+
+
+def _of_all(own: Sequence[Any], owners: Sequence[int], empty: np.ndarray) -> np.ndarray:
+    """An array for each image of a chunk, [I, ...], of which this process has its `own`."""
+    rows = np.stack([empty] * max(map(owners.count, owners)))
+    for row, value in zip(rows, own, strict=False):
+        row[...] = value
     every = processes.stacked(rows)  # [processes, rows, ...]
     return every[owners, [owners[:i].count(owner) for i, owner in enumerate(owners)]]
 
@@ -169,7 +172,7 @@ def _scored(
 ) -> Example:
     """What the maps [P, h, w] of an image say at its own size."""
     name, labels = record["name"], record["labels"]
-    found = decide(gray, spread, size=labels.shape)
+    found = decide(gray, spread, record["image"])
     return Example(name, record["image"], labels, found.labels, found.uncertainty)
 
 
@@ -211,13 +214,21 @@ def _painted_and_back(
     return np.concatenate(back)[: len(jobs)].reshape(painted.shape)
 
 
-def _photos_and_back(segmenter: Segmenter, images: np.ndarray, count: int) -> reconstruction.Sums:
-    """The first `count` of `images` uint8 [I, h, w, 3] against themselves through the VAE."""
-    pixels = np.asarray(codec.to_pixels(images))
+def _photos_and_back(
+    segmenter: Segmenter, images: np.ndarray, sizes: np.ndarray
+) -> list[reconstruction.Sums]:
+    """The first of `images` uint8 [I, h, w, 3] against themselves through the VAE.
+
+    sizes: int [n, 2], of the photos they are made from; what is padding does not count.
+    """
+    pixels, data = np.asarray(codec.to_pixels(images)), segmenter.config.data
     decoded = segmenter.reconstruct(pixels)
-    if not np.isfinite(decoded).all():
-        raise UserError("photos through the VAE are not finite numbers: check its weights")
-    return reconstruction.compare(pixels[:count], decoded[:count])
+    sums = []
+    for native, before, after in zip(sizes.tolist(), pixels, decoded, strict=False):
+        height, width = geometry.filled((native[0], native[1]), data.image_size, data.fit)
+        shown = slice(height), slice(width)
+        sums.append(reconstruction.compare(before[shown], after[shown]))
+    return sums
 
 
 def _summary(
@@ -238,6 +249,7 @@ def _summary(
         "classes_per_pass": config.codec.classes_per_pass,
         "context": config.codec.context,
         "image_size": list(config.data.image_size),
+        "fit": config.data.fit,
         "ceiling": ceiling,
     }
     figures = metrics.summarize(matrix, names, *split)

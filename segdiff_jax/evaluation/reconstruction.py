@@ -19,13 +19,13 @@ class Sums(NamedTuple):
 
 
 def compare(photos: np.ndarray, decoded: np.ndarray) -> Sums:
-    """photos and decoded float [N, H, W, 3] in [-1, 1], of the same images."""
+    """photos and decoded float [..., H, W, 3] in [-1, 1], of the same images."""
     photos, decoded = photos.astype(np.float64), decoded.astype(np.float64)
     error = decoded - photos
     value, value_error = photos.mean(-1), error.mean(-1)
     tint, tint_error = photos - value[..., None], error - value_error[..., None]
     brightness = np.stack([value.sum(), (value**2).sum(), (value_error**2).sum()])
-    every = (0, 1, 2)
+    every = tuple(range(photos.ndim - 1))
     colour = np.stack([tint.sum(every), (tint**2).sum(every), (tint_error**2).sum(every)])
     return Sums(value.size, np.abs(error).sum(), brightness, colour)
 

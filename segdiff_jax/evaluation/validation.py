@@ -1,13 +1,16 @@
 """Validation while training: figures for TensorBoard and the best checkpoint, and pictures."""
 
+from typing import Any
+
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
 from segdiff_jax.config import Config
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.evaluation.evaluator import Example, evaluate
-from segdiff_jax.inference import page as report
+from segdiff_jax.inference import pictures
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.text.vocabulary import Vocabulary
 from segdiff_jax.training.loop import Validate
@@ -20,29 +23,26 @@ _LONGEST_SIDE = 512  # of their pictures, in pixels
 
 
 def validator_of(networks: Pretrained, config: Config, mesh: Mesh, classes: Vocabulary) -> Validate:
-    """`validator` of networks in training, of which the UNet may have shapes without arrays."""
-    parts = networks.unet, networks.vae, networks.text_encoder, networks.tokenizer
-    return validator(Segmenter(*parts, config, mesh, classes), config)  # type: ignore[arg-type]
-
-
-def validator(segmenter: Segmenter, config: Config) -> Validate:
     """`validate(step, state, telemetry)` on train.eval_examples images of the validation split.
 
     It writes "validation/<figure>" scalars and "validation/<i>" images (photo, truth, prediction
-    side by side) and returns the figures of `metrics.summarize` that are numbers. `segmenter` lends
-    everything but the UNet's parameters, which are those of the state, gathered to every device:
-    the moving average if there is one. All processes evaluate together and find the same figures.
-    Sampling noise is that of config.seed each time, so that figures can be compared.
+    side by side) and returns the figures of `metrics.summarize` that are numbers. The UNet of
+    `networks` lends its structure only: the parameters are those of the state, gathered to every
+    device: the moving average if there is one. All processes evaluate together and find the same
+    figures. Sampling noise is that of config.seed each time, so that figures can be compared.
 
     Raises `UserError` if the validation split cannot be opened, before any training.
     """
+    graph: Any = nnx.graphdef(networks.unet)
+    vae, text, tokenizer = networks.vae, networks.text_encoder, networks.tokenizer
+    assert vae is not None and text is not None and tokenizer is not None
     source = open_source(config.data, config.data.val_split, config.seed)
     palette = source.vocabulary.palette()
 
     def validate(step: int, state: TrainState, telemetry: Telemetry) -> dict[str, float]:
         params = state.ema if config.optimizer.ema_decay else state.params
         result = evaluate(
-            segmenter.with_params(params),
+            Segmenter(nnx.merge(graph, params), vae, text, tokenizer, config, mesh, classes),
             source,
             limit=config.train.eval_examples,
             seed=config.seed,
@@ -60,13 +60,13 @@ def validator(segmenter: Segmenter, config: Config) -> Validate:
 def _side_by_side(example: Example, palette: np.ndarray) -> np.ndarray:
     """uint8 [3, H, W, 3]: photo, truth, prediction."""
     photo = Image.fromarray(example.image)
-    pictures = [
+    shown = [
         photo,
         *(
-            report.overlay(example.image, labels, palette, (), legend=False)
+            pictures.overlay(example.image, labels, palette, (), legend=False)
             for labels in (example.labels, example.prediction)
         ),
     ]
-    for picture in pictures:
+    for picture in shown:
         picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
-    return np.stack([np.asarray(picture) for picture in pictures])
+    return np.stack([np.asarray(picture) for picture in shown])

@@ -1,21 +1,29 @@
 """What a user asks of prediction, on the command line or in Python: which images and classes."""
 
+import dataclasses
 import glob
 import itertools
+import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any, TypedDict
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from segdiff_jax import files, ownership
+from segdiff_jax.config import CodecConfig, Config, DataConfig, SamplerConfig
+from segdiff_jax.data import images
 from segdiff_jax.data.sources.source import IMAGE_EXTENSIONS
 from segdiff_jax.errors import UserError
+from segdiff_jax.progress import Progress
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
 
+_MOST_NAMED = 10  # unreadable images in one message
 _MOST_FOLDERS = 1000  # that are looked into for images that were meant
 
 
@@ -35,14 +43,14 @@ def parse_classes(text: str) -> Vocabulary:
     return vocabulary.from_names([p for p in text.split(";") if p.strip()], name="--classes")
 
 
-def as_classes(classes: Any) -> tuple[ClassEntry, ...]:
+def as_vocabulary(classes: Any) -> Vocabulary:
     """The classes that a caller in Python means: texts and `ClassEntry`s, or a `Vocabulary`.
 
     "building, edifice" names synonyms; one text that looks like a whole list is warned about.
     Raises `TypeError` for what is no list of them, and `UserError` as `Vocabulary` does.
     """
     if isinstance(classes, Vocabulary):
-        return classes.classes
+        return classes
     if isinstance(classes, str | ClassEntry):
         raise TypeError(f"classes: {classes!r} is one class: give a list, [{classes!r}]")
     ordered = isinstance(classes, Iterable) and not isinstance(classes, bytes | Mapping | Set)
@@ -62,18 +70,25 @@ def as_classes(classes: Any) -> tuple[ClassEntry, ...]:
     found = Vocabulary("classes", tuple(entries))
     if len(given) == 1 and isinstance(given[0], str) and vocabulary.looks_like_several(entries[0]):
         warnings.warn(found.summary(), stacklevel=3)
-    return found.classes
+    return found
 
 
-def as_photo(image: Any) -> np.ndarray:
-    """`image` as numpy uint8 [H, W, 3], which it must be.
+def as_photo(image: Any, data: DataConfig) -> np.ndarray:
+    """uint8 [H, W, 3] of a path (local or gs://), a PIL image, or an array that is one already.
 
-    Raises `TypeError` for what is no array of uint8 and `ValueError` for another shape.
+    data: max_pixels and max_value of it count, as for the photos of a data set.
+
+    Raises `UserError` for a file that cannot be read, `TypeError` for what is no image and
+    `ValueError` for an array of another shape.
     """
-    wanted = "give an array of uint8 [H, W, 3], RGB"
+    if isinstance(image, str | os.PathLike):
+        files.check_scheme(image)
+        return images.read_image(image, data.max_pixels, max_value=data.max_value)
+    if isinstance(image, Image.Image):
+        return images.from_pil(image, data.max_value)
+    wanted = "give a path, a PIL image or an array of uint8 [H, W, 3], RGB"
     if not hasattr(image, "dtype") or not hasattr(image, "shape"):
-        what = "a path" if isinstance(image, str | os.PathLike) else f"a {type(image).__name__}"
-        raise TypeError(f"image: {what} is no array: {wanted}, as np.asarray of a PIL image in RGB")
+        raise TypeError(f"image: a {type(image).__name__} is no image: {wanted}")
     array = np.asarray(image)
     if array.dtype != np.uint8:
         real = np.issubdtype(array.dtype, np.floating)
@@ -88,7 +103,7 @@ def _mend(shape: tuple[int, ...]) -> str:
     if len(shape) == 2:
         return ", a gray one as np.stack([image] * 3, axis=-1)"
     if len(shape) == 4:
-        return ", one a call"
+        return ", several as a list"
     if len(shape) == 3 and shape[-1] == 4:
         return ", without its transparency as image[..., :3]"
     if len(shape) == 3 and shape[0] == 3:
@@ -96,17 +111,38 @@ def _mend(shape: tuple[int, ...]) -> str:
     return ""
 
 
-def whole_numbers(given: dict[str, tuple[Any, int]]) -> dict[str, int]:
-    """Of the settings {name: (value or None, lowest)} those that are given. Raises `ValueError`."""
-    changes = {}
-    for name, (value, lowest) in given.items():
-        if value is None:
-            continue
-        whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not whole or value < lowest:
-            raise ValueError(f"{name}={value!r}: give a whole number from {lowest} on")
-        changes[name] = int(value)
-    return changes
+class Settings(TypedDict, total=False):
+    """What a call may ask otherwise than the config. None is as left out."""
+
+    steps: int | None  # of denoising, from 1 on
+    ensemble: int | None  # samples to merge, from 1 on; their spread is the uncertainty
+    shortlist: int | None  # classes that get the full budget; 0 = all
+    threshold: float | None  # 0…1: pixels whose best score is below are *other*
+    closed: bool | None  # every pixel gets a class
+
+
+def chosen(config: Config, settings: Settings) -> tuple[SamplerConfig, CodecConfig]:
+    """`config` with the `settings` of a call in place.
+
+    Raises `TypeError` for another name, `ValueError` for a value out of range.
+    """
+    lowest = {"steps": 1, "ensemble": 1, "shortlist": 0}
+    given: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
+    for name, value in given.items():
+        if name in lowest:
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            if not whole or value < lowest[name]:
+                raise ValueError(f"{name}={value!r}: give a whole number from {lowest[name]} on")
+        elif name == "threshold" and not 0.0 <= value <= 1.0:
+            raise ValueError(f"threshold={value}: scores are between 0 and 1")
+        elif name not in Settings.__annotations__:
+            raise TypeError(f"{name}: is none of {', '.join(Settings.__annotations__)}")
+    sampler: dict[str, Any] = {name: int(v) for name, v in given.items() if name in lowest}
+    decoding = {name: v for name, v in given.items() if name not in lowest}
+    return (
+        dataclasses.replace(config.sampler, **sampler),
+        dataclasses.replace(config.codec, **decoding),
+    )
 
 
 def find_images(arguments: Sequence[str]) -> list[str]:
@@ -137,6 +173,45 @@ def without_results(paths: Sequence[str]) -> tuple[list[str], list[str]]:
 
     ours = [path for path in paths if is_ours(path) or is_ours(identity(path))]
     return [path for path in paths if path not in set(ours)], ours
+
+
+def unreadable(
+    paths: Sequence[str],
+    read: Callable[[str], images.Photo],
+    skip: bool,
+    progress: Progress,
+) -> dict[str, str]:
+    """Decodes every image once, before anything is loaded or written: path → why it cannot be.
+
+    Raises `UserError`, which names them, unless they are to be skipped and others are left.
+    """
+    found: dict[str, images.UnreadableError] = {}
+    guessed: Counter[int] = Counter()
+    for done, path in enumerate(paths, 1):
+        try:
+            guessed[read(path).guessed_max] += 1
+        except images.UnreadableError as error:
+            found[path] = error
+        if not found or skip:
+            progress(done, len(paths))
+    if found and not (skip and len(found) < len(paths)):
+        raise _all_unreadable(found, len(paths))
+    del guessed[0]  # nothing to guess
+    if guessed:
+        logging.warning("%s", images.guessed_range(guessed, len(paths)))
+    return {path: str(error) for path, error in found.items()}
+
+
+def _all_unreadable(found: Mapping[str, images.UnreadableError], total: int) -> UserError:
+    shown = "; ".join(str(error) for error in list(found.values())[:_MOST_NAMED])
+    more = f"; and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    mends = []
+    if any(isinstance(error, images.TooLargeError) for error in found.values()):
+        mends.append("--max-pixels N reads larger ones")
+    if len(found) < total:
+        mends.append("--skip-unreadable leaves them out")
+    counted = f"{len(found)} of {total} images cannot be read: " if total > 1 else ""
+    return UserError("".join((counted, shown, more, *(f"; {mend}" for mend in mends))))
 
 
 def _expand(argument: str) -> list[str]:

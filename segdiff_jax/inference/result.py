@@ -1,111 +1,171 @@
-"""What the gray maps of an image say at its own size: scores, labels, uncertainty."""
+"""What the gray maps of an image say at its own size: scores, labels, uncertainty.
 
+maps [P, h, w] at the networks' size
+  → codec.ranks, join_passes     ranks [h, w, K]: above 1 and below 0 too
+  → geometry.unfit, one class at a time, with a running best: memory stays flat
+  → labels, uncertainty [H, W]   → masks, overlay, RLE, polygons, files
+"""
+
+import base64
 import functools
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from segdiff_jax import codec
+from segdiff_jax import codec, files
+from segdiff_jax.config import CodecConfig
+from segdiff_jax.data import geometry
+from segdiff_jax.errors import UserError
+from segdiff_jax.inference import pictures, regions
+from segdiff_jax.text.vocabulary import Vocabulary, same_name
 
-_EQUAL = 1e-6  # what resizing leaves between scores that are equal
+# How much a score may move for what lies beyond [0, 1]: it decides between equal scores only, and
+# a score that is equal to the threshold still reaches it.
+_TIE = 1e-4
+_SHOWN = 640  # pixels of the longer side in a notebook
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Segmentation:
     """What one image gave.
 
+    photo: uint8 [H, W, 3].
     labels: int32 [H, W] at the image's own size; index into `classes`, or `other_label(K)`.
-    scores: float32 [H, W, K] in [0, 1].
     uncertainty: float32 [H, W], spread of the ensemble for the winning class, in units of the gray
       map's range (0 = unanimous); None for N = 1.
+    vocabulary: the classes that were asked for, with synonyms and colours.
+    network_scores: float32 [h, w, K] in [0, 1], at the networks' size, without padding.
     """
 
+    photo: np.ndarray
     labels: np.ndarray
     uncertainty: np.ndarray | None
-    classes: tuple[str, ...]
-    network_scores: np.ndarray  # [h, w, K], at the network's size
+    vocabulary: Vocabulary
+    network_scores: np.ndarray
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.vocabulary.names
 
     @functools.cached_property
     def scores(self) -> np.ndarray:
-        # Made when asked for: 150 classes of a 12-megapixel photo take 7 GB.
-        return resize(self.network_scores, self.labels.shape)
+        """float32 [H, W, K]. Made when asked for: 150 classes of 12 megapixels take 7 GB."""
+        return geometry.enlarge(self.network_scores, self.labels.shape)
+
+    def shares(self) -> dict[str, float]:
+        """The share of pixels of each class that is present, largest first."""
+        pixels = np.bincount(self.labels.ravel(), minlength=len(self.classes))[: len(self.classes)]
+        order = [i for i in np.argsort(-pixels, kind="stable") if pixels[i]]
+        return {self.classes[i]: float(pixels[i] / self.labels.size) for i in order}
+
+    def legend(self) -> dict[str, tuple[int, int, int]]:
+        """The colour (RGB) of each class that is present, largest first."""
+        colors = dict(zip(self.classes, self.vocabulary.palette().tolist(), strict=True))
+        return {name: tuple(colors[name]) for name in self.shares()}
+
+    def mask(self, name: str) -> np.ndarray:
+        """Where a class is, bool [H, W]. Raises `UserError` for a class that was not asked for."""
+        for number, entry in enumerate(self.vocabulary.classes):
+            if same_name(name) in map(same_name, entry.names):
+                return self.labels == number
+        raise UserError(f"{name!r}: is none of the classes {', '.join(self.classes)}")
+
+    def overlay(self, alpha: float = 0.5, legend: bool = True) -> Image.Image:
+        """The photo with its labels painted over. *Other* leaves the photo as it is."""
+        palette = self.vocabulary.palette()
+        return pictures.overlay(self.photo, self.labels, palette, self.classes, alpha, legend)
+
+    def rle(self) -> dict[str, dict[str, Any]]:
+        """The mask of each class that is present as COCO's compressed run-length encoding."""
+        return {name: regions.rle(self.mask(name)) for name in self.shares()}
+
+    def polygons(self) -> dict[str, list[np.ndarray]]:
+        """The outlines of each class that is present, int [n, 2] of (x, y) along pixel edges.
+
+        Outer rings run clockwise as one sees them, holes the other way round; filled by the
+        even-odd rule they give the mask again.
+        """
+        return {name: regions.polygons(self.mask(name)) for name in self.shares()}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one file, local or gs://: .png (class ids), .npz (scores) or .json (COCO).
+
+        Raises `UserError` for another suffix and where it cannot be written.
+        """
+        from segdiff_jax.inference.writers import by_suffix
+
+        files.write_bytes(path, by_suffix(os.fspath(path))(self))
+
+    def __repr__(self) -> str:
+        height, width = self.labels.shape
+        shares = [f"{name} {share:.1%}" for name, share in list(self.shares().items())[:8]]
+        more = ", …" if len(self.shares()) > len(shares) else ""
+        found = ", ".join(shares) + more or "nothing but *other*"
+        return f"Segmentation({height} × {width}, {len(self.classes)} classes: {found})"
+
+    def _repr_html_(self) -> str:
+        picture = self.overlay(legend=False)
+        picture.thumbnail((_SHOWN, _SHOWN))
+        source = base64.b64encode(pictures.encode(picture, photo=True)).decode()
+        return pictures.template("result.html").render(
+            source=source, legend=self.legend(), shares=self.shares(), summary=repr(self)
+        )
 
 
 def from_maps(
     gray: np.ndarray,
     spread: np.ndarray | None,
-    classes: tuple[str, ...],
-    group: int,
-    size: tuple[int, int],
-    threshold: float,
-    closed: bool,
+    photo: np.ndarray,
+    vocabulary: Vocabulary,
+    settings: CodecConfig,
+    fit: str,
 ) -> Segmentation:
-    """The maps and spread [P, h, w] of passes of `group` classes each, at `size` = (H, W).
+    """What the maps [P, h, w] of a photo uint8 [H, W, 3], and their spread, say at its own size.
 
-    Scores are enlarged before the argmax, a band of rows at a time: memory stays flat. Where the
-    best are equal, most often at 0 because every map is dark, the maps decide by what lies beyond
-    [-1, 1] or beneath the levels (`codec.ranks`): in a closed vocabulary the class that is the
-    nearest wins, not the first. `threshold` and `closed` as of `decode`.
+    Scores are enlarged before the best is chosen. Where the best are equal, most often at 0 because
+    every map is dark, the maps decide by what lies beyond [-1, 1] or beneath the levels
+    (`codec.ranks`): in a closed vocabulary the class that is the nearest wins, not the first.
+
+    settings: `classes_per_pass`, `threshold` and `closed` of it count. fit: as config.data.fit.
     """
-    ranks = codec.ranks(np.asarray(gray), group)  # [P, h, w, G]
-    ranks = codec.join_passes(ranks, len(classes))  # [h, w, K]
+    group = codec.group_size(len(vocabulary), settings.classes_per_pass)
+    native = photo.shape[:2]
+    height, width = geometry.filled(native, gray.shape[1:], fit)
+    shown = np.asarray(gray)[:, :height, :width]
+    ranks = codec.join_passes(codec.ranks(shown, group), len(vocabulary))  # [h, w, K]
     scores = ranks.clip(0.0, 1.0)
-    labels = np.empty(size, np.int32)
-    uncertainty = None if spread is None else np.empty(size, np.float32)
-    for rows in _bands(size, len(classes)):
-        band = resize(scores, size, rows)  # [b, W, K]
-        winner = _winners(band, ranks, size, rows)
-        labels[rows] = _or_other(winner, band, threshold, closed)
-        if spread is not None and uncertainty is not None:
-            passes = resize(np.moveaxis(spread, 0, -1), size, rows)  # [b, W, P]
-            chosen = winner[..., None] // group
-            uncertainty[rows] = np.take_along_axis(passes, chosen, -1)[..., 0]
-    return Segmentation(labels, uncertainty, classes, scores)
+    beyond = ranks - scores
+    order = scores + _TIE * beyond / (1.0 + np.abs(beyond))
+    best, labels = _largest(np.moveaxis(order, -1, 0), native)
+    uncertainty = None
+    if spread is not None:
+        uncertainty = np.empty(native, np.float32)
+        winner = labels // group  # the pass that asked for it
+        for number, of_pass in enumerate(_enlarged(spread[:, :height, :width], native)):
+            np.copyto(uncertainty, of_pass, where=winner == number)
+    if not settings.closed:
+        np.copyto(labels, other_label(len(vocabulary)), where=best < settings.threshold - _TIE)
+    return Segmentation(photo, labels, uncertainty, vocabulary, scores)
 
 
-def _winners(band: np.ndarray, ranks: np.ndarray, size: tuple[int, int], rows: slice) -> np.ndarray:
-    """The best class of each pixel: scores [b, W, K] and, between equals, ranks [h, w, K]."""
-    winner = np.argmax(band, -1)
-    equal = band >= band.max(-1, keepdims=True) - _EQUAL
-    if (equal.sum(-1) > 1).any():
-        winner = np.argmax(np.where(equal, resize(ranks, size, rows), -np.inf), -1)
-    return winner.astype(np.int32)
+def _largest(maps: np.ndarray, size: geometry.Size) -> tuple[np.ndarray, np.ndarray]:
+    """The largest of maps [K, h, w] at each pixel of `size`, and which it is, int32; the first."""
+    best, which = np.full(size, -np.inf, np.float32), np.zeros(size, np.int32)
+    for number, values in enumerate(_enlarged(maps, size)):
+        better = values > best
+        np.copyto(best, values, where=better)
+        np.copyto(which, number, where=better)
+    return best, which
+
+
+def _enlarged(maps: np.ndarray, size: geometry.Size) -> Iterator[np.ndarray]:
+    return (geometry.enlarge(one, size) for one in maps)
 
 
 def other_label(num_classes: int) -> int:
     """The label of *other*: 255, or 65535 where 255 is a class."""
     return codec.IGNORE if num_classes <= codec.IGNORE else 65535
-
-
-def decode(scores: np.ndarray, threshold: float, closed: bool) -> np.ndarray:
-    """Scores [H, W, K] → labels int32 [H, W]: `codec.decode` on the host, without a copy."""
-    return _or_other(np.argmax(scores, -1).astype(np.int32), scores, threshold, closed)
-
-
-def _or_other(labels: np.ndarray, scores: np.ndarray, threshold: float, closed: bool) -> np.ndarray:
-    if closed:
-        return labels
-    best = np.take_along_axis(scores, labels[..., None], -1)[..., 0]
-    return np.where(best < threshold, np.int32(other_label(scores.shape[-1])), labels)
-
-
-def _bands(size: tuple[int, int], channels: int) -> list[slice]:
-    """Slices of rows that together cover `size`, each of at most 64 MB in float32 (or one row)."""
-    height = max(1, 16_000_000 // (size[1] * channels))
-    return [slice(top, min(top + height, size[0])) for top in range(0, size[0], height)]
-
-
-def resize(maps: np.ndarray, size: tuple[int, ...], rows: slice = slice(None)) -> np.ndarray:
-    """Bilinear resize of [h, w, C] to [H, W, C], half-pixel centres; only `rows` of it."""
-    vertical, horizontal = _bilinear(maps.shape[0], size[0]), _bilinear(maps.shape[1], size[1])
-    tall = np.tensordot(vertical[rows], maps, axes=(1, 0))  # [H, w, C]
-    return horizontal @ tall  # [H, W, C]
-
-
-def _bilinear(length: int, target: int) -> np.ndarray:
-    """Weights [target, length]; widened to a triangle of the source step when shrinking."""
-    scale = max(1.0, length / target)
-    centres = (np.arange(target) + 0.5) * length / target - 0.5
-    distance = np.abs(np.clip(centres, 0, length - 1)[:, None] - np.arange(length)) / scale
-    weights = np.maximum(0.0, 1.0 - distance)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)

@@ -1,37 +1,54 @@
-"""The Python API: an image and class names in, labels and scores out."""
+"""The Python API: photos and class names in, labels and scores out.
+
+Segmenter.load(workdir | export | Hugging Face id | gs://…)
+
+image   → requests.as_photo    uint8 [H, W, 3]
+        → geometry.fit         [h, w, 3] at config.data.image_size
+        → VAE                  latent: once an image, `Segmenter.encode`
+classes → requests.as_classes  Vocabulary
+        → CLIP                 prompt table: once a list, `Segmenter.table`
+both    → jobs                 image × pass × member, in chunks of few shapes
+        → sampling.sampler_on  gray maps [J, h, w] → merged over members [P, h, w]
+        → result.from_maps     Segmentation at the photo's own size
+"""
 
 import dataclasses
-import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from segdiff_jax import codec
-from segdiff_jax.config import Config, MeshConfig, SamplerConfig
-from segdiff_jax.data import transforms
-from segdiff_jax.diffusion import ensemble as ensemble_lib
-from segdiff_jax.diffusion import sampler as sampler_lib
-from segdiff_jax.diffusion.schedule import Schedule, make_schedule
+from segdiff_jax.config import CodecConfig, Config, MeshConfig, SamplerConfig
+from segdiff_jax.data import geometry
+from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import requests
+from segdiff_jax.inference import requests, sampling
+from segdiff_jax.inference.requests import Settings
 from segdiff_jax.inference.result import Segmentation, from_maps
 from segdiff_jax.models.attention import plain
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.layers import kernels_as_multiplied
 from segdiff_jax.models.unet import UNet
-from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
+from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import attention_kernels, processes, sharding
 from segdiff_jax.parallel.placement import equal_parts, on_mesh, rows_of_call, spread_rows
 from segdiff_jax.text import conditioning, vocabulary
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
-from segdiff_jax.weights import workdir
+from segdiff_jax.weights import hub, workdir
+
+
+class Encoded(NamedTuple):
+    """An image that has been through the VAE: to be asked for many lists of classes."""
+
+    photo: np.ndarray  # uint8 [H, W, 3]
+    latent: np.ndarray  # float32 [h, w, c]
 
 
 class Segmenter:
@@ -60,7 +77,10 @@ class Segmenter:
         attention = attention_kernels.on_device(self.mesh.devices.flat[0].platform)
         self._unet, unet_params = nnx.split(attention_kernels.with_attention(unet, attention))
         self._vae, vae_params = nnx.split(attention_kernels.with_attention(vae, plain))
-        self._unet_params = self._for_sampling(unet_params)
+        # Not the VAE's: a tenth of the size, and training has the same arrays in use. Rounded
+        # before they are gathered: half of the bytes to send and to hold.
+        rounded = kernels_as_multiplied(self._unet, unet_params)
+        self._unet_params = sharding.for_use(on_mesh(rounded, self.mesh), self.mesh)
         self._vae_params = on_mesh(vae_params, self.mesh)
         self._schedule = on_mesh(make_schedule(config.diffusion), self.mesh)
         self.checkpoint_step: int | None = None  # None: of an export, or not from `load`
@@ -68,7 +88,7 @@ class Segmenter:
 
     @staticmethod
     def load(checkpoint: str, which: str | int = "newest") -> "Segmenter":
-        """From a training workdir or an exported folder, local or `gs://`.
+        """From a training workdir or an export: local, `gs://`, or OWNER/NAME of Hugging Face.
 
         which: "newest", "best" (by the mIoU of the training's validation) or a step, of the
         checkpoints of a training. `checkpoint_step` of the result says which was read.
@@ -76,82 +96,89 @@ class Segmenter:
         Raises `UserError` if `checkpoint` is neither, has no such step, or holds another
         architecture.
         """
-        networks, step = workdir.load_with_step(checkpoint, which=which)
-        segmenter = Segmenter(*networks, trained=workdir.read_classes(checkpoint))
+        folder = hub.local(checkpoint)
+        networks, step = workdir.load_with_step(folder, which=which)
+        segmenter = Segmenter(*networks, trained=workdir.read_classes(folder))
         segmenter.checkpoint_step = step
         return segmenter
 
-    def with_params(self, unet_params: Any) -> "Segmenter":
-        """The same model with other UNet parameters: compiled functions are shared.
-
-        They may be cut up, as those of a training state are: all processes gather them.
-        """
-        other = object.__new__(Segmenter)
-        other.__dict__.update(self.__dict__)
-        other._unet_params = self._for_sampling(unet_params)
-        return other
-
-    def _for_sampling(self, unet_params: Any) -> Any:
-        # Not the VAE's: a tenth of the size, and training has the same arrays in use. Rounded
-        # before they are gathered: half of the bytes to send and to hold.
-        rounded = kernels_as_multiplied(self._unet, unet_params)
-        return sharding.for_use(on_mesh(rounded, self.mesh), self.mesh)
-
     def __call__(
         self,
-        image: np.ndarray,
-        classes: Sequence[str | ClassEntry],
+        images: Any,
+        classes: Sequence[str | ClassEntry] | Vocabulary,
         *,
-        steps: int | None = None,
-        ensemble: int | None = None,
         seed: int = 0,
-        threshold: float | None = None,
-        closed: bool | None = None,
-        shortlist: int | None = None,
-    ) -> Segmentation:
-        """Segments `image` uint8 [H, W, 3] into `classes` ("building, edifice" names synonyms).
+        **settings: Unpack[Settings],
+    ) -> Any:
+        """Segments an image into `classes` ("building, edifice" names synonyms): a `Segmentation`.
 
-        Arguments left at None take the config's value. The result depends on `seed` and on
-        nothing else that is random. Raises `TypeError` or `ValueError` for an image or a list that
-        is none, and `UserError` as `unclipped_maps` does and for no or duplicate classes.
+        An image is a path, a PIL image, uint8 [H, W, 3], or what `encode` gave. A list of images is
+        worked on in one batch and gives a list; for many use `stream`.
+
+        Args:
+          seed: the result depends on it and on nothing else that is random.
+          settings: as of `requests.Settings`; those left out take the config's value.
+
+        Raises:
+          TypeError, ValueError: an image, list or setting that is none.
+          UserError: an unreadable file, no or duplicate classes, and as of `unclipped_maps`.
         """
-        photo, entries = requests.as_photo(image), requests.as_classes(classes)
-        asked = {"steps": (steps, 1), "ensemble": (ensemble, 1), "shortlist": (shortlist, 0)}
-        changes: dict[str, Any] = requests.whole_numbers(asked)
-        sampler = dataclasses.replace(self.config.sampler, **changes)
-        if threshold is not None and not 0.0 <= threshold <= 1.0:
-            raise ValueError(f"threshold={threshold}: scores are between 0 and 1")
-        gray, spread = self.unclipped_maps([photo], entries, sampler, seed)
-        chosen = self.config.codec
-        return self.segmentation(
-            gray[0],
-            spread[0] if sampler.ensemble > 1 else None,
-            entries,
-            photo.shape[:2],
-            chosen.threshold if threshold is None else threshold,
-            chosen.closed if closed is None else closed,
-        )
+        several = isinstance(images, list | tuple) and not isinstance(images, Encoded)
+        photos = [self._photo(image) for image in (images if several else [images])]
+        wanted = requests.as_vocabulary(classes)
+        sampler, decoding = requests.chosen(self.config, settings)
+        if not photos:
+            return []
+        gray, spread = self.unclipped_maps(photos, wanted.classes, sampler, seed)
+        found = []
+        for number, image in enumerate(photos):
+            photo = image.photo if isinstance(image, Encoded) else image
+            uncertain = spread[number] if sampler.ensemble > 1 else None
+            found.append(self.segmentation(gray[number], uncertain, photo, wanted, decoding))
+        return found if several else found[0]
+
+    def stream(
+        self,
+        images: Iterable[Any],
+        classes: Sequence[str | ClassEntry] | Vocabulary,
+        *,
+        seed: int = 0,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Segmentation]:
+        """The `Segmentation` of each image, in order, in constant memory. Arguments as of a call.
+
+        While one result is in use (being written, say), the next image is in the networks and the
+        one after that is read: three images are in memory, however many there are.
+        """
+        wanted = requests.as_vocabulary(classes)
+        photos = _ahead(map(self._photo, images))
+        return _ahead(self(photo, wanted, seed=seed, **settings) for photo in photos)
+
+    def encode(self, image: Any) -> Encoded:
+        """`image` for many calls with other classes, seeds or settings: the VAE sees it once."""
+        photo = requests.as_photo(image, self.config.data)
+        return Encoded(photo, self._latents([photo])[0])
+
+    def _photo(self, image: Any) -> Any:
+        return image if isinstance(image, Encoded) else requests.as_photo(image, self.config.data)
 
     def segmentation(
         self,
         gray: np.ndarray,
         spread: np.ndarray | None,
-        classes: Sequence[ClassEntry],
-        size: tuple[int, int],
-        threshold: float,
-        closed: bool,
+        photo: np.ndarray,
+        classes: Vocabulary,
+        decoding: CodecConfig,
     ) -> Segmentation:
-        """What the (unclipped) maps [P, h, w] of one image say at `size` = (H, W): `from_maps`."""
-        group = codec.group_size(len(classes), self.config.codec.classes_per_pass)
-        names = tuple(entry.name for entry in classes)
-        return from_maps(gray, spread, names, group, size, threshold, closed)
+        """What the (unclipped) maps [P, h, w] of one photo say at its own size: `from_maps`."""
+        return from_maps(gray, spread, photo, classes, decoding, self.config.data.fit)
 
     def reconstruct(self, pixels: np.ndarray) -> np.ndarray:
         """Images [J, H, W, 3] in [-1, 1] at the network's size, through the VAE and back.
 
         Raises `UserError` where that is not finite.
         """
-        found = _reconstruct(self._vae, self._vae_params, spread_rows(pixels, self.mesh))
+        found = sampling.reconstruct(self._vae, self._vae_params, spread_rows(pixels, self.mesh))
         decoded = processes.gathered(found)[: len(pixels)]
         if not np.isfinite(decoded).all():
             raise UserError(f"what the VAE decodes is not finite: {self._why_not_finite()}")
@@ -159,18 +186,18 @@ class Segmenter:
 
     def maps(
         self,
-        images: Sequence[np.ndarray],
+        images: Sequence[Any],
         classes: Sequence[ClassEntry],
         sampler: SamplerConfig,
         seed: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Gray maps in [-1, 1] and their spread, each [I, P, H, W] at the network's size."""
+        """Gray maps in [-1, 1] and their spread, each [I, P, h, w] at the network's size."""
         gray, spread = self.unclipped_maps(images, classes, sampler, seed)
         return gray.clip(-1.0, 1.0), spread
 
     def unclipped_maps(
         self,
-        images: Sequence[np.ndarray],
+        images: Sequence[Any],
         classes: Sequence[ClassEntry],
         sampler: SamplerConfig,
         seed: int,
@@ -185,7 +212,6 @@ class Segmenter:
         Raises `UserError` for classes that this model cannot tell apart or was not trained for,
         and for maps that are not finite.
         """
-        size = self.config.data.image_size
         table = self.table(classes)
         group = codec.group_size(len(classes), self.config.codec.classes_per_pass)
         groups = codec.groups(len(classes), group)
@@ -194,15 +220,14 @@ class Segmenter:
                 f"a shortlist (sampler.shortlist={sampler.shortlist}) needs one class per pass, "
                 f"but this model paints {group} classes: set it to 0"
             )
-        photos = [requests.as_photo(image) for image in images]
-        latents = self._latents(np.stack([transforms.resize_image(p, size) for p in photos]))
+        latents = self._latents([self._photo(image) for image in images])
         short = 0 < sampler.shortlist < len(classes)
         find = self._shortlisted if short else self._all_in_full
         try:
             gray, spread = find(latents, table, groups, sampler, seed)
-            _check_finite(gray + spread, np.moveaxis(np.indices(gray.shape[:2]), 0, -1))
+            sampling.check_finite(gray + spread, np.moveaxis(np.indices(gray.shape[:2]), 0, -1))
             return gray, spread
-        except _NotFinite as error:
+        except sampling.NotFinite as error:
             numbered = f"image {error.image + 1} of {len(images)}: " if len(images) > 1 else ""
             image = f"{names[error.image]}: " if names else numbered
             shown = [classes[i].name for i in groups[error.map] if i != codec.PAD]
@@ -225,25 +250,30 @@ class Segmenter:
             )
         return self._tables[key]
 
-    def _latents(self, fitted: np.ndarray) -> np.ndarray:
-        """Of uint8 [I, H, W, 3]; one a device and call, so that no number of them compiles anew."""
+    def _latents(self, images: Sequence[Any]) -> np.ndarray:
+        """[I, h, w, c]; one image a device and call, so that no number of them compiles anew."""
+        if all(isinstance(image, Encoded) for image in images):
+            return np.stack([image.latent for image in images])
+        photos = [image.photo if isinstance(image, Encoded) else image for image in images]
+        data = self.config.data
+        fitted = np.stack([geometry.fit(photo, data.image_size, data.fit) for photo in photos])
         parts = [
-            _encode(self._vae, self._vae_params, spread_rows(part, self.mesh))
+            sampling.encode(self._vae, self._vae_params, spread_rows(part, self.mesh))
             for part in equal_parts(fitted, self.mesh.size)
         ]
         return np.concatenate([processes.gathered(p) for p in parts])[: len(fitted)]
 
     def _all_in_full(self, image_latents, table, groups, sampler, seed):
-        jobs = _grid(len(image_latents), len(groups), sampler.ensemble)
+        jobs = sampling.grid(len(image_latents), len(groups), sampler.ensemble)
         members = self._run(image_latents, table, groups, jobs, sampler, seed)
         shape = len(image_latents), len(groups), sampler.ensemble, *self.config.data.image_size
-        return _merge(members.reshape(shape), sampler, self.mesh)
+        return sampling.merge(members.reshape(shape), sampler, self.mesh)
 
     def _shortlisted(self, image_latents, table, groups, sampler, seed):
         """One cheap pass for every class, the full budget for the M most present per image."""
         count, size = len(image_latents), self.config.data.image_size
         cheap = dataclasses.replace(sampler, steps=1, ensemble=1)
-        jobs = _grid(count, len(groups), 1)
+        jobs = sampling.grid(count, len(groups), 1)
         first = self._run(image_latents, table, groups, jobs, cheap, seed)
         first = first.reshape(count, len(groups), *size)
         presence = first.clip(0.0, 1.0).mean((2, 3))  # [I, K]: area that is more yes than no
@@ -254,7 +284,7 @@ class Segmenter:
         )
         members = self._run(image_latents, table, groups, jobs, sampler, seed)
         members = members.reshape(*kept.shape, sampler.ensemble, *size)
-        merged, spread = _merge(members, sampler, self.mesh)
+        merged, spread = sampling.merge(members, sampler, self.mesh)
         # Darker than all that was asked for: what was not asked for wins nowhere.
         gray = np.full_like(first, min(-1.0, merged.min()) - 1.0)
         all_spread = np.zeros_like(first)
@@ -266,8 +296,7 @@ class Segmenter:
         """Unclipped gray maps [J, H, W] of jobs (image, pass, member) int [J, 3]."""
         key = jax.random.key_data(jax.random.key(seed))
         key = jax.random.wrap_key_data(sharding.place(key, sharding.replicated(self.mesh)))
-        image_latents = np.asarray(image_latents)
-        sample, running = sampler_on(self.mesh), None
+        sample, running = sampling.sampler_on(self.mesh), None
         found: list[np.ndarray] = []
         for part in equal_parts(jobs, rows_of_call(len(jobs), sampler.batch_size, self.mesh.size)):
             image, pass_, member = part.T
@@ -290,7 +319,7 @@ class Segmenter:
             found += [] if running is None else [processes.gathered(running)]
             running = result
         maps = np.concatenate([*found, processes.gathered(running)])[: len(jobs)]
-        _check_finite(maps, jobs)
+        sampling.check_finite(maps, jobs)
         return maps
 
     def _why_not_finite(self) -> str:
@@ -310,135 +339,13 @@ class Segmenter:
         )
 
 
-class _NotFinite(Exception):
-    """Of image `image` the map of pass `map` has NaN or infinity in it."""
-
-    def __init__(self, image: int, map: int):
-        self.image, self.map = image, map
+_END = object()
 
 
-def _check_finite(maps: np.ndarray, owners: np.ndarray) -> None:
-    """Raises `_NotFinite` of the first such map of [..., H, W]; owners: its (image, map, ...)."""
-    bad = np.argwhere(~np.isfinite(maps).all((-2, -1)))
-    if bad.size:
-        raise _NotFinite(*owners[tuple(bad[0])][:2].tolist())
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(vae: nnx.GraphDef, params: Any, images: jax.Array) -> jax.Array:
-    return encode_latents(nnx.merge(vae, params), codec.to_pixels(images))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _reconstruct(vae: nnx.GraphDef, params: Any, pixels: jax.Array) -> jax.Array:
-    network = nnx.merge(vae, params)
-    return decode_latents(network, encode_latents(network, pixels))
-
-
-@functools.cache
-def sampler_on(mesh: Mesh) -> Any:
-    """`sample_jobs` under `jit`, on every device's part of the jobs; all but its arrays are static.
-
-    A job needs nothing from another: left to the partitioner, parameters that are cut up would be
-    exchanged in every step.
-    """
-    rows = sharding.rows_sharding(mesh).spec
-
-    def sample(unet, vae, steps, eta, *arrays):
-        own_jobs = functools.partial(sample_jobs, unet, vae, steps, eta)
-        specs = (P(), P(), P(), rows, rows, rows, rows, P())
-        spread = jax.shard_map(own_jobs, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
-        return spread(*arrays)
-
-    return jax.jit(sample, static_argnums=(0, 1, 2, 3))
-
-
-def sample_jobs(
-    unet: nnx.GraphDef,
-    vae: nnx.GraphDef,
-    steps: int,
-    eta: float,
-    unet_params: Any,
-    vae_params: Any,
-    schedule: Schedule,
-    contexts: jax.Array,
-    mask: jax.Array | None,
-    image_latents: jax.Array,
-    members: jax.Array,
-    key: jax.Array,
-) -> jax.Array:
-    """Unclipped gray maps [J, H, W] of jobs: contexts [J, L, D], their mask [J, L], latents and
-    numbers of members [J].
-
-    It knows no vocabulary and no images: what it is compiled for does not depend on them.
-    """
-    network, decoder = nnx.merge(unet, unet_params), nnx.merge(vae, vae_params)
-
-    def member(k, image_latent, context, context_mask):
-        def predict(noisy, t):
-            sample = jnp.concatenate([image_latent, noisy], axis=-1)[None]
-            used = None if context_mask is None else context_mask[None]
-            return network(sample, jnp.reshape(t, (1,)), context[None], used)[0]
-
-        # The noise of member k is the same for every image and pass.
-        member_key = jax.random.fold_in(key, k)
-        shape = image_latent.shape
-        return sampler_lib.sample_member(predict, schedule, member_key, shape, steps, eta)
-
-    in_axes = (0, 0, 0, None if mask is None else 0)
-    x0 = jax.vmap(member, in_axes)(members, image_latents, contexts, mask)
-    # One after the other: at full size the decoder's activations are hundreds of times the latents.
-    return jax.lax.map(lambda latent: codec.to_gray(decode_latents(decoder, latent[None]))[0], x0)
-
-
-def _merge_members(
-    members: jax.Array, align: str, reduce: str, uncertainty: str
-) -> tuple[jax.Array, jax.Array]:
-    """Unclipped members [R, N, H, W] → unclipped maps and their spread [R, H, W].
-
-    Members are clipped before they are merged. Where the result is at an end of [-1, 1], it is then
-    moved on to where the members themselves meet.
-    """
-    unit = (members.clip(-1.0, 1.0) + 1.0) / 2.0  # the ensemble's maths is for maps in [0, 1]
-    combine = lambda maps: ensemble_lib.ensemble(maps, align, reduce, uncertainty)  # noqa: E731
-    merged, spread = jax.vmap(combine)(unit)
-    merged = merged * 2.0 - 1.0
-    beyond, _ = jax.vmap(lambda maps: ensemble_lib.merge(maps, reduce))(members)
-    beyond = beyond - beyond.clip(-1.0, 1.0)
-    ends = ((merged <= -1.0) & (beyond < 0.0)) | ((merged >= 1.0) & (beyond > 0.0))
-    return jnp.where(ends, merged + beyond, merged), spread
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _merge_spread(members, mesh, align, reduce, uncertainty):
-    # Not left to the partitioner: the search of `align` would ask all devices after each step
-    # whether every map of every device is done.
-    merge = functools.partial(_merge_members, align=align, reduce=reduce, uncertainty=uncertainty)
-    rows = sharding.rows_sharding(mesh).spec
-    return jax.shard_map(merge, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(members)
-
-
-def _merge(
-    members: np.ndarray, sampler: SamplerConfig, mesh: Mesh
-) -> tuple[np.ndarray, np.ndarray]:
-    """Members [I, P, N, H, W] → maps and spread [I, P, H, W], I × P shared out over `mesh`."""
-    if sampler.ensemble == 1:
-        return members[:, :, 0], np.zeros_like(members[:, :, 0])
-    images, passes, *rest = members.shape
-    flat = members.reshape(images * passes, *rest)
-    settings = sampler.align, sampler.reduce, sampler.uncertainty
-    size = rows_of_call(len(flat), sampler.batch_size, mesh.size)
-    found = [
-        processes.gathered(_merge_spread(spread_rows(part, mesh), mesh, *settings))
-        for part in equal_parts(flat, size)
-    ]
-    merged, spread = (
-        np.concatenate(maps)[: len(flat)].reshape(images, passes, *rest[1:])
-        for maps in zip(*found, strict=True)
-    )
-    return merged, spread
-
-
-def _grid(images: int, passes: int, members: int) -> np.ndarray:
-    """Every (image, pass, member), int [J, 3], members fastest."""
-    return np.indices((images, passes, members)).reshape(3, -1).T
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """`items`, the next of which is made in a thread while one is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, _END)
+        while (item := following.result()) is not _END:
+            following = pool.submit(next, items, _END)
+            yield item

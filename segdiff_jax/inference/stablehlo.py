@@ -22,8 +22,9 @@ from flax import nnx
 
 from segdiff_jax import codec, files, ownership
 from segdiff_jax.config import SamplerConfig
+from segdiff_jax.data.geometry import GRAY
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import segmenter
+from segdiff_jax.inference import sampling
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models.attention import plain
 from segdiff_jax.parallel.attention_kernels import with_attention
@@ -98,8 +99,8 @@ def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.A
         params = jax.tree.unflatten(structure, leaves)
         passes, members = context.shape[0], sampler.ensemble
         job = jnp.arange(passes * members)
-        latent = segmenter._encode(model._vae, params["vae"], image[None])[0]
-        gray = segmenter.sample_jobs(
+        latent = sampling.encode(model._vae, params["vae"], image[None])[0]
+        gray = sampling.sample_jobs(
             unet,
             model._vae,
             sampler.steps,
@@ -116,7 +117,7 @@ def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.A
         if members > 1:
             gray = gray.reshape(passes, members, height, width)
             settings = sampler.align, sampler.reduce, sampler.uncertainty
-            gray = segmenter._merge_members(gray, *settings)[0]
+            gray = sampling.merge_members(gray, *settings)[0]
         return gray.clip(-1.0, 1.0)
 
     return sample
@@ -184,6 +185,8 @@ def describe(model: Segmenter, sampler: SamplerConfig, dtype: str) -> dict[str, 
     }
     height, width = config.data.image_size
     output = {"dtype": "float32", "shape": ["P", height, width], "range": [-1, 1]}
+    # How a photo of another size becomes `image`, and the maps become its size again.
+    geometry = {"fit": config.data.fit, "padding": GRAY, "photo_at": "top left"}
     return {
         "function": FUNCTION,
         "weights": WEIGHTS if _size(model, dtype) > _LIMIT else None,  # None: in the function
@@ -191,6 +194,7 @@ def describe(model: Segmenter, sampler: SamplerConfig, dtype: str) -> dict[str, 
         "jax": jax.__version__,
         "inputs": inputs,
         "output": output,
+        "geometry": geometry,
         "weights_dtype": dtype,
         "sampler": {
             name: getattr(sampler, name) for name in ("steps", "ensemble", "eta", "align", "reduce")

@@ -1,10 +1,15 @@
-"""The files of one predicted image: labels, overlay, uncertainty, and their description in JSON."""
+"""The files of one predicted image: in the formats asked for, a picture, and a description."""
 
 import collections
+import functools
+import io
+import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -12,18 +17,83 @@ from PIL import Image
 
 from segdiff_jax import files, ownership
 from segdiff_jax.config import Config
+from segdiff_jax.data import geometry
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import page as report
+from segdiff_jax.inference import page, pictures, regions
 from segdiff_jax.inference.requests import identity
 from segdiff_jax.inference.result import Segmentation, other_label
 from segdiff_jax.text.vocabulary import Vocabulary
 
 _LONGEST_NAME = 255  # bytes, on most file systems
 _THUMBNAIL = 640  # pixels of the longer side of photos inside index.html
-
+_ALWAYS = ("_overlay.png", "_uncertainty.png", ".json")
 
 KIND = "prediction"  # of a folder's marker (`ownership`)
 PAGE = "index.html"
+
+
+def labels_png(found: Segmentation) -> bytes:
+    """Class ids as pixel values, with a palette."""
+    return pictures.label_png(found.labels, found.vocabulary.palette())
+
+
+def scores_npz(found: Segmentation) -> bytes:
+    """`scores` float16 [K, H, W], `classes` [K] and, of an ensemble, `uncertainty` [H, W]."""
+    scores = np.empty((len(found.classes), *found.labels.shape), np.float16)
+    for row, one in zip(scores, np.moveaxis(found.network_scores, -1, 0), strict=True):
+        row[...] = geometry.enlarge(one, found.labels.shape)  # not all of them in float32
+    arrays: dict[str, Any] = {"scores": scores, "classes": np.array(found.classes)}
+    if found.uncertainty is not None:
+        arrays["uncertainty"] = found.uncertainty
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def coco_json(found: Segmentation) -> bytes:
+    """COCO's annotations of one image: a mask in run-length encoding for each class present."""
+    height, width = found.labels.shape
+    annotations: list[dict[str, Any]] = []
+    for number in np.unique(found.labels[found.labels < len(found.classes)]).tolist():
+        mask = found.labels == number
+        rows, columns = (np.flatnonzero(mask.any(axis)).tolist() for axis in (1, 0))
+        size = [columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
+        annotations.append(
+            {"id": len(annotations) + 1, "image_id": 1, "category_id": number, "iscrowd": 0}
+            | {"bbox": [columns[0], rows[0], *size]}
+            | {"area": int(mask.sum()), "segmentation": regions.rle(mask)}
+        )
+    categories = [{"id": i, "name": name} for i, name in enumerate(found.classes)]
+    image = {"id": 1, "width": width, "height": height}
+    whole = {"images": [image], "categories": categories, "annotations": annotations}
+    return json.dumps(whole, ensure_ascii=False).encode("utf-8")
+
+
+class Format(NamedTuple):
+    """The suffixes of its files for K classes; what makes one of them, by its number."""
+
+    suffixes: Callable[[int], Sequence[str]]
+    encode: Callable[[Segmentation, int], bytes]
+
+
+FORMATS = {
+    "labels": Format(lambda count: ["_labels.png"], lambda found, _: labels_png(found)),
+    "scores": Format(lambda count: ["_scores.npz"], lambda found, _: scores_npz(found)),
+    "masks": Format(
+        lambda count: [f"_mask_{number}.png" for number in range(count)],
+        lambda found, number: pictures.encode(Image.fromarray(found.labels == number)),
+    ),
+    "coco": Format(lambda count: ["_coco.json"], lambda found, _: coco_json(found)),
+}
+_BY_SUFFIX = {".png": labels_png, ".npz": scores_npz, ".json": coco_json}
+
+
+def by_suffix(path: str) -> Callable[[Segmentation], bytes]:
+    """What makes the contents of a file of this name. Raises `UserError` for another suffix."""
+    suffix = PurePath(path).suffix.lower()
+    if suffix not in _BY_SUFFIX:
+        raise UserError(f"{path}: end the name with one of {', '.join(_BY_SUFFIX)}")
+    return _BY_SUFFIX[suffix]
 
 
 def names(paths: Sequence[str]) -> dict[str, str]:
@@ -39,7 +109,7 @@ def names(paths: Sequence[str]) -> dict[str, str]:
         name = stem if counts[stem] == 1 else files.shown(PurePath(path).name)
         if name in owners:
             raise UserError(
-                f"{owners[name]} and {path} would both be written as {name}_labels.png: "
+                f"{owners[name]} and {path} would both be written as {name}.json: "
                 "rename one, or use two --output folders"
             )
         if len(f"{name}_uncertainty.png".encode()) > _LONGEST_NAME:
@@ -48,25 +118,25 @@ def names(paths: Sequence[str]) -> dict[str, str]:
     return {path: name for name, path in owners.items()}
 
 
-def outputs(names: Iterable[str]) -> list[str]:
-    """All files that may be written for images of these `names`, and the page over them."""
-    ends = ("_labels.png", "_overlay.png", "_uncertainty.png", ".json")
-    return [*(f"{name}{end}" for name in names for end in ends), PAGE]
+def outputs(names: Iterable[str], formats: Sequence[str], count: int) -> list[str]:
+    """All files that may be written for images of these `names` and `count` classes."""
+    ends = [end for kind in formats for end in FORMATS[kind].suffixes(count)]
+    return [*(f"{name}{end}" for name in names for end in (*ends, *_ALWAYS)), PAGE]
 
 
-def check_output(output: str, names: Mapping[str, str]) -> None:
-    """Raises `UserError` if a result would overwrite one of the photos, or a file not ours.
+def check_output(output: str, names: Mapping[str, str], written: Sequence[str]) -> None:
+    """Raises `UserError` if a file to be written would replace one of the photos, or one not ours.
 
     names: path → name, of `names`.
     """
     inputs = {identity(path) for path in names}
-    for name in outputs(names.values()):
+    for name in written:
         if identity(os.path.join(output, name)) in inputs:
             raise UserError(
                 f"--output {output}: {name} would overwrite an image of --images: "
                 "choose another folder"
             )
-    ownership.check(output, KIND, outputs(names.values()))
+    ownership.check(output, KIND, written)
 
 
 def all_settings(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
@@ -79,6 +149,7 @@ def all_settings(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
         "classes_per_pass": config.codec.classes_per_pass,
         "context": config.codec.context,
         "image_size": list(config.data.image_size),
+        "fit": config.data.fit,
         "templates": list(config.prompts.templates),
     }
 
@@ -86,53 +157,53 @@ def all_settings(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
 def write(
     target: str,
     path: str,
-    photo: np.ndarray,
     found: Segmentation,
-    classes: Vocabulary,
     settings: Mapping[str, Any],
-) -> report.Row:
+    formats: Sequence[str] = ("labels",),
+) -> page.Row:
     """Writes the files of the image at `path`, all or none of them.
 
     target: the output folder and the image's name in it; "O/a" for O/a_labels.png and so on.
 
-    Returns the image's row for `report.page`. Raises `UserError` if a file cannot be written.
+    Returns the image's row for `page.page`. Raises `UserError` if a file cannot be written.
     """
     output, name = os.path.split(target)
-    description = {"image": path} | _describe(name, found, classes, settings)
-    contents = _contents(photo, found, classes, description)
+    description = {"image": path} | _describe(name, found, settings, formats)
+    contents = _contents(name, found, formats)
     contents[f"{name}.json"] = files.to_json(description).encode("utf-8")  # last: it names them
-    _write_set(output, contents, stale=f"{name}_uncertainty.png")
-    return _row(path, photo, description)
+    _write_set(output, contents)
+    _remove_stale(output, name, contents)
+    return _row(path, found, description["files"])
 
 
 def _describe(
-    name: str,
-    found: Segmentation,
-    classes: Vocabulary,
-    settings: Mapping[str, Any],
+    name: str, found: Segmentation, settings: Mapping[str, Any], formats: Sequence[str]
 ) -> dict[str, Any]:
     """What O/<name>.json says of one image. Shares are of the image's pixels and sum to 1."""
-    other = other_label(len(classes))
+    other, spread = other_label(len(found.classes)), found.uncertainty
     height, width = found.labels.shape
     pixels = np.bincount(found.labels.ravel(), minlength=other + 1)
 
     def count(label: int) -> dict[str, Any]:
         return {"pixels": int(pixels[label]), "share": float(pixels[label] / found.labels.size)}
 
-    spread = found.uncertainty
+    written: dict[str, Any] = {}
+    for kind in formats:
+        names = [f"{name}{end}" for end in FORMATS[kind].suffixes(len(found.classes))]
+        written[kind] = names if kind == "masks" else names[0]
     return {
         "width": width,
         "height": height,
         "classes": [
             {"id": i, "name": e.name, "synonyms": list(e.synonyms), **count(i)}
-            for i, e in enumerate(classes.classes)
+            for i, e in enumerate(found.vocabulary.classes)
         ],
         "other": {"id": other, **count(other)},
         "uncertainty": None
         if spread is None
         else {"mean": float(spread.mean()), "max": float(spread.max())},
-        "files": {
-            "labels": f"{name}_labels.png",
+        "files": written
+        | {
             "overlay": f"{name}_overlay.png",
             "uncertainty": None if spread is None else f"{name}_uncertainty.png",
         },
@@ -140,28 +211,24 @@ def _describe(
     }
 
 
-def _contents(
-    photo: np.ndarray, found: Segmentation, classes: Vocabulary, description: dict[str, Any]
-) -> dict[str, bytes]:
-    """File names, as `description` has them, and contents of one image's pictures."""
-    palette, names = classes.palette(), description["files"]
-    contents = {
-        names["labels"]: report.label_png(found.labels, palette),
-        names["overlay"]: report.encode(
-            report.overlay(photo, found.labels, palette, classes.names)
-        ),
-    }
-    if found.uncertainty is not None:
-        contents[names["uncertainty"]] = report.encode(report.uncertainty_map(found.uncertainty))
-    return contents
+def _contents(name: str, found: Segmentation, formats: Sequence[str]) -> dict[str, bytes]:
+    """File names and contents of one image's files, made side by side: zlib lets threads run."""
+    makers: dict[str, Callable[[], bytes]] = {}
+    for kind in formats:
+        suffixes, encode = FORMATS[kind]
+        for number, end in enumerate(suffixes(len(found.classes))):
+            makers[f"{name}{end}"] = functools.partial(encode, found, number)
+    makers[f"{name}_overlay.png"] = lambda: pictures.encode(found.overlay(), level=1)
+    spread = found.uncertainty
+    if spread is not None:
+        colored = lambda: pictures.encode(pictures.uncertainty_map(spread), level=1)  # noqa: E731
+        makers[f"{name}_uncertainty.png"] = colored
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(makers, pool.map(lambda make: make(), makers.values()), strict=True))
 
 
-def _write_set(output: str, contents: Mapping[str, bytes], stale: str) -> None:
-    """Writes all files of one image or, if one cannot be written, none of them.
-
-    `stale`: a file that an earlier run with other settings may have left and that would be wrong
-    beside these.
-    """
+def _write_set(output: str, contents: Mapping[str, bytes]) -> None:
+    """Writes all files of one image or, if one cannot be written, none of them."""
     written = []
     try:
         for name, data in contents.items():
@@ -171,13 +238,48 @@ def _write_set(output: str, contents: Mapping[str, bytes], stale: str) -> None:
         for name in written:
             epath.Path(output, name).unlink(missing_ok=True)
         raise
-    if stale not in contents:
-        epath.Path(output, stale).unlink(missing_ok=True)
 
 
-def _row(path: str, photo: np.ndarray, description: dict[str, Any]) -> report.Row:
-    thumbnail = Image.fromarray(photo)
+def _remove_stale(output: str, name: str, written: Mapping[str, bytes]) -> None:
+    """Removes what an earlier run with other settings wrote of an image: it would be wrong here."""
+    ends = r"_labels\.png|_scores\.npz|_mask_\d+\.png|_coco\.json|_uncertainty\.png"
+    for ours in ownership.owned(output).get(KIND, ()):
+        if re.fullmatch(rf"{re.escape(name)}({ends})", ours) and ours not in written:
+            epath.Path(output, ours).unlink(missing_ok=True)
+
+
+def _row(path: str, found: Segmentation, written: Mapping[str, Any]) -> page.Row:
+    thumbnail = Image.fromarray(found.photo)
     thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    pictures: dict[str, bytes | str] = {"image": report.encode(thumbnail, photo=True)}
-    pictures |= {kind: name for kind, name in description["files"].items() if name}
-    return report.Row(path, pictures)
+    shown: dict[str, bytes | str] = {"image": pictures.encode(thumbnail, photo=True)}
+    for kind in ("labels", "overlay", "uncertainty"):
+        if written.get(kind):
+            shown[kind] = written[kind]
+    return page.Row(path, shown, found.legend())
+
+
+def write_page(
+    output: str,
+    rows: Sequence[page.Row],
+    classes: Vocabulary,
+    note: str,
+    unreadable: Mapping[str, str],
+) -> None:
+    """Writes index.html over all images; `unreadable`: those that were left out, and why."""
+    legend = page.Table(
+        "Classes",
+        ["class", "synonyms"],
+        [(entry.name, ", ".join(entry.synonyms)) for entry in classes.classes],
+        colors=classes.palette().tolist(),
+    )
+    tables = [legend]
+    if unreadable:
+        left_out = list(unreadable.items())
+        tables.append(page.Table("Left out: cannot be read", ["image", "why"], left_out))
+    page.page(
+        os.path.join(output, PAGE),
+        f"{len(rows)} images, {len(classes)} classes",
+        tables=tables,
+        rows=rows,
+        note=f"{note}. Uncertainty is brightest at each image's own maximum.",
+    )

@@ -6,6 +6,7 @@ under names that have changed over the years.
 
 import functools
 import logging
+import os
 import re
 from collections.abc import Collection
 
@@ -66,6 +67,17 @@ def locate_configs(source: str) -> epath.Path:
     """The folder that `source` means; of a repository only the small files are downloaded."""
     with files.reading(source):
         return _root(source, None, _small([*STEM, "tokenizer", "schedule"]))
+
+
+def local(checkpoint: str) -> str:
+    """The folder of a workdir or export; one on Hugging Face, OWNER/NAME, is downloaded whole."""
+    repository = _repository(checkpoint)
+    if repository is None:
+        return checkpoint
+    if os.path.exists(os.path.dirname(checkpoint)):  # a folder is meant, and its name is wrong
+        return checkpoint
+    patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    return os.fspath(_fetch(repository[1], repository[2], patterns))
 
 
 def _root(source: str, revision: str | None, patterns: list[str]) -> epath.Path:

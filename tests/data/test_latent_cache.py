@@ -14,7 +14,7 @@ from flax import nnx
 from PIL import Image
 
 from segdiff_jax.config import AugmentConfig, CodecConfig, Config, DataConfig, TrainConfig
-from segdiff_jax.data import latent_cache, latents, pipeline
+from segdiff_jax.data import geometry, latent_cache, latents, pipeline
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.diffusion.schedule import make_schedule
@@ -67,7 +67,7 @@ def equal(a, b):
 
 def mirrored_rows(batch, source):
     """How many rows of a batch of pixels show a pair mirrored."""
-    fitted = [pipeline.transforms.resize_image(source[i]["image"], SIZE) for i in range(10)]
+    fitted = [geometry.fit(source[i]["image"], SIZE, "pad") for i in range(10)]
     turned = {image[:, ::-1].tobytes() for image in fitted}
     return sum(image.tobytes() in turned for image in batch["image"])
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from segdiff_jax.config import AugmentConfig, Config, ScenesConfig, TrainConfig
 from segdiff_jax.data.images import UnreadableError
-from segdiff_jax.data.pipeline import Draws, draw_classes, eval_examples, train_batches
+from segdiff_jax.data.pipeline import Draws, draw_classes, train_batches
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary
@@ -317,32 +317,10 @@ def test_class_ids_are_drawn_for_the_augmented_view():
             return {"image": np.zeros((16, 120, 3), np.uint8), "labels": labels, "name": ""}
 
     config = make_config(batch_size=8, negatives=0.0)
-    config.data.augment = AugmentConfig(True, 1.0, 2.0)
+    config.data.augment = AugmentConfig(True, 1.5, 3.0)
     views = 0
     for batch in take(train_batches(Wide(), config, 0), 6):
         for labels, (class_id,) in zip(batch["labels"], batch["class_ids"], strict=True):
             assert (labels == class_id).any()
-            views += len(np.unique(labels)) < 3
+            views += len(np.unique(labels[labels < 3])) < 3
     assert views > 20, "crops should have hidden classes in many views"
-
-
-def test_evaluation_keeps_order_names_and_native_labels():
-    class Large(Numbered):
-        def __getitem__(self, index):
-            record = super().__getitem__(index)
-            return {**record, "labels": np.full((40, 50), index % 3, np.uint8)} | {
-                "image": np.full((40, 50, 3), index, np.uint8)
-            }
-
-    examples = list(eval_examples(Large(7), SIZE))
-    assert [e["name"] for e in examples] == [str(i) for i in range(7)]
-    assert all(e["image"].shape == (*SIZE, 3) for e in examples)
-    assert all((e["labels"] == i % 3).all() for i, e in enumerate(examples))
-    assert all(e["labels"].shape == (40, 50) for e in examples)
-    shards = [[e["name"] for e in eval_examples(Large(7), SIZE, p, 3)] for p in range(3)]
-    assert shards == [["0", "3", "6"], ["1", "4"], ["2", "5"]]
-
-
-def test_evaluation_does_not_skip_what_it_cannot_read():
-    with pytest.raises(UnreadableError, match=r"1\.png"):
-        list(eval_examples(Numbered(3, {1}), SIZE))

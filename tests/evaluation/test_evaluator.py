@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import metrics
@@ -115,12 +117,32 @@ def test_ceiling_goes_through_the_vae_and_not_the_unet(model, monkeypatch):
     assert summary["miou_present"] < 0.9, "a random VAE keeps little"
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_vae_that_gives_no_numbers_stops_the_ceiling(model, monkeypatch, value):
-    broken = lambda self, pixels: np.full_like(pixels, value)  # noqa: E731
-    monkeypatch.setattr(Segmenter, "reconstruct", broken)
+def test_a_vae_that_gives_no_numbers_stops_the_ceiling(tiny_networks, tiny_config):
+    unet, vae, *rest = tiny_networks
+    broken = nnx.clone(vae)
+    nnx.update(broken, jax.tree.map(lambda x: x * np.nan, nnx.state(vae)))
     with pytest.raises(UserError, match="not finite"):
-        evaluate(model, MemorySource(2), ceiling=True)
+        evaluate(Segmenter(unet, broken, *rest, tiny_config()), MemorySource(2), ceiling=True)
+
+
+@pytest.mark.parametrize("fit", ["pad", "stretch"])
+def test_padding_is_not_scored(make_segmenter, tiny_config, monkeypatch, fit):
+    """A VAE that spoils all but the photos: with nothing else in the figures, they stay perfect."""
+    config = tiny_config()
+    config.data.fit = fit
+    model = make_segmenter(config)
+
+    def spoils_padding(self, pixels):
+        return np.where(pixels == np.float32(127 / 127.5 - 1), -0.5, pixels)
+
+    monkeypatch.setattr(Segmenter, "reconstruct", spoils_padding)
+    source = MemorySource(2, sizes=((8, 32),))
+    for record in source.records:
+        record["image"] = np.where(record["image"] == 127, 128, record["image"])
+        record["labels"][:] = 1
+    summary = evaluate(model, source, ceiling=True).summary
+    assert summary["pixel_accuracy"] == 1.0 and summary["settings"]["fit"] == fit
+    assert summary["photo_absolute_error"] < 1e-4 or fit == "stretch"
 
 
 def test_a_figure_without_a_number_has_a_reason(model):

@@ -6,14 +6,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from test_telemetry import read_events, read_scalars
 
-from segdiff_jax.config import OptimizerConfig
+from segdiff_jax.config import MeshConfig, OptimizerConfig
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation.evaluator import evaluate
-from segdiff_jax.evaluation.validation import validator
+from segdiff_jax.evaluation.validation import validator_of
+from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.parallel import sharding
 from segdiff_jax.training.step import init_state
+from segdiff_jax.weights.pretrained import Pretrained
 
 
 class Recorder:
@@ -38,42 +42,60 @@ def config(tiny_config):
 
 
 @pytest.fixture(scope="module")
-def model(make_segmenter, config):
-    return make_segmenter(config)
+def networks(tiny_networks):
+    """As training has them: of the UNet only shapes."""
+    unet, *rest = tiny_networks
+    graph, params = nnx.split(unet)
+    shapes = nnx.merge(graph, jax.eval_shape(lambda: params))
+    return Pretrained(shapes, *rest, None)
 
 
 @pytest.fixture(scope="module")
-def other_params(model):
-    return jax.tree.map(lambda x: x + 0.05, model._unet_params)
+def params(tiny_networks):
+    return nnx.state(tiny_networks[0])
 
 
-def figures_of(model, params, config):
+@pytest.fixture(scope="module")
+def other_params(params):
+    return jax.tree.map(lambda x: x + 0.05, params)
+
+
+def validator(networks, config):
+    classes = open_source(config.data, config.data.val_split, config.seed).vocabulary
+    return validator_of(networks, config, sharding.make_mesh(MeshConfig()), classes)
+
+
+def figures_of(tiny_networks, params, config):
     source = open_source(config.data, config.data.val_split, config.seed)
     limit, seed = config.train.eval_examples, config.seed
-    return evaluate(model.with_params(params), source, limit=limit, seed=seed).summary
+    unet, *rest = tiny_networks
+    unet = nnx.merge(nnx.graphdef(unet), params)
+    return evaluate(Segmenter(unet, *rest, config), source, limit=limit, seed=seed).summary
 
 
-def test_figures_are_the_evaluators_for_the_parameters_of_the_state(model, config, other_params):
-    validate, recorder = validator(model, config), Recorder()
+def test_figures_are_the_evaluators_for_the_parameters_of_the_state(
+    networks, tiny_networks, config, params, other_params
+):
+    validate, recorder = validator(networks, config), Recorder()
     found = validate(7, init_state(other_params, config), recorder)
-    expected = figures_of(model, other_params, config)
+    expected = figures_of(tiny_networks, other_params, config)
     for name in ("miou_present", "miou_union", "pixel_accuracy", "mean_accuracy"):
         assert found[name] == expected[name] == recorder.values[7, f"validation/{name}"]
     json.dumps(found, allow_nan=False)  # goes into the checkpoint
-    assert found != validate(8, init_state(model._unet_params, config), recorder)
+    assert found != validate(8, init_state(params, config), recorder)
 
 
-def test_with_a_moving_average_that_is_what_counts(model, config, other_params):
-    state = init_state(model._unet_params, config)._replace(ema=other_params)
+def test_with_a_moving_average_that_is_what_counts(networks, config, params, other_params):
+    state = init_state(params, config)._replace(ema=other_params)
     averaging = type(config)(**vars(config) | {"optimizer": OptimizerConfig(ema_decay=0.9)})
-    found = [validator(model, c)(1, state, Recorder()) for c in (config, averaging)]
-    alone = validator(model, config)(1, init_state(other_params, config), Recorder())
+    found = [validator(networks, c)(1, state, Recorder()) for c in (config, averaging)]
+    alone = validator(networks, config)(1, init_state(other_params, config), Recorder())
     assert found[0] != found[1] == alone
 
 
-def test_pictures_show_photo_truth_and_prediction(model, config, other_params):
+def test_pictures_show_photo_truth_and_prediction(networks, config, other_params):
     recorder = Recorder()
-    validator(model, config)(3, init_state(other_params, config), recorder)
+    validator(networks, config)(3, init_state(other_params, config), recorder)
     assert sorted(recorder.pictures) == [(3, f"validation/{i}") for i in range(3)]
     source = open_source(config.data, config.data.val_split, config.seed)
     photo, truth, prediction = recorder.pictures[3, "validation/0"]
@@ -82,19 +104,11 @@ def test_pictures_show_photo_truth_and_prediction(model, config, other_params):
     assert np.abs(truth.astype(int) - prediction).max() > 20
 
 
-def test_a_model_without_arrays_lends_the_rest(model, config, other_params):
-    """In training the Segmenter is made from shapes: only the state has parameters."""
-    shapes = model.with_params(jax.eval_shape(lambda: other_params))
-    state = init_state(other_params, config)
-    assert validator(shapes, config)(1, state, Recorder()) == validator(model, config)(
-        1, state, Recorder()
-    )
-
-
-def test_a_missing_validation_split_is_found_before_training(model, config, tmp_path):
+def test_a_missing_validation_split_is_found_before_training(networks, config, tmp_path):
     data = type(config.data)(source="folder", root=str(tmp_path))
     with pytest.raises(UserError, match="no such folder"):
-        validator(model, type(config)(**vars(config) | {"data": data}))
+        wrong = type(config)(**vars(config) | {"data": data})
+        validator_of(networks, wrong, sharding.make_mesh(MeshConfig()), None)
 
 
 def test_training_writes_curves_and_pictures_and_names_the_best_checkpoint(trained):

@@ -1,35 +1,196 @@
-"""From maps at the network's size to labels at the image's."""
+"""A result in the forms that are asked of it, read back by decoders of this file's own."""
 
-import jax
+import io
+import json
+import re
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
-from segdiff_jax.inference import result as segmentation
+from segdiff_jax.config import CodecConfig
+from segdiff_jax.data import geometry
+from segdiff_jax.errors import UserError
+from segdiff_jax.inference import regions
+from segdiff_jax.inference.result import from_maps
+from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
+
+CLASSES = Vocabulary(
+    "test", (ClassEntry("sky", ("heaven",), (10, 20, 30)), ClassEntry("road"), ClassEntry("car"))
+)
 
 
-def test_other_is_no_class():
-    scores = np.zeros((1, 2, 300), np.float32)
-    scores[0, 0, 255] = 1.0
-    assert segmentation.decode(scores, 0.5, closed=False).tolist() == [[255, 65535]]
-    assert segmentation.decode(scores[..., :200], 0.5, closed=False).tolist() == [[255, 255]]
-    assert segmentation.decode(scores, 0.5, closed=True).tolist() == [[255, 0]]
+def result(size=(40, 56), seed=0, classes=CLASSES, spread=True, **codec):
+    rng = np.random.default_rng(seed)
+    gray = rng.uniform(-1.2, 1.2, (len(classes), 8, 8)).astype(np.float32)
+    photo = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    noise = rng.random(gray.shape, np.float32) if spread else None
+    return from_maps(gray, noise, photo, classes, CodecConfig(**codec), "pad")
 
 
-def test_bands_cover_the_image_and_bound_memory():
-    for size, channels in (((2000, 3000), 150), ((5, 7), 3), ((3, 4_000_000), 150)):
-        bands = segmentation._bands(size, channels)
-        rows = np.concatenate([np.arange(size[0])[band] for band in bands])
-        assert rows.tolist() == list(range(size[0]))
-        highest = max(band.stop - band.start for band in bands)
-        assert highest == 1 or highest * size[1] * channels * 4 <= 64e6
+def decoded(rle):
+    """COCO's definition: the inverse of rleToString of its API, then runs down the columns."""
+    runs, data, position = [], rle["counts"].encode(), 0
+    while position < len(data):
+        value, shift, more = 0, 0, True
+        while more:
+            byte = data[position] - 48
+            value |= (byte & 0x1F) << shift
+            more, position, shift = bool(byte & 0x20), position + 1, shift + 5
+            if not more and byte & 0x10:
+                value |= -1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+    flat = np.concatenate([np.full(run, i % 2, bool) for i, run in enumerate(runs)])
+    return flat.reshape(rle["size"], order="F")
 
 
-@pytest.mark.parametrize("size", [(40, 56), (9, 200), (16, 24), (5, 6)])
-def test_resize_is_bilinear(size):
-    maps = np.random.default_rng(1).random((16, 24, 2), np.float32)
-    ours = segmentation.resize(maps, size)
-    theirs = jax.image.resize(maps, (*size, 2), "linear")
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    pil = Image.fromarray(maps[..., 0]).resize(size[::-1], Image.Resampling.BILINEAR)
-    np.testing.assert_allclose(ours[..., 0], np.asarray(pil), atol=1e-5)
+def filled(rings, shape):
+    """Even-odd at pixel centres: how many edges a ray to the left crosses."""
+    crossings = np.zeros(shape, int)
+    for ring in rings:
+        for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+            assert (x0 == x1) != (y0 == y1), "along the edges of pixels, and corners only"
+            if x0 == x1:
+                crossings[min(y0, y1) : max(y0, y1), x0:] += 1
+    return crossings % 2 == 1
+
+
+MASKS = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=9))
+
+
+@given(MASKS)
+@settings(deadline=None)
+def test_a_mask_survives_run_lengths_and_polygons(mask):
+    assert (decoded(regions.rle(mask)) == mask).all()
+    assert (filled(regions.polygons(mask), mask.shape) == mask).all()
+
+
+def test_run_lengths_by_hand():
+    """12 pixels of 0; none of 0 and 12 of 1: a letter holds 48 + the run up to 15."""
+    assert regions.rle(np.zeros((3, 4), bool)) == {"size": [3, 4], "counts": "<"}
+    assert regions.rle(np.ones((3, 4), bool)) == {"size": [3, 4], "counts": "0<"}
+
+
+def test_long_runs_take_several_letters():
+    mask = np.zeros((300, 400), bool)
+    mask[50:250, 100:103] = mask[10:12, 390:] = True
+    assert (decoded(regions.rle(mask)) == mask).all()
+
+
+def test_outer_rings_run_clockwise_and_holes_back():
+    mask = np.ones((5, 6), bool)
+    mask[2, 2:4] = False
+
+    def area(ring):  # positive: clockwise where y points down
+        x, y = ring.T
+        return (x * np.roll(y, -1) - y * np.roll(x, -1)).sum() / 2
+
+    assert sorted(area(ring) for ring in regions.polygons(mask)) == [-2.0, 30.0]
+    outer = max(regions.polygons(mask), key=area)
+    assert len(outer) == 4, "corners only"
+
+
+def test_masks_by_name_cover_what_is_labelled():
+    found = result(threshold=0.6)
+    masks = [found.mask(name) for name in ("heaven", "Road", "car")]
+    assert (np.sum(masks, 0) == (found.labels != 255)).all() and found.labels.max() == 255
+    with pytest.raises(UserError, match="'tree': is none of the classes sky, road, car"):
+        found.mask("tree")
+    assert list(found.rle()) == list(found.polygons()) == list(found.legend())
+    for name, rle in found.rle().items():
+        assert (decoded(rle) == found.mask(name)).all()
+        assert (filled(found.polygons()[name], (40, 56)) == found.mask(name)).all()
+
+
+def test_the_best_score_wins_at_the_photos_own_size():
+    """By a plain argmax over all classes at once."""
+    for size, classes_per_pass in (((40, 56), 1), ((30, 30), 2), ((5, 7), 0)):
+        found = result(size, spread=False, classes_per_pass=classes_per_pass, threshold=0.5)
+        assert found.scores.shape == (*size, 3)
+        best = found.scores.max(-1)
+        expected = np.where(best < 0.5, 255, found.scores.argmax(-1))
+        clear = np.sort(found.scores, -1)[..., -1] - np.sort(found.scores, -1)[..., -2] > 1e-3
+        assert clear.mean() > 0.3 and (found.labels == expected)[clear].mean() > 0.999
+
+
+def test_uncertainty_is_of_the_pass_that_asked_for_the_winner():
+    rng = np.random.default_rng(0)
+    gray = rng.uniform(-1, 1, (2, 8, 8)).astype(np.float32)  # three classes, two a pass
+    spread = np.stack([np.full((8, 8), 0.1), np.full((8, 8), 0.3)]).astype(np.float32)
+    photo = np.zeros((20, 20, 3), np.uint8)
+    codec = CodecConfig(classes_per_pass=2, closed=True)
+    found = from_maps(gray, spread, photo, CLASSES, codec, "pad")
+    np.testing.assert_allclose(found.uncertainty, np.where(found.labels < 2, 0.1, 0.3), atol=1e-6)
+
+
+def test_padding_is_in_no_result():
+    gray = np.full((3, 8, 8), -1.0, np.float32)
+    gray[0, :4], gray[1, 4:] = 1.0, 1.0  # below the photo, where there is padding
+    found = from_maps(gray, None, np.zeros((20, 40, 3), np.uint8), CLASSES, CodecConfig(), "pad")
+    assert (found.labels == 0).all() and found.network_scores.shape == (4, 8, 3)
+
+
+def test_other_is_no_class_of_a_large_vocabulary():
+    names = tuple(ClassEntry(f"class {i}") for i in range(300))
+    gray = np.full((300, 2, 2), -1.0, np.float32)
+    gray[255, :, 0] = 1.0
+    photo = np.zeros((2, 2, 3), np.uint8)
+    found = from_maps(gray, None, photo, Vocabulary("many", names), CodecConfig(), "pad")
+    assert found.labels.tolist() == [[255, 65535]] * 2
+
+
+def test_what_a_notebook_and_a_prompt_show():
+    found = result()
+    assert re.fullmatch(r"Segmentation\(40 × 56, 3 classes: (\w+ [\d.]+%(, )?)+\)", repr(found))
+    shown = sum(float(share) for share in re.findall(r"([\d.]+)%", repr(found)))
+    assert shown == pytest.approx(100 * (found.labels != 255).mean(), abs=0.2)
+    page = found._repr_html_()
+    assert page.count("background:rgb(") == len(found.legend()) and "rgb(10,20,30)" in page
+    assert found.legend()["sky"] == (10, 20, 30)
+    evil = result(classes=Vocabulary("evil", (ClassEntry("<b>&"),)))._repr_html_()
+    assert "&lt;b&gt;" in evil and "<b>" not in evil
+
+
+@given(seed=st.integers(0, 5))
+@settings(deadline=None, max_examples=5)
+def test_the_overlay_is_the_photo_where_nothing_is_painted(seed):
+    found = result(seed=seed, threshold=0.6)
+    painted = np.asarray(found.overlay(alpha=1.0, legend=False))
+    palette = CLASSES.palette()
+    other = found.labels == 255
+    assert (painted[other] == found.photo[other]).all()
+    assert (painted[~other] == palette[found.labels[~other]]).all()
+    assert found.overlay().height > 40
+
+
+def test_files_are_read_back(tmp_path):
+    found = result(threshold=0.6)
+    for name in ("a.png", "b.npz", "c.json"):
+        found.save(tmp_path / name)
+    assert (np.asarray(Image.open(tmp_path / "a.png")) == found.labels).all()
+    stored = np.load(io.BytesIO((tmp_path / "b.npz").read_bytes()))
+    assert stored["classes"].tolist() == list(found.classes)
+    np.testing.assert_allclose(stored["scores"], np.moveaxis(found.scores, -1, 0), atol=1e-3)
+    np.testing.assert_allclose(stored["uncertainty"], found.uncertainty)
+    coco = json.loads((tmp_path / "c.json").read_text())
+    (image,) = coco["images"]
+    assert (image["height"], image["width"]) == (40, 56)
+    names = {c["id"]: c["name"] for c in coco["categories"]}
+    for annotation in coco["annotations"]:
+        mask = decoded(annotation["segmentation"])
+        assert (mask == found.mask(names[annotation["category_id"]])).all()
+        left, top, width, height = annotation["bbox"]
+        assert mask[top : top + height, left : left + width].sum() == mask.sum()
+        assert annotation["area"] == mask.sum() and mask[top].any() and mask[:, left].any()
+    assert len(coco["annotations"]) == len(found.legend())
+    with pytest.raises(UserError, match=r"d.tif: end the name with one of \.png, \.npz, \.json"):
+        found.save(tmp_path / "d.tif")
+
+
+def test_scores_are_the_enlarged_ones():
+    found = result((40, 40))
+    expected = geometry.unfit(found.network_scores, (40, 40), "stretch")
+    np.testing.assert_array_equal(found.scores, expected)

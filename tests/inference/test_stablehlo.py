@@ -178,11 +178,13 @@ def test_more_than_two_gigabytes(tiny_networks, tiny_config, image, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_overflow_is_refused_and_leaves_nothing(make_segmenter, tmp_path):
-    model = make_segmenter()
-    big = model.with_params(jax.tree.map(lambda a: a + 1e6, model._unet_params))
+def test_overflow_is_refused_and_leaves_nothing(tiny_networks, tiny_config, tmp_path):
+    unet, *rest = tiny_networks
+    big = nnx.clone(unet)
+    nnx.update(big, jax.tree.map(lambda a: a + 1e6, nnx.state(unet)))
+    big = Segmenter(big, *rest, tiny_config())
     with pytest.raises(UserError, match="--dtype float16: a weight overflows"):
-        stablehlo.write(big, tmp_path / "m", model.config.sampler, "float16")
+        stablehlo.write(big, tmp_path / "m", big.config.sampler, "float16")
     assert not any(tmp_path.iterdir())
 
 

@@ -119,13 +119,13 @@ def test_two_processes_share_an_evaluation_and_score_as_one(trained, tmp_path, c
 @pytest.mark.slow
 def test_a_killed_process_brings_the_other_down(trained, photos, tmp_path):
     patch = """
-    original = Segmenter.maps
+    original = Segmenter.unclipped_maps
     def maps(self, *arguments):
         calls.append(0)
         if (me, len(calls)) == (1, 2):
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *arguments)
-    Segmenter.maps = maps
+    Segmenter.unclipped_maps = maps
     """
     script = textwrap.dedent(PATCHED).format(patch=textwrap.dedent(patch))
     arguments = ["-c", script, *asked(trained, photos, tmp_path / "o")]

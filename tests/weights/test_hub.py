@@ -17,6 +17,7 @@ from huggingface_hub import constants
 
 from segdiff_jax import export, ownership
 from segdiff_jax.errors import UserError
+from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.weights import pretrained
 
 STEM = "vae/diffusion_pytorch_model"
@@ -243,3 +244,14 @@ def test_a_push_that_breaks_leaves_the_repository_as_it_was(hub, exported, tmp_p
         export.main([*argv, "--push-to-hub", "me/model"])
     assert "\n" not in str(error.value)
     assert hub.branches["me/model"] == {"main": before}
+
+
+def test_an_export_on_the_hub_is_a_checkpoint(hub, contents, exported):
+    commit = hub.commit("someone/model", contents)
+    image = np.random.default_rng(0).integers(0, 256, (20, 28, 3), dtype=np.uint8)
+    expected = Segmenter.load(str(exported))(image, ["sky", "road"])
+    for name in ("someone/model", f"someone/model@{commit}"):
+        found = Segmenter.load(name)(image, ["sky", "road"])
+        assert found.scores.tobytes() == expected.scores.tobytes()
+    with pytest.raises(UserError, match="someone/other: no such folder, nor could it be had"):
+        Segmenter.load("someone/other")

@@ -1,0 +1,77 @@
+"""What an evaluation leaves behind: metrics.json, a page, a sheet of examples, a table to print."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from segdiff_jax import files
+from segdiff_jax.data.sources.source import Source
+from segdiff_jax.evaluation.evaluator import Example
+from segdiff_jax.inference import page, pictures
+from segdiff_jax.text.vocabulary import shorten
+
+_SHEET_ROWS = 4  # of examples.png
+_FIGURES = {
+    "miou_trained": "mIoU, trained classes",
+    "miou_novel": "mIoU, never-trained classes",
+    "miou_harmonic": "mIoU, harmonic mean of both",
+    "miou_present": "mIoU, classes in the ground truth",
+    "miou_union": "mIoU, classes in truth or prediction",
+    "pixel_accuracy": "pixel accuracy",
+    "mean_accuracy": "mean accuracy",
+    "photo_absolute_error": "photos through the VAE: error of 255",
+    "photo_brightness_r2": "photos through the VAE: brightness kept",
+    "photo_colour_r2": "photos through the VAE: colour kept",
+}
+
+
+def write(
+    output: str, summary: dict[str, Any], examples: Sequence[Example], source: Source
+) -> None:
+    """Writes metrics.json, index.html and, where there are examples, examples.png."""
+    files.write_json(os.path.join(output, "metrics.json"), summary)
+    settings, novel = summary["settings"], set(source.novel)
+    settings_rows = [(name, str(value)) for name, value in settings.items()]
+    names = source.vocabulary.names
+    colors = dict(zip(names, source.vocabulary.palette().tolist(), strict=True))
+    what = "Ceiling: ground truth through codec and VAE" if settings["ceiling"] else "Evaluation"
+    groups = {n: "novel" if i in novel else "trained" for i, n in enumerate(names)}
+    rows = [
+        page.comparison(e.name, e.image, e.prediction, colors, e.labels, e.uncertainty)
+        for e in examples
+    ]
+    if not rows:
+        with files.writing(output):  # an earlier one would show other results
+            epath.Path(output, "examples.png").unlink(missing_ok=True)
+    else:
+        sheet = pictures.encode(page.contact_sheet(rows[:_SHEET_ROWS]))
+        files.write_bytes(os.path.join(output, "examples.png"), sheet)
+    page.page(
+        os.path.join(output, "index.html"),
+        what,
+        {label: summary[key] for key, label in _FIGURES.items() if key in summary},
+        [
+            page.class_table(summary["per_class"], colors, groups if novel else None),
+            page.Table("Settings", ["setting", "value"], settings_rows),
+        ],
+        rows,
+        f"{summary['images']} images of {summary['data']['split']!r}, {len(names)} classes, "
+        f"{summary['checkpoint']}",
+    )
+
+
+def text_table(summary: dict[str, Any]) -> str:
+    """The figures, then the classes, aligned for a terminal."""
+
+    def show(value: float | None) -> str:
+        return "    –" if value is None else f"{value:5.3f}"
+
+    figures = [(label, summary[key]) for key, label in _FIGURES.items() if key in summary]
+    classes = [(shorten(name), iou) for name, iou in summary["per_class"].items()]
+    width = max(len(name) for name, _ in figures + classes)
+    lines = [f"  {name:<{width}}  {show(iou)}" for name, iou in classes]
+    lines.append("-" * (width + 9))
+    lines += [f"  {label:<{width}}  {show(value)}" for label, value in figures]
+    return "\n".join(lines)

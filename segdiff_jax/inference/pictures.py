@@ -1,0 +1,161 @@
+"""Pictures of label maps and uncertainty, their files, and the templates of pages."""
+
+import functools
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+OTHER_COLOR = (0, 0, 0)
+# Nine points of matplotlib's "magma" (CC0), whose lightness rises evenly: dark = certain.
+_MAGMA = np.array(
+    [(0, 0, 4), (28, 16, 68), (79, 18, 123), (129, 37, 129), (181, 54, 122)]
+    + [(229, 80, 100), (251, 135, 97), (254, 194, 135), (252, 253, 191)],
+    np.float64,
+)
+_RAMP = np.stack(
+    [np.interp(np.linspace(0, 8, 1024), range(9), _MAGMA[:, c]) for c in range(3)], axis=-1
+)
+
+
+def colorize(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Colours of a label map: uint8 [H, W, 3].
+
+    Args:
+      labels: integers [H, W]; whatever is no row of the palette is *other* and becomes black.
+      palette: uint8 [K, 3], RGB.
+    """
+    table = np.concatenate([np.asarray(palette, np.uint8), np.array([OTHER_COLOR], np.uint8)])
+    return table[_known(labels, len(palette))]
+
+
+def overlay(
+    photo: np.ndarray,
+    labels: np.ndarray,
+    palette: np.ndarray,
+    names: Sequence[str],
+    alpha: float = 0.5,
+    legend: bool = True,
+) -> Image.Image:
+    """The photo with its labels painted over, RGB. *Other* leaves the photo as it is.
+
+    Args:
+      photo: uint8 [H, W, 3].
+      labels: integers [H, W].
+      palette: uint8 [K, 3].
+      names: K class names, for the legend.
+      alpha: weight of the colours, 0…1.
+      legend: add the classes present, most pixels first, in lines below the photo.
+    """
+    known = _known(labels, len(palette))
+    below = Image.fromarray(np.ascontiguousarray(photo))
+    picture = Image.blend(below, Image.fromarray(colorize(labels, palette)), alpha)
+    covered = known < len(palette)
+    if not covered.all():
+        picture = Image.composite(picture, below, Image.fromarray(covered))
+    if not legend:
+        return picture
+    return _with_legend(picture, [(names[i], tuple(palette[i])) for i in present(labels, palette)])
+
+
+def present(labels: np.ndarray, palette: np.ndarray) -> list[int]:
+    """The classes in a label map, most pixels first."""
+    counts = np.bincount(_known(labels, len(palette)).ravel(), minlength=len(palette))
+    counts = counts[: len(palette)]
+    return [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
+
+
+def uncertainty_map(uncertainty: np.ndarray, high: float | None = None) -> np.ndarray:
+    """Uncertainty as colours from black (certain) over red to pale yellow: uint8 [H, W, 3].
+
+    Args:
+      uncertainty: [H, W], 0 or more.
+      high: value that gets the brightest colour; None = the largest one of this map.
+    """
+    values = np.asarray(uncertainty, np.float32)
+    top = float(values.max(initial=0.0)) if high is None else high
+    last = len(_RAMP) - 1
+    steps = np.clip(values * (last / top if top > 0 else 0.0), 0, last)
+    return np.rint(_RAMP).astype(np.uint8)[np.rint(steps).astype(np.uint16)]
+
+
+def label_png(labels: np.ndarray, palette: np.ndarray) -> bytes:
+    """A label map as a PNG file whose pixel values are the class ids.
+
+    Up to 255 classes: palette PNG, *other* = 255, black. More: 16-bit gray, *other* = 65535.
+    """
+    count = len(palette)
+    kind, other = (np.uint16, 65535) if count > 255 else (np.uint8, 255)
+    picture = Image.fromarray(
+        np.append(np.arange(count), other).astype(kind)[_known(labels, count)]
+    )
+    if count <= 255:
+        colors = np.zeros((256, 3), np.uint8)
+        colors[:count], colors[255] = palette, OTHER_COLOR
+        picture.putpalette(colors.tobytes())  # turns "L" into "P", values unchanged
+    return encode(picture)
+
+
+def encode(image: Image.Image | np.ndarray, photo: bool = False, level: int = 6) -> bytes:
+    """PNG bytes, or with `photo` JPEG bytes, of a PIL image or an array.
+
+    level: of PNG's compression; 1 takes a third of the time for a picture with a photo in it.
+    """
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    buffer = io.BytesIO()
+    if photo:
+        picture.convert("RGB").save(buffer, "JPEG", quality=90)
+    else:
+        picture.save(buffer, "PNG", compress_level=level)
+    return buffer.getvalue()
+
+
+@functools.cache
+def template(name: str) -> jinja2.Template:
+    """One of the HTML templates beside this file. All that is put into them is escaped."""
+    loader = jinja2.PackageLoader("segdiff_jax.inference")
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template(name)
+
+
+def _known(labels: np.ndarray, count: int) -> np.ndarray:
+    """Labels as unsigned [H, W], in which `count` stands for all that are not in 0…count-1."""
+    return np.minimum(np.asarray(labels).astype(np.int32).view(np.uint32), np.uint32(count))
+
+
+def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, Any]]) -> Image.Image:
+    if not entries:
+        return picture
+    size = max(10, min(picture.width, picture.height) // 24)
+    font = ImageFont.load_default(size)
+    line, pad = round(size * 1.5), size // 2
+    placed, x, y = [], pad, picture.height + pad
+    for name, color in entries:
+        text = _shorten(name, font, picture.width - 2 * pad - line)
+        width = line + font.getlength(text) + 2 * pad
+        if x > pad and x + width - pad > picture.width:
+            x, y = pad, y + line
+        placed.append((x, y, text, tuple(int(c) for c in color)))
+        x += round(width)
+    canvas = Image.new("RGB", (picture.width, y + line + pad), (255, 255, 255))
+    canvas.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for x, y, text, color in placed:
+        draw.rectangle((x, y + 1, x + size, y + 1 + size), fill=color, outline=(90, 90, 90))
+        draw.text((x + line, y + 1 + size / 2), text, fill=(20, 20, 20), font=font, anchor="lm")
+    return canvas
+
+
+def _shorten(text: str, font: Any, width: float) -> str:
+    text = " ".join(text.split())  # a line break would upset the layout
+    most = int(width) + 1  # letters: none is narrower than a pixel, and a name may be very long
+    if len(text) <= most and font.getlength(text) <= width:
+        return text
+    low, high = 1, min(most, len(text))  # one is always shown
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = font.getlength(text[:middle] + "…") <= width
+        low, high = (middle, high) if fits else (low, middle)
+    return text[:low] + "…"

@@ -1,0 +1,157 @@
+"""What runs on the devices: photos → latents → jobs of the sampler → gray maps → merged maps.
+
+Each function is compiled for shapes, never for a vocabulary or an image.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from segdiff_jax import codec
+from segdiff_jax.config import SamplerConfig
+from segdiff_jax.diffusion import ensemble
+from segdiff_jax.diffusion import sampler as samplers
+from segdiff_jax.diffusion.schedule import Schedule
+from segdiff_jax.models.vae import decode_latents, encode_latents
+from segdiff_jax.parallel import processes, sharding
+from segdiff_jax.parallel.placement import equal_parts, rows_of_call, spread_rows
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(vae: nnx.GraphDef, params: Any, images: jax.Array) -> jax.Array:
+    """Photos uint8 [B, H, W, 3] → latents [B, h, w, c]."""
+    return encode_latents(nnx.merge(vae, params), codec.to_pixels(images))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reconstruct(vae: nnx.GraphDef, params: Any, pixels: jax.Array) -> jax.Array:
+    """Pixels [B, H, W, 3] in [-1, 1] through the VAE and back."""
+    network = nnx.merge(vae, params)
+    return decode_latents(network, encode_latents(network, pixels))
+
+
+@functools.cache
+def sampler_on(mesh: Mesh) -> Any:
+    """`sample_jobs` under `jit`, on every device's part of the jobs; all but its arrays are static.
+
+    A job needs nothing from another: left to the partitioner, parameters that are cut up would be
+    exchanged in every step.
+    """
+    rows = sharding.rows_sharding(mesh).spec
+
+    def sample(unet, vae, steps, eta, *arrays):
+        own_jobs = functools.partial(sample_jobs, unet, vae, steps, eta)
+        specs = (P(), P(), P(), rows, rows, rows, rows, P())
+        spread = jax.shard_map(own_jobs, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+        return spread(*arrays)
+
+    return jax.jit(sample, static_argnums=(0, 1, 2, 3))
+
+
+def sample_jobs(
+    unet: nnx.GraphDef,
+    vae: nnx.GraphDef,
+    steps: int,
+    eta: float,
+    unet_params: Any,
+    vae_params: Any,
+    schedule: Schedule,
+    contexts: jax.Array,
+    mask: jax.Array | None,
+    image_latents: jax.Array,
+    members: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """Unclipped gray maps [J, H, W] of jobs: contexts [J, L, D], their mask [J, L], latents and
+    numbers of members [J].
+
+    It knows no vocabulary and no images: what it is compiled for does not depend on them.
+    """
+    network, decoder = nnx.merge(unet, unet_params), nnx.merge(vae, vae_params)
+
+    def member(k, image_latent, context, context_mask):
+        def predict(noisy, t):
+            sample = jnp.concatenate([image_latent, noisy], axis=-1)[None]
+            used = None if context_mask is None else context_mask[None]
+            return network(sample, jnp.reshape(t, (1,)), context[None], used)[0]
+
+        # The noise of member k is the same for every image and pass.
+        member_key = jax.random.fold_in(key, k)
+        shape = image_latent.shape
+        return samplers.sample_member(predict, schedule, member_key, shape, steps, eta)
+
+    in_axes = (0, 0, 0, None if mask is None else 0)
+    x0 = jax.vmap(member, in_axes)(members, image_latents, contexts, mask)
+    # One after the other: at full size the decoder's activations are hundreds of times the latents.
+    return jax.lax.map(lambda latent: codec.to_gray(decode_latents(decoder, latent[None]))[0], x0)
+
+
+def merge_members(
+    members: jax.Array, align: str, reduce: str, uncertainty: str
+) -> tuple[jax.Array, jax.Array]:
+    """Unclipped members [R, N, H, W] → unclipped maps and their spread [R, H, W].
+
+    Members are clipped before they are merged. Where the result is at an end of [-1, 1], it is then
+    moved on to where the members themselves meet.
+    """
+    unit = (members.clip(-1.0, 1.0) + 1.0) / 2.0  # the ensemble's maths is for maps in [0, 1]
+    combine = lambda maps: ensemble.ensemble(maps, align, reduce, uncertainty)  # noqa: E731
+    merged, spread = jax.vmap(combine)(unit)
+    merged = merged * 2.0 - 1.0
+    beyond, _ = jax.vmap(lambda maps: ensemble.merge(maps, reduce))(members)
+    beyond = beyond - beyond.clip(-1.0, 1.0)
+    ends = ((merged <= -1.0) & (beyond < 0.0)) | ((merged >= 1.0) & (beyond > 0.0))
+    return jnp.where(ends, merged + beyond, merged), spread
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _merge_spread(members, mesh, align, reduce, uncertainty):
+    # Not left to the partitioner: the search of `align` would ask all devices after each step
+    # whether every map of every device is done.
+    merge = functools.partial(merge_members, align=align, reduce=reduce, uncertainty=uncertainty)
+    rows = sharding.rows_sharding(mesh).spec
+    return jax.shard_map(merge, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(members)
+
+
+def merge(members: np.ndarray, sampler: SamplerConfig, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """Members [I, P, N, H, W] → maps and spread [I, P, H, W], I × P shared out over `mesh`."""
+    if sampler.ensemble == 1:
+        return members[:, :, 0], np.zeros_like(members[:, :, 0])
+    images, passes, *rest = members.shape
+    flat = members.reshape(images * passes, *rest)
+    settings = sampler.align, sampler.reduce, sampler.uncertainty
+    size = rows_of_call(len(flat), sampler.batch_size, mesh.size)
+    found = [
+        processes.gathered(_merge_spread(spread_rows(part, mesh), mesh, *settings))
+        for part in equal_parts(flat, size)
+    ]
+    merged, spread = (
+        np.concatenate(maps)[: len(flat)].reshape(images, passes, *rest[1:])
+        for maps in zip(*found, strict=True)
+    )
+    return merged, spread
+
+
+class NotFinite(Exception):
+    """Of image `image` the map of pass `map` has NaN or infinity in it."""
+
+    def __init__(self, image: int, map: int):
+        self.image, self.map = image, map
+
+
+def check_finite(maps: np.ndarray, owners: np.ndarray) -> None:
+    """Raises `NotFinite` of the first such map of [..., H, W]; owners: its (image, map, ...)."""
+    bad = np.argwhere(~np.isfinite(maps).all((-2, -1)))
+    if bad.size:
+        raise NotFinite(*owners[tuple(bad[0])][:2].tolist())
+
+
+def grid(images: int, passes: int, members: int) -> np.ndarray:
+    """Every (image, pass, member), int [J, 3], members fastest."""
+    return np.indices((images, passes, members)).reshape(3, -1).T
