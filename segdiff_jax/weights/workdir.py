@@ -34,6 +34,8 @@ from segdiff_jax.data.sources.source import IMAGE_EXTENSIONS
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote, reading, write_json, write_text
 from segdiff_jax.models.clip_text import CLIPText
+from segdiff_jax.models.linear_decoder import LinearDecoder
+from segdiff_jax.models.tiny_vae import TinyVAE
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import sharding
@@ -41,7 +43,7 @@ from segdiff_jax.stored import read_object
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import Vocabulary
-from segdiff_jax.weights import hf_config, pretrained, step_folders
+from segdiff_jax.weights import hf_config, mask_decoders, pretrained, step_folders
 from segdiff_jax.weights.checkpoint import Checkpoints
 from segdiff_jax.weights.hub import INDEX
 
@@ -330,6 +332,14 @@ def load_frozen(
     vae, text_encoder, tokens = loaded.vae, loaded.text_encoder, loaded.tokenizer
     assert vae and text_encoder and tokens  # what was asked for is there
     return vae, text_encoder, tokens
+
+
+def load_decoders(path: str, vae: VAE) -> tuple[LinearDecoder | None, TinyVAE | None]:
+    """What a run or an export has beside the decoder of its `vae`."""
+    folder = epath.Path(path)
+    networks = folder / PRETRAINED if is_workdir(path) else folder
+    linear = mask_decoders.read_linear(folder, vae.config)
+    return linear, mask_decoders.read_tiny(networks, vae.config, vae.dtype)
 
 
 def _load_export(path: str) -> Networks:
