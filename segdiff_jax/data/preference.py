@@ -3,12 +3,14 @@
 Everything here is numpy and the same in every process and on every start.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from segdiff_jax.config import Config
 from segdiff_jax.data import chance
 from segdiff_jax.data.images import UnreadableError
+from segdiff_jax.data.sources.source import Source
 
 _PAIRS = 1000  # that are read for the frequencies of classes
 _TEMPERATURE = 0.1  # of cosines: a class that is 0.1 more alike is drawn e times as often
@@ -38,7 +40,17 @@ class Preference(NamedTuple):
         return np.concatenate([hard, others])
 
 
-def rarity(source: Any, seed: int) -> np.ndarray:
+def of_training(source: Source, config: Config, pooled: np.ndarray) -> Preference:
+    """What `config` prefers; pooled [K, D]: the prompts of the classes of `source`."""
+    hard, balanced = config.train.hard_negatives, config.data.class_balance
+    return Preference(
+        rarity(source, config.seed) if balanced else None,
+        likeness(pooled) if hard else None,
+        hard,
+    )
+
+
+def rarity(source: Source, seed: int) -> np.ndarray:
     """[K] inverse of the share of pairs that show each class; of up to a thousand pairs.
 
     A class that none of them shows counts as shown by half a pair. Unreadable pairs are passed over
