@@ -101,8 +101,9 @@ def gray_maps(decoder: nnx.GraphDef | None, params: Any, latents: jax.Array) -> 
     if decoder is None:
         return linear_decoder.decode(params, latents)
     network: Any = nnx.merge(decoder, params)
+    unscaled = latents / network.config.scaling_factor
     # One after the other: at full size the decoder's activations are hundreds of times the latents.
-    return jax.lax.map(lambda z: codec.to_gray(decode_latents(network, z[None]))[0], latents)
+    return jax.lax.map(lambda z: codec.to_gray(network.decode(z[None]))[0], unscaled)
 
 
 def merge_members(
