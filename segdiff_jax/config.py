@@ -39,7 +39,7 @@ class AugmentConfig:
     """Training augmentation. Image and labels always move together."""
 
     flip: bool = True
-    min_scale: float = number(1.0, 0.1, 10.0)  # of the scale at which a photo fits; 1.0: none
+    min_scale: float = number(1.0, 0.1, 10.0)  # of the scale that fits; 1.0 to 1.0 = no crop
     max_scale: float = number(1.0, 0.1, 10.0)
     color_jitter: float = number(0.0, 0.0, 0.99)  # brightness, contrast, saturation in 1 ± this
     views: int = number(0, 0)  # n: one of n fixed views of each pair; 0: new for every example
@@ -69,9 +69,7 @@ class DataConfig:
     max_value: int = number(0, 0, 65535)  # white in 16-bit gray photos; 0 = by each photo's range
     max_pixels: int = number(89_478_485, 1)  # larger images are not read
     image_size: tuple[int, int] = number((96, 128), 8, 16384)  # (height, width) the networks see
-    fit: str = choice(
-        "pad", FITS
-    )  # how a photo of another aspect ratio gets there: data/geometry.py
+    fit: str = choice("pad", FITS)  # how a photo of another shape gets there: data/geometry.py
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     cache_images: bool = False  # keep decoded pairs in memory: for datasets that fit

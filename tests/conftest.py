@@ -1,7 +1,10 @@
 """A whole model, random and small enough to compile in seconds."""
 
 import dataclasses
+import io
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,18 @@ def make_segmenter(tiny_networks, tiny_config):
     from segdiff_jax.inference.segmenter import Segmenter
 
     return lambda config=None: Segmenter(*tiny_networks, config or tiny_config())
+
+
+@pytest.fixture(scope="session")
+def bomb():
+    """A PNG file of 70 bytes whose header says 30,000 × 30,000 pixels."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("1", (1, 1)).save(buffer, "PNG")
+    small = buffer.getvalue()
+    header = b"IHDR" + struct.pack(">II", 30_000, 30_000) + small[24:29]
+    return small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,8 @@ def test_other_stores_are_refused_wherever_a_path_is_opened(tmp_path, monkeypatc
     for call in (
         *(lambda: files.write_text(place, "x"), lambda: files.check_writable(place)),
         *(lambda: images.read_image(place), lambda: Segmenter.load(place)),
-        *(lambda: pretrained.load(place), lambda: ownership.owned(place)),
+        *(lambda: pretrained.load(place), lambda: pretrained.load(f"{place}.safetensors")),
+        *(lambda: pretrained.describe(f"{place}.safetensors"), lambda: ownership.owned(place)),
         *(lambda: requests.find_images([place]), lambda: requests.parse_classes("@" + place)),
     ):
         assert f"{scheme.lower()}:// is not supported, only local paths and gs://" in _message(call)

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from segdiff_jax import cli, files, ownership, predict
+from segdiff_jax import cli, evaluate, files, ownership, predict
 from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary
 from segdiff_jax.weights import workdir
@@ -157,7 +157,7 @@ def test_more_classes_than_eight_bits(place, capsys):
     assert (labels == 65535).all()
 
 
-def _broken(place, kind):
+def _broken(place, kind, bomb):
     path = place / "in" / "b.bmp"
     data = path.read_bytes()
     if kind == "zero bytes":
@@ -174,7 +174,7 @@ def _broken(place, kind):
     elif kind == "bomb":
         path.unlink()
         path = path.with_suffix(".png")
-        Image.new("1", (30_000, 30_000)).save(path)
+        path.write_bytes(bomb)
     return path
 
 
@@ -188,8 +188,8 @@ def _broken(place, kind):
         ("bomb", "decompression bomb"),
     ],
 )
-def test_a_broken_image_stops_before_anything_is_written(place, capsys, kind, message):
-    path = _broken(place, kind)
+def test_a_broken_image_stops_before_anything_is_written(place, capsys, bomb, kind, message):
+    path = _broken(place, kind, bomb)
     code, output = _run(place, capsys)
     assert code == 2 and message in output.err and str(path) in output.err
     assert output.err.count("\n") == 1 and not (place / "o").exists()
@@ -346,12 +346,16 @@ def test_output_that_is_a_file_and_checkpoint_that_is_none(place, capsys):
     assert code == 2 and "neither a training workdir" in output.err
 
 
-def test_help_explains_every_flag(capsys):
-    with pytest.raises(SystemExit):
-        cli.run(predict.main, ["--help"])
+@pytest.mark.parametrize("command", [predict, evaluate])
+def test_help_explains_every_flag(capsys, command):
+    with pytest.raises(SystemExit) as caught:
+        cli.run(command.main, ["--help"])
     text = capsys.readouterr().out
-    for flag in ("--images", "--classes", "--steps", "--ensemble", "--seed", "--threshold"):
-        assert flag in text
+    own = {
+        predict: ("--images", "--classes", "--steps", "--ensemble", "--threshold", "--format"),
+        evaluate: ("--ceiling", "--open", "sampler.ensemble"),
+    }
+    assert caught.value.code == 0 and all(flag in text for flag in own[command])
 
 
 def test_a_guessed_range_of_photos_is_said_once(place, capsys, tiny_config):

@@ -27,8 +27,7 @@ from segdiff_jax.files import is_remote
 from segdiff_jax.parallel import processes
 from segdiff_jax.parallel.sharding import leaf_path
 from segdiff_jax.weights import step_folders
-from segdiff_jax.weights.quiet import silence_failed_writes
-from segdiff_jax.weights.store_waits import seen
+from segdiff_jax.weights.orbax_faults import seen, silence_failed_writes
 from segdiff_jax.weights.tensors import all_finite
 
 log = logging.getLogger(__name__)

@@ -72,10 +72,8 @@ def locate_configs(source: str) -> epath.Path:
 def local(checkpoint: str) -> str:
     """The folder of a workdir or export; one on Hugging Face, OWNER/NAME, is downloaded whole."""
     repository = _repository(checkpoint)
-    if repository is None:
-        return checkpoint
-    if os.path.exists(os.path.dirname(checkpoint)):  # a folder is meant, and its name is wrong
-        return checkpoint
+    if repository is None or os.path.exists(os.path.dirname(checkpoint)):
+        return checkpoint  # where the folder above it exists, its name is wrong
     patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
     return os.fspath(_fetch(repository[1], repository[2], patterns))
 

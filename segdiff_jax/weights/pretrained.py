@@ -101,55 +101,63 @@ def load(
     wrong = [name for name in components if name not in Pretrained._fields]
     if wrong:
         raise ValueError(f"{wrong[0]!r} is not one of {Pretrained._fields}")
+    files.check_scheme(source)
     networks = [name for name in STEM if name in components]
-    alone = is_single_file(source)
-    root = epath.Path(source)
-    if not alone:
-        root = hub.locate(os.fspath(source), components, revision, variant)
     parts: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
-        found = _in_file(root, networks, stack) if alone else {}
+        if is_single_file(source):
+            file = epath.Path(source)
+            found = _in_file(file, networks, stack)
+            if "tokenizer" in components:
+                parts["tokenizer"] = Tokenizer.load(find_tokenizer(file, tokenizer))
+        else:
+            root = hub.locate(os.fspath(source), components, revision, variant)
+            found = {name: _in_folder(root, name, variant, stack) for name in networks}
+            if "tokenizer" in components:
+                parts["tokenizer"] = Tokenizer.load(root / "tokenizer")
+            if "schedule" in components:
+                parts["schedule"] = _read_config(root, "schedule")
+        if "tokenizer" in parts and "text_encoder" in found:
+            _check_length(parts["tokenizer"], found["text_encoder"])
+        if "unet" in found and widen_conv_in:
+            found["unet"] = _two_latents(found["unet"])
         plans = {}
-        for name in networks:
-            config, entries = found.get(name) or _in_folder(root, name, variant, stack)
-            where, widened = root if alone else root / name, False
-            options: dict[str, Any] = {"dtype": dtype}
-            if name == "unet":
-                options["remat"] = remat
-                if widen_conv_in:
-                    config, widened = _two_latents(config, where)
-            make = functools.partial(_NETWORKS[name], config, **options)
+        for name, (where, config, entries, widened) in found.items():
+            options: dict[str, Any] = {"remat": remat} if name == "unet" else {}
+            make = functools.partial(_NETWORKS[name], config, dtype=dtype, **options)
             plans[name] = tensors.plan(name, make, where, entries, widened)
         tensors.check(plans.values())  # all of them before the first array of any
-        if "schedule" in components and not alone:
-            parts["schedule"] = _read_config(root, "schedule")
-        if "tokenizer" in components:
-            folder = find_tokenizer(root, tokenizer) if alone else root / "tokenizer"
-            parts["tokenizer"] = Tokenizer.load(folder)
-            if "text_encoder" in components:
-                _check_length(parts["tokenizer"].model_max_length, plans["text_encoder"], folder)
         for name, plan in plans.items():
             parts[name] = tensors.fill(plan, place)
     return Pretrained(**parts)
 
 
-Found = tuple[Any, list[tensors.Entry]]  # the config of a network, and its tensors
+class _Found(NamedTuple):
+    """A network in a source: its folder or file, what it is, and its tensors."""
+
+    where: epath.Path
+    config: Any
+    entries: list[tensors.Entry]
+    widened: bool = False  # the config takes two latents, the tensors one
 
 
 def _in_folder(
     root: epath.Path, component: str, variant: str | None, stack: contextlib.ExitStack
-) -> Found:
+) -> _Found:
+    config = _read_config(root, component)
     paths = hub.find_weights(root / component, component, variant)
     opened = stack.enter_context(safetensors_files.opened(paths))
-    return _read_config(root, component), list(tensors.entries(paths, opened))
+    return _Found(root / component, config, list(tensors.entries(paths, opened)))
 
 
 def _in_file(
     path: epath.Path, components: Collection[str], stack: contextlib.ExitStack
-) -> dict[str, Found]:
+) -> dict[str, _Found]:
     opened = stack.enter_context(safetensors_files.opened([path]))
     entries = list(tensors.entries([path], opened))
-    return {name: ldm_key_map.read(entries, name, os.fspath(path)) for name in components}
+    return {
+        name: _Found(path, *ldm_key_map.read(entries, name, os.fspath(path))) for name in components
+    }
 
 
 def is_single_file(source: os.PathLike[str] | str) -> bool:
@@ -204,6 +212,7 @@ def describe(
     A tokenizer, which is not described, has to be there. Raises `UserError` for what `load` would
     refuse of them, and for a `variant` of the weights that no part of a local folder has.
     """
+    files.check_scheme(source)
     found: dict[str, Any] = dict.fromkeys(Described._fields)
     if is_single_file(source):
         if variant:
@@ -211,7 +220,7 @@ def describe(
         with contextlib.ExitStack() as stack:
             networks = [name for name in components if name in STEM]
             in_file = _in_file(epath.Path(source), networks, stack)
-            return Described(**found | {name: config for name, (config, _) in in_file.items()})
+            return Described(**found | {name: part.config for name, part in in_file.items()})
     root = hub.locate_configs(os.fspath(source))
     for name in components:
         folder = root / hub.folder_name(name)
@@ -228,26 +237,27 @@ def describe(
     return Described(**found)
 
 
-def _check_length(length: int, encoder: tensors.Plan, folder: epath.Path) -> None:
-    positions, _ = encoder.shapes["text_model.embeddings.position_embedding.weight"]
+def _check_length(tokenizer: Tokenizer, encoder: _Found) -> None:
+    length, positions = tokenizer.model_max_length, encoder.config.max_position_embeddings
     if length > positions:
         raise UserError(
-            f"{folder / 'tokenizer_config.json'}: model_max_length is "
-            f"{length}, but the text encoder has {positions} positions: "
-            "use the tokenizer of this encoder"
+            f"{encoder.where}: the text encoder has {positions} positions, but model_max_length in "
+            f"tokenizer_config.json is {length}: use the tokenizer of this encoder"
         )
 
 
-def _two_latents(config: UNetConfig, where: epath.Path) -> tuple[UNetConfig, bool]:
-    """The config with room for image latent ⊕ noisy latent, and whether that changed it."""
+def _two_latents(unet: _Found) -> _Found:
+    """With room for image latent ⊕ noisy latent, where it has room for one."""
+    config: UNetConfig = unet.config
     if config.in_channels == 2 * config.out_channels:
-        return config, False
+        return unet
     if config.in_channels != config.out_channels:
         raise UserError(
-            f"{where}: in_channels={config.in_channels} is neither one latent nor two "
-            f"of out_channels={config.out_channels}: use a text-to-image model"
+            f"{unet.where}: in_channels={config.in_channels} is neither one latent nor two of "
+            f"out_channels={config.out_channels}: use a text-to-image model"
         )
-    return dataclasses.replace(config, in_channels=2 * config.in_channels), True
+    wide = dataclasses.replace(config, in_channels=2 * config.in_channels)
+    return unet._replace(config=wide, widened=True)
 
 
 def is_whole(directory: os.PathLike[str] | str) -> bool:

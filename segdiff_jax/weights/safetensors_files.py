@@ -28,6 +28,7 @@ FLOATS = {  # what `write` can write
     "float16": ("F16", np.dtype(np.float16)),
 }
 _ALIGNMENT = 8
+_PART = 16 << 20  # bytes of a copy in memory
 
 
 @contextlib.contextmanager
@@ -60,8 +61,11 @@ def _on_disk(path: epath.Path) -> Iterator[str]:
         return
     with tempfile.TemporaryDirectory(prefix="segdiff.") as folder:
         copy = Path(folder) / path.name
-        with files.writing(folder), files.reading(path):
-            path.copy(copy)
+        with files.reading(path), path.open("rb") as source, copy.open("wb") as target:
+            while part := source.read(_PART):
+                with files.writing(copy):  # a full disk here is no fault of the bucket
+                    target.write(part)
+                    target.flush()
         yield str(copy)
 
 

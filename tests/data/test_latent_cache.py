@@ -228,7 +228,12 @@ def test_a_cache_that_fits_is_used_and_a_stale_one_is_built_again(
     scaled = nnx.clone(vae)
     scaled.config = dataclasses.replace(vae.config, scaling_factor=0.5)
     assert opened(other_vae=scaled)
-    for change in ({"image_size": (32, 36)}, {"augment": AugmentConfig(flip=False)}, {"root": "b"}):
+    for change in (
+        {"image_size": (32, 36)},
+        {"fit": "stretch"},
+        {"augment": AugmentConfig(flip=False)},
+        {"root": "b"},
+    ):
         config = make_config()
         config.data = dataclasses.replace(config.data, **change)
         assert opened(config=config)

@@ -1,12 +1,18 @@
-"""Waits for checkpoints: for an object store that Orbax reads and writes, and for other processes.
+"""What Orbax and TensorStore do where a disk or a store fails: wait without end, and shout.
 
-Orbax drives TensorStore, whose own client asks a store that does not answer 33 times, up to half a
-minute apart, in threads that nobody can end. So its calls run in a thread that can be left behind.
+TensorStore's own client asks a store that does not answer 33 times, up to half a minute apart, in
+threads that nobody can end; so calls that may wait run in a thread that can be left behind. Of a
+write that fails both tell for every array, hundreds of times, some of it when the interpreter ends;
+the caller gets the error as well and says it once, in one sentence.
 """
 
 import functools
+import logging
 import os
+import sys
+import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 from segdiff_jax import waiting
@@ -71,3 +77,29 @@ def _answers_and_failures() -> tuple[float, float]:
     }
     answers = totals.get("response_codes", 0)
     return answers, totals.get("request_completed", 0) - answers
+
+
+@functools.cache
+def silence_failed_writes() -> None:
+    """Drops those tracebacks, and no others, from now on. May be called again."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
+    sys.unraisablehook = functools.partial(_unless_loop_is_closed, sys.unraisablehook)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    if record.levelno < logging.ERROR or not record.exc_info:
+        return True
+    return not _passed_orbax(record.exc_info[2])
+
+
+def _passed_orbax(trace: TracebackType | None) -> bool:
+    return any("orbax" in frame.filename for frame in traceback.extract_tb(trace))
+
+
+def _unless_loop_is_closed(otherwise: Callable[[Any], None], found: Any) -> None:
+    """TensorStore reports to event loops that Orbax has closed after the first failure."""
+    if not (
+        isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
+    ):
+        otherwise(found)
