@@ -33,6 +33,7 @@ from segdiff_jax.inference import sampling
 from segdiff_jax.models import flops, presets
 from segdiff_jax.models.attention import AttentionFn, plain
 from segdiff_jax.models.layers import kernels_as_multiplied
+from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import attention_kernels, chips, sharding
@@ -217,7 +218,11 @@ def _sample_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
     full = min(sampler.shortlist, passes) or passes
     calls = full * sampler.ensemble * sampler.steps + (passes if full < passes else 0)
     once = flops.unet(nets.unet.config, *nets.latent[:2], nets.tokens).forward
-    decoded = flops.vae_decode(nets.vae.config, *config.data.image_size)
+    if sampler.decoder == "linear":
+        factor, channels = nets.vae.config.downsampling, nets.latent[-1]
+        decoded = flops.linear_decode(channels, factor, *config.data.image_size)
+    else:
+        decoded = flops.vae_decode(nets.vae.config, *config.data.image_size)
     needed = jobs * (sampler.steps * once + decoded)
     return Step(*_sampler(config, nets, mesh, jobs), jobs, jobs * sampler.steps / calls, needed)
 
@@ -228,15 +233,21 @@ def _sampler(config: Config, nets: _Networks, mesh: Mesh, jobs: int) -> tuple[An
     unet, unet_params = nnx.split(
         attention_kernels.with_attention(nets.unet, attention_kernels.on_device("tpu"))
     )
-    vae, vae_params = nnx.split(attention_kernels.with_attention(nets.vae, plain))
+    vae = attention_kernels.with_attention(nets.vae, plain)
+    decoder: Any = nnx.graphdef(vae)
+    decoder_params: Any = nnx.state(vae)
+    if config.sampler.decoder == "linear":
+        channels, pixels = nets.latent[-1], nets.vae.config.downsampling**2
+        decoder = None
+        decoder_params = LinearDecoder(_floats(3, 3, channels, pixels), _floats(pixels))
     schedule, key = jax.eval_shape(lambda: (make_schedule(config.diffusion), jax.random.key(0)))
     kind, ids = config.codec.context, jax.ShapeDtypeStruct((jobs, nets.group), jnp.int32)
     contexts, mask = jax.eval_shape(lambda table, ids: context(table, ids, kind), nets.table, ids)
-    shared = kernels_as_multiplied(unet, unet_params), vae_params, schedule
+    shared = kernels_as_multiplied(unet, unet_params), decoder_params, schedule
     members = jax.ShapeDtypeStruct((jobs,), jnp.int32)
     per_job = contexts, mask, _floats(jobs, *nets.latent), members
     return sampling.sampler_on(mesh), (
-        *(unet, vae, config.sampler.steps, config.sampler.eta),
+        *(unet, decoder, config.sampler.steps, config.sampler.eta),
         *(sharding.abstract(tree, whole) for tree in shared),
         *(sharding.abstract(tree, rows) for tree in per_job),
         sharding.abstract(key, whole),

@@ -34,6 +34,8 @@ from segdiff_jax.inference.result import Segmentation, from_maps
 from segdiff_jax.models.attention import plain
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.layers import kernels_as_multiplied
+from segdiff_jax.models.linear_decoder import LinearDecoder
+from segdiff_jax.models.tiny_vae import TinyVAE
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import attention_kernels, processes, sharding
@@ -82,6 +84,8 @@ class Segmenter:
         rounded = kernels_as_multiplied(self._unet, unet_params)
         self._unet_params = sharding.for_use(on_mesh(rounded, self.mesh), self.mesh)
         self._vae_params = on_mesh(vae_params, self.mesh)
+        # By the names of `config.sampler.decoder`; of a linear one no graph, only its arrays.
+        self._decoders: dict[str, tuple[Any, Any]] = {"vae": (self._vae, self._vae_params)}
         self._schedule = on_mesh(make_schedule(config.diffusion), self.mesh)
         self.checkpoint_step: int | None = None  # None: of an export, or not from `load`
         self._tables: dict[tuple[ClassEntry, ...], conditioning.PromptTable] = {}
@@ -99,7 +103,16 @@ class Segmenter:
         networks, step = workdir.load_with_step(folder, which=which)
         segmenter = Segmenter(*networks, trained=workdir.read_classes(folder))
         segmenter.checkpoint_step = step
+        segmenter.add_decoders(*workdir.load_decoders(folder, networks[1]))
         return segmenter
+
+    def add_decoders(self, linear: LinearDecoder | None, tiny: TinyVAE | None = None) -> None:
+        """More choices for `config.sampler.decoder`; a linear decoder also ranks shortlists."""
+        if linear is not None:
+            self._decoders["linear"] = None, on_mesh(linear, self.mesh)
+        if tiny is not None:
+            graph, params = nnx.split(tiny)
+            self._decoders["tiny"] = graph, on_mesh(params, self.mesh)
 
     def __call__(
         self,
@@ -219,6 +232,7 @@ class Segmenter:
                 f"a shortlist (sampler.shortlist={sampler.shortlist}) needs one class per pass, "
                 f"but this model paints {group} classes: set it to 0"
             )
+        self._check_decoder(sampler.decoder)
         latents = self._latents([self._photo(image) for image in images])
         short = 0 < sampler.shortlist < len(classes)
         find = self._shortlisted if short else self._all_in_full
@@ -271,7 +285,8 @@ class Segmenter:
     def _shortlisted(self, image_latents, table, groups, sampler, seed):
         """One cheap pass for every class, the full budget for the M most present per image."""
         count, size = len(image_latents), self.config.data.image_size
-        cheap = dataclasses.replace(sampler, steps=1, ensemble=1)
+        decoder = "linear" if "linear" in self._decoders else sampler.decoder
+        cheap = dataclasses.replace(sampler, steps=1, ensemble=1, decoder=decoder)
         jobs = sampling.grid(count, len(groups), 1)
         first = self._run(image_latents, table, groups, jobs, cheap, seed)
         first = first.reshape(count, len(groups), *size)
@@ -296,6 +311,7 @@ class Segmenter:
         key = jax.random.key_data(jax.random.key(seed))
         key = jax.random.wrap_key_data(sharding.place(key, sharding.replicated(self.mesh)))
         sample, running = sampling.sampler_on(self.mesh), None
+        decoder, decoder_params = self._decoders[sampler.decoder]
         found: list[np.ndarray] = []
         for part in equal_parts(jobs, rows_of_call(len(jobs), sampler.batch_size, self.mesh.size)):
             image, pass_, member = part.T
@@ -305,11 +321,11 @@ class Segmenter:
             with processes.at_work("compiles or runs the sampler"):
                 result = sample(
                     self._unet,
-                    self._vae,
+                    decoder,
                     sampler.steps,
                     sampler.eta,
                     self._unet_params,
-                    self._vae_params,
+                    decoder_params,
                     self._schedule,
                     *jax.tree.map(lambda array: spread_rows(array, self.mesh), rows),
                     key,
@@ -320,6 +336,20 @@ class Segmenter:
         maps = np.concatenate([*found, processes.gathered(running)])[: len(jobs)]
         sampling.check_finite(maps, jobs)
         return maps
+
+    def _check_decoder(self, name: str) -> None:
+        """Raises `UserError` that says how to come by a decoder that is not there."""
+        mend = {
+            "linear": "run its training again, which only fits one if it is finished (of an "
+            "export: then export it again)",
+            "tiny": "copy an AutoencoderTiny of its latent space (madebyollin/taesd is one of "
+            "Stable Diffusion 1 and 2) to tiny_vae/, of a workdir pretrained/tiny_vae/",
+        }
+        if name not in self._decoders:
+            raise UserError(
+                f"config.sampler.decoder={name!r}: this model has no such decoder: {mend[name]}, "
+                "or use vae"
+            )
 
     def _why_not_finite(self) -> str:
         """The likely reason, and what to do."""

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from segdiff_jax import __version__, codec, ownership
 from segdiff_jax.config import Config, of_stage
-from segdiff_jax.data import label_summary, latent_cache, latents, pipeline
+from segdiff_jax.data import label_summary, latent_cache, latents, pipeline, preference
 from segdiff_jax.data.sources.source import Source, open_source
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
@@ -31,7 +31,7 @@ from segdiff_jax.text import conditioning
 from segdiff_jax.text.conditioning import prompts
 from segdiff_jax.text.tokenizer import Tokenizer, train_tokenizer
 from segdiff_jax.text.vocabulary import Vocabulary
-from segdiff_jax.training import lock, loop, origin
+from segdiff_jax.training import lock, loop, mask_decoder, origin
 from segdiff_jax.training.step import Frozen, TrainState, diffusion_step, init_state, vae_step
 from segdiff_jax.training.throughput import StartUp
 from segdiff_jax.weights import pretrained
@@ -89,6 +89,7 @@ def train(
             _train_vae(run)
         else:
             _train_diffusion(run)
+            mask_decoder.settle(config, workdir, source)
 
 
 class Run(NamedTuple):
@@ -227,7 +228,8 @@ def _train_diffusion(run: Run) -> None:
     if config.train.eval_every and run.make_validator:
         networks = Pretrained(unet, vae, text_encoder, tokenizer)
         validate = run.make_validator(networks, config, mesh, run.source.vocabulary)
-    batches = _batches(run, vae if config.data.cache_latents else None)
+    preferred = preference.of_training(run.source, config, np.asarray(table.pooled))
+    batches = _batches(run, vae if config.data.cache_latents else None, preferred)
     group = codec.group_size(len(entries), config.codec.classes_per_pass)
     tokens = group if config.codec.context == "bound" else table.hidden.shape[1]
     cached = config.data.cache_latents
@@ -373,16 +375,22 @@ def _with_scaling(vae: VAE, config: Config, source: Source) -> VAE:
     return vae
 
 
-def _batches(run: Run, vae: VAE | None = None) -> Batches:
+def _batches(
+    run: Run, vae: VAE | None = None, preferred: preference.Preference | None = None
+) -> Batches:
     """A function that starts the batches; with `vae`, from the latent cache of the workdir."""
     config, source = run.config, run.source
 
     def start(example: int, rows: list[int]) -> pipeline.TrainBatches:
         if vae is None:
-            return pipeline.train_batches(source, config, config.seed, example, rows)
+            return pipeline.train_batches(
+                source, config, config.seed, example, rows, preference=preferred
+            )
         folder = str(epath.Path(run.workdir) / workdirs.LATENTS)
         stored = latent_cache.open_or_build(source, vae, config, folder)
-        return latents.train_batches(stored, config, config.seed, example, rows)
+        return latents.train_batches(
+            stored, config, config.seed, example, rows, preference=preferred
+        )
 
     return start
 
