@@ -26,8 +26,9 @@ from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.layers import kernels_as_multiplied
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
-from segdiff_jax.parallel import attention_kernels, processes, sharding
-from segdiff_jax.parallel.placement import equal_parts, on_mesh, rows_of_call, spread_rows
+from segdiff_jax.parallel import attention_kernels, processes
+from segdiff_jax.parallel.mesh import make_mesh, place, replicated, rows_sharding
+from segdiff_jax.parallel.placement import equal_parts, for_use, on_mesh, rows_of_call, spread_rows
 from segdiff_jax.text import conditioning, vocabulary
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
@@ -55,7 +56,7 @@ class Segmenter:
     ):
         self.config, self.tokenizer, self.text_encoder = config, tokenizer, text_encoder
         self.trained = trained
-        self.mesh = mesh or sharding.make_mesh(MeshConfig())
+        self.mesh = mesh or make_mesh(MeshConfig())
         # Each device works by itself (`sampler_on`), whatever mesh the networks were trained on.
         attention = attention_kernels.on_device(self.mesh.devices.flat[0].platform)
         self._unet, unet_params = nnx.split(attention_kernels.with_attention(unet, attention))
@@ -95,7 +96,7 @@ class Segmenter:
         # Not the VAE's: a tenth of the size, and training has the same arrays in use. Rounded
         # before they are gathered: half of the bytes to send and to hold.
         rounded = kernels_as_multiplied(self._unet, unet_params)
-        return sharding.for_use(on_mesh(rounded, self.mesh), self.mesh)
+        return for_use(on_mesh(rounded, self.mesh), self.mesh)
 
     def __call__(
         self,
@@ -265,7 +266,7 @@ class Segmenter:
     def _run(self, image_latents, table, groups, jobs, sampler, seed) -> np.ndarray:
         """Unclipped gray maps [J, H, W] of jobs (image, pass, member) int [J, 3]."""
         key = jax.random.key_data(jax.random.key(seed))
-        key = jax.random.wrap_key_data(sharding.place(key, sharding.replicated(self.mesh)))
+        key = jax.random.wrap_key_data(place(key, replicated(self.mesh)))
         image_latents = np.asarray(image_latents)
         sample, running = sampler_on(self.mesh), None
         found: list[np.ndarray] = []
@@ -342,7 +343,7 @@ def sampler_on(mesh: Mesh) -> Any:
     A job needs nothing from another: left to the partitioner, parameters that are cut up would be
     exchanged in every step.
     """
-    rows = sharding.rows_sharding(mesh).spec
+    rows = rows_sharding(mesh).spec
 
     def sample(unet, vae, steps, eta, *arrays):
         own_jobs = functools.partial(sample_jobs, unet, vae, steps, eta)
@@ -414,7 +415,7 @@ def _merge_spread(members, mesh, align, reduce, uncertainty):
     # Not left to the partitioner: the search of `align` would ask all devices after each step
     # whether every map of every device is done.
     merge = functools.partial(_merge_members, align=align, reduce=reduce, uncertainty=uncertainty)
-    rows = sharding.rows_sharding(mesh).spec
+    rows = rows_sharding(mesh).spec
     return jax.shard_map(merge, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(members)
 
 

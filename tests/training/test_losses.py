@@ -91,9 +91,7 @@ def test_diffusion_loss_is_the_masked_error_of_the_scheduler_target(prediction, 
     weights = losses.latent_weights(batch, FACTOR)
     found = losses.diffusion_loss(
         unet,
-        PoolingVAE(),
-        make_schedule(config),
-        table,
+        losses.Frozen(PoolingVAE(), make_schedule(config), table),
         batch,
         losses.Corruption(jnp.asarray(timesteps), jnp.asarray(noise)),
         weights,
@@ -136,9 +134,8 @@ def test_pixels_that_are_ignored_do_not_matter():
     def loss(noise):
         changed = corruption._replace(noise=noise)
         config = CodecConfig()
-        return losses.diffusion_loss(
-            unet, PoolingVAE(), schedule, table, batch, changed, weights, config
-        )
+        frozen = losses.Frozen(PoolingVAE(), schedule, table)
+        return losses.diffusion_loss(unet, frozen, batch, changed, weights, config)
 
     gradient = np.abs(jax.grad(loss)(corruption.noise)).max(-1)
     assert (gradient[np.asarray(weights) == 0] == 0).all() and gradient.max() > 0
@@ -187,9 +184,7 @@ def test_bound_context_reaches_the_network():
 
     losses.diffusion_loss(
         recording,
-        PoolingVAE(),
-        schedule,
-        table,
+        losses.Frozen(PoolingVAE(), schedule, table),
         batch,
         corruption,
         losses.latent_weights(batch, FACTOR),
