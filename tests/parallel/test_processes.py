@@ -316,14 +316,6 @@ def test_a_command_whose_peers_never_start_ends_in_one_line(tmp_path):
         assert said and all(line.startswith(f"waiting for {whom} for") for line in said)
 
 
-def test_alone_everything_is_agreed_at_once():
-    assert processes.all_agree(True) and not processes.all_agree(False)
-    assert processes.any_raised(True)() and not processes.any_raised(False)()
-    processes.barrier()
-    with pytest.raises(ValueError, match="as it is"), processes.together():
-        raise ValueError("as it is")
-
-
 @pytest.mark.slow
 def test_a_config_that_contradicts_names_the_difference(alone):
     with Run(alone, "--config.seed=3") as run:

@@ -102,13 +102,6 @@ def test_training_state_is_cut_over_replicas_too(spec, shape, expected, monkeypa
     assert spread(spec, shape, SIZES) == spec  # an array so small stays as the rules cut it
 
 
-def test_a_large_network_is_cut_as_good_as_all():
-    """Of a small one they are not: a third of the tiny UNet lies in arrays that stay whole."""
-    unet = nnx.eval_shape(lambda: UNet(PRESETS["sd2"].unet, rngs=nnx.Rngs(0)))
-    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(unet, nnx.Param))]
-    assert sum(size for size in sizes if size < rules.SMALLEST_SPREAD) < 1e-3 * sum(sizes)
-
-
 def test_paths_of_optimizer_state_end_in_the_path_of_the_parameter():
     import optax
 

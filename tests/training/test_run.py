@@ -468,22 +468,6 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(
     assert same_bits(state_of(workdir), state_of(trained))
 
 
-def test_not_finite_keeps_the_last_good_checkpoint(trained, micro_config, tmp_path, monkeypatch):
-    workdir = str(tmp_path / "run")
-    shutil.copytree(trained, workdir)
-    config, encode_prompts = micro_config(), runs.conditioning.encode_prompts
-    config.train.steps, config.train.eval_every, config.train.checkpoint_every = 9, 0, 1
-    monkeypatch.setattr(
-        runs.conditioning,
-        "encode_prompts",
-        lambda *args: jax.tree.map(lambda x: x * np.nan, encode_prompts(*args)),
-    )
-    with pytest.raises(UserError, match="not finite at step 7; checkpoint 6 is kept"):
-        train(config, workdir)
-    assert steps_of(workdir) == [2, 4, 6]
-    assert same_bits(state_of(workdir), state_of(trained))
-
-
 def test_a_signal_in_the_first_stage_ends_the_command_and_the_next_goes_on(
     micro_config, trained, tmp_path, monkeypatch
 ):
