@@ -130,6 +130,9 @@ look_at_workers() { # WORKERS
   if (($(count 'exited 2'))); then
     say "the run rejects its input"
     give_up 2
+  elif (($(count 'exited 75'))); then
+    count_failure "the run waited for the network or another process in vain"
+    restart
   elif (($(count 'exited [1-9][0-9]*'))); then
     count_failure "the run crashed"
     restart

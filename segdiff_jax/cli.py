@@ -1,17 +1,15 @@
 """What all entry points share: exit codes, the config file, its overrides and its help text."""
 
 import argparse
-import ast
 import dataclasses
 import errno
 import inspect
 import io
 import os
+import re
 import runpy
 import sys
-import tokenize
 import traceback
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,36 +36,38 @@ JAX_NUM_PROCESSES and JAX_PROCESS_ID in their environment.
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> NoReturn:
-    """Calls `main` with the command line and exits: 0, 2 on bad input, 130 on Ctrl-C.
+    """Calls `main` with the command line and exits: 0, or as `_exit_code` says.
 
     A `UserError`, or a disk that fills up, becomes one line on stderr without a traceback.
     """
-    code = 0
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A file name, or a terminal, that is no UTF-8 must not end the work.
             stream.reconfigure(errors="backslashreplace")
-    try:
-        main(sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        code = _complain(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        code = _complain(f"the disk is full{where}: free some space and run the command again")
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        code = 130
+    code = _exit_code(main, sys.argv[1:] if argv is None else argv)
     if waiting.left_behind():
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 
 
-def _complain(message: str) -> int:
+def _exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Of `main(argv)`: 0, 2 on bad input, 75 where a wait was given up, 130 on Ctrl-C."""
+    try:
+        main(argv)
+        return 0
+    except UserError as error:
+        message, code = str(error), error.exit_code
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        message, code = f"the disk is full{where}: free some space and run the command again", 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     print(f"error: {files.shown(_one_line(message))}", file=sys.stderr)
-    return 2
+    return code
 
 
 def parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -171,14 +171,14 @@ def split_config_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             rest += [argument, *arguments]
         elif argument.startswith("--noconfig."):
             key = argument.removeprefix("--noconfig.")
-            if _kind(key) is not bool:
+            if _field(key).type is not bool:
                 raise UserError(f"{argument}: only a boolean key can be switched off with --no")
             overrides.append(f"{PREFIX}{key}=false")
         elif not argument.startswith(PREFIX):
             rest.append(argument)
         elif "=" in argument:
             overrides.append(argument)
-        elif _kind(argument.removeprefix(PREFIX)) is bool:
+        elif _field(argument.removeprefix(PREFIX)).type is bool:
             overrides.append(f"{argument}=true")
         else:
             value = next(arguments, None)
@@ -208,52 +208,41 @@ def load_config(path_or_spec: str, overrides: Sequence[str] = (), use: str = "tr
 
 def override_config(config: Config, overrides: Sequence[str], use: str = "train") -> Config:
     """`config` with `--config.a.b=v` strings applied, validated. Raises as `load_config` does."""
-    by_key: dict[str, list[str]] = {}
+    texts: dict[str, list[str]] = {}
     for override in overrides:
-        key, separator, value = override.removeprefix(PREFIX).partition("=")
+        key, separator, text = override.removeprefix(PREFIX).partition("=")
         if not separator or not override.startswith(PREFIX):
             raise UserError(f"{override}: write it as {PREFIX}KEY=VALUE")
-        by_key.setdefault(key, []).append(value)
-    for key, values in by_key.items():
-        config = _override(config, key, values)
-    check_overridden(config, list(by_key))
+        texts.setdefault(key, []).append(text)
+    for key in texts:
+        config = _override(config, key, texts[key])
+    check_overridden(config, list(texts))
     return validate(config, use)
 
 
-def _override(config: Config, key: str, values: list[str]) -> Config:
-    kind = _kind(key)
-    if key in config_module.PATHS:
-        values = [os.path.expanduser(value) for value in values]  # no shell does it behind "="
+def _override(config: Config, key: str, texts: list[str]) -> Config:
+    """`config` with what was given for one key: the last text, but texts of a tuple add up."""
+    kind = _field(key).type
     if kind == tuple[str, ...]:
-        values = [_quote(value) for value in values]
-    elif typing.get_origin(kind) is tuple:
-        values = values[-1:]  # ml_collections would join repeated tuples
-    arguments = ["segdiff_jax", *(f"{PREFIX}{key}={value}" for value in values)]
+        texts = [repr(fields.texts_from(text)) for text in texts]
+    else:
+        # ml_collections would join repeated tuples of numbers, and no shell expands ~ behind "=".
+        last = texts[-1]
+        texts = [os.path.expanduser(last) if key in config_module.PATHS else last]
+    arguments = ["segdiff_jax", *(f"{PREFIX}{key}={text}" for text in texts)]
     own_flags = flags.FlagValues()
     try:
         holder = config_flags.DEFINE_config_dataclass(
             "config", config, flag_values=own_flags, sys_argv=arguments
         )
         own_flags(arguments)
-        config = holder.value
-        if not fields.has_type(get(config, key), kind):
+        if not fields.has_type(get(holder.value, key), kind):
             raise TypeError
     except (flags.Error, ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        text = values[-1] if len(values[-1]) <= 100 else f"{values[-1][:100]}..."
+        text = texts[-1] if len(texts[-1]) <= 100 else f"{texts[-1][:100]}..."
         wanted = f"must be {fields.type_name(kind)}"
         raise UserError(f"{PREFIX}{key}={text}: {wanted}: {_example(key)}") from error
-    return config
-
-
-def _quote(value: str) -> str:
-    """A Python tuple of strings as it is; any other text as a tuple that holds just this text."""
-    try:
-        parsed = ast.literal_eval(value)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        parsed = value
-    if isinstance(parsed, tuple | list) and all(isinstance(item, str) for item in parsed):
-        return repr(tuple(parsed))
-    return repr((value,))
+    return holder.value
 
 
 def _read_config_file(spec: str) -> Config:
@@ -297,18 +286,15 @@ def _check_fields(node: Any, prefix: str, path: str) -> None:
             _check_fields(value, f"{key}.", path)
 
 
-def _kind(key: str) -> Any:
-    """The type of a config key. Raises `UserError` if there is no such key, or if it is a group."""
-    node: Any = Config
-    for name in key.split("."):
-        kinds = {f.name: f.type for f in dataclasses.fields(node)} if fields.is_group(node) else {}
-        if name not in kinds:
-            raise UserError(f"{PREFIX}{key}: no such key{_suggestion(key)}")
-        node = kinds[name]
-    if fields.is_group(node):
-        first = dataclasses.fields(node)[0].name
-        raise UserError(f"{PREFIX}{key} is a group of keys: set one, such as {PREFIX}{key}.{first}")
-    return node
+def _field(key: str) -> dataclasses.Field[Any]:
+    """The field of a dotted key. Raises `UserError` if there is none, or it is a group of them."""
+    known = {name: item for name, item, _ in fields.leaves(Config)}
+    inside = [name for name in known if name.startswith(f"{key}.")]
+    if inside:
+        raise UserError(f"{PREFIX}{key} is a group of keys: set one, such as {PREFIX}{inside[0]}")
+    if key not in known:
+        raise UserError(f"{PREFIX}{key}: no such key{_suggestion(key)}")
+    return known[key]
 
 
 def _suggestion(key: str) -> str:
@@ -330,28 +316,19 @@ def _one_line(text: str) -> str:
 
 def config_help() -> str:
     """Every config key with its type, default and comment, for the end of `--help`."""
-    source = inspect.getsource(config_module)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    remarks: dict[tuple[str, str], str] = {}  # (class, field) -> comment
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef):
-            for item in node.body:
-                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                    remarks[node.name, item.target.id] = comments.get(item.end_lineno or 0, "")
     lines = ["config keys, each set with --config.KEY=VALUE (type, default):"]
-    return "\n".join(lines + _help_lines(Config(), "", remarks))
+    return "\n".join(lines + _help_lines(Config, ""))
 
 
-def _help_lines(node: Any, prefix: str, remarks: dict[tuple[str, str], str]) -> list[str]:
-    lines, groups = [], []
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        key = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
-            groups += ["", *_help_lines(value, f"{key}.", remarks)]
+def _help_lines(group: Any, prefix: str) -> list[str]:
+    remarks = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(group), re.MULTILINE))
+    lines: list[str] = []
+    groups: list[str] = []
+    for item in dataclasses.fields(group):
+        if fields.is_group(item.type):
+            groups += ["", *_help_lines(item.type, f"{prefix}{item.name}.")]
             continue
-        remark = remarks.get((type(node).__name__, field.name), "")
-        shown = f"{fields.type_name(field.type)}, {value!r}"
-        lines.append(f"  {key:<36} {shown:<30} {remark}".rstrip())
+        shown = f"{fields.type_name(item.type)}, {item.default!r}"
+        remark = remarks.get(item.name, "")
+        lines.append(f"  {prefix + item.name:<36} {shown:<30} {remark}".rstrip())
     return lines + groups

@@ -12,6 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from segdiff_jax.errors import UserError
+from segdiff_jax.shapes import (
+    ClassIds,
+    ClassScores,
+    GrayMap,
+    GroupIds,
+    Labels,
+    Levels,
+    PassScores,
+    Pixels,
+)
 
 IGNORE = 255  # in labels: not annotated; in predictions: *other*
 PAD = -1  # in class_ids: an empty slot of the group
@@ -41,7 +51,7 @@ def groups(num_classes: int, size: int) -> np.ndarray:
     return ids.reshape(-1, size)
 
 
-def levels(size: int) -> jax.Array:
+def levels(size: int) -> Levels:
     """The gray levels of classes 1 ... G, float32 [G] in (-1, 1]."""
     return jnp.asarray(_levels(size), jnp.float32)
 
@@ -50,7 +60,7 @@ def _levels(size: int) -> np.ndarray:
     return -1.0 + 2.0 * np.arange(1, size + 1) / size
 
 
-def encode(labels: jax.Array, class_ids: jax.Array, ignore_label: int = IGNORE) -> jax.Array:
+def encode(labels: Labels, class_ids: ClassIds, ignore_label: int = IGNORE) -> GrayMap:
     """Paints a group: labels int [..., H, W] -> gray float32 [..., H, W] in [-1, 1].
 
     class_ids int [G] in level order; -1 marks an empty slot. Other classes and `ignore_label`
@@ -66,7 +76,7 @@ def to_pixels(image: jax.Array | np.ndarray) -> jax.Array:
     return jnp.asarray(image, jnp.float32) / 127.5 - 1.0
 
 
-def mask_images(labels: jax.Array, class_ids: jax.Array) -> jax.Array:
+def mask_images(labels: Labels, class_ids: GroupIds) -> Pixels:
     """labels [B, H, W], class_ids [B, G] → the gray mask as three equal channels [B, H, W, 3]."""
     gray = jax.vmap(encode)(labels, class_ids)
     return jnp.broadcast_to(gray[..., None], (*gray.shape, 3))
@@ -77,12 +87,12 @@ def to_gray(pixels: Any) -> jax.Array:
     return pixels.mean(-1)
 
 
-def valid_mask(labels: jax.Array, ignore_label: int = IGNORE) -> jax.Array:
+def valid_mask(labels: Labels, ignore_label: int = IGNORE) -> jax.Array:
     """Where the annotation says something: bool, the shape of `labels`."""
     return labels != ignore_label
 
 
-def latent_valid(labels: jax.Array, factor: int, ignore_label: int = IGNORE) -> jax.Array:
+def latent_valid(labels: Labels, factor: int, ignore_label: int = IGNORE) -> jax.Array:
     """Latent pixels none of whose pixels is *ignore*: [..., H, W] -> bool [..., H/f, W/f].
 
     The max-pool of the ignore mask. Raises `ValueError` if `factor` does not divide H and W.
@@ -90,7 +100,7 @@ def latent_valid(labels: jax.Array, factor: int, ignore_label: int = IGNORE) -> 
     return jnp.all(_blocks(valid_mask(labels, ignore_label), factor), axis=(-3, -1))
 
 
-def latent_shown(labels: jax.Array, class_ids: jax.Array, factor: int) -> jax.Array:
+def latent_shown(labels: Labels, class_ids: ClassIds, factor: int) -> jax.Array:
     """Latent pixels with some pixel of the group: [..., H, W], [G] -> bool [..., H/f, W/f].
 
     Raises `ValueError` if `factor` does not divide H and W.
@@ -106,7 +116,7 @@ def _blocks(pixels: jax.Array, factor: int) -> jax.Array:
     return pixels.reshape(*lead, height // factor, factor, width // factor, factor)
 
 
-def scores(gray: Any, size: int) -> Any:
+def scores(gray: GrayMap, size: int) -> PassScores:
     """s_j = max(0, 1 - |m - l_j| / (2/G)): gray [..., H, W] -> [..., H, W, G] in [0, 1].
 
     What lies beyond [-1, 1] scores as its nearest end does. Numpy in, numpy out.
@@ -138,8 +148,8 @@ def _numpy_of(array: Any) -> Any:
 
 
 def decode(
-    class_scores: jax.Array, threshold: float = 0.5, closed: bool = False, other: int = IGNORE
-) -> jax.Array:
+    class_scores: ClassScores, threshold: float = 0.5, closed: bool = False, other: int = IGNORE
+) -> Labels:
     """Scores [..., H, W, K] -> labels int32 [..., H, W].
 
     The class with the highest score (the first of equals). Pixels whose best score is below
@@ -151,28 +161,12 @@ def decode(
     return jnp.where(jnp.max(class_scores, axis=-1) < threshold, other, labels)
 
 
-def bound_context(pooled: jax.Array, class_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One token per class that also says its gray level: pooled text vector + level code.
-
-    pooled [G, D], class_ids int [G] in level order -> tokens [G, D], attention mask bool [G]
-    (False for empty slots, whose tokens are zero).
-    """
-    mask = class_ids != PAD
-    tokens = pooled + level_code(pooled.shape[0], pooled.shape[1]).astype(pooled.dtype)
-    return jnp.where(mask[:, None], tokens, 0.0), mask
-
-
-def level_code(size: int, dim: int) -> jax.Array:
+def level_code(size: int, dim: int) -> np.ndarray:
     """Fixed sinusoidal codes of the G levels, float32 [G, D] in [-1, 1].
 
     The transformer's position code (arXiv 1706.03762) at position 1000 (l + 1) / 2, so that a
     level has the same code whatever G is, and 1/255 of the range is four radians.
     """
-    return jnp.asarray(level_code_of(size, dim))
-
-
-def level_code_of(size: int, dim: int) -> np.ndarray:
-    """`level_code` in numpy."""
     position = 500.0 * (_levels(size) + 1.0)
     frequency = 10_000.0 ** (-np.arange((dim + 1) // 2) / max(1, (dim + 1) // 2))
     angle = position[:, None] * frequency  # [G, ceil(D / 2)]

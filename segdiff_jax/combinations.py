@@ -125,6 +125,11 @@ def _of_a_training(c: "Config", own: "Config") -> Iterator[str]:
             f"config.init_variant={c.init_variant!r}: must be empty without config.init_from, "
             "whose weights it chooses"
         )
+    if c.init_tokenizer and not c.init_from.endswith(".safetensors"):
+        yield (
+            f"config.init_tokenizer={c.init_tokenizer!r}: must be empty unless config.init_from is "
+            "one .safetensors file: a folder has its own tokenizer"
+        )
     if own.train.profile_steps and own.train.profile_start > own.train.steps:
         yield (
             f"config.train.profile_start={c.train.profile_start} lies after the last step, "

@@ -26,7 +26,7 @@ OPTIMIZERS = ("adamw", "muon")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 PREDICTIONS = ("v_prediction", "epsilon", "sample")
 SPACINGS = ("trailing", "leading", "linspace")
-PATHS = ("data.root", "data.vocabulary", "init_from")  # keys that name files or folders
+PATHS = ("data.root", "data.vocabulary", "init_from", "init_tokenizer")  # name files or folders
 SOURCES = ("scenes", "folder", "ade20k", "coco_stuff", "pascal_voc", "cityscapes", "tfds")
 USES = ("model", "evaluate", "train")  # of a config, from what asks least of it
 VERSION_KEY = "segdiff_jax_version"  # beside a stored config: the package that wrote it
@@ -37,16 +37,10 @@ class AugmentConfig:
     """Training augmentation. Image and labels always move together."""
 
     flip: bool = True
-    min_scale: float = number(
-        1.0, 0.1, 10.0
-    )  # of the crop's short-side cover; 1.0 with max_scale 1.0 = no scale-crop
+    min_scale: float = number(1.0, 0.1, 10.0)  # of the crop's short side; 1.0 to 1.0 = no crop
     max_scale: float = number(1.0, 0.1, 10.0)
-    color_jitter: float = number(
-        0.0, 0.0, 0.99
-    )  # brightness, contrast and saturation factors in 1 ± this
-    views: int = number(
-        0, 0
-    )  # n: one of n fixed views of each pair; 0: a new view for every example
+    color_jitter: float = number(0.0, 0.0, 0.99)  # brightness, contrast, saturation in 1 ± this
+    views: int = number(0, 0)  # n: one of n fixed views of each pair; 0: new for every example
 
 
 @dataclass
@@ -66,9 +60,7 @@ class DataConfig:
     val_split: str = "val"
     vocabulary: str = ""  # packaged name ("ade20k_150") or a classes.txt; "" = root/classes.txt
     first_id: int = number(0, 0, 65535)  # folder: the first class's id in the masks; below: ignored
-    mask_values: tuple[int, ...] = number(
-        (), 0, 65535
-    )  # folder: each class's id in the masks, in order; () = first_id, first_id + 1, ...
+    mask_values: tuple[int, ...] = number((), 0, 65535)  # folder: id of each class; () = in order
     ignore_ids: tuple[int, ...] = number((255,), 0, 65535)  # folder: ids in the masks to ignore
     mask_suffix: str = ""  # folder: "_mask" pairs a.jpg with a_mask.png
     exif: str = choice("apply", ("apply", "ignore"))  # turn photos and masks as their tags say
@@ -79,9 +71,7 @@ class DataConfig:
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     cache_images: bool = False  # keep decoded pairs in memory: for datasets that fit
     cache_latents: bool = False  # write VAE latents once, train without the VAE
-    max_unreadable: float = number(
-        0.01, 0.0, 1.0
-    )  # share of pairs that may be skipped before training stops
+    max_unreadable: float = number(0.01, 0.0, 1.0)  # share of pairs that training may skip
     workers: int = number(0, 0, 256)  # Grain worker processes; 0 = threads in this process
 
 
@@ -97,9 +87,7 @@ class ModelConfig:
 class CodecConfig:
     classes_per_pass: int = number(1, 0, 255)  # G; 0 = all K classes in one gray image (the paper)
     context: str = choice("mean", ("mean", "bound"))
-    negatives: float = number(
-        0.25, 0.0, 1.0
-    )  # share of training slots that show a class absent from the image
+    negatives: float = number(0.25, 0.0, 1.0)  # share of training slots with an absent class
     threshold: float = number(0.5, 0.0, 1.0)  # scores below it are *other* (255), unless closed
     closed: bool = False  # closed vocabulary: every pixel gets a class
 
@@ -122,9 +110,7 @@ class DiffusionConfig:
     rescale_betas_zero_snr: bool = True
     set_alpha_to_one: bool = False
     steps_offset: int = number(1, 0, 100_000)
-    convert_prediction: bool = (
-        False  # train a UNet of init_from to predict something else than it was trained to
-    )
+    convert_prediction: bool = False  # let the UNet of init_from learn another prediction_type
 
 
 @dataclass
@@ -153,20 +139,14 @@ class OptimizerConfig:
 class TrainConfig:
     steps: int = number(25_000, 1)
     batch_size: int = number(32, 1, 1_000_000)  # effective: over all devices and micro-batches
-    terminal_share: float = number(
-        0.0, 0.0, 1.0
-    )  # share of samples at t = T-1, where one-step sampling starts
-    balance: float = number(
-        0.0, 0.0, 1.0
-    )  # γ: positions that show a pass's classes weigh (rest / shown)^γ
+    terminal_share: float = number(0.0, 0.0, 1.0)  # of samples at t = T-1, where one step starts
+    balance: float = number(0.0, 0.0, 1.0)  # γ: where a pass's classes are weighs (rest / shown)^γ
     checkpoint_every: int = number(1000, 1)
     keep_checkpoints: int = number(3, 1)
     log_every: int = number(50, 1)
     eval_every: int = number(0, 0)  # 0 = never while training
     eval_examples: int = number(16, 1)
-    profile_start: int = number(
-        10, 1
-    )  # the first step of a profiler trace, for TensorBoard or XProf
+    profile_start: int = number(10, 1)  # first step of a profiler trace (TensorBoard, XProf)
     profile_steps: int = number(0, 0)  # its length; 0 = no trace
 
 
@@ -219,7 +199,8 @@ class MeshConfig:
 class Config:
     seed: int = number(0, 0, 2**31 - 1)
     stage: str = choice("diffusion", STAGES)
-    init_from: str = ""  # workdir or Hugging Face folder or repo id; "" = from nothing
+    init_from: str = ""  # workdir, Hugging Face folder or repo id, or a .safetensors; "" = nothing
+    init_tokenizer: str = ""  # where init_from is one file: folder or repo id of its tokenizer
     init_variant: str = ""  # of init_from's weights, such as fp16 or non_ema; "" = the plain files
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -262,9 +243,9 @@ def of_stage(config: Config) -> Config:
         return config
     changed = copy.deepcopy(config)
     for key, source in _OF_VAE_STAGE.items():
-        _set(changed, key, get(config, source))
+        _put(changed, key, get(config, source))
     for key, value in _NOT_OF_VAE_STAGE.items():
-        _set(changed, key, value)
+        _put(changed, key, value)
     return changed
 
 
@@ -287,9 +268,10 @@ def get(config: Config, key: str) -> Any:
     return value
 
 
-def _set(config: Config, key: str, value: Any) -> None:
-    group, name = key.split(".")
-    setattr(getattr(config, group), name, value)
+def _put(config: Config, key: str, value: Any) -> None:
+    """Sets the value of a dotted key."""
+    group, _, name = key.rpartition(".")
+    setattr(get(config, group) if group else config, name, value)
 
 
 def _check_path(key: str, value: str) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,10 @@ package; sampler.json describes it.
 def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     _check_arguments(args)
+    if args.verify:
+        from segdiff_jax.weights import verify
+
+        verify.check_libraries()
     if args.push_to_hub:
         _check_hub(args.push_to_hub, args.output)
 
@@ -62,6 +67,13 @@ def main(argv: list[str]) -> None:
         model = Segmenter(*networks, trained=trained)
         stablehlo.write(model, args.output, sampler, args.dtype)
     print(f"exported: {args.output}")
+    if args.verify:
+        found = verify.differences(args.output, networks[-1].data.image_size)
+        worst = max(found, key=lambda name: found[name])
+        print(f"verified: largest difference to diffusers {found[worst]:.1e} ({worst})")
+        if not found[worst] <= verify.TOLERANCE:  # NaN too
+            print(f"this is more than {verify.TOLERANCE:g}", file=sys.stderr)
+            sys.exit(1)
     if args.push_to_hub:
         print(f"pushed: {_push(args.push_to_hub, args.output)}")
 
@@ -103,6 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         help="stablehlo: samples to merge; default likewise",
     )
     add(
+        "--verify",
+        action="store_true",
+        help="diffusers: load the folder in diffusers too and compare the networks on random "
+        "input; exit code 1 if they differ (needs torch and diffusers)",
+    )
+    add(
         "--push-to-hub",
         metavar="REPO",
         help="also upload the folder to this Hugging Face repository, OWNER/NAME, in one commit; "
@@ -112,12 +130,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    if args.format == "diffusers":
-        for name in ("steps", "ensemble"):
-            if getattr(args, name):
-                raise UserError(
-                    f"--{name}: only --format stablehlo fixes the sampler: leave it out"
-                )
+    for name in ("steps", "ensemble"):
+        if getattr(args, name) and args.format == "diffusers":
+            raise UserError(f"--{name}: only --format stablehlo fixes the sampler: leave it out")
+    if args.verify and (args.format != "diffusers" or files.is_remote(args.output)):
+        raise UserError("--verify: only for a local folder of --format diffusers: leave it out")
 
 
 def _check_output(args: argparse.Namespace, config: Config) -> None:
@@ -181,7 +198,9 @@ def portable(config: Config) -> Config:
     # A repository stays: it says whose licence the weights carry. "runs/x" only looks like one.
     repository = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", start)
     keep = repository and not epath.Path(start).exists()
-    return dataclasses.replace(config, data=data, init_from=start if keep else "")
+    return dataclasses.replace(
+        config, data=data, init_from=start if keep else "", init_tokenizer=""
+    )
 
 
 def _check_hub(repository: str, output: str) -> None:

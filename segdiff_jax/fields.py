@@ -5,6 +5,7 @@ declares and `build` makes an object from JSON values, so that flags, config fil
 and the configs of networks all pass the same checks.
 """
 
+import ast
 import dataclasses
 import difflib
 import math
@@ -52,11 +53,6 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field
 
 def is_group(kind: Any) -> bool:
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
-
-
-def of_class(cls: type, name: str) -> dataclasses.Field[Any]:
-    """The field called `name`."""
-    return next(item for item in dataclasses.fields(cls) if item.name == name)
 
 
 def check(key: str, item: dataclasses.Field[Any], value: Any) -> None:
@@ -128,17 +124,27 @@ def build(cls: type, values: Any, name: str) -> Any:
         if is_group(item.type):
             built[key] = build(item.type, value, f"{name}.{key}")  # type: ignore[arg-type]
         else:
-            built[key] = _from_json(value, item.type)
+            built[key] = from_json(value, item.type)
             check(f"{name}.{key}", item, built[key])
     return cls(**built)
 
 
-def _from_json(value: Any, kind: Any) -> Any:
+def from_json(value: Any, kind: Any) -> Any:
     """JSON has no tuples, and may write a float without its point."""
     if typing.get_origin(kind) is tuple and isinstance(value, list):
         return tuple(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
     return float(value) if kind is float and whole and _is_finite(value) else value
+
+
+def texts_from(text: str) -> tuple[str, ...]:
+    """A Python tuple of strings as it is; any other text as a tuple that holds just this text."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return (text,)
+    texts = isinstance(value, tuple | list) and all(isinstance(item, str) for item in value)
+    return tuple(value) if texts else (text,)
 
 
 def suggestion(cls: type, key: str, name: str = "") -> str:

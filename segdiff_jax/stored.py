@@ -7,6 +7,9 @@ in place of a file, or the page on which a server asks for a password.
 import json
 from typing import Any, NoReturn
 
+from etils import epath
+
+from segdiff_jax import files
 from segdiff_jax.errors import UserError
 
 HEAD = 512  # bytes from the start of a file that `instead` wants to see
@@ -30,16 +33,28 @@ def instead(head: bytes) -> str | None:
     return None
 
 
-def parse_object(data: bytes, path: Any, mend: str = "fetch it again") -> dict[str, Any]:
-    """The JSON object in `data`, the contents of `path`. NaN and infinity are no JSON.
+def read_text(path: epath.PathLike, mend: str = "fetch it again") -> str:
+    """The text of a UTF-8 file, local or `gs://`.
 
     Raises `UserError` that names the file, what is wrong with it, and the `mend`.
     """
-    reason = instead(data)
-    if reason:
-        raise UserError(f"{path}: {reason}")
     try:
-        value = json.loads(data.decode("utf-8-sig"), parse_constant=_no_json)
+        with files.reading(path):
+            data = epath.Path(path).read_bytes()
+        reason = instead(data)
+        if reason:
+            raise UserError(f"{path}: {reason}")
+        return data.decode("utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file: {mend}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}): {mend}") from error
+
+
+def read_object(path: epath.PathLike, mend: str = "fetch it again") -> dict[str, Any]:
+    """The JSON object in a file. NaN and infinity are no JSON. Raises as `read_text` does."""
+    try:
+        value = json.loads(read_text(path, mend), parse_constant=_no_json)
     except RecursionError as error:
         raise UserError(f"{path}: nested too deeply to be such a file: {mend}") from error
     except ValueError as error:

@@ -35,7 +35,9 @@ Result = TypeVar("Result")
 
 
 class NoAnswer(UserError):
-    """The end of a wait in which nobody answered."""
+    """The end of a wait in which nobody answered: the same command may succeed later."""
+
+    exit_code = os.EX_TEMPFAIL  # 75, on which `launch/supervise.sh` starts again
 
 
 def limit(variable: str) -> float:

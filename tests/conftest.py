@@ -5,11 +5,17 @@ import os
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 # Before anything imports jax: CPU unless told otherwise, and compilations kept between test runs.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+# Types and shapes are checked at every call of the mathematics (`segdiff_jax/shapes.py`).
+install_import_hook(
+    ["segdiff_jax.codec", "segdiff_jax.diffusion", "segdiff_jax.models"], "beartype.beartype"
+)
 
 IMAGE_SIZE = (16, 16)
 WITHOUT_OPTIMIZATIONS = "jax_disable_most_optimizations"

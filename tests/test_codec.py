@@ -176,25 +176,9 @@ def test_batches_under_jit_and_vmap():
             np.testing.assert_array_equal(painted, np.asarray(labels[b]) == k)
 
 
-def test_bound_context_binds_each_class_to_its_level():
-    pooled = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32))
-    ids = jnp.array([7, 3, codec.PAD, 2])
-    tokens, mask = codec.bound_context(pooled, ids)
-    np.testing.assert_array_equal(mask, [True, True, False, True])
-    np.testing.assert_array_equal(tokens[2], np.zeros(16))
-    code = codec.level_code(4, 16)
-    np.testing.assert_allclose(tokens[0], pooled[0] + code[0], atol=1e-6)
-    # the same class at another level is another token
-    swapped, _ = codec.bound_context(pooled[::-1], ids[::-1])
-    assert np.abs(swapped[3] - tokens[0]).max() > 0.1
-    batched_tokens, batched_mask = jax.vmap(codec.bound_context)(pooled[None], ids[None])
-    np.testing.assert_allclose(batched_tokens[0], tokens, atol=1e-6)
-    np.testing.assert_array_equal(batched_mask[0], mask)
-
-
 @pytest.mark.parametrize("dim", [8, 64, 65])
 def test_level_codes_tell_the_levels_apart_and_do_not_depend_on_the_group_size(dim):
-    code = np.asarray(codec.level_code(255, dim))
+    code = codec.level_code(255, dim)
     assert code.shape == (255, dim) and np.abs(code).max() <= 1
     distance = np.linalg.norm(code[:, None] - code[None], axis=-1) + 10 * np.eye(255)
     assert distance.min() > 0.1

@@ -18,45 +18,22 @@ def valid() -> Config:
     return config
 
 
-def test_the_base_of_these_tests_is_valid():
-    assert validate(valid()) == valid()
-
-
-@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
-def test_a_learning_rate_that_is_no_number_to_step_with(value):
-    config = valid()
-    config.optimizer.learning_rate = value
-    with pytest.raises(UserError, match=r"config\.optimizer\.learning_rate"):
-        validate(config)
-
-
 @pytest.mark.parametrize(
     ("group", "key", "value", "says"),
     [
         ("codec", "context", "sum", "mean, bound"),
         ("diffusion", "prediction_type", "epsilon", "rescale_betas_zero_snr"),
         ("sampler", "steps", 1001, "num_train_timesteps=1000"),
-        ("sampler", "shortlist", -3, "at least 0"),
-        ("optimizer", "clip_norm", 0.0, "more than 0"),
-        ("optimizer", "beta1", 1.5, "at most"),
-        ("optimizer", "warmup_steps", -5, "at least 0"),
-        ("noise", "strength", -1.0, "at least 0"),
-        ("vae", "kl_weight", -1.0, "at least 0"),
-        ("vae", "batch_size", 0, "at least 1"),
-        ("train", "eval_examples", 0, "at least 1"),
         ("mesh", "fsdp", 0, "-1"),
         ("optimizer", "accumulation", 5, "train.batch_size"),
         ("data", "source", "folder", "data.root"),
         ("vae", "steps", 0, "init_from"),
-        ("train", "profile_start", 0, "at least 1"),
         ("codec", "classes_per_pass", 4, "context='bound'"),
-        ("sampler", "batch_size", 10**30, "at most"),
         ("diffusion", "steps_offset", 1000, "num_train_timesteps=1000"),
-        ("train", "profile_steps", -1, "at least 0"),
     ],
 )
 def test_bad_values_name_the_key_and_the_mend_in_one_line(group, key, value, says):
-    config = valid()
+    config = validate(valid())
     setattr(getattr(config, group), key, value)
     with pytest.raises(UserError) as error:
         validate(config)

@@ -196,7 +196,7 @@ def test_the_wait_is_seen_and_the_process_ends(silent, bucket, tmp_path):
     command += [f"--{name}={place}" for name, place in places.items()]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", waiting.NETWORK: "3"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 2, ended.stderr
+    assert ended.returncode == os.EX_TEMPFAIL, ended.stderr
     *said, last = ended.stderr.splitlines()
     assert last.startswith(f"error: {bucket}: no answer for 3 s: check the network")
     assert said and all(line.startswith(f"waiting for {bucket} for") for line in said)

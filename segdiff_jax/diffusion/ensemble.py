@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 from jax.scipy.optimize import minimize
 
+from segdiff_jax.shapes import Members, MergedMap, PerMember
+
 REGULARIZER = 0.02
 # Tiny against the objective, large against float32: keeps sqrt and 1/x differentiable at 0.
 TINY = 1e-12
@@ -35,8 +37,8 @@ def merge(
 
 
 def ensemble(
-    maps: jax.Array, align: str = "none", reduce: str = "median", uncertainty: str = "mad"
-) -> tuple[jax.Array, jax.Array]:
+    maps: Members, align: str = "none", reduce: str = "median", uncertainty: str = "mad"
+) -> tuple[MergedMap, MergedMap]:
     """Members [N, H, W] in [0, 1] -> (merged [H, W], uncertainty [H, W]).
 
     align "none": `merge` as it is. "affine": aligned first, and the result stretched to fill
@@ -47,7 +49,7 @@ def ensemble(
     return _align_and_merge(maps, reduce, uncertainty)
 
 
-def _align_and_merge(maps: jax.Array, reduce: str, uncertainty: str) -> tuple[jax.Array, jax.Array]:
+def _align_and_merge(maps: Members, reduce: str, uncertainty: str) -> tuple[MergedMap, MergedMap]:
     scale, shift = align(maps, reduce)
     aligned = maps * scale[:, None, None] + shift[:, None, None]
     merged, spread = merge(aligned, reduce, uncertainty)
@@ -56,7 +58,7 @@ def _align_and_merge(maps: jax.Array, reduce: str, uncertainty: str) -> tuple[ja
 
 
 def objective(
-    maps: jax.Array, scale: jax.Array, shift: jax.Array, reduce: str = "median"
+    maps: Members, scale: PerMember, shift: PerMember, reduce: str = "median"
 ) -> jax.Array:
     """Mean pairwise RMS of the aligned maps + 0.02 (|min| + |1 - max|) of the merged one."""
     aligned = maps * scale[:, None, None] + shift[:, None, None]
@@ -68,7 +70,7 @@ def objective(
 
 
 @functools.partial(jax.jit, static_argnames="reduce")
-def align(maps: jax.Array, reduce: str = "median") -> tuple[jax.Array, jax.Array]:
+def align(maps: Members, reduce: str = "median") -> tuple[PerMember, PerMember]:
     """(scale [N], shift [N]) that minimise `objective` for maps [N, H, W] in [0, 1].
 
     Starts where Marigold does, every map stretched to [0, 1]. The objective as written is hard on

@@ -12,6 +12,9 @@ upsampling is two matmuls whose weights are zero beyond the traced size.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from segdiff_jax.shapes import Latents, NoiseGrid, Timesteps
 
 MIN_RATIO, MAX_RATIO = 2.0, 4.0
 
@@ -29,7 +32,7 @@ def level_sizes(height: int, width: int) -> list[tuple[int, int]]:
         level += 1
 
 
-def bilinear_matrix(out_size: int, in_size: jax.typing.ArrayLike, max_in: int) -> jax.Array:
+def bilinear_matrix(out_size: int, in_size: ArrayLike, max_in: int) -> jax.Array:
     """Weights [out_size, max_in] that upsample the first `in_size` (traced) of `max_in` samples.
 
     Half-pixel centres and clamped edges, as `torch.nn.Upsample(mode="bilinear")`.
@@ -51,11 +54,11 @@ def _upsample(
 
 
 def pyramid(
-    base: jax.Array,
+    base: NoiseGrid,
     grids: list[jax.Array],
     ratios: jax.Array,
-    strength: jax.typing.ArrayLike,
-) -> jax.Array:
+    strength: ArrayLike,
+) -> NoiseGrid:
     """The deterministic part: the noise that given Gaussian draws and ratios make.
 
     base [h, w, c]; grids, one [max_h, max_w, c] per entry of `level_sizes(h, w)`; ratios [levels]
@@ -76,9 +79,7 @@ def pyramid(
     return total / jnp.std(total, ddof=1)
 
 
-def multires_noise(
-    key: jax.Array, shape: tuple[int, int, int], strength: jax.typing.ArrayLike
-) -> jax.Array:
+def multires_noise(key: jax.Array, shape: tuple[int, int, int], strength: ArrayLike) -> NoiseGrid:
     """One sample of multi-resolution noise, [h, w, c] = `shape`, of unit sample variance.
 
     `strength` may be traced. At 0 the sum is base + level 0, divided by its standard deviation:
@@ -98,11 +99,11 @@ def multires_noise(
 def training_noise(
     key: jax.Array,
     shape: tuple[int, int, int, int],
-    timesteps: jax.Array,
+    timesteps: Timesteps,
     num_train_timesteps: int,
     kind: str = "annealed",
-    strength: float = 0.9,
-) -> jax.Array:
+    strength: ArrayLike = 0.9,
+) -> Latents:
     """A batch of training noise [B, h, w, c] = `shape`; every sample has its own scales.
 
     timesteps int [B]. kind "annealed": sample b has strength * t_b / T, so noise is plain Gaussian

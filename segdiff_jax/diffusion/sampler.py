@@ -15,18 +15,19 @@ from segdiff_jax.diffusion.schedule import (
     previous_timesteps,
     sampling_timesteps,
 )
+from segdiff_jax.shapes import Keys, Sample
 
-Predict = Callable[[jax.Array, jax.Array], jax.Array]
+Predict = Callable[[Sample, jax.Array], Sample]  # (x_t, t int32 []) -> prediction
 
 
 def sample(
     predict: Predict,
     schedule: Schedule,
-    latents: jax.Array,
+    latents: Sample,
     steps: int,
     eta: float = 0.0,
     key: jax.Array | None = None,
-) -> jax.Array:
+) -> Sample:
     """Runs the reverse process from `latents` (x_T, any shape) to x_0 of the same shape.
 
     `steps` and `eta` are static. `key` is needed only for eta > 0; step i then adds
@@ -55,7 +56,7 @@ def step_noise(
     return jax.random.normal(jax.random.fold_in(key, index), shape)
 
 
-def member_keys(key: jax.Array, count: int, start: int | jax.Array = 0) -> jax.Array:
+def member_keys(key: jax.Array, count: int, start: int | jax.Array = 0) -> Keys:
     """Keys [count] of the members start ... start + count - 1.
 
     Member k's key is fold_in(key, k): it depends neither on how many members there are nor on

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
+from segdiff_jax.shapes import Sample
 
 
 @functools.partial(
@@ -83,34 +85,26 @@ def _rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return np.float32(1.0) - alphas
 
 
-def _coefficients(
-    schedule: Schedule, t: jax.typing.ArrayLike, ndim: int
-) -> tuple[jax.Array, jax.Array]:
+def _coefficients(schedule: Schedule, t: ArrayLike, ndim: int) -> tuple[jax.Array, jax.Array]:
     """sqrt(a_t) and sqrt(1 - a_t), shaped to broadcast against an array of `ndim` dimensions."""
     alpha = schedule.alphas_cumprod[jnp.asarray(t)]
     alpha = alpha.reshape(alpha.shape + (1,) * (ndim - alpha.ndim))
     return jnp.sqrt(alpha), jnp.sqrt(1.0 - alpha)
 
 
-def add_noise(
-    schedule: Schedule, x0: jax.Array, noise: jax.Array, t: jax.typing.ArrayLike
-) -> jax.Array:
+def add_noise(schedule: Schedule, x0: Sample, noise: Sample, t: ArrayLike) -> Sample:
     """x_t. `x0` and `noise` are [B, ...] with `t` int [B], or any shape with a scalar `t`."""
     signal, sigma = _coefficients(schedule, t, x0.ndim)
     return signal * x0 + sigma * noise
 
 
-def velocity(
-    schedule: Schedule, x0: jax.Array, noise: jax.Array, t: jax.typing.ArrayLike
-) -> jax.Array:
+def velocity(schedule: Schedule, x0: Sample, noise: Sample, t: ArrayLike) -> Sample:
     """v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (arXiv 2202.00512). Shapes as in `add_noise`."""
     signal, sigma = _coefficients(schedule, t, x0.ndim)
     return signal * noise - sigma * x0
 
 
-def target(
-    schedule: Schedule, x0: jax.Array, noise: jax.Array, t: jax.typing.ArrayLike
-) -> jax.Array:
+def target(schedule: Schedule, x0: Sample, noise: Sample, t: ArrayLike) -> Sample:
     """What the network is trained to predict. Shapes as in `add_noise`."""
     if schedule.prediction_type == "epsilon":
         return noise
@@ -120,8 +114,8 @@ def target(
 
 
 def to_x0_and_noise(
-    schedule: Schedule, prediction: jax.Array, sample: jax.Array, t: jax.typing.ArrayLike
-) -> tuple[jax.Array, jax.Array]:
+    schedule: Schedule, prediction: Sample, sample: Sample, t: ArrayLike
+) -> tuple[Sample, Sample]:
     """The (x_0, eps) that a prediction at x_t = `sample` implies. Shapes as in `add_noise`.
 
     Epsilon prediction divides by sqrt(a_t), so it is not finite at zero SNR; `config.validate`
@@ -181,13 +175,13 @@ def previous_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
 
 def ddim_step(
     schedule: Schedule,
-    prediction: jax.Array,
-    sample: jax.Array,
-    t: jax.typing.ArrayLike,
-    t_prev: jax.typing.ArrayLike,
+    prediction: Sample,
+    sample: Sample,
+    t: ArrayLike,
+    t_prev: ArrayLike,
     eta: float | jax.Array = 0.0,
-    noise: jax.Array | None = None,
-) -> jax.Array:
+    noise: Sample | None = None,
+) -> Sample:
     """x at `t_prev` from x at `t` (arXiv 2010.02502, equations 12 and 16).
 
     `t_prev` < 0 means the final a_t. `eta` scales the standard deviation of the fresh `noise`

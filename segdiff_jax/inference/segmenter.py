@@ -221,7 +221,7 @@ class Segmenter:
         if key not in self._tables:
             vocabulary.check_known(key, self.trained, self.config.codec.classes_per_pass)
             templates = self.config.prompts.templates
-            self._tables[key] = conditioning.encode_on_host(
+            self._tables[key] = conditioning.encode_prompts(
                 self.text_encoder, self.tokenizer, key, templates
             )
         return self._tables[key]
@@ -273,7 +273,7 @@ class Segmenter:
         for part in equal_parts(jobs, rows_of_call(len(jobs), sampler.batch_size, self.mesh.size)):
             image, pass_, member = part.T
             kind = self.config.codec.context
-            contexts, mask = conditioning.contexts_of(table, groups[pass_], kind)
+            contexts, mask = conditioning.context(table, groups[pass_], kind)
             rows = contexts, mask, image_latents[image], member.astype(np.int32)
             with processes.at_work("compiles or runs the sampler"):
                 result = sample(

@@ -10,14 +10,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from segdiff_jax.shapes import HeadKeys, HeadQueries
+
 # (query [B, S, N, D], key [B, L, N, D], value [B, L, N, D], mask) -> [B, S, N, D]. The mask is
 # broadcastable to [B, N, S, L] and True where a query may attend to a key; None allows all.
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 def plain(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
-) -> jax.Array:
+    query: HeadQueries, key: HeadKeys, value: HeadKeys, mask: jax.Array | None = None
+) -> HeadQueries:
     """softmax(q kᵀ / √D) v (arXiv 1706.03762, eq. 1), the softmax in float32."""
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # [B, N, S or L, D]
     scaled = query / math.sqrt(query.shape[-1])

@@ -10,6 +10,7 @@ from flax import nnx
 from segdiff_jax.fields import choice, number
 from segdiff_jax.models.attention import AttentionFn, plain
 from segdiff_jax.models.layers import Dtype
+from segdiff_jax.shapes import Context, Tokens
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 
@@ -89,7 +90,7 @@ class CLIPText(nnx.Module):
         )
         self.final_layer_norm = nnx.LayerNorm(width, epsilon=config.layer_norm_eps, **kw)
 
-    def __call__(self, token_ids: jax.Array) -> jax.Array:
+    def __call__(self, token_ids: Tokens) -> Context:
         """token_ids [B, L] → float32 [B, L, D].
 
         Raises `ValueError` for more tokens than positions: JAX would not say so by itself.

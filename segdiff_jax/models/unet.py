@@ -27,6 +27,7 @@ from segdiff_jax.models.layers import (
     linear,
     sinusoidal_embedding,
 )
+from segdiff_jax.shapes import ConditionedLatents, Context, ContextMask, Latents, Timesteps
 
 
 @dataclass(frozen=True)
@@ -233,11 +234,11 @@ class UNet(nnx.Module):
 
     def __call__(
         self,
-        sample: jax.Array,
-        timesteps: jax.Array,
-        context: jax.Array,
-        context_mask: jax.Array | None = None,
-    ) -> jax.Array:
+        sample: ConditionedLatents,
+        timesteps: Timesteps,
+        context: Context,
+        context_mask: ContextMask | None = None,
+    ) -> Latents:
         """sample [B, h, w, in], timesteps [B], context [B, L, D], context_mask [B, L] True = used.
 
         Returns [B, h, w, out] in float32.

@@ -19,6 +19,7 @@ from segdiff_jax.models.layers import (
     Upsample,
     conv,
 )
+from segdiff_jax.shapes import Latents, Pixels
 
 _EPSILON = 1e-6
 
@@ -167,22 +168,22 @@ class VAE(nnx.Module):
         self.post_quant_conv = conv(latent, latent, 1, **kw)
         self.decoder = Decoder(config, attention=attention, **kw)
 
-    def encode(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def encode(self, pixels: Pixels) -> tuple[Latents, Latents]:
         """pixels [B, H, W, 3] in [-1, 1] → mean and log-variance, each [B, H/f, W/f, 4]."""
         moments = self.quant_conv(self.encoder(pixels)).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, latents: jax.Array) -> jax.Array:
+    def decode(self, latents: Latents) -> Pixels:
         """latents [B, h, w, 4], unscaled → pixels [B, h·f, w·f, 3], nominally in [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
 
 
-def encode_latents(vae: VAE, pixels: jax.Array) -> jax.Array:
+def encode_latents(vae: VAE, pixels: Pixels) -> Latents:
     """Posterior mean × scaling factor: the latents that diffusion works on."""
     return vae.encode(pixels)[0] * vae.config.scaling_factor
 
 
-def decode_latents(vae: VAE, latents: jax.Array) -> jax.Array:
+def decode_latents(vae: VAE, latents: Latents) -> Pixels:
     """The inverse of `encode_latents`, up to reconstruction error."""
     return vae.decode(latents / vae.config.scaling_factor)

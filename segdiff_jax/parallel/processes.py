@@ -233,7 +233,7 @@ def stacked(values: np.ndarray) -> np.ndarray:
 def together() -> Iterator[None]:
     """Ends all processes, with a clear line each, when the block raises in one or one dies.
 
-    The exit code is that of the process that failed: 2 for a `UserError`, 130 for Ctrl-C, else 1.
+    The exit code is that of the process that failed: a `UserError`'s, 130 for Ctrl-C, else 1.
     A process that dies without a word is noticed by its broken connections, and where collectives
     do not notice (TPU) after JAX's 100 seconds without a heartbeat.
     """
@@ -261,9 +261,9 @@ def _leave(error: BaseException) -> None:
         time.sleep(2 * _SECONDS_BETWEEN_LOOKS)  # the one that failed may be about to say why
         notice = _notice() or (1, _lost(error))
     elif isinstance(error, UserError | KeyboardInterrupt):
-        code = 2 if isinstance(error, UserError) else 130
+        code = error.exit_code if isinstance(error, UserError) else 130
         _tell(code, f"process {index()} stopped: {str(error) or 'interrupted'}")
-        notice = (code, f"error: {error}" if code == 2 else "interrupted")
+        notice = (code, f"error: {error}" if code != 130 else "interrupted")
     else:
         _tell(1, f"process {index()} failed: {type(error).__name__}: {error}")
         traceback.print_exception(error)

@@ -1,6 +1,7 @@
 """Class names → CLIP hidden states → the context that the UNet attends to."""
 
 import functools
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,9 +13,9 @@ import numpy as np
 from flax import nnx
 
 from segdiff_jax import codec
+from segdiff_jax.combinations import PLACEHOLDER
 from segdiff_jax.errors import UserError
 from segdiff_jax.models.clip_text import CLIPText
-from segdiff_jax.text.prompts import PLACEHOLDER, asked, prompts
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import ClassEntry, visible
 
@@ -22,10 +23,19 @@ log = logging.getLogger(__name__)
 
 
 class PromptTable(NamedTuple):
-    """Text of a vocabulary, encoded once. A pytree."""
+    """Text of a vocabulary, encoded once. A pytree of numpy or JAX arrays."""
 
-    hidden: jax.Array  # [K, L, D] last hidden states, averaged over each class's prompts
-    pooled: jax.Array  # [K, D] the hidden state at the end-of-text token, averaged likewise
+    hidden: Any  # [K, L, D] last hidden states, averaged over each class's prompts
+    pooled: Any  # [K, D] the hidden state at the end-of-text token, averaged likewise
+
+
+def prompts(entry: ClassEntry, templates: Sequence[str]) -> list[str]:
+    """Every name of the class in every template: name first, then synonyms, each over templates."""
+    return [_prompt(name, template) for name in entry.names for template in templates]
+
+
+def _prompt(name: str, template: str) -> str:
+    return template.replace(PLACEHOLDER, name)  # not format: other braces are text
 
 
 def encode_prompts(
@@ -37,20 +47,9 @@ def encode_prompts(
 ) -> PromptTable:
     """Encodes every prompt of every class; synonyms and templates of a class are averaged.
 
-    Raises `UserError` as `prompt_ids` does, and for a text encoder whose weights are not finite.
+    The table is in numpy, so that nothing is compiled for a new number of classes. Raises
+    `UserError` as `prompt_ids` does, and for a text encoder whose weights are not finite.
     """
-    found = encode_on_host(text_encoder, tokenizer, classes, templates, batch_size)
-    return jax.tree.map(jnp.asarray, found)
-
-
-def encode_on_host(
-    text_encoder: CLIPText,
-    tokenizer: Tokenizer,
-    classes: Iterable[ClassEntry],
-    templates: Sequence[str],
-    batch_size: int = 64,
-) -> PromptTable:
-    """`encode_prompts` as numpy arrays, which compiles nothing for a new number of classes."""
     token_ids, owner = prompt_ids(tokenizer, tuple(classes), templates)  # [S, L], [S]
     ends = np.argmax(token_ids == tokenizer.eos_id, axis=1)  # the first: padding may repeat it
     graph, params = nnx.split(text_encoder)
@@ -68,7 +67,7 @@ def encode_on_host(
     pooled = states[np.arange(len(states)), ends]
     count = np.bincount(owner).astype(np.float32)
 
-    def average(values: np.ndarray) -> Any:
+    def average(values: np.ndarray) -> np.ndarray:
         total = np.zeros((len(count), *values.shape[1:]), np.float32)
         np.add.at(total, owner, values)
         return total / count.reshape(-1, *(1,) * (values.ndim - 1))
@@ -95,15 +94,15 @@ def prompt_ids(
     cut: dict[int, str] = {}  # class -> the first of its prompts that loses something
     lost: list[tuple[str, str]] = []  # (prompt, its lost end)
     for index, entry in enumerate(classes):
-        texts = prompts(entry, templates)
-        for text, (name, template) in zip(texts, asked(entry, templates), strict=True):
+        for name, template in itertools.product(entry.names, templates):
+            text = _prompt(name, template)
             kept = tokenizer.kept(text)
             if kept < len(text):
                 _check_left(kept, name, template, tokenizer.model_max_length)
                 lost.append((text, text[kept:]))
                 cut.setdefault(index, text[kept:])
-        sentences += texts
-        owner += [index] * len(texts)
+            sentences.append(text)
+            owner.append(index)
     token_ids, owners = tokenizer(sentences), np.asarray(owner)
     _check_distinct(token_ids, owners, classes, cut, tokenizer.model_max_length)
     if lost and jax.process_index() == 0:
@@ -153,36 +152,21 @@ def _check_distinct(
         raise UserError(f"{names} are the same to the text encoder: keep one of them")
 
 
-def context(
-    table: PromptTable, class_ids: jax.Array, kind: str
-) -> tuple[jax.Array, jax.Array | None]:
+def context(table: PromptTable, class_ids: Any, kind: str) -> tuple[Any, Any | None]:
     """The context of groups of classes: class_ids int [B, G], -1 = empty slot.
 
-    kind "mean": ([B, L, D], None). "bound": ([B, G, D], mask bool [B, G]).
+    kind "mean": ([B, L, D], None). "bound": one token per class that also says its gray level,
+    pooled text vector + level code, ([B, G, D], mask bool [B, G]); those of empty slots are zero.
+    Numpy in, numpy out, so that on the host nothing is compiled for a new number of classes.
     """
-    rows = jnp.maximum(class_ids, 0)
+    xp: Any = np if isinstance(class_ids, np.ndarray) else jnp
+    hidden, pooled = xp.asarray(table.hidden), xp.asarray(table.pooled)
+    rows, present = xp.maximum(class_ids, 0), class_ids != codec.PAD  # [B, G]
     if kind == "bound":
-        return jax.vmap(codec.bound_context)(table.pooled[rows], class_ids)
-    if class_ids.shape[1] == 1:  # nothing to average: skip the [B, G, L, D] gather
-        return table.hidden[rows[:, 0]], None
-    present = (class_ids != codec.PAD).astype(table.hidden.dtype)  # [B, G]
-    weights = jax.nn.one_hot(rows, table.hidden.shape[0]) * present[..., None]
-    weights = weights.sum(1) / jnp.maximum(1.0, present.sum(1))[:, None]  # [B, K]
-    return jnp.einsum("bk,kld->bld", weights, table.hidden), None
-
-
-def contexts_of(
-    table: PromptTable, class_ids: np.ndarray, kind: str
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """`context` in numpy, on the host: nothing is compiled for a new number of classes."""
-    rows, present = np.maximum(class_ids, 0), class_ids != codec.PAD  # [B, G]
-    hidden, pooled = np.asarray(table.hidden), np.asarray(table.pooled)
-    if kind == "bound":
-        tokens = pooled[rows] + codec.level_code_of(class_ids.shape[1], pooled.shape[1])
-        return np.where(present[..., None], tokens, np.float32(0)), present
-    if class_ids.shape[1] == 1:
+        tokens = pooled[rows] + codec.level_code(class_ids.shape[1], pooled.shape[1])
+        return xp.where(present[..., None], tokens, xp.float32(0)), present
+    if class_ids.shape[1] == 1:  # nothing to average: skip the sum over K
         return hidden[rows[:, 0]], None
-    weights = np.zeros((len(rows), len(hidden)), np.float32)
-    np.add.at(weights, (np.arange(len(rows))[:, None], rows), present)
-    weights /= np.maximum(1, present.sum(1, keepdims=True))
-    return np.tensordot(weights, hidden, axes=1), None
+    chosen = (rows[..., None] == np.arange(len(hidden))) & present[..., None]  # [B, G, K]
+    weights = chosen.sum(1) / xp.maximum(1, present.sum(1, keepdims=True))  # [B, K]
+    return xp.tensordot(weights.astype(hidden.dtype), hidden, axes=1), None  # [B, L, D]

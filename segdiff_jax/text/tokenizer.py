@@ -8,7 +8,6 @@ so that every id equals that of `transformers.CLIPTokenizer`.
 
 import json
 import os
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,9 +16,13 @@ import tokenizers
 from etils import epath
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
 
 from segdiff_jax import files, stored
 from segdiff_jax.errors import UserError
+
+# The library's threads are not needed, and warn when a data worker is forked after their start.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 BOS = "<|startoftext|>"
 EOS = "<|endoftext|>"
@@ -29,7 +32,7 @@ _WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
     r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
-_LONGEST_WORD = 100  # letters, of the words that merges are learnt from: the time is their square
+FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 _ROLES = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 _FLAGS = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
 
@@ -97,8 +100,7 @@ class Tokenizer:
 
         A text that is too long loses its tail; the end token stays.
         """
-        # One by one: batches start the library's threads, which warn when a data worker forks.
-        ids = [self._backend.encode(text).ids for text in texts]
+        ids = [found.ids for found in self._backend.encode_batch(list(texts))]
         return np.asarray(ids, np.int32).reshape(len(ids), self.model_max_length)
 
     def kept(self, text: str) -> int:
@@ -117,7 +119,7 @@ class Tokenizer:
         Raises `UserError` naming the file that is missing or broken.
         """
         folder = epath.Path(directory)
-        config = _read_json(folder / "tokenizer_config.json", optional=True)
+        config = _read_optional(folder / "tokenizer_config.json")
         length = config.get("model_max_length", 77)
         if not isinstance(length, int | float):
             raise UserError(f"{folder}/tokenizer_config.json: model_max_length must be a number")
@@ -154,9 +156,9 @@ class Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int = 77) -> Tokenizer:
     """A tokenizer whose merges are learnt from `texts` (byte pairs, Sennrich et al., 2016).
 
-    Deterministic: pairs that occur equally often merge in alphabetical order. The vocabulary is
-    laid out as CLIP's: 256 bytes, 256 bytes that end a word, merges, start, end. It has at most
-    `vocab_size` tokens, and fewer once every word of `texts` is a single token.
+    Deterministic. The vocabulary is laid out as CLIP's: 256 bytes, 256 bytes that end a word,
+    merges, start, end. It has at most `vocab_size` tokens, and fewer once every word of `texts` is
+    a single token.
 
     Raises `UserError` if `vocab_size` has no room for the bytes.
     """
@@ -165,56 +167,25 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
     room = vocab_size - len(tokens) - 2
     if room < 0:
         raise UserError(f"tokenizer: vocab_size={vocab_size} is below {len(tokens) + 2}: raise it")
-    plain = _backend({EOS: 0}, [], EOS)
-    words: Counter[str] = Counter()
-    for text in texts:
-        normal = plain.normalizer.normalize_str(text)
-        found = plain.pre_tokenizer.pre_tokenize_str(normal)
-        words.update(word for word, _ in found if len(word) <= _LONGEST_WORD)
-    merges = _learn_merges(words, room)
+    backend = _backend({EOS: 0}, [], EOS)
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=letters,
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    # Of its vocabulary only the merges: it has no room for the ends of words that `texts` lack.
+    merges: list[tuple[str, str]] = []
+    made: set[str] = set()
+    for left, right in json.loads(backend.to_str())["model"]["merges"]:
+        if len(made) < room:
+            merges.append((left, right))
+            made.add(left + right)
     tokens += [left + right for left, right in merges]
     tokens = list(dict.fromkeys(tokens)) + [BOS, EOS]
     vocab = {token: i for i, token in enumerate(tokens)}
     return Tokenizer(vocab, merges, model_max_length=model_max_length)
-
-
-def _learn_merges(words: Counter[str], room: int) -> list[tuple[str, str]]:
-    """The first merges of BPE over word counts, until they make `room` new tokens."""
-    spelling = {word: [*word[:-1], word[-1] + END_OF_WORD] for word in words}
-    counts: Counter[tuple[str, str]] = Counter()
-    found_in: dict[tuple[str, str], set[str]] = defaultdict(set)
-
-    def count(word: str, sign: int) -> None:
-        pieces = spelling[word]
-        for pair in zip(pieces, pieces[1:], strict=False):
-            counts[pair] += sign * words[word]
-            found_in[pair].add(word)
-            if not counts[pair]:
-                del counts[pair]
-
-    for word in words:
-        count(word, +1)
-    merges: list[tuple[str, str]] = []
-    made: set[str] = set()
-    while counts and len(made) < room:
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        merges.append(best)
-        made.add(best[0] + best[1])
-        for word in found_in.pop(best):
-            count(word, -1)
-            spelling[word] = _merge(spelling[word], best)
-            count(word, +1)
-    return merges
-
-
-def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
-    merged: list[str] = []
-    for piece in pieces:
-        if merged and (merged[-1], piece) == pair:
-            merged[-1] += piece
-        else:
-            merged.append(piece)
-    return merged
 
 
 def _backend(
@@ -241,50 +212,28 @@ def _backend(
     return backend
 
 
-def _read_bytes(path: epath.Path) -> bytes:
-    try:
-        with files.reading(path):
-            return path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file: give a CLIP tokenizer folder") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}): fetch it again") from error
-
-
-def _read_text(path: epath.Path) -> str:
-    data = _read_bytes(path)
-    reason = stored.instead(data)
-    if reason:
-        raise UserError(f"{path}: {reason}")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: cannot be read ({error}): fetch it again") from error
-
-
-def _read_json(path: epath.Path, optional: bool = False) -> dict[str, Any]:
-    if optional and not path.exists():
-        return {}
-    return stored.parse_object(_read_bytes(path), path)
-
-
 def _vocabulary(folder: epath.Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     whole = folder / "tokenizer.json"
     if not (folder / "vocab.json").exists() and whole.exists():
-        model = _read_json(whole).get("model", {})
+        model = stored.read_object(whole).get("model", {})
         vocab, lines = model.get("vocab", {}), model.get("merges", [])
         pairs = [line.split(" ") if isinstance(line, str) else line for line in lines]
         source = whole
     else:
-        vocab = _read_json(folder / "vocab.json")
+        vocab = stored.read_object(folder / "vocab.json")
         source = folder / "merges.txt"
         # Not splitlines(): merges contain characters that Unicode counts as line ends.
-        lines = _read_text(source).replace("\r\n", "\n").split("\n")
+        lines = stored.read_text(source).replace("\r\n", "\n").split("\n")
         pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     broken = next((pair for pair in pairs if len(pair) != 2), None)
     if broken is not None:
         raise UserError(f"{source}: {' '.join(broken)!r} is not a merge of two: fetch it again")
     return vocab, [(left, right) for left, right in pairs]
+
+
+def _read_optional(path: epath.Path) -> dict[str, Any]:
+    with files.reading(path):
+        return stored.read_object(path) if path.exists() else {}
 
 
 def _special_tokens(
@@ -298,9 +247,9 @@ def _special_tokens(
     values: dict[str, Any] = _ROLES | {r: config[r] for r in _ROLES if config.get(r)}
     listed = config.get("added_tokens_decoder")
     if listed is None:
-        extra = _read_json(folder / "special_tokens_map.json", optional=True)
+        extra = _read_optional(folder / "special_tokens_map.json")
         values |= {role: extra[role] for role in _ROLES if extra.get(role)}
-        whole = _read_json(folder / "tokenizer.json", optional=True)
+        whole = _read_optional(folder / "tokenizer.json")
         listed = {token["id"]: token for token in whole.get("added_tokens", [])}
     # A token can have several roles, with other flags in each: the last role decides. So SD1, which
     # pads with the end token, does not find "<|ENDOFTEXT|>" in a text, but SD2 does.

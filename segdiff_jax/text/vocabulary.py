@@ -1,7 +1,6 @@
 """Class lists: names, synonyms and colours, in the order of their ids."""
 
 import colorsys
-import dataclasses
 import json
 import logging
 import re
@@ -173,7 +172,11 @@ def _fallback_color(i: int) -> tuple[int, int, int]:
 
 
 def packaged() -> tuple[str, ...]:
-    """Names of the vocabularies that ship with the package."""
+    """Names of the vocabularies that ship with the package.
+
+    Where a benchmark gives several classes one name (ADE20K-847 has three called "bag"), all but
+    one are listed there under the first of their synonyms that no class has.
+    """
     return tuple(sorted(path.stem for path in _PACKAGED.glob("*.json")))
 
 
@@ -185,21 +188,16 @@ def load(name_or_path: str | epath.PathLike) -> Vocabulary:
     """
     text = str(name_or_path)
     if text in packaged():
-        return _from_json(json.loads((_PACKAGED / f"{text}.json").read_text("utf-8")))
-    path = epath.Path(name_or_path)
+        return _from_json((_PACKAGED / f"{text}.json").read_text("utf-8"), text)
     try:
-        data = path.read_bytes()
+        content = epath.Path(name_or_path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{text}: not text in UTF-8, write one class name a line") from error
     except (OSError, ValueError) as error:
         raise UserError(
             f"vocabulary {text!r}: no such file, and not one of {', '.join(packaged())}"
         ) from error
-    try:
-        content = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{text}: not text in UTF-8, write one class name a line") from error
-    if path.suffix == ".json":
-        return _from_stored(content, text)
-    return _from_lines(content, text)
+    return _from_json(content, text) if text.endswith(".json") else _from_lines(content, text)
 
 
 def _from_lines(content: str, path: str) -> Vocabulary:
@@ -282,38 +280,12 @@ def to_json(vocabulary: Vocabulary) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-def _from_stored(content: str, path: str) -> Vocabulary:
+def _from_json(content: str, name: str) -> Vocabulary:
     try:
-        return dataclasses.replace(_from_json(json.loads(content)), name=path)
+        entries = [
+            ClassEntry(c["name"], tuple(c["synonyms"]), tuple(c["color"]) if "color" in c else None)
+            for c in json.loads(content)["classes"]
+        ]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no class list of this program: restore it") from error
-
-
-def _from_json(value: dict) -> Vocabulary:
-    entries = [
-        ClassEntry(c["name"], tuple(c["synonyms"]), tuple(c["color"]) if "color" in c else None)
-        for c in value["classes"]
-    ]
-    return Vocabulary(value["name"], tuple(_distinct(entries)))
-
-
-def _distinct(entries: Sequence[ClassEntry]) -> list[ClassEntry]:
-    """ADE20K-847 has three classes called "bag", told apart by their synonyms only.
-
-    The one without synonyms (else the first) keeps the name; the others take as their name the
-    first of their synonyms that no class has.
-    """
-    keepers: dict[str, int] = {}
-    for i, entry in enumerate(entries):
-        if entry.name not in keepers or not entry.synonyms:
-            keepers[entry.name] = i
-    taken = set(keepers)
-    result = []
-    for i, entry in enumerate(entries):
-        if keepers[entry.name] != i:
-            name = next((s for s in entry.synonyms if s not in taken), entry.name)
-            taken.add(name)
-            others = tuple(synonym for synonym in entry.synonyms if synonym != name)
-            entry = ClassEntry(name, (entry.name, *others), entry.color)
-        result.append(entry)
-    return result
+        raise UserError(f"{name}: no class list of this program: restore it") from error
+    return Vocabulary(name, tuple(entries))

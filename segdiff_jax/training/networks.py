@@ -24,7 +24,7 @@ from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import attention_kernels, processes
 from segdiff_jax.parallel.placement import placer
 from segdiff_jax.text import conditioning
-from segdiff_jax.text.prompts import prompts
+from segdiff_jax.text.conditioning import prompts
 from segdiff_jax.text.tokenizer import Tokenizer, train_tokenizer
 from segdiff_jax.text.vocabulary import Vocabulary
 from segdiff_jax.training import origin

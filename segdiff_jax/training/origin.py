@@ -175,12 +175,10 @@ def _check_init_from(config: Config) -> None:
     start = config.init_from
     if not workdirs.is_workdir(start):
         alone = config.stage == "vae"
-        needed = ("vae",) if alone else ("unet", "vae", "text_encoder", "tokenizer")
-        described = ("vae",) if alone else ("unet", "vae", "text_encoder", "schedule")
-        found = pretrained.describe(start, described, config.init_variant or None)
-        for part in needed:
-            if not (found.root / part).exists():
-                raise UserError(f"{found.root / part}: no such folder: {start} has no {part}")
+        needed = ("vae",) if alone else pretrained.COMPONENTS
+        found = pretrained.describe(start, needed, config.init_variant or None)
+        if pretrained.is_single_file(start) and not alone:
+            pretrained.find_tokenizer(epath.Path(start), config.init_tokenizer)
         assert found.vae is not None
         check_image_size(config, found.vae.downsampling, f"the VAE of {start}")
         if config.stage == "diffusion":

@@ -245,7 +245,8 @@ def _frozen_networks(run: Run) -> tuple[VAE, CLIPText, Any]:
     if not run.config.init_from:
         _begin(run)  # the VAE stage takes its time, in a folder below
     start = _starting_point(run)
-    kept = workdirs.load_frozen(start, jnp.dtype(jnp.float32), run.config.init_variant or None)
+    variant, tokenizer = run.config.init_variant or None, run.config.init_tokenizer
+    kept = workdirs.load_frozen(start, jnp.dtype(jnp.float32), variant, tokenizer)
     if run.config.init_from:
         _begin(run)
     if processes.is_first():

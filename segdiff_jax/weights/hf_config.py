@@ -6,7 +6,6 @@ here has heard of is accepted only while it is off.
 """
 
 import dataclasses
-import typing
 from typing import Any
 
 from segdiff_jax import config as configs
@@ -87,7 +86,7 @@ def _check_unknown(values: Json, known: set[str], file: str) -> None:
             )
 
 
-def _fill(cls: type, values: Json, renamed: dict[str, str], file: str, **defaults: Any) -> Any:
+def _read(cls: type, values: Json, renamed: dict[str, str], file: str, **defaults: Any) -> Any:
     """A `cls` of the entries with its fields' names, or those `renamed`, each checked as declared.
 
     defaults: what missing entries mean, where it is not what they mean to `cls`.
@@ -96,13 +95,15 @@ def _fill(cls: type, values: Json, renamed: dict[str, str], file: str, **default
     for item in dataclasses.fields(cls):
         key = renamed.get(item.name, item.name)
         value = values.get(key, defaults.get(item.name, item.default))
-        if typing.get_origin(item.type) is tuple and isinstance(value, list):
-            value = tuple(value)
-        if item.type is float and type(value) is int and fields.has_type(value, float):
-            value = float(value)
-        fields.check(f"{file}: {key}", item, value)
-        made[item.name] = value
+        made[item.name] = fields.from_json(value, item.type)
+        fields.check(f"{file}: {key}", item, made[item.name])
     return cls(**made)
+
+
+def _write(config: Any, renamed: dict[str, str]) -> Json:
+    """The inverse of `_read`."""
+    values = dataclasses.asdict(config).items()
+    return {renamed.get(k, k): list(v) if isinstance(v, tuple) else v for k, v in values}
 
 
 def _same_everywhere(values: Json, keys: tuple[str, ...]) -> Json:
@@ -144,35 +145,37 @@ def _cross_attention(values: Json, levels: int, file: str) -> tuple[bool, ...]:
     return attends["down_block_types"]
 
 
+_UNET_NAMES = {
+    "transformer_layers": "transformer_layers_per_block",
+    "norm_groups": "norm_num_groups",
+    "norm_epsilon": "norm_eps",
+    "heads": "attention_head_dim",  # diffusers' name for their number
+}
+
+
 def read_unet(values: Json, file: str) -> UNetConfig:
     """`unet/config.json` → `UNetConfig`. Missing keys mean what they mean to diffusers."""
     _check(values, {"_class_name": ("UNet2DConditionModel",)} | _UNET_FIXED, file)
     single = ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim")
-    values = _same_everywhere(values, single)
-    renamed = {
-        "transformer_layers": "transformer_layers_per_block",
-        "norm_groups": "norm_num_groups",
-        "norm_epsilon": "norm_eps",
-        "heads": "attention_head_dim",  # diffusers' name for their number
-    }
+    values, names = _same_everywhere(values, single), dict(_UNET_NAMES)
     if values.get("num_attention_heads"):
-        renamed["heads"] = "num_attention_heads"
+        names["heads"] = "num_attention_heads"
     widths = values.get("block_out_channels")
     levels = len(widths) if isinstance(widths, list | tuple) else 4
-    heads = values.get(renamed["heads"], 8)
+    heads = values.get(names["heads"], 8)
     if not isinstance(heads, list | tuple):
-        values |= {renamed["heads"]: [heads] * levels}
-    config = _fill(
+        values |= {names["heads"]: [heads] * levels}
+    config = _read(
         UNetConfig,
         values,
-        renamed,
+        names,
         file,
         cross_attention=_cross_attention(values, levels, file),
         in_channels=4,
         cross_attention_dim=1280,
         use_linear_projection=False,
     )
-    unet.check(config, file, renamed)
+    unet.check(config, file, names)
     read = set(write_unet(config)) | {"num_attention_heads"}
     _check_unknown(values, read | set(_UNET_FIXED) | _UNET_IGNORED, file)
     return config
@@ -180,34 +183,27 @@ def read_unet(values: Json, file: str) -> UNetConfig:
 
 def write_unet(config: UNetConfig) -> Json:
     """The inverse of `read_unet`, for `diffusers.UNet2DConditionModel`."""
-    attends = config.cross_attention
-    return {
+    values = _write(config, _UNET_NAMES)
+    attends, shift = values.pop("cross_attention"), config.freq_shift
+    return values | {
         "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
-        "attention_head_dim": list(config.heads),
-        "block_out_channels": list(config.block_out_channels),
-        "cross_attention_dim": config.cross_attention_dim,
         "down_block_types": ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        "flip_sin_to_cos": config.flip_sin_to_cos,
-        "freq_shift": int(config.freq_shift) if config.freq_shift % 1 == 0 else config.freq_shift,
-        "in_channels": config.in_channels,
-        "layers_per_block": config.layers_per_block,
-        "norm_eps": config.norm_epsilon,
-        "norm_num_groups": config.norm_groups,
-        "out_channels": config.out_channels,
-        "transformer_layers_per_block": config.transformer_layers,
+        "freq_shift": int(shift) if shift % 1 == 0 else shift,
         "up_block_types": ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]],
-        "use_linear_projection": config.use_linear_projection,
     }
+
+
+_VAE_NAMES = {"norm_groups": "norm_num_groups", "mid_attention": "mid_block_add_attention"}
 
 
 def read_vae(values: Json, file: str) -> VAEConfig:
     """`vae/config.json` → `VAEConfig`. Missing keys mean what they mean to diffusers."""
     _check(values, {"_class_name": ("AutoencoderKL",)} | _VAE_FIXED, file)
-    config = _fill(
+    config = _read(
         VAEConfig,
         values,
-        {"norm_groups": "norm_num_groups", "mid_attention": "mid_block_add_attention"},
+        _VAE_NAMES,
         file,
         block_out_channels=(64,),
         layers_per_block=1,
@@ -227,18 +223,10 @@ def read_vae(values: Json, file: str) -> VAEConfig:
 def write_vae(config: VAEConfig) -> Json:
     """The inverse of `read_vae`, for `diffusers.AutoencoderKL`."""
     levels = len(config.block_out_channels)
-    return {
+    return _write(config, _VAE_NAMES) | {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
-        "block_out_channels": list(config.block_out_channels),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "in_channels": config.in_channels,
-        "latent_channels": config.latent_channels,
-        "layers_per_block": config.layers_per_block,
-        "mid_block_add_attention": config.mid_attention,
-        "norm_num_groups": config.norm_groups,
-        "out_channels": config.out_channels,
-        "scaling_factor": config.scaling_factor,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
 
@@ -246,7 +234,7 @@ def write_vae(config: VAEConfig) -> Json:
 def read_text_encoder(values: Json, file: str) -> CLIPTextConfig:
     """`text_encoder/config.json` → `CLIPTextConfig`; other keys of transformers are not ours."""
     _check(values, _TEXT_FIXED, file)
-    config = _fill(
+    config = _read(
         CLIPTextConfig,
         values,
         {},
@@ -261,9 +249,9 @@ def read_text_encoder(values: Json, file: str) -> CLIPTextConfig:
     return config
 
 
-def write_text_encoder(config: CLIPTextConfig, dtype: str) -> Json:
+def write_text_encoder(config: CLIPTextConfig) -> Json:
     """The inverse of `read_text_encoder`, for `transformers.CLIPTextModel`."""
-    return {
+    return _write(config, {}) | {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
         # The ids in Stable Diffusion's own files, wrong as they are: they only choose the pooled
@@ -271,16 +259,7 @@ def write_text_encoder(config: CLIPTextConfig, dtype: str) -> Json:
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 1,
-        "hidden_act": config.hidden_act,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "layer_norm_eps": config.layer_norm_eps,
-        "max_position_embeddings": config.max_position_embeddings,
-        "num_attention_heads": config.num_attention_heads,
-        "num_hidden_layers": config.num_hidden_layers,
         "projection_dim": config.hidden_size,
-        "torch_dtype": dtype,
-        "vocab_size": config.vocab_size,
     }
 
 
@@ -293,7 +272,7 @@ def read_schedule(values: Json, file: str) -> DiffusionConfig:
     """
     _check(values, _SCHEDULE_FIXED, file)
     ddim = values.get("_class_name", "DDIMScheduler") == "DDIMScheduler"
-    return _fill(
+    return _read(
         DiffusionConfig,
         values,
         {},
@@ -311,18 +290,7 @@ def read_schedule(values: Json, file: str) -> DiffusionConfig:
 
 def write_schedule(config: DiffusionConfig) -> Json:
     """The inverse of `read_schedule`, for `diffusers.DDIMScheduler`."""
-    return {
-        "_class_name": "DDIMScheduler",
-        "beta_end": config.beta_end,
-        "beta_schedule": config.beta_schedule,
-        "beta_start": config.beta_start,
-        "clip_sample": False,
-        "num_train_timesteps": config.num_train_timesteps,
-        "prediction_type": config.prediction_type,
-        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
-        "set_alpha_to_one": config.set_alpha_to_one,
-        "steps_offset": config.steps_offset,
-        "thresholding": False,
-        "timestep_spacing": config.timestep_spacing,
-        "trained_betas": None,
-    }
+    values = _write(config, {})
+    del values["convert_prediction"]  # what a training may do, not what the weights are
+    fixed = {"clip_sample": False, "thresholding": False, "trained_betas": None}
+    return values | {"_class_name": "DDIMScheduler"} | fixed

@@ -1,10 +1,13 @@
-"""Where a Stable Diffusion folder is: on disk, in `gs://`, or on the Hugging Face hub."""
+"""Where a Stable Diffusion folder is (on disk, in `gs://`, on the Hugging Face hub), and its files.
+
+Weights are published whole or in shards with an index, as plain files or as variants such as fp16,
+under names that have changed over the years.
+"""
 
 import functools
-import os
+import logging
 import re
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection
 
 import huggingface_hub
 from etils import epath
@@ -13,7 +16,6 @@ from huggingface_hub.utils import tqdm
 
 from segdiff_jax import files, stored, waiting
 from segdiff_jax.errors import UserError
-from segdiff_jax.weights import safetensors_files
 
 INDEX = "model_index.json"
 STEM = {  # names of the weight files, without variant and suffix
@@ -21,6 +23,14 @@ STEM = {  # names of the weight files, without variant and suffix
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
+_NAMES = (  # how weights are published, best first; the last three are indices over shards
+    r"{stem}{variant}\.safetensors",
+    r"{stem}\.safetensors\.index{variant}\.json",
+    r"{stem}\.safetensors{variant}\.index\.json",  # older diffusers
+    r"{stem}{variant}\.safetensors\.index\.json",  # huggingface_hub's own
+)
+
+log = logging.getLogger(__name__)
 
 
 def folder_name(component: str) -> str:
@@ -35,11 +45,18 @@ def locate(
 
     Raises `UserError` when there is no such folder or repository, or it lacks a component.
     """
+    networks = [name for name in components if name in STEM]
+    wanted = _small(components) + [p for n in networks for p in _patterns(n, variant)]
     with files.reading(source):
-        root = _root(source, revision, lambda name, at: _download(name, at, components, variant))
+        root = _root(source, revision, wanted)
+        bare = [name for name in networks if not _has_weights(root / name, name, variant)]
+        if bare and _repository(source):
+            # Only now: variants double the bytes or more. A variant may be of the UNet alone.
+            more = [p for n in bare for p in _patterns(n, None if variant else "*")]
+            root = _root(source, revision, wanted + more)
         for name in components:
-            if not (root / folder_name(name)).exists():
-                folder = root / folder_name(name)
+            folder = root / folder_name(name)
+            if not folder.exists():
                 raise UserError(f"{folder}: no such folder: {source} has no {name}")
         return root
 
@@ -47,28 +64,29 @@ def locate(
 def locate_configs(source: str) -> epath.Path:
     """The folder that `source` means; of a repository only the small files are downloaded."""
     with files.reading(source):
-        return _root(
-            source,
-            None,
-            lambda name, at: _fetch(name, at, _small([*STEM, "tokenizer", "schedule"])),
-        )
+        return _root(source, None, _small([*STEM, "tokenizer", "schedule"]))
 
 
-def _root(
-    source: str, revision: str | None, download: Callable[[str, str | None], epath.Path]
-) -> epath.Path:
-    repository = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", source)
+def _root(source: str, revision: str | None, patterns: list[str]) -> epath.Path:
+    """The folder `source`, or where the files of the repository that match `patterns` are."""
+    repository = _repository(source)
     root = epath.Path(source)
-    if files.is_remote(source) or root.exists():
-        if revision:
-            raise UserError(f"{source}: a folder has no revision {revision!r}: leave it out")
-    elif repository:
-        root = download(repository[1], repository[2] or revision)
-    else:
+    if repository:
+        root = _fetch(repository[1], repository[2] or revision, patterns)
+    elif revision and root.exists():
+        raise UserError(f"{source}: a folder has no revision {revision!r}: leave it out")
+    elif not files.is_remote(source) and not root.exists():
         raise UserError(f"{source}: no such folder, nor a Hugging Face repository: check the name")
     if not (root / INDEX).exists():
         raise UserError(f"{source}: no {INDEX}: give a Stable Diffusion folder (is it whole?)")
     return root
+
+
+def _repository(source: str) -> re.Match[str] | None:
+    """(owner/name, revision) of a source that is no folder here."""
+    if files.is_remote(source) or epath.Path(source).exists():
+        return None
+    return re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", source)
 
 
 def _small(components: Collection[str]) -> list[str]:
@@ -76,39 +94,31 @@ def _small(components: Collection[str]) -> list[str]:
     return [INDEX, *(f"{folder}/*{end}" for folder in folders for end in (".json", ".txt"))]
 
 
-def _download(
-    repository: str, revision: str | None, components: Collection[str], variant: str | None
-) -> epath.Path:
-    weighty = [name for name in components if name in STEM]
+def _patterns(component: str, variant: str | None) -> list[str]:
+    """Shell patterns of the files that may hold its weights, but for indices; "*": any variant.
 
-    def named(names: list[str], variant: str | None) -> list[str]:
-        return [
-            f"{name}/{pattern}"
-            for name in names
-            for pattern in safetensors_files.patterns(STEM[name], variant)
-        ]
-
-    def fetch(patterns: list[str]) -> epath.Path:
-        return _fetch(repository, revision, _small(components) + patterns)
-
-    wanted = named(weighty, variant)
-    root = fetch(wanted)
-    bare = [n for n in weighty if not safetensors_files.are_there(root / n, STEM[n], variant)]
-    if not bare:
-        return root
-    # Only now: variants double the bytes or more. A variant may be of the UNet alone.
-    return fetch(wanted + named(bare, None if variant else "*"))
+    Without a variant they match the plain files alone.
+    """
+    stem, count = f"{component}/{STEM[component]}", "-?????-of-?????"
+    names = [f".{variant}", f".{variant}{count}", f"{count}.{variant}"] if variant else ["", count]
+    return [f"{stem}{name}.safetensors" for name in names]
 
 
 def _fetch(repository: str, revision: str | None, patterns: list[str]) -> epath.Path:
     advice = "check the network, or set HF_HUB_OFFLINE=1 to use what is in its cache"
     wait = waiting.Wait(f"Hugging Face ({repository})", waiting.NETWORK, advice)
+
+    class Bar(tqdm):  # its progress is a sign of life
+        def update(self, n: float | None = 1) -> bool | None:
+            wait.heard()
+            return super().update(n)
+
     download = functools.partial(
         huggingface_hub.snapshot_download,
         repository,
         revision=revision,
         allow_patterns=patterns,
-        tqdm_class=_heard_by(wait),
+        tqdm_class=Bar,
     )
     try:
         return epath.Path(waiting.bounded(download, wait))
@@ -124,24 +134,79 @@ def _fetch(repository: str, revision: str | None, patterns: list[str]) -> epath.
         ) from error
 
 
-def _heard_by(wait: waiting.Wait) -> type[tqdm]:
-    """Progress bars whose progress is a sign of life to `wait`."""
+def find_weights(folder: epath.Path, component: str, variant: str | None) -> list[epath.Path]:
+    """The files that hold the weights of a component, in order: see `_NAMES`.
 
-    class Bar(tqdm):
-        def update(self, n: float | None = 1) -> bool | None:
-            wait.heard()
-            return super().update(n)
+    Without a variant the plain files are preferred, then whichever single variant is there: all of
+    them end up as float32. With one the plain files are taken where it is missing, for many are of
+    the UNet alone; the log says so. Raises `UserError` when there are none, or only pickles.
+    """
+    with files.reading(folder):
+        names = sorted(path.name for path in folder.iterdir())
+        present = _indices(component, names)
+        if not present:
+            raise _no_weights(folder, names)
+        wanted = variant or ""
+        if variant is None and "" not in present:
+            if len(present) > 1:
+                raise UserError(
+                    f"{folder}: there are only the variants {', '.join(sorted(present))}: "
+                    f"choose one, for a training with --config.init_variant={min(present)}"
+                )
+            (wanted,) = present
+        if wanted not in present and "" in present:
+            log.info("%s: has no variant %s, its plain files are read", folder, wanted)
+            wanted = ""
+        if wanted not in present:
+            others = ", ".join(sorted(present))
+            raise UserError(f"{folder}: {variant}: there is no such variant, but {others}: choose")
+        path = folder / present[wanted]
+        return [path] if path.suffix == ".safetensors" else _shards(path)
 
-    return Bar
 
-
-def read_json(path: epath.Path) -> tuple[dict[str, Any], str]:
-    """The object in a JSON file, and the file's name for messages about it."""
+def _has_weights(folder: epath.Path, component: str, variant: str | None) -> bool:
+    """Whether the weights are there as `variant`, or as whichever is found without one."""
     try:
-        with files.reading(path):
-            data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file: fetch the folder again") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): fetch it again") from error
-    return stored.parse_object(data, path), os.fspath(path)
+        return (not variant or variant in variants(folder, component)) and bool(
+            find_weights(folder, component, variant)
+        )
+    except (UserError, FileNotFoundError):
+        return False
+
+
+def variants(folder: epath.Path, component: str) -> list[str]:
+    """The variants that `find_weights` can choose from, "" for the plain files."""
+    with files.reading(folder):
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return sorted(_indices(component, names))
+
+
+def _indices(component: str, names: Collection[str]) -> dict[str, str]:
+    """Variant ("" for none) → the file among `names` to start from."""
+    found: dict[str, str] = {}
+    for pattern in _NAMES:
+        compiled = re.compile(pattern.format(stem=STEM[component], variant=r"(?:\.(\w+))?"))
+        for match in filter(None, map(compiled.fullmatch, names)):
+            found.setdefault(match[1] or "", match[0])
+    return found
+
+
+def _no_weights(folder: epath.Path, names: list[str]) -> UserError:
+    pickles = [name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+    if pickles:
+        return UserError(
+            f"{folder / pickles[0]}: pickled weights can run code and are not read: "
+            "convert them to safetensors"
+        )
+    return UserError(f"{folder}: no .safetensors weights, or shards without index: fetch it again")
+
+
+def _shards(index: epath.Path) -> list[epath.Path]:
+    weights = stored.read_object(index).get("weight_map")
+    shards = set(weights.values()) if isinstance(weights, dict) else set()
+    if not shards or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(name)) for name in shards):
+        raise UserError(f"{index}: must name .safetensors files beside it: fetch it again")
+    for name in sorted(shards):
+        if not (index.parent / name).exists():
+            raise UserError(f"{index.parent / name}: this shard is missing: fetch it again")
+    return [index.parent / name for name in sorted(shards)]

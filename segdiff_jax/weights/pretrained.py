@@ -5,16 +5,17 @@ Modules are built without arrays and filled straight from the files, tensor by t
 memory holds the parameters once, or on each device its own part of them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from etils import epath
 
-from segdiff_jax import files, ownership
+from segdiff_jax import files, ownership, stored
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.models.clip_text import CLIPText, CLIPTextConfig
@@ -22,22 +23,26 @@ from segdiff_jax.models.layers import Dtype
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE, VAEConfig
 from segdiff_jax.parallel.placement import Place
+from segdiff_jax.text import tokenizer as tokenizers
 from segdiff_jax.text.tokenizer import Tokenizer
-from segdiff_jax.weights import hf_config, safetensors_files
-from segdiff_jax.weights import hub as hf_folders
-from segdiff_jax.weights import tensors as weights
-from segdiff_jax.weights.hub import INDEX, STEM, read_json
+from segdiff_jax.weights import hf_config, hub, ldm_key_map, safetensors_files, tensors
+from segdiff_jax.weights.hub import INDEX, STEM
 
-COMPONENTS = ("unet", "vae", "text_encoder", "tokenizer", "schedule")
-_FILES = {  # of each component's folder
-    **{name: ("config.json", f"{stem}.safetensors") for name, stem in hf_folders.STEM.items()},
-    "tokenizer": (
-        *("vocab.json", "merges.txt"),
-        *("tokenizer_config.json", "special_tokens_map.json"),
-    ),
-    "schedule": ("scheduler_config.json",),
+_CLASSES = {  # of each component, as others call them
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "schedule": ["diffusers", "DDIMScheduler"],
 }
-_POSITIONS = "text_model.embeddings.position_embedding.weight"
+COMPONENTS = tuple(_CLASSES)
+_NETWORKS: dict[str, Any] = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText}
+_CONFIGS: dict[str, tuple[str, Callable[[Any, str], Any]]] = {  # the file of each, and its reader
+    "unet": ("config.json", hf_config.read_unet),
+    "vae": ("config.json", hf_config.read_vae),
+    "text_encoder": ("config.json", hf_config.read_text_encoder),
+    "schedule": ("scheduler_config.json", hf_config.read_schedule),
+}
 
 
 class Pretrained(NamedTuple):
@@ -59,14 +64,15 @@ def load(
     dtype: Dtype = jnp.float32,
     remat: bool = False,
     widen_conv_in: bool = False,
+    tokenizer: str = "",
     place: Place | None = None,
 ) -> Pretrained:
-    """Reads the `components` of a Stable Diffusion folder; safetensors only.
+    """Reads the `components` of a Stable Diffusion folder or file; safetensors only.
 
     Args:
-      source: a local folder, a `gs://` folder, or a Hugging Face repository `owner/name` or
-        `owner/name@revision`. Downloads go to the usual cache (`HF_HOME`); `HF_HUB_OFFLINE=1`
-        reads only that.
+      source: a folder, local or in `gs://`, a Hugging Face repository `owner/name` or
+        `owner/name@revision`, or one `.safetensors` file in the original layout. Downloads go to
+        the usual cache (`HF_HOME`); `HF_HUB_OFFLINE=1` reads only that.
       components: which of `COMPONENTS` to read; the others need not exist.
       revision: branch, tag or commit of a repository.
       variant: "fp16" reads `*.fp16.safetensors` where there are any, else the plain files. By
@@ -75,6 +81,7 @@ def load(
       remat: recompute the UNet's blocks in the backward pass.
       widen_conv_in: make the UNet take image latent ⊕ noisy latent: an input one latent wide is
         doubled by duplicating and halving `conv_in`, which keeps the scale of activations.
+      tokenizer: for one file, which has none: as of `find_tokenizer`.
       place: puts a host array on devices; gets its path, such as
         "unet/down_blocks/0/resnets/0/conv1/kernel". By default the whole array goes to the
         default device.
@@ -86,27 +93,93 @@ def load(
     wrong = [name for name in components if name not in COMPONENTS]
     if wrong:
         raise ValueError(f"{wrong[0]!r} is not one of {COMPONENTS}")
-    root = hf_folders.locate(os.fspath(source), components, revision, variant)
-    plans = _plans(root, components, variant, dtype, remat, widen_conv_in)
-    weights.check(plans.values())  # all of them before the first byte of any
+    networks = [name for name in STEM if name in components]
+    alone = is_single_file(source)
+    root = epath.Path(source)
+    if not alone:
+        root = hub.locate(os.fspath(source), components, revision, variant)
     parts: dict[str, Any] = {}
-    if "schedule" in components:
-        values, file = read_json(root / "scheduler" / "scheduler_config.json")
-        parts["schedule"] = hf_config.read_schedule(values, file)
-    if "tokenizer" in components:
-        parts["tokenizer"] = Tokenizer.load(root / "tokenizer")
-        if "text_encoder" in components:
-            positions, _ = plans["text_encoder"].shapes[_POSITIONS]
-            _check_length(parts["tokenizer"], positions, root)
-    for name, plan in plans.items():
-        parts[name] = weights.fill(plan, place)
+    with contextlib.ExitStack() as stack:
+        found = _in_file(root, networks, stack) if alone else {}
+        plans = {}
+        for name in networks:
+            config, entries = found.get(name) or _in_folder(root, name, variant, stack)
+            where, widened = root if alone else root / name, False
+            options: dict[str, Any] = {"dtype": dtype}
+            if name == "unet":
+                options["remat"] = remat
+                if widen_conv_in:
+                    config, widened = _two_latents(config, where)
+            make = functools.partial(_NETWORKS[name], config, **options)
+            plans[name] = tensors.plan(name, make, where, entries, widened)
+        tensors.check(plans.values())  # all of them before the first array of any
+        if "schedule" in components and not alone:
+            parts["schedule"] = _read_config(root, "schedule")
+        if "tokenizer" in components:
+            folder = find_tokenizer(root, tokenizer) if alone else root / "tokenizer"
+            parts["tokenizer"] = Tokenizer.load(folder)
+            if "text_encoder" in components:
+                _check_length(parts["tokenizer"].model_max_length, plans["text_encoder"], folder)
+        for name, plan in plans.items():
+            parts[name] = tensors.fill(plan, place)
     return Pretrained(**parts)
 
 
-class Described(NamedTuple):
-    """What a Stable Diffusion folder says of its parts; None where it has no such part."""
+Found = tuple[Any, list[tensors.Entry]]  # the config of a network, and its tensors
 
-    root: epath.Path
+
+def _in_folder(
+    root: epath.Path, component: str, variant: str | None, stack: contextlib.ExitStack
+) -> Found:
+    paths = hub.find_weights(root / component, component, variant)
+    opened = stack.enter_context(safetensors_files.opened(paths))
+    return _read_config(root, component), list(tensors.entries(paths, opened))
+
+
+def _in_file(
+    path: epath.Path, components: Collection[str], stack: contextlib.ExitStack
+) -> dict[str, Found]:
+    opened = stack.enter_context(safetensors_files.opened([path]))
+    entries = list(tensors.entries([path], opened))
+    return {name: ldm_key_map.read(entries, name, os.fspath(path)) for name in components}
+
+
+def is_single_file(source: os.PathLike[str] | str) -> bool:
+    """Whether a source is one file in Stable Diffusion's original layout, by its name."""
+    return os.fspath(source).endswith(".safetensors")
+
+
+def find_tokenizer(file: epath.Path, given: str = "") -> epath.Path:
+    """The tokenizer's folder for a model in one `file`: `tokenizer/` beside it, unless `given`.
+
+    given: a tokenizer's folder, or the folder or repository of a model that has one.
+    """
+    beside = file.parent / "tokenizer"
+    with files.reading(file):
+        if given and any((epath.Path(given) / name).exists() for name in tokenizers.FILES):
+            return epath.Path(given)
+        if given:
+            return hub.locate(given, ("tokenizer",), None, None) / "tokenizer"
+        if beside.exists():
+            return beside
+    raise UserError(
+        f"{file}: one file holds no tokenizer, and there is no {beside}: put its folder there, or "
+        "name a Stable Diffusion folder or repository that has one with --config.init_tokenizer"
+    )
+
+
+def _read_config(root: epath.Path, component: str) -> Any:
+    name, read = _CONFIGS[component]
+    path = root / hub.folder_name(component) / name
+    return read(stored.read_object(path), os.fspath(path))
+
+
+class Described(NamedTuple):
+    """What a Stable Diffusion folder or file says of its parts; None for those not asked for.
+
+    `schedule` also is None where there is no such folder, as for one file.
+    """
+
     unet: UNetConfig | None
     vae: VAEConfig | None
     text_encoder: CLIPTextConfig | None
@@ -118,85 +191,61 @@ def describe(
     components: Collection[str] = ("unet", "vae", "text_encoder", "schedule"),
     variant: str | None = None,
 ) -> Described:
-    """The configs of `components` in a folder, checked as `load` checks them; no weight is read.
+    """The configs of `components`, checked as `load` checks them; no weight is read.
 
-    Raises `UserError` for what `load` would refuse of them, and for a `variant` of the weights that
-    no part of a local folder has.
+    A tokenizer, which is not described, has to be there. Raises `UserError` for what `load` would
+    refuse of them, and for a `variant` of the weights that no part of a local folder has.
     """
-    root = hf_folders.locate_configs(os.fspath(source))
-    readers = {
-        "unet": hf_config.read_unet,
-        "vae": hf_config.read_vae,
-        "text_encoder": hf_config.read_text_encoder,
-        "schedule": hf_config.read_schedule,
-    }
-    found: dict[str, Any] = dict.fromkeys(readers)
+    found: dict[str, Any] = dict.fromkeys(Described._fields)
+    if is_single_file(source):
+        if variant:
+            raise UserError(f"{source}: one file has no variants: leave {variant!r} out")
+        with contextlib.ExitStack() as stack:
+            networks = [name for name in components if name in STEM]
+            in_file = _in_file(epath.Path(source), networks, stack)
+            return Described(**found | {name: config for name, (config, _) in in_file.items()})
+    root = hub.locate_configs(os.fspath(source))
     for name in components:
-        folder = root / hf_folders.folder_name(name)
-        file = "scheduler_config.json" if name == "schedule" else "config.json"
+        folder = root / hub.folder_name(name)
         with files.reading(folder):
             there = folder.exists()
-        found[name] = readers[name](*read_json(folder / file)) if there else None
-    kept = {v for name, stem in STEM.items() for v in safetensors_files.variants(root / name, stem)}
+        if not there and name != "schedule":
+            raise UserError(f"{folder}: no such folder: {source} has no {name}")
+        if there and name in found:
+            found[name] = _read_config(root, name)
+    kept = {variant for name in STEM for variant in hub.variants(root / name, name)}
     if variant and kept and variant not in kept:  # of a repository no weights are here yet
         others = ", ".join(sorted(name or "the plain files" for name in kept))
         raise UserError(f"{root}: no weights of the variant {variant!r}, but {others}: choose")
-    return Described(root, **found)
+    return Described(**found)
 
 
-def _plans(
-    root: epath.Path,
-    components: Collection[str],
-    variant: str | None,
-    dtype: Dtype,
-    remat: bool,
-    widen_conv_in: bool,
-) -> dict[str, weights.Plan]:
-    """How to fill each of the networks among `components`."""
-    plan = functools.partial(weights.plan, variant=variant)
-    plans = {}
-    if "unet" in components:
-        values, file = read_json(root / "unet" / "config.json")
-        config, widened = _two_latents(hf_config.read_unet(values, file), widen_conv_in, file)
-        unet = lambda rngs: UNet(config, dtype=dtype, remat=remat, rngs=rngs)  # noqa: E731
-        plans["unet"] = plan("unet", unet, root / "unet", widened=widened)
-    if "vae" in components:
-        vae_config = hf_config.read_vae(*read_json(root / "vae" / "config.json"))
-        vae = lambda rngs: VAE(vae_config, dtype=dtype, rngs=rngs)  # noqa: E731
-        plans["vae"] = plan("vae", vae, root / "vae")
-    if "text_encoder" in components:
-        folder = root / "text_encoder"
-        text_config = hf_config.read_text_encoder(*read_json(folder / "config.json"))
-        text = lambda rngs: CLIPText(text_config, dtype=dtype, rngs=rngs)  # noqa: E731
-        plans["text_encoder"] = plan("text_encoder", text, folder)
-    return plans
-
-
-def _check_length(tokenizer: Tokenizer, positions: int, root: epath.Path) -> None:
-    if tokenizer.model_max_length > positions:
+def _check_length(length: int, encoder: tensors.Plan, folder: epath.Path) -> None:
+    positions, _ = encoder.shapes["text_model.embeddings.position_embedding.weight"]
+    if length > positions:
         raise UserError(
-            f"{root / 'tokenizer' / 'tokenizer_config.json'}: model_max_length is "
-            f"{tokenizer.model_max_length}, but the text encoder has {positions} positions: "
+            f"{folder / 'tokenizer_config.json'}: model_max_length is "
+            f"{length}, but the text encoder has {positions} positions: "
             "use the tokenizer of this encoder"
         )
+
+
+def _two_latents(config: UNetConfig, where: epath.Path) -> tuple[UNetConfig, bool]:
+    """The config with room for image latent ⊕ noisy latent, and whether that changed it."""
+    if config.in_channels == 2 * config.out_channels:
+        return config, False
+    if config.in_channels != config.out_channels:
+        raise UserError(
+            f"{where}: in_channels={config.in_channels} is neither one latent nor two "
+            f"of out_channels={config.out_channels}: use a text-to-image model"
+        )
+    return dataclasses.replace(config, in_channels=2 * config.in_channels), True
 
 
 def is_whole(directory: os.PathLike[str] | str) -> bool:
     """Whether `save` finished there. In `gs://` a killed one leaves a folder without its index."""
     with files.reading(directory):
         return (epath.Path(directory) / INDEX).exists()
-
-
-def _two_latents(config: UNetConfig, wanted: bool, file: str) -> tuple[UNetConfig, bool]:
-    """The config with room for image latent ⊕ noisy latent, and whether that changed it."""
-    if not wanted or config.in_channels == 2 * config.out_channels:
-        return config, False
-    if config.in_channels != config.out_channels:
-        raise UserError(
-            f"{file}: in_channels={config.in_channels} is neither one latent nor two "
-            f"of out_channels={config.out_channels}: use a text-to-image model"
-        )
-    return dataclasses.replace(config, in_channels=2 * config.in_channels), True
 
 
 def save(
@@ -227,59 +276,46 @@ def save(
     if dtype not in safetensors_files.FLOATS:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(safetensors_files.FLOATS)}")
     extra = extra_files or {}
-    names = [*_file_names(pretrained), *extra, INDEX]
-    with ownership.whole_folder(directory, kind, names, last=INDEX) as folder:
+    given = {name: part for name, part in pretrained._asdict().items() if part is not None}
+    names = [f"{hub.folder_name(name)}/{file}" for name in given for file in _file_names(name)]
+    with ownership.whole_folder(directory, kind, [*names, *extra, INDEX], last=INDEX) as folder:
         for path, text in extra.items():
             files.write_text(folder / path, text)
-        _write_components(pretrained, folder, dtype)
-        files.write_json(folder / INDEX, _model_index(pretrained))
+        for name, part in given.items():
+            _write(name, part, folder / hub.folder_name(name), dtype)
+        files.write_json(folder / INDEX, _model_index(given))
 
 
-def _file_names(pretrained: Pretrained) -> list[str]:
-    """What `_write_components` writes, relative to its folder."""
-    return [
-        f"{hf_folders.folder_name(component)}/{name}"
-        for component, part in pretrained._asdict().items()
-        if part is not None
-        for name in _FILES[component]
-    ]
+def _file_names(component: str) -> tuple[str, ...]:
+    """What `_write` writes."""
+    if component == "tokenizer":
+        return tokenizers.FILES
+    weights = [f"{STEM[component]}.safetensors"] if component in STEM else []
+    return (_CONFIGS[component][0], *weights)
 
 
-def _write_components(pretrained: Pretrained, folder: epath.Path, dtype: str) -> None:
-    unet, vae, text, tokenizer, schedule = pretrained
-    if unet is not None:
-        files.write_json(folder / "unet" / "config.json", hf_config.write_unet(unet.config))
-        weights.write("unet", unet, folder / "unet", dtype)
-    if vae is not None:
-        files.write_json(folder / "vae" / "config.json", hf_config.write_vae(vae.config))
-        weights.write("vae", vae, folder / "vae", dtype)
-    if text is not None:
-        values = hf_config.write_text_encoder(text.config, dtype)
-        files.write_json(folder / "text_encoder" / "config.json", values)
-        weights.write("text_encoder", text, folder / "text_encoder", dtype)
-    if tokenizer is not None:
-        tokenizer.save(folder / "tokenizer")
-    if schedule is not None:
-        path = folder / "scheduler" / "scheduler_config.json"
-        files.write_json(path, hf_config.write_schedule(schedule))
+def _write(component: str, part: Any, folder: epath.Path, dtype: str) -> None:
+    if component == "tokenizer":
+        part.save(folder)
+        return
+    if component == "schedule":
+        values = hf_config.write_schedule(part)
+    elif component == "unet":
+        values = hf_config.write_unet(part.config)
+    elif component == "vae":
+        values = hf_config.write_vae(part.config)
+    else:
+        values = hf_config.write_text_encoder(part.config) | {"torch_dtype": dtype}
+    files.write_json(folder / _CONFIGS[component][0], values)
+    if component in STEM:
+        tensors.write(component, part, folder, dtype)
 
 
-def _model_index(pretrained: Pretrained) -> dict[str, Any]:
-    classes = {
-        "scheduler": ("diffusers", "DDIMScheduler", pretrained.schedule),
-        "text_encoder": ("transformers", "CLIPTextModel", pretrained.text_encoder),
-        "tokenizer": ("transformers", "CLIPTokenizer", pretrained.tokenizer),
-        "unet": ("diffusers", "UNet2DConditionModel", pretrained.unet),
-        "vae": ("diffusers", "AutoencoderKL", pretrained.vae),
-    }
+def _model_index(given: Collection[str]) -> dict[str, Any]:
     listed = {
-        name: [None, None] if part is None else [library, kind]
-        for name, (library, kind, part) in classes.items()
+        hub.folder_name(name): names if name in given else [None, None]
+        for name, names in _CLASSES.items()
     }
     absent = {"feature_extractor": [None, None], "safety_checker": [None, None]}
-    return {
-        "_class_name": "StableDiffusionPipeline",
-        **absent,
-        "requires_safety_checker": False,
-        **listed,
-    }
+    about = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+    return about | absent | listed

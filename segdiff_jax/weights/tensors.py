@@ -1,7 +1,7 @@
 """The arrays of one component ⇄ its safetensors files, one tensor in memory at a time."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,22 @@ Shape = tuple[int, ...]
 _CONV_IN = "conv_in/kernel"
 
 
+class Entry(NamedTuple):
+    """A tensor of an open file."""
+
+    file: epath.Path
+    opened: Any  # by safetensors
+    name: str  # in the file
+    shape: Shape
+    called: str  # as in a folder's file of its component
+    rows: slice | None = None  # where it is a part of what is stored
+
+    def read(self) -> np.ndarray:
+        if self.rows is None:
+            return self.opened.get_tensor(self.name)
+        return self.opened.get_slice(self.name)[self.rows]
+
+
 class Plan(NamedTuple):
     """A component before its weights are read: what is wanted, and what the files have."""
 
@@ -28,30 +44,31 @@ class Plan(NamedTuple):
     variables: dict[tuple[Any, ...], Any]
     keys: dict[str, tuple[Any, ...]]  # name in a file → path in the module
     shapes: dict[str, Shape]  # by name, as the file should have them
-    entries: dict[str, safetensors_files.Entry]
+    entries: dict[str, Entry]  # likewise by today's name
     widened: bool
+
+
+def entries(paths: Collection[epath.Path], opened: Iterable[Any]) -> Iterator[Entry]:
+    """The tensors of files that are open, in their order there. Only headers are looked at."""
+    for path, file in zip(paths, opened, strict=True):
+        for name in file.offset_keys():
+            yield Entry(path, file, name, tuple(file.get_slice(name).get_shape()), name)
 
 
 def plan(
     component: str,
-    make: Callable[[nnx.Rngs], nnx.Module],
+    make: Callable[..., nnx.Module],
     folder: epath.Path,
-    variant: str | None = None,
+    found: Iterable[Entry],
     widened: bool = False,
 ) -> Plan:
-    """What filling the module that `make` builds from the files in `folder` takes.
+    """What filling the module that `make` builds with the tensors `found` takes.
 
-    `make` is only traced, and of the files only the headers are read. With `widened`, the file's
-    `conv_in` has half the input channels: it is duplicated and halved, so that two copies of an
-    input give what one gave. Raises `UserError` when a file is damaged or there is none.
+    `make` is only traced. With `widened`, the file's `conv_in` has half the input channels: it is
+    duplicated and halved, so that two copies of an input give what one gave.
     """
-    entries = {}
-    for file in safetensors_files.find(folder, STEM[component], variant):
-        for stored, entry in safetensors_files.read_header(file).items():
-            name = key_map.canonical_name(component, stored)
-            if name is not None:
-                entries[name] = entry
-    graph, state = nnx.split(nnx.eval_shape(lambda: make(cast(nnx.Rngs, _OneKey()))))
+    named = {key_map.canonical_name(component, entry.called): entry for entry in found}
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(rngs=_OneKey())))
     variables = dict(nnx.to_flat_state(state))
     keys = {key_map.tensor_name(component, _path(key)): key for key in variables}
     shapes = {}
@@ -59,7 +76,8 @@ def plan(
         shape = key_map.file_shape(_path(key), tuple(variables[key].shape))
         halve = widened and _path(key) == _CONV_IN
         shapes[name] = (shape[0], shape[1] // 2, *shape[2:]) if halve else shape
-    return Plan(component, folder, graph, variables, keys, shapes, entries, widened)
+    known = {name: entry for name, entry in named.items() if name is not None}
+    return Plan(component, folder, graph, variables, keys, shapes, known, widened)
 
 
 def check(plans: Iterable[Plan]) -> None:
@@ -79,17 +97,18 @@ def fill(plan: Plan, place: Place | None = None) -> nnx.Module:
     tensor that is not finite in float32.
     """
     variables = plan.variables
-    for name, array in safetensors_files.read(plan.entries):
+    for name, entry in plan.entries.items():
         path = _path(plan.keys[name])
-        array = key_map.from_file(path, array.reshape(plan.shapes[name]))
+        array = entry.read().reshape(plan.shapes[name])
+        array = key_map.from_file(path, array)
         if plan.widened and path == _CONV_IN:  # [h, w, in, out]
             array = np.concatenate([array, array], axis=2).astype(np.float32) / 2
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(array, np.float32)
         if not all_finite(array):
             raise UserError(
-                f"{plan.entries[name].file}: {name} holds NaN or infinity: these weights cannot be "
-                "used: fetch the file again, or take an earlier checkpoint of that training"
+                f"{entry.file}: {entry.name} holds NaN or infinity: these weights cannot be used: "
+                "fetch the file again, or take an earlier checkpoint of that training"
             )
         # A copy by default: JAX may otherwise keep the buffer, which cannot be donated later.
         leaf = jnp.array(array) if place is None else place(f"{plan.component}/{path}", array)
@@ -117,7 +136,7 @@ def write(component: str, module: nnx.Module, folder: epath.Path, dtype: str) ->
     safetensors_files.write(folder / f"{STEM[component]}.safetensors", tensors, dtype)
 
 
-class _OneKey:
+class _OneKey(nnx.Rngs):
     """Stands in for `nnx.Rngs` where only shapes matter.
 
     Rngs counts its draws in a variable, and tracing those updates takes a time that grows with the

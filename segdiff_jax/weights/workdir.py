@@ -39,7 +39,7 @@ from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel.mesh import abstract
 from segdiff_jax.parallel.rules import state_sharding
-from segdiff_jax.stored import parse_object
+from segdiff_jax.stored import read_object
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import Vocabulary
@@ -157,14 +157,14 @@ def read_config(workdir: str) -> Config:
     """The config of a run or an export. `UserError` if `workdir` is neither or it is damaged."""
     with reading(workdir):
         path = epath.Path(workdir) / ("config.json" if is_workdir(workdir) else EXPORT_SETTINGS)
-        data = path.read_bytes() if path.exists() else None
-    if data is None or (path.name == "config.json" and _is_training(path) is False):
+        there = path.exists()
+    if not there or (path.name == "config.json" and _is_training(path) is False):
         check_not_inside(workdir)
         raise UserError(
             f"{workdir}: neither a training workdir (config.json) nor an export "
             f"({EXPORT_SETTINGS}): give the --workdir of a training or the --output of an export"
         )
-    return from_dict(parse_object(data, path, "restore it or train again"), str(path))
+    return from_dict(read_object(path, "restore it or train again"), str(path))
 
 
 def read_classes(path: str) -> Vocabulary | None:
@@ -324,25 +324,23 @@ def check_image_size(config: Config, folder: str) -> None:
 
 
 def load_frozen(
-    folder: str, dtype: Any, variant: str | None = None
+    folder: str, dtype: Any, variant: str | None = None, tokenizer: str = ""
 ) -> tuple[VAE, CLIPText, Tokenizer]:
-    """The networks that the diffusion stage does not train. `variant` as of `pretrained.load`."""
+    """The networks that the diffusion stage does not train. The rest as of `pretrained.load`."""
     parts = ("vae", "text_encoder", "tokenizer")
-    loaded = pretrained.load(folder, components=parts, variant=variant, dtype=dtype)
-    missing = [name for name in parts if getattr(loaded, name) is None]
-    if missing:
-        raise UserError(f"{folder}: has no {missing[0]}/: name a complete folder")
-    return loaded.vae, loaded.text_encoder, loaded.tokenizer  # type: ignore[return-value]
+    loaded = pretrained.load(folder, parts, variant=variant, dtype=dtype, tokenizer=tokenizer)
+    _, vae, text_encoder, tokens, _ = loaded
+    assert vae and text_encoder and tokens  # what was asked for is there
+    return vae, text_encoder, tokens
 
 
 def _load_export(path: str) -> Networks:
     config = read_config(path)
     check_image_size(config, path)
     dtype = jnp.dtype(config.model.dtype)
-    loaded = pretrained.load(path, components=("unet",), dtype=dtype)
-    if loaded.unet is None:
-        raise UserError(f"{path}: has no unet/: export it again")
-    return (loaded.unet, *load_frozen(path, dtype), config)
+    unet = pretrained.load(path, components=("unet",), dtype=dtype).unet
+    assert unet
+    return (unet, *load_frozen(path, dtype), config)
 
 
 def parameter_count(params: Any) -> int:

@@ -38,7 +38,7 @@ def test_a_checkpoint_that_is_never_taken(gcs):
 
     with gcs.failing(Fault("hang", chunks, float("inf"))):
         ended = start(SAVE, SEGDIFF_NETWORK_TIMEOUT="4")
-    assert ended.returncode == 2, ended.stderr
+    assert ended.returncode == os.EX_TEMPFAIL, ended.stderr
     lines = ended.stderr.splitlines()
     place = "gs://bucket/run/checkpoints"
     assert lines[-1].startswith(f"error: {place}: no answer for ")

@@ -367,6 +367,15 @@ def test_a_preemption_forgives_earlier_crashes(cloud):
     assert cloud.run("supervise.sh", "ade").returncode == 0
 
 
+def test_a_run_that_waited_in_vain_is_started_again(cloud):
+    gave_up = REPORT.format("running", "exited 75", "exited 75", "exited 1")
+    cloud.script({"tpu-vm describe": [READY, READY], "status": [gave_up, FINISHED]})
+    result = cloud.run("supervise.sh", "ade")
+    assert result.returncode == 0 and "in vain (1 of 3)" in result.stderr
+    again = ["describe", "status", "stop", "setup", "start"]
+    assert cloud.steps() == [*again, "describe", "status"]
+
+
 def test_bad_input_of_the_run_is_not_tried_again(cloud):
     cloud.script({"tpu-vm describe": [READY], "status": [REJECTED]})
     assert cloud.run("supervise.sh", "ade").returncode == 2

@@ -275,11 +275,11 @@ LATE = """
 def test_a_process_that_does_not_come_is_named_and_ends_all(tmp_path, monkeypatch):
     monkeypatch.setenv(PROCESS, "3")
     with Started(["-c", textwrap.dedent(LATE)], tmp_path / "log", 2, devices=2) as run:
-        assert run.wait(60) == [2, 2]
+        assert run.wait(60) == [os.EX_TEMPFAIL] * 2
     said = run.logs[0].read_text()
     assert "waiting for process 1, which sleeps well for" in said  # longer than 3 s: it is at work
     assert (
-        said.index("sleeps well") < said.index("together") < said.index("waiting for process 1 f")
+        said.index("sleeps well") < said.index("together") < said.rindex("waiting for process 1 f")
     )
     last = "process 1: no answer for 3 s: see what it does and its log, or allow more with"
     assert said.splitlines()[-1] == f"error: {last} {PROCESS}=SECONDS"
@@ -310,7 +310,7 @@ def test_a_command_whose_peers_never_start_ends_in_one_line(tmp_path):
         started.append((process, f"process 0, which cannot be reached at 127.0.0.1:{port}"))
     for (process, _), whom in zip(started, ("process 1", started[1][1]), strict=True):
         out, error = process.communicate(timeout=120)
-        assert process.returncode == 2 and not out, error
+        assert process.returncode == os.EX_TEMPFAIL and not out, error
         *said, last = error.splitlines()
         assert last.startswith(f"error: {whom}: no answer for 2 s: start the same command in every")
         assert said and all(line.startswith(f"waiting for {whom} for") for line in said)

@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 import transformers
 from flax import nnx
-from huggingface_hub import constants
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch_oracles import normal, random_ours, relative_error, run, text_encoder, unet, vae, write
@@ -95,7 +94,7 @@ def test_configs_of_presets_round_trip(name):
     preset = PRESETS[name]
     assert hf_config.read_unet(hf_config.write_unet(preset.unet), "f") == preset.unet
     assert hf_config.read_vae(hf_config.write_vae(preset.vae), "f") == preset.vae
-    text = hf_config.write_text_encoder(preset.text_encoder, "float32")
+    text = hf_config.write_text_encoder(preset.text_encoder)
     assert hf_config.read_text_encoder(text, "f") == preset.text_encoder
 
 
@@ -168,7 +167,7 @@ def test_failure_in_the_middle_keeps_the_earlier_export(ours, exported, tmp_path
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pretrained.weights, "write", full_disk)
+    monkeypatch.setattr(pretrained.tensors, "write", full_disk)
     with pytest.raises(UserError, match="the disk is full"):
         save(ours, target, extra_files={"README.md": "new"})
     assert contents(target) == before
@@ -259,8 +258,7 @@ def test_one_error_lists_every_tensor_of_every_component_that_does_not_fit(tmp_p
 
     rewrite(root / "unet" / WEIGHTS, spoil)
     rewrite(root / "text_encoder" / "model.safetensors", lambda _: {"x": np.zeros(3, np.float32)})
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError) as error:
-        patch.setattr(pretrained.weights.safetensors_files, "read", None)  # headers tell it all
+    with pytest.raises(UserError) as error:
         load(root, ("unet", "vae", "text_encoder"))
     message = str(error.value)
     assert "\n" not in message
@@ -274,27 +272,28 @@ def test_one_error_lists_every_tensor_of_every_component_that_does_not_fit(tmp_p
     assert str(root / "vae") not in message
 
 
-def test_damaged_weights_name_the_file(exported, tmp_path):
-    path = tmp_path / "m" / "vae" / WEIGHTS
-    shutil.copytree(exported, tmp_path / "m")
+DAMAGE = {
+    "truncated": lambda good, header: good[:-10],
+    "header cut": lambda good, header: good[: header // 2],
+    "empty": lambda good, header: b"",
+    "not safetensors": lambda good, header: b"PK\3\4" * 100,
+    "longer": lambda good, header: good + b"\0" * 8,
+    "header not JSON": lambda good, header: good[:8] + b"?" * header + good[8 + header :],
+    "offsets": lambda good, header: good.replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1),
+    "shape": lambda good, header: good.replace(b'"shape":[', b'"shape":[9', 1)[: len(good)],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_weights_name_the_file(exported, tmp_path, damage):
+    path = shutil.copytree(exported, tmp_path / "m") / "vae" / WEIGHTS
     good = path.read_bytes()
-    header = int.from_bytes(good[:8], "little")
-    damaged = {
-        "truncated": good[:-10],
-        "header cut": good[: header // 2],
-        "empty": b"",
-        "not safetensors": b"PK\3\4" * 100,
-        "longer": good + b"\0" * 8,
-        "header not JSON": good[:8] + b"?" * header + good[8 + header :],
-        "offsets overlap": good.replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1),
-        "wrong shape": good.replace(b'"shape":[', b'"shape":[9', 1)[: len(good)],
-    }
-    for name, data in damaged.items():
-        assert data != good, name
-        path.write_bytes(data)
-        with pytest.raises(UserError, match=WEIGHTS) as error:
-            load(tmp_path / "m", ("vae",))
-        assert "\n" not in str(error.value), name
+    bad = DAMAGE[damage](good, int.from_bytes(good[:8], "little"))
+    assert bad != good
+    path.write_bytes(bad)
+    with pytest.raises(UserError, match=WEIGHTS) as error:
+        load(tmp_path / "m", ("vae",))
+    assert "\n" not in str(error.value)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_encoder_has_positions(exported, tmp_path):
@@ -501,37 +500,14 @@ def test_host_memory_holds_a_few_tensors_at_most(tmp_path):
     assert peak <= 0.3 * total
 
 
-@pytest.fixture
-def hub(exported, tmp_path, monkeypatch) -> Path:
-    """The hub's cache with one repository of two revisions, and no network."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    repository = tmp_path / "models--someone--model"
-    for branch, commit in (("main", "1" * 40), ("v2", "2" * 40)):
-        shutil.copytree(exported, repository / "snapshots" / commit)
-        (repository / "refs").mkdir(exist_ok=True)
-        (repository / "refs" / branch).write_text(commit)
-    changed = repository / "snapshots" / ("2" * 40) / "scheduler" / "scheduler_config.json"
-    changed.write_text(json.dumps(json.loads(changed.read_text()) | {"steps_offset": 5}))
-    return repository
-
-
-def test_reads_a_repository_from_the_cache_when_offline(hub, ours):
-    assert_same(load("someone/model", ("vae",)).vae, ours.vae)
-    for source, revision in (("someone/model@v2", None), ("someone/model", "v2")):
-        assert load(source, ("schedule",), revision=revision).schedule.steps_offset == 5
-
-
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("someone/other", "someone/other: no such folder, nor could it be had"),
-        ("someone/model@v9", "someone/model@v9: no such folder, nor"),
         ("/no/such/folder", "/no/such/folder: no such folder"),
         ("gs-bucket", "gs-bucket: no such folder"),
     ],
 )
-def test_unknown_sources_are_named(source, message, hub):
+def test_unknown_sources_are_named(source, message):
     with pytest.raises(UserError, match=message) as error:
         load(source, ("vae",))
     assert "\n" not in str(error.value)
