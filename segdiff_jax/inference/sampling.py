@@ -20,7 +20,8 @@ from segdiff_jax.diffusion import sampler as samplers
 from segdiff_jax.diffusion.schedule import Schedule
 from segdiff_jax.models import linear_decoder
 from segdiff_jax.models.vae import decode_latents, encode_latents
-from segdiff_jax.parallel import processes, sharding
+from segdiff_jax.parallel import mesh as meshes
+from segdiff_jax.parallel import processes
 from segdiff_jax.parallel.placement import equal_parts, rows_of_call, spread_rows
 
 
@@ -44,7 +45,7 @@ def sampler_on(mesh: Mesh) -> Any:
     A job needs nothing from another: left to the partitioner, parameters that are cut up would be
     exchanged in every step.
     """
-    rows = sharding.rows_sharding(mesh).spec
+    rows = meshes.rows_sharding(mesh).spec
 
     def sample(unet, decoder, steps, eta, *arrays):
         own_jobs = functools.partial(sample_jobs, unet, decoder, steps, eta)
@@ -129,7 +130,7 @@ def _merge_spread(members, mesh, align, reduce, uncertainty):
     # Not left to the partitioner: the search of `align` would ask all devices after each step
     # whether every map of every device is done.
     merge = functools.partial(merge_members, align=align, reduce=reduce, uncertainty=uncertainty)
-    rows = sharding.rows_sharding(mesh).spec
+    rows = meshes.rows_sharding(mesh).spec
     return jax.shard_map(merge, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(members)
 
 

@@ -38,8 +38,9 @@ from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.tiny_vae import TinyVAE
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.parallel import attention_kernels, processes, sharding
-from segdiff_jax.parallel.placement import equal_parts, on_mesh, rows_of_call, spread_rows
+from segdiff_jax.parallel import attention_kernels, processes
+from segdiff_jax.parallel.mesh import make_mesh, place, replicated
+from segdiff_jax.parallel.placement import equal_parts, for_use, on_mesh, rows_of_call, spread_rows
 from segdiff_jax.text import conditioning, vocabulary
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
@@ -74,7 +75,7 @@ class Segmenter:
     ):
         self.config, self.tokenizer, self.text_encoder = config, tokenizer, text_encoder
         self.trained = trained
-        self.mesh = mesh or sharding.make_mesh(MeshConfig())
+        self.mesh = mesh or make_mesh(MeshConfig())
         # Each device works by itself (`sampler_on`), whatever mesh the networks were trained on.
         attention = attention_kernels.on_device(self.mesh.devices.flat[0].platform)
         self._unet, unet_params = nnx.split(attention_kernels.with_attention(unet, attention))
@@ -82,7 +83,7 @@ class Segmenter:
         # Not the VAE's: a tenth of the size, and training has the same arrays in use. Rounded
         # before they are gathered: half of the bytes to send and to hold.
         rounded = kernels_as_multiplied(self._unet, unet_params)
-        self._unet_params = sharding.for_use(on_mesh(rounded, self.mesh), self.mesh)
+        self._unet_params = for_use(on_mesh(rounded, self.mesh), self.mesh)
         self._vae_params = on_mesh(vae_params, self.mesh)
         # By the names of `config.sampler.decoder`; of a linear one no graph, only its arrays.
         self._decoders: dict[str, tuple[Any, Any]] = {"vae": (self._vae, self._vae_params)}
@@ -309,7 +310,7 @@ class Segmenter:
     def _run(self, image_latents, table, groups, jobs, sampler, seed) -> np.ndarray:
         """Unclipped gray maps [J, H, W] of jobs (image, pass, member) int [J, 3]."""
         key = jax.random.key_data(jax.random.key(seed))
-        key = jax.random.wrap_key_data(sharding.place(key, sharding.replicated(self.mesh)))
+        key = jax.random.wrap_key_data(place(key, replicated(self.mesh)))
         sample, running = sampling.sampler_on(self.mesh), None
         decoder, decoder_params = self._decoders[sampler.decoder]
         found: list[np.ndarray] = []

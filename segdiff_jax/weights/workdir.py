@@ -38,7 +38,8 @@ from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.tiny_vae import TinyVAE
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.parallel import sharding
+from segdiff_jax.parallel.mesh import abstract
+from segdiff_jax.parallel.rules import state_sharding
 from segdiff_jax.stored import read_object
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.tokenizer import Tokenizer
@@ -269,7 +270,7 @@ def load_unet(
         unet = nnx.eval_shape(lambda: UNet(unet_config, dtype=dtype, rngs=nnx.Rngs(0)))
         graph, params = nnx.split(unet)
         if mesh is not None:
-            params = sharding.abstract(params, sharding.state_sharding(params, mesh))
+            params = abstract(params, state_sharding(params, mesh))
         restored, _ = checkpoints.restore({kept: params}, wanted)
         step = checkpoints.used
     finally:
