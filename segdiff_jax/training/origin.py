@@ -16,7 +16,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote, reading
 from segdiff_jax.models import presets
 from segdiff_jax.parallel.mesh import local_rows, make_mesh
-from segdiff_jax.weights import pretrained
+from segdiff_jax.weights import mask_decoders, pretrained
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.pretrained import Described
 
@@ -140,6 +140,7 @@ def names(config: Config, workdir: str) -> set[str]:
         unmade = not pretrained.is_whole(folder / workdirs.PRETRAINED)
         wanted = {"config.json", workdirs.CLASSES, workdirs.CHECKPOINTS, workdirs.PRETRAINED}
         wanted |= {_TENSORBOARD}
+        wanted |= {mask_decoders.LINEAR} if diffusion else set()
         wanted |= {workdirs.LATENTS} if diffusion and config.data.cache_latents else set()
         wanted |= {workdirs.VAE_STAGE} if diffusion and unmade and not config.init_from else set()
         wanted |= {_COMPILED} if is_remote(folder) else set()
