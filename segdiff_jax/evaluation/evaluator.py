@@ -1,9 +1,9 @@
-"""A model against a labelled dataset: predictions at native resolution, one confusion matrix."""
+"""A model against a labelled dataset: predictions at native resolution, counted."""
 
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def evaluate(
     chosen = _spread(total, len(source))
     shown = set(_spread(min(examples, total), total))
     size = min(total, _images_per_call(segmenter, len(classes), sampler))
-    matrix = np.zeros((len(classes), len(classes) + 1), np.int64)
+    sums = metrics.nothing(len(classes))
     ids: Counter[int] = Counter()  # of the mask files: pixels
     kept: list[Example] = []
     photos: list[reconstruction.Sums] = []
@@ -113,20 +113,23 @@ def evaluate(
             gray, spread = segmenter.unclipped_maps(list(images), classes, sampler, seed, names)
         for i, record in own.items():
             spread_i = spread[i - start] if spread is not None and sampler.ensemble > 1 else None
-            example = _scored(decide, gray[i - start], spread_i, record)
-            matrix += metrics.confusion(example.labels, example.prediction, len(classes))
+            found = decide(gray[i - start], spread_i, record["image"])
+            part = _counted(found, record["labels"])
+            sums = metrics.Sums(*map(np.add, sums, part))
             ids.update(record.get("ids") or count_ids(record["labels"]))
             if i in shown:
-                kept.append(example)
+                name, photo, labels = record["name"], record["image"], record["labels"]
+                kept.append(Example(name, photo, labels, found.labels, found.uncertainty))
         if progress:
             progress(numbers[-1] + 1, total)
-    matrix = _summed(matrix)
-    summary = _summary(matrix, segmenter, source, sampler, total, seed, ceiling)
+    sums = metrics.Sums(*map(_summed, sums))
+    summary = _summary(sums, segmenter, source, sampler, total, seed, ceiling)
     summary["settings"] |= {"closed": not open_vocabulary}
     if open_vocabulary:
         summary["settings"]["threshold"] = decoding.threshold
     summary["labels"] = label_summary.figures(source, _summed_ids(ids), total)
-    return Result(matrix, summary | (reconstruction.summarize(photos) if photos else {}), kept)
+    summary |= reconstruction.summarize(photos) if photos else {}
+    return Result(sums.confusion, summary, kept)
 
 
 def _owner(image: int, shown: Collection[int]) -> int:
@@ -164,16 +167,10 @@ def _summed_ids(ids: Mapping[int, int]) -> dict[int, int]:
     return {int(i): int(everywhere[i]) for i in np.flatnonzero(everywhere)}
 
 
-def _scored(
-    decide: Callable[..., Segmentation],
-    gray: np.ndarray,
-    spread: np.ndarray | None,
-    record: Mapping[str, Any],
-) -> Example:
-    """What the maps [P, h, w] of an image say at its own size."""
-    name, labels = record["name"], record["labels"]
-    found = decide(gray, spread, record["image"])
-    return Example(name, record["image"], labels, found.labels, found.uncertainty)
+def _counted(found: Segmentation, labels: np.ndarray) -> metrics.Sums:
+    """What one image adds to the sums."""
+    highest = found.network_scores.max((0, 1))
+    return metrics.count(labels, found.labels, highest, found.confidence, found.uncertainty)
 
 
 def _summed(matrix: np.ndarray) -> np.ndarray:
@@ -232,7 +229,7 @@ def _photos_and_back(
 
 
 def _summary(
-    matrix: np.ndarray,
+    sums: metrics.Sums,
     segmenter: Segmenter,
     source: Source,
     sampler: SamplerConfig,
@@ -252,7 +249,8 @@ def _summary(
         "fit": config.data.fit,
         "ceiling": ceiling,
     }
-    figures = metrics.summarize(matrix, names, *split)
-    if reasons := metrics.undefined(figures):
+    figures = metrics.summarize(sums.confusion, names, *split)
+    figures |= metrics.summarize_rest(sums, names)
+    if reasons := metrics.undefined(figures, sampler.ensemble > 1):
         figures["undefined"] = reasons
     return figures | {"images": images, "settings": settings}

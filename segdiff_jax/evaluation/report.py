@@ -19,11 +19,21 @@ _FIGURES = {
     "miou_harmonic": "mIoU, harmonic mean of both",
     "miou_present": "mIoU, classes in the ground truth",
     "miou_union": "mIoU, classes in truth or prediction",
+    "frequency_weighted_iou": "IoU, weighted by pixels",
     "pixel_accuracy": "pixel accuracy",
     "mean_accuracy": "mean accuracy",
     "photo_absolute_error": "photos through the VAE: error of 255",
     "photo_brightness_r2": "photos through the VAE: brightness kept",
     "photo_colour_r2": "photos through the VAE: colour kept",
+}
+_FURTHER = {
+    "boundary_miou_present": "boundary mIoU, classes in the ground truth",
+    "boundary_miou_union": "boundary mIoU, classes in truth or prediction",
+    "presence_auroc": "which images a class is in: AUROC",
+    "presence_mcc": "which images a class is in: best MCC",
+    "calibration_error": "calibration error of the winning score",
+    "error_auroc": "errors told by uncertainty: AUROC",
+    "error_aurc": "errors told by uncertainty: risk over coverage",
 }
 
 
@@ -34,6 +44,7 @@ def write(
     files.write_json(os.path.join(output, "metrics.json"), summary)
     settings, novel = summary["settings"], set(source.novel)
     settings_rows = [(name, str(value)) for name, value in settings.items()]
+    further = [(label, summary[key]) for key, label in _FURTHER.items()]
     names = source.vocabulary.names
     colors = dict(zip(names, source.vocabulary.palette().tolist(), strict=True))
     what = "Ceiling: ground truth through codec and VAE" if settings["ceiling"] else "Evaluation"
@@ -54,6 +65,7 @@ def write(
         {label: summary[key] for key, label in _FIGURES.items() if key in summary},
         [
             page.class_table(summary["per_class"], colors, groups if novel else None),
+            page.Table("Further figures", ["figure", "value"], further),
             page.Table("Settings", ["setting", "value"], settings_rows),
         ],
         rows,
@@ -68,7 +80,8 @@ def text_table(summary: dict[str, Any]) -> str:
     def show(value: float | None) -> str:
         return "    –" if value is None else f"{value:5.3f}"
 
-    figures = [(label, summary[key]) for key, label in _FIGURES.items() if key in summary]
+    labels = _FIGURES | _FURTHER
+    figures = [(label, summary[key]) for key, label in labels.items() if key in summary]
     classes = [(shorten(name), iou) for name, iou in summary["per_class"].items()]
     width = max(len(name) for name, _ in figures + classes)
     lines = [f"  {name:<{width}}  {show(iou)}" for name, iou in classes]
