@@ -26,7 +26,7 @@ class Example(NamedTuple):
 
     name: str
     image: np.ndarray  # uint8 [H, W, 3]
-    labels: np.ndarray  # uint8 [H, W], 255 = not annotated
+    labels: np.ndarray  # uint8 or uint16 [H, W] as of `Source`
     prediction: np.ndarray  # int32 [H, W]
     uncertainty: np.ndarray | None  # float32 [H, W]; None for an ensemble of one
 
@@ -79,14 +79,15 @@ def evaluate(
     sampler = sampler or segmenter.config.sampler
     if ceiling:
         sampler = dataclasses.replace(sampler, ensemble=1, shortlist=0)
-    classes = source.vocabulary.classes
+    asked = getattr(source, "asked", None) or source.vocabulary
+    classes, num_classes = asked.classes, len(source.vocabulary)
     decoding = dataclasses.replace(segmenter.config.codec, closed=not open_vocabulary)
-    decide = functools.partial(segmenter.segmentation, classes=source.vocabulary, decoding=decoding)
+    decide = functools.partial(segmenter.segmentation, classes=asked, decoding=decoding)
     total = len(source) if limit is None else min(limit, len(source))
     chosen = _spread(total, len(source))
     shown = set(_spread(min(examples, total), total))
     size = min(total, _images_per_call(segmenter, len(classes), sampler))
-    sums = metrics.nothing(len(classes))
+    sums = metrics.nothing(num_classes)
     ids: Counter[int] = Counter()  # of the mask files: pixels
     kept: list[Example] = []
     photos: list[reconstruction.Sums] = []
@@ -100,10 +101,11 @@ def evaluate(
         own = {i: source[chosen[i]] for i in numbers if owners[i - start] == processes.index()}
         # One shape, one compilation: the last chunk is filled up with its last image.
         full = [*range(len(numbers)), *[-1] * (size - len(numbers))]
-        images = _fitted(own, owners, "image", segmenter)[full]
+        images = _fitted(own, owners, "image", np.uint8, segmenter)[full]
         spread = None
         if ceiling:
-            labels = _fitted(own, owners, "labels", segmenter)[full]
+            kind = codec.label_type(num_classes)
+            labels = _fitted(own, owners, "labels", kind, segmenter)[full]
             gray = _painted_and_back(segmenter, labels, len(classes), sampler)
             sizes = _of_all([r["image"].shape[:2] for r in own.values()], owners, np.zeros(2, int))
             photos += _photos_and_back(segmenter, images, sizes)
@@ -114,7 +116,9 @@ def evaluate(
         for i, record in own.items():
             spread_i = spread[i - start] if spread is not None and sampler.ensemble > 1 else None
             found = decide(gray[i - start], spread_i, record["image"])
-            part = _counted(found, record["labels"])
+            if asked is not source.vocabulary:
+                found = _folded(found, num_classes)
+            part = _counted(found, record["labels"], num_classes)
             sums = metrics.Sums(*map(np.add, sums, part))
             ids.update(record.get("ids") or count_ids(record["labels"]))
             if i in shown:
@@ -125,6 +129,8 @@ def evaluate(
     sums = metrics.Sums(*map(_summed, sums))
     summary = _summary(sums, segmenter, source, sampler, total, seed, ceiling)
     summary["settings"] |= {"closed": not open_vocabulary}
+    if asked is not source.vocabulary:
+        summary["settings"]["classes_asked"] = len(asked)
     if open_vocabulary:
         summary["settings"]["threshold"] = decoding.threshold
     summary["labels"] = label_summary.figures(source, _summed_ids(ids), total)
@@ -138,16 +144,17 @@ def _owner(image: int, shown: Collection[int]) -> int:
 
 
 def _fitted(
-    own: Mapping[int, Any], owners: Sequence[int], name: str, segmenter: Segmenter
+    own: Mapping[int, Any], owners: Sequence[int], name: str, kind: type, segmenter: Segmenter
 ) -> np.ndarray:
     """A chunk's "image" [I, h, w, 3] or "labels" [I, h, w] as the networks see them, in every host.
 
-    own: the records that this one has read; owners: of each image of the chunk, the process.
+    own: the records that this one has read; owners: of each image of the chunk, the process;
+    kind: the type of the array's values.
     """
     data = segmenter.config.data
     fitted = [geometry.fit(record[name], data.image_size, data.fit) for record in own.values()]
     shape = (*data.image_size, 3) if name == "image" else data.image_size
-    return _of_all(fitted, owners, np.zeros(shape, np.uint8))
+    return _of_all(fitted, owners, np.zeros(shape, kind))
 
 
 def _of_all(own: Sequence[Any], owners: Sequence[int], empty: np.ndarray) -> np.ndarray:
@@ -167,9 +174,16 @@ def _summed_ids(ids: Mapping[int, int]) -> dict[int, int]:
     return {int(i): int(everywhere[i]) for i in np.flatnonzero(everywhere)}
 
 
-def _counted(found: Segmentation, labels: np.ndarray) -> metrics.Sums:
-    """What one image adds to the sums."""
-    highest = found.network_scores.max((0, 1))
+def _folded(found: Segmentation, num_classes: int) -> Segmentation:
+    """Whatever is none of the first K - 1 classes, *other* too, is the last: see `Source`."""
+    return dataclasses.replace(found, labels=np.minimum(found.labels, num_classes - 1))
+
+
+def _counted(found: Segmentation, labels: np.ndarray, num_classes: int) -> metrics.Sums:
+    """What one image adds to the sums of K classes, the last of which may be several that were
+    asked for."""
+    every = found.network_scores.max((0, 1))
+    highest = np.append(every[: num_classes - 1], every[num_classes - 1 :].max())  # [K]
     return metrics.count(labels, found.labels, highest, found.confidence, found.uncertainty)
 
 

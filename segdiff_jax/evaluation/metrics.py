@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from segdiff_jax import codec
 from segdiff_jax.evaluation import tally
 
-IGNORE = 255
 _BOUNDARY = 0.02  # the boundary's width, of the image's diagonal
 
 
@@ -59,7 +59,7 @@ def count(
     num_classes = len(highest)
     matrix = confusion(labels, prediction, num_classes)
     shown = matrix.any(axis=1)  # [K]
-    valid = labels != IGNORE
+    valid = labels != codec.ignore_label(num_classes)
     right = labels[valid] == prediction[valid]
     spread = tally.nothing() if uncertainty is None else tally.count(uncertainty[valid], ~right)
     return Sums(
@@ -71,13 +71,11 @@ def count(
     )
 
 
-def confusion(
-    labels: np.ndarray, predictions: np.ndarray, num_classes: int, ignore_label: int = IGNORE
-) -> np.ndarray:
+def confusion(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
     """Counts pixels by true class and predicted class. Matrices of several images add up.
 
     Args:
-      labels: integers of any shape, 0…num_classes-1 or `ignore_label`, which is not counted.
+      labels: integers of any shape, 0…num_classes-1 or `codec.ignore_label`, which is not counted.
       predictions: integers of the same shape. Anything outside 0…num_classes-1 means *other*.
       num_classes: K.
 
@@ -85,25 +83,24 @@ def confusion(
       int64 [K, K+1]: row = true class, column = predicted class, the last column = *other*.
 
     Raises:
-      ValueError: the shapes differ, or a label is neither a class nor `ignore_label`.
+      ValueError: the shapes differ, or a label is neither a class nor to be ignored.
     """
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.shape != predictions.shape:
         raise ValueError(f"labels {labels.shape} and predictions {predictions.shape} differ")
-    valid = labels != ignore_label
+    ignored = codec.ignore_label(num_classes)
+    valid = labels != ignored
     truth = labels[valid].astype(np.int64)  # [N]
     guess = predictions[valid].astype(np.int64)
     if truth.size and not (truth.min() >= 0 and truth.max() < num_classes):
-        raise ValueError(f"labels must be below {num_classes} or {ignore_label}")
+        raise ValueError(f"labels must be below {num_classes} or {ignored}")
     guess = np.where((guess >= 0) & (guess < num_classes), guess, num_classes)
     cells = num_classes * (num_classes + 1)
     counts = np.bincount(truth * (num_classes + 1) + guess, minlength=cells)
     return counts.reshape(num_classes, num_classes + 1)
 
 
-def boundary(
-    labels: np.ndarray, predictions: np.ndarray, num_classes: int, ignore_label: int = IGNORE
-) -> np.ndarray:
+def boundary(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
     """Counts pixels at the boundaries of the classes' masks. Counts of several images add up.
 
     A mask's boundary is what its erosion by a square takes away: by 3 x 3, once for each pixel in
@@ -115,8 +112,9 @@ def boundary(
     Returns:
       int64 [K, 3]: pixels at the boundary of the truth, of the prediction, and of both.
     """
-    truth = np.where(labels == ignore_label, num_classes, labels).astype(np.int32)
-    known = (predictions >= 0) & (predictions < num_classes) & (labels != ignore_label)
+    valid = labels != codec.ignore_label(num_classes)
+    truth = np.where(valid, labels, num_classes).astype(np.int32)
+    known = (predictions >= 0) & (predictions < num_classes) & valid
     guess = np.where(known, predictions, num_classes).astype(np.int32)
     width = max(1, round(_BOUNDARY * float(np.hypot(*labels.shape))))
     edges = [np.where(_uniform(ids, width), num_classes, ids) for ids in (truth, guess)]

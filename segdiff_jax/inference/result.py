@@ -170,4 +170,4 @@ def _enlarged(maps: np.ndarray, size: geometry.Size) -> Iterator[np.ndarray]:
 
 def other_label(num_classes: int) -> int:
     """The label of *other*: 255, or 65535 where 255 is a class."""
-    return codec.IGNORE if num_classes <= codec.IGNORE else 65535
+    return codec.ignore_label(num_classes)

@@ -168,23 +168,6 @@ def test_one_half_of_the_split_missed_completely():
     assert (got["miou_trained"], got["miou_novel"], got["miou_harmonic"]) == (1.0, 0.0, 0.0)
 
 
-def test_other_ignore_label():
-    matrix = confusion(np.array([0, 1, 0]), np.array([1, 1, 1]), 2, ignore_label=0)
-    assert matrix.tolist() == [[0, 0, 0], [0, 1, 0]]
-    assert np.isnan(class_iou(matrix)[0])
-
-
-def test_mistakes_of_the_caller():
-    with pytest.raises(ValueError, match="differ"):
-        confusion(np.zeros((2, 2)), np.zeros(4), K)
-    with pytest.raises(ValueError, match="below 4"):
-        confusion(np.array([4]), np.array([0]), K)
-    with pytest.raises(ValueError, match="names"):
-        summarize(np.zeros((3, 4)), NAMES)
-    with pytest.raises(ValueError, match="repeat"):
-        summarize(np.zeros((2, 3)), ["a", "a"])
-
-
 def _mask_to_boundary(mask, ratio=0.02):
     """The paper's: pad with 0, erode by 3 x 3 as often as 2 % of the diagonal has pixels."""
     times = max(1, round(ratio * np.sqrt(mask.shape[0] ** 2 + mask.shape[1] ** 2)))
@@ -208,6 +191,38 @@ def blocks(draw, num_classes=4, ignore=255):
         return ids
 
     return painted(), painted()
+
+
+@pytest.mark.parametrize("num_classes", [255, 256, 847])
+def test_what_is_ignored_has_8_bits_where_no_class_needs_its_number(num_classes):
+    ignored = 255 if num_classes == 255 else 65535
+    truth = np.array([num_classes - 1, 254, ignored, ignored])
+    matrix = confusion(truth, np.array([num_classes - 1, ignored, 0, 1]), num_classes)
+    assert matrix.sum() == 2 and matrix[num_classes - 1, num_classes - 1] == 1
+    assert matrix[254, num_classes] == 1
+
+
+@settings(deadline=None, max_examples=5)
+@given(blocks(num_classes=847, ignore=65535))
+def test_boundaries_of_many_classes(pair):
+    truth, guess = (ids.astype(np.uint16) for ids in pair)
+    valid, got = truth != 65535, boundary(truth, guess, 847)
+    shown = np.union1d(truth[valid], guess[guess != 65535])
+    assert not np.delete(got, shown, axis=0).any()
+    for k in shown:
+        one, other = _mask_to_boundary(truth == k), _mask_to_boundary((guess == k) & valid)
+        assert got[k].tolist() == [one.sum(), other.sum(), (one & other).sum()]
+
+
+def test_mistakes_of_the_caller():
+    with pytest.raises(ValueError, match="differ"):
+        confusion(np.zeros((2, 2)), np.zeros(4), K)
+    with pytest.raises(ValueError, match="below 4"):
+        confusion(np.array([4]), np.array([0]), K)
+    with pytest.raises(ValueError, match="names"):
+        summarize(np.zeros((3, 4)), NAMES)
+    with pytest.raises(ValueError, match="repeat"):
+        summarize(np.zeros((2, 3)), ["a", "a"])
 
 
 @settings(deadline=None, max_examples=50)
