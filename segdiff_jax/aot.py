@@ -33,14 +33,16 @@ from segdiff_jax.inference import sampling
 from segdiff_jax.models import flops, presets
 from segdiff_jax.models.attention import AttentionFn, plain
 from segdiff_jax.models.layers import kernels_as_multiplied
+from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.parallel import attention_kernels, chips, sharding
+from segdiff_jax.parallel import attention_kernels, chips, rules
+from segdiff_jax.parallel import mesh as meshes
 from segdiff_jax.parallel.placement import multiple
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.conditioning import PromptTable, context
-from segdiff_jax.training import loop
-from segdiff_jax.training.step import Frozen, diffusion_step, init_state, vae_step
+from segdiff_jax.training.losses import Frozen
+from segdiff_jax.training.step import compile_step, diffusion_step, init_state, vae_step
 
 _DESCRIPTION = """Compile the step of a config for TPUs that are not here. Printed per chip: whether
 it fits, memory by part, FLOPs, bytes accessed, collectives, and the roofline that follows.
@@ -97,8 +99,8 @@ def main(argv: list[str]) -> None:
         if not 0 <= args.price < math.inf:
             raise UserError(f"--price {args.price}: must be a number of dollars, at least 0")
         chip = dataclasses.replace(chip, price=args.price)
-    mesh = sharding.make_mesh(config.mesh, devices)
-    parts = sharding.batch_parts(mesh) if args.step == "train" else mesh.size  # of a batch
+    mesh = meshes.make_mesh(config.mesh, devices)
+    parts = meshes.batch_parts(mesh) if args.step == "train" else mesh.size  # of a batch
 
     def report(config: Config) -> dict[str, Any]:
         step = make_step(config, mesh, args.step, args.classes)
@@ -153,8 +155,7 @@ def make_step(config: Config, mesh: Mesh, kind: str = "train", classes: int | No
 
 def _networks(config: Config, classes: int, attention: AttentionFn) -> _Networks:
     preset, dtype = presets.architecture(config.model.preset), jnp.dtype(config.model.dtype)
-    name = f"config.model.preset={config.model.preset!r}"
-    check_image_size(config, preset.vae.downsampling, name)
+    check_image_size(config, preset.vae.downsampling, f"model.preset={config.model.preset!r}")
     text, channels = preset.text_encoder, preset.vae.latent_channels
     unet_config = presets.unet_between(config.model.preset, channels, text.hidden_size)
     kw: Any = {"attention": attention, "dtype": dtype}
@@ -174,17 +175,17 @@ def _floats(*shape: int) -> Any:
 
 
 def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
-    """The step of config.stage, as `training.loop` compiles it."""
+    """The step of config.stage, as `training.run` compiles it."""
     count, size, vae_only = config.train.batch_size, config.data.image_size, config.stage == "vae"
-    sharding.local_rows(mesh, count)  # as train does, for its error
-    whole = sharding.replicated(mesh)
+    meshes.local_rows(mesh, count)  # as train does, for its error
+    whole = meshes.replicated(mesh)
     (unet, unet_params), (vae, vae_params) = nnx.split(nets.unet), nnx.split(nets.vae)
     schedule = jax.eval_shape(lambda: make_schedule(config.diffusion))
     frozen = None if vae_only else Frozen(vae_params, schedule, nets.table)
     step = vae_step(vae, config, mesh) if vae_only else diffusion_step(unet, vae, config, mesh)
     params = vae_params if vae_only else unet_params
     state = jax.eval_shape(lambda p: init_state(p, config), params)
-    state = sharding.abstract(state, sharding.state_sharding(state, mesh))
+    state = meshes.abstract(state, rules.state_sharding(state, mesh))
     cached = config.data.cache_latents and not vae_only
     shapes: dict[str, Any] = {"class_ids": ((count, nets.group), jnp.int32)}
     if cached:
@@ -196,13 +197,13 @@ def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
     batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
     arguments = (
         state,
-        sharding.abstract(frozen, whole),
-        sharding.abstract(batch, sharding.batch_sharding(mesh)),
-        sharding.abstract(jax.eval_shape(lambda: jax.random.key(0)), whole),
+        meshes.abstract(frozen, whole),
+        meshes.abstract(batch, meshes.batch_sharding(mesh)),
+        meshes.abstract(jax.eval_shape(lambda: jax.random.key(0)), whole),
     )
     network = None if vae_only else nets.unet.config
     needed = flops.train_example(network, nets.vae.config, size, nets.tokens, cached)
-    return Step(loop.compile_step(step, state, mesh), arguments, count, count, count * needed)
+    return Step(compile_step(step, state, mesh), arguments, count, count, count * needed)
 
 
 def _sample_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
@@ -217,29 +218,39 @@ def _sample_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
     full = min(sampler.shortlist, passes) or passes
     calls = full * sampler.ensemble * sampler.steps + (passes if full < passes else 0)
     once = flops.unet(nets.unet.config, *nets.latent[:2], nets.tokens).forward
-    decoded = flops.vae_decode(nets.vae.config, *config.data.image_size)
+    if sampler.decoder == "linear":
+        factor, channels = nets.vae.config.downsampling, nets.latent[-1]
+        decoded = flops.linear_decode(channels, factor, *config.data.image_size)
+    else:
+        decoded = flops.vae_decode(nets.vae.config, *config.data.image_size)
     needed = jobs * (sampler.steps * once + decoded)
     return Step(*_sampler(config, nets, mesh, jobs), jobs, jobs * sampler.steps / calls, needed)
 
 
 def _sampler(config: Config, nets: _Networks, mesh: Mesh, jobs: int) -> tuple[Any, tuple[Any, ...]]:
     """`sampling.sampler_on` and its arguments: all that this file knows of how it is called."""
-    whole, rows = sharding.replicated(mesh), sharding.rows_sharding(mesh)
+    whole, rows = meshes.replicated(mesh), meshes.rows_sharding(mesh)
     unet, unet_params = nnx.split(
         attention_kernels.with_attention(nets.unet, attention_kernels.on_device("tpu"))
     )
-    vae, vae_params = nnx.split(attention_kernels.with_attention(nets.vae, plain))
+    vae = attention_kernels.with_attention(nets.vae, plain)
+    decoder: Any = nnx.graphdef(vae)
+    decoder_params: Any = nnx.state(vae)
+    if config.sampler.decoder == "linear":
+        channels, pixels = nets.latent[-1], nets.vae.config.downsampling**2
+        decoder = None
+        decoder_params = LinearDecoder(_floats(3, 3, channels, pixels), _floats(pixels))
     schedule, key = jax.eval_shape(lambda: (make_schedule(config.diffusion), jax.random.key(0)))
     kind, ids = config.codec.context, jax.ShapeDtypeStruct((jobs, nets.group), jnp.int32)
     contexts, mask = jax.eval_shape(lambda table, ids: context(table, ids, kind), nets.table, ids)
-    shared = kernels_as_multiplied(unet, unet_params), vae_params, schedule
+    shared = kernels_as_multiplied(unet, unet_params), decoder_params, schedule
     members = jax.ShapeDtypeStruct((jobs,), jnp.int32)
     per_job = contexts, mask, _floats(jobs, *nets.latent), members
     return sampling.sampler_on(mesh), (
-        *(unet, vae, config.sampler.steps, config.sampler.eta),
-        *(sharding.abstract(tree, whole) for tree in shared),
-        *(sharding.abstract(tree, rows) for tree in per_job),
-        sharding.abstract(key, whole),
+        *(unet, decoder, config.sampler.steps, config.sampler.eta),
+        *(meshes.abstract(tree, whole) for tree in shared),
+        *(meshes.abstract(tree, rows) for tree in per_job),
+        meshes.abstract(key, whole),
     )
 
 

@@ -25,6 +25,7 @@ STAGES = ("vae", "diffusion")
 OPTIMIZERS = ("adamw", "muon")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 PREDICTIONS = ("v_prediction", "epsilon", "sample")
+DECODERS = ("vae", "linear", "tiny")
 SPACINGS = ("trailing", "leading", "linspace")
 PATHS = ("data.root", "data.vocabulary", "init_from", "init_tokenizer")  # name files or folders
 SOURCES = (
@@ -76,6 +77,7 @@ class DataConfig:
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     cache_images: bool = False  # keep decoded pairs in memory: for datasets that fit
     cache_latents: bool = False  # write VAE latents once, train without the VAE
+    class_balance: bool = False  # ask for rare classes more often, by inverse frequency
     max_unreadable: float = number(0.01, 0.0, 1.0)  # share of pairs that training may skip
     workers: int = number(0, 0, 256)  # Grain worker processes; 0 = threads in this process
 
@@ -146,6 +148,7 @@ class TrainConfig:
     batch_size: int = number(32, 1, 1_000_000)  # effective: over all devices and micro-batches
     terminal_share: float = number(0.0, 0.0, 1.0)  # of samples at t = T-1, where one step starts
     balance: float = number(0.0, 0.0, 1.0)  # γ: where a pass's classes are weighs (rest / shown)^γ
+    hard_negatives: float = number(0.0, 0.0, 1.0)  # of absent classes: by likeness of prompts
     checkpoint_every: int = number(1000, 1)
     keep_checkpoints: int = number(3, 1)
     log_every: int = number(50, 1)
@@ -184,6 +187,7 @@ class SamplerConfig:
     align: str = choice("none", ("affine", "none"))
     reduce: str = choice("median", ("median", "mean"))
     uncertainty: str = choice("mad", ("mad", "std"))
+    decoder: str = choice("vae", DECODERS)  # of mask latents; a linear one is fitted by a training
     shortlist: int = number(0, 0)  # M; 0 = every class gets the full budget
     batch_size: int = number(32, 1, 1_000_000)  # UNet passes in one compiled call, over all devices
 

@@ -88,6 +88,7 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
         label_summary.report(source, config.data, split)
     trained = workdir.read_classes(args.checkpoint)
     segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, trained=trained)
+    segmenter.add_decoders(*workdir.load_decoders(args.checkpoint, vae))
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(ownership.claimed(args.output, _KIND, _OUTPUTS))

@@ -20,6 +20,8 @@ from segdiff_jax.text import vocabulary
 
 if TYPE_CHECKING:
     from segdiff_jax.models.clip_text import CLIPText
+    from segdiff_jax.models.linear_decoder import LinearDecoder
+    from segdiff_jax.models.tiny_vae import TinyVAE
     from segdiff_jax.models.unet import UNet
     from segdiff_jax.models.vae import VAE
     from segdiff_jax.text.tokenizer import Tokenizer
@@ -58,7 +60,8 @@ def main(argv: list[str]) -> None:
     networks = workdir.load_networks(args.checkpoint, args.weights, args.which)
     trained = workdir.read_classes(args.checkpoint)
     if args.format == "diffusers":
-        write_folder(*networks, args.output, args.dtype, trained)
+        decoders = workdir.load_decoders(args.checkpoint, networks[1])
+        write_folder(*networks, args.output, args.dtype, trained, decoders)
     else:
         from segdiff_jax.inference import stablehlo
         from segdiff_jax.inference.segmenter import Segmenter
@@ -168,21 +171,25 @@ def write_folder(
     directory: os.PathLike[str] | str,
     dtype: str = "float32",
     trained: vocabulary.Vocabulary | None = None,
+    decoders: "tuple[LinearDecoder | None, TinyVAE | None]" = (None, None),
 ) -> None:
     """Writes everything that `workdir.load_networks` returns as a Stable Diffusion folder.
 
     The bytes depend on the arguments only, and loading the folder gives the arguments back (but
-    for `portable`). trained: the classes of the training. Raises `UserError` as
-    `weights.pretrained.save` does.
+    for `portable`). trained: the classes of the training. decoders: as `workdir.load_decoders`
+    gives them. Raises `UserError` as `weights.pretrained.save` does.
     """
-    from segdiff_jax.weights import pretrained, workdir
+    from segdiff_jax.weights import mask_decoders, pretrained, workdir
     from segdiff_jax.weights.model_card import model_card
 
     config = portable(config)
     settings = json.dumps(stored(config), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     card = model_card(config, unet.config, vae.config)
-    parts = pretrained.Pretrained(unet, vae, text_encoder, tokenizer, config.diffusion)
-    extra = {"README.md": card, workdir.EXPORT_SETTINGS: settings}
+    linear, tiny = decoders
+    parts = pretrained.Pretrained(unet, vae, text_encoder, tokenizer, config.diffusion, tiny)
+    extra: dict[str, str | bytes] = {"README.md": card, workdir.EXPORT_SETTINGS: settings}
+    if linear is not None:
+        extra[mask_decoders.LINEAR] = mask_decoders.linear_to_bytes(linear)
     if trained is not None:
         # Not its name, which is a path of the machine that trained.
         own = dataclasses.replace(trained, name=workdir.CLASSES)

@@ -8,7 +8,7 @@ from segdiff_jax import cli
 from segdiff_jax.config import Config
 
 if TYPE_CHECKING:
-    from segdiff_jax.training.throughput import StartUp
+    from segdiff_jax.training.timing import StartUp
 
 _DESCRIPTION = (
     """Train a model. The same command again continues from the newest checkpoint.
@@ -42,8 +42,8 @@ def main(argv: list[str]) -> None:
 
     from segdiff_jax.parallel import processes
     from segdiff_jax.parallel.runtime import start, start_logging
-    from segdiff_jax.training import loop
-    from segdiff_jax.training.throughput import StartUp, process_age
+    from segdiff_jax.training.stop import Stopped
+    from segdiff_jax.training.timing import StartUp, process_age
 
     startup = StartUp(process_age())
     startup.done("imports")
@@ -54,16 +54,16 @@ def main(argv: list[str]) -> None:
         try:
             startup.done("processes")
             train(config, os.fspath(args.workdir), startup)
-        except loop.Stopped as stopped:
+        except Stopped as stopped:
             logging.info("%s; run the same command to continue", stopped)
 
 
 def train(config: Config, workdir: str, startup: "StartUp | None" = None) -> None:
-    """`stages.train`, which is judged by an evaluation where the config asks for it."""
+    """`training.run.train`, which is judged by an evaluation where the config asks for it."""
     from segdiff_jax.evaluation.validation import validator_of
-    from segdiff_jax.training import stages
+    from segdiff_jax.training import run
 
-    stages.train(config, workdir, startup, validator_of if config.train.eval_every else None)
+    run.train(config, workdir, startup, validator_of if config.train.eval_every else None)
 
 
 if __name__ == "__main__":

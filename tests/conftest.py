@@ -169,7 +169,7 @@ def micro_config():
 
 @pytest.fixture(scope="session")
 def train_optimized():
-    """`stages.train`, compiled as usual also where `fast_compile` holds.
+    """`train`, compiled as usual also where `fast_compile` holds.
 
     Other programs give other bits: what one module trains, others compare bit for bit.
     """

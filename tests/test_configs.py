@@ -12,7 +12,7 @@ from segdiff_jax.config import Config
 from segdiff_jax.data.sources import scenes
 from segdiff_jax.errors import UserError
 from segdiff_jax.models import presets
-from segdiff_jax.parallel import sharding
+from segdiff_jax.parallel import mesh as meshes
 from segdiff_jax.text import vocabulary
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def test_parts_fit(path):
 @each_config
 def test_mesh_takes_one_device_or_many(path):
     mesh = _load(path.stem).mesh
-    assert sharding.make_mesh(mesh, jax.devices()[:1]).size == 1
+    assert meshes.make_mesh(mesh, jax.devices()[:1]).size == 1
     assert (mesh.data, mesh.fsdp, mesh.tensor).count(-1) == 1
 
 

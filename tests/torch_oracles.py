@@ -53,6 +53,19 @@ def vae(widths: tuple[int, ...], **options) -> diffusers.AutoencoderKL:
     )
 
 
+def tiny_vae(width: int, blocks: tuple[int, ...], **options) -> diffusers.AutoencoderTiny:
+    widths = (width,) * len(blocks)
+    return random(
+        lambda: diffusers.AutoencoderTiny(
+            encoder_block_out_channels=widths,
+            decoder_block_out_channels=widths,
+            num_encoder_blocks=blocks,
+            num_decoder_blocks=blocks[::-1],
+            **options,
+        )
+    )
+
+
 def text_encoder(**options) -> transformers.CLIPTextModel:
     config = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "eos_token_id": 98}
     return random(

@@ -33,8 +33,8 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.files import check_writable, is_remote, write_json
 from segdiff_jax.models.vae import VAE, encode_latents
 from segdiff_jax.parallel import processes
+from segdiff_jax.parallel.mesh import replicated
 from segdiff_jax.parallel.placement import equal_parts, spread_rows
-from segdiff_jax.parallel.sharding import replicated
 from segdiff_jax.progress import reporter
 
 log = logging.getLogger(__name__)

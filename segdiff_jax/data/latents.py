@@ -26,6 +26,7 @@ from etils import epath
 from segdiff_jax.config import Config
 from segdiff_jax.data import pipeline, transforms
 from segdiff_jax.data.images import UnreadableError
+from segdiff_jax.data.preference import Preference
 from segdiff_jax.data.sources.source import Source
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote
@@ -38,13 +39,14 @@ def train_batches(
     start: int = 0,
     rows: Sequence[int] | None = None,
     batch_size: int | None = None,
+    preference: Preference | None = None,
 ) -> pipeline.TrainBatches:
     """The batches of `pipeline.train_batches`, example for example, with latents for pixels.
 
     Each is {"image_latents": float32 [b, h, w, c], "mask_latents": float32 [b, h, w, c],
     "shown": bool [b, h, w], "valid": bool [b, h, w], "class_ids": int32 [b, G]}.
     """
-    example = _Example(latents, config, seed)
+    example = _Example(latents, config, seed, preference)
     return pipeline.batches(latents, example, config, seed, start, rows, batch_size)
 
 
@@ -122,9 +124,11 @@ class Latents:
 class _Example:
     """Pair -> training example number `index`. A class because worker processes pickle it."""
 
-    def __init__(self, latents: Latents, config: Config, seed: int):
+    def __init__(
+        self, latents: Latents, config: Config, seed: int, preference: Preference | None = None
+    ):
         self.latents, self.augment = latents, config.data.augment
-        self.draws = pipeline.Draws(latents, config, seed)
+        self.draws = pipeline.Draws(latents, config, seed, preference)
 
     def __call__(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
         pair, rng = record["pair"], self.draws.generator(index)

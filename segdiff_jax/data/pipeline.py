@@ -18,6 +18,7 @@ from absl import flags
 from segdiff_jax.config import Config
 from segdiff_jax.data import chance, geometry, transforms
 from segdiff_jax.data.images import UnreadableError
+from segdiff_jax.data.preference import Preference
 from segdiff_jax.data.sources.source import Source
 from segdiff_jax.errors import UserError
 
@@ -37,15 +38,17 @@ def train_batches(
     start: int = 0,
     rows: Sequence[int] | None = None,
     batch_size: int | None = None,
+    preference: Preference | None = None,
 ) -> "TrainBatches":
     """Endless batches from example `start` on.
 
     Each is {"image": uint8 [b, H, W, 3], "labels": [b, H, W], "class_ids": int32 [b, G]},
     the b `rows` of the global batch that this process feeds, by default all; G is
     config.codec.classes_per_pass, or all K classes when that is 0. class_ids of -1 are empty
-    slots. `batch_size`, of the global batch, is config.train.batch_size unless given.
+    slots. `batch_size`, of the global batch, is config.train.batch_size unless given. `preference`:
+    which classes are asked for more often.
     """
-    example = _Example(source, config, seed)
+    example = _Example(source, config, seed, preference)
     return batches(source, example, config, seed, start, rows, batch_size)
 
 
@@ -190,7 +193,10 @@ class _Rows:
 class Draws:
     """The random choices of training examples, the same whatever their pixels are made from."""
 
-    def __init__(self, source: Source, config: Config, seed: int):
+    def __init__(
+        self, source: Source, config: Config, seed: int, preference: Preference | None = None
+    ):
+        self.preference = preference or Preference()
         self.classes_per_pass = config.codec.classes_per_pass
         self.negatives = config.codec.negatives
         self.num_classes = len(source.vocabulary)
@@ -214,15 +220,18 @@ class Draws:
         """int32 [G]: the classes to ask of `labels`, as `draw_classes` takes them."""
         if not self.classes_per_pass:
             return np.arange(self.num_classes, dtype=np.int32)
-        return draw_classes(labels, self.trained, self.classes_per_pass, self.negatives, rng)
+        count, share = self.classes_per_pass, self.negatives
+        return draw_classes(labels, self.trained, count, share, rng, self.preference)
 
 
 class _Example:
     """Record -> training example number `index`. A class because worker processes pickle it."""
 
-    def __init__(self, source: Source, config: Config, seed: int):
+    def __init__(
+        self, source: Source, config: Config, seed: int, preference: Preference | None = None
+    ):
         self.data = config.data
-        self.draws = Draws(source, config, seed)
+        self.draws = Draws(source, config, seed, preference)
 
     def __call__(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
         rng = chances = self.draws.generator(index)
@@ -243,12 +252,14 @@ def draw_classes(
     count: int,
     negatives: float,
     rng: np.random.Generator,
+    preference: Preference = Preference(),
 ) -> np.ndarray:
     """int32 [count]: which classes to ask of unsigned `labels` [...], in random order.
 
     Of the labels it only matters which ids occur.
     Each slot shows an absent class with probability `negatives`, else a present one; where one
-    kind runs out the other fills in, and -1 where both do. Only ids in `trained` are drawn.
+    kind runs out the other fills in, and -1 where both do. Only ids in `trained` are drawn, among
+    which `preference` chooses.
     """
     occurs = np.bincount(labels.ravel(), minlength=int(trained.max(initial=0)) + 1) > 0
     present, absent = trained[occurs[trained]], trained[~occurs[trained]]
@@ -258,8 +269,8 @@ def draw_classes(
     present_count = min(count - absent_count, len(present))
     drawn = np.concatenate(
         [
-            rng.choice(present, present_count, replace=False),
-            rng.choice(absent, absent_count, replace=False),
+            preference.of_present(present, present_count, rng),
+            preference.of_absent(absent, present, absent_count, rng),
         ]
     )
     class_ids = np.full(count, -1, np.int32)

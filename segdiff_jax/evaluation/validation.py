@@ -1,5 +1,6 @@
 """Validation while training: figures for TensorBoard and the best checkpoint, and pictures."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from segdiff_jax.evaluation.evaluator import Example, evaluate
 from segdiff_jax.inference import pictures
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.text.vocabulary import Vocabulary
-from segdiff_jax.training.loop import Validate
+from segdiff_jax.training.run import Validate
 from segdiff_jax.training.step import TrainState
 from segdiff_jax.training.telemetry import Telemetry
 from segdiff_jax.weights.pretrained import Pretrained
@@ -34,15 +35,17 @@ def validator_of(networks: Pretrained, config: Config, mesh: Mesh, classes: Voca
     Raises `UserError` if the validation split cannot be opened, before any training.
     """
     graph: Any = nnx.graphdef(networks.unet)
-    _, vae, text, tokenizer, _ = networks
+    vae, text, tokenizer = networks.vae, networks.text_encoder, networks.tokenizer
     assert vae is not None and text is not None and tokenizer is not None
+    # A linear decoder is fitted when the training ends.
+    judged = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, decoder="vae"))
     source = open_source(config.data, config.data.val_split, config.seed)
     palette = source.vocabulary.palette()
 
     def validate(step: int, state: TrainState, telemetry: Telemetry) -> dict[str, float]:
         params = state.ema if config.optimizer.ema_decay else state.params
         result = evaluate(
-            Segmenter(nnx.merge(graph, params), vae, text, tokenizer, config, mesh, classes),
+            Segmenter(nnx.merge(graph, params), vae, text, tokenizer, judged, mesh, classes),
             source,
             limit=config.train.eval_examples,
             seed=config.seed,

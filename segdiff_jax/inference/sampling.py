@@ -18,8 +18,10 @@ from segdiff_jax.config import SamplerConfig
 from segdiff_jax.diffusion import ensemble
 from segdiff_jax.diffusion import sampler as samplers
 from segdiff_jax.diffusion.schedule import Schedule
+from segdiff_jax.models import linear_decoder
 from segdiff_jax.models.vae import decode_latents, encode_latents
-from segdiff_jax.parallel import processes, sharding
+from segdiff_jax.parallel import mesh as meshes
+from segdiff_jax.parallel import processes
 from segdiff_jax.parallel.placement import equal_parts, rows_of_call, spread_rows
 
 
@@ -43,10 +45,10 @@ def sampler_on(mesh: Mesh) -> Any:
     A job needs nothing from another: left to the partitioner, parameters that are cut up would be
     exchanged in every step.
     """
-    rows = sharding.rows_sharding(mesh).spec
+    rows = meshes.rows_sharding(mesh).spec
 
-    def sample(unet, vae, steps, eta, *arrays):
-        own_jobs = functools.partial(sample_jobs, unet, vae, steps, eta)
+    def sample(unet, decoder, steps, eta, *arrays):
+        own_jobs = functools.partial(sample_jobs, unet, decoder, steps, eta)
         specs = (P(), P(), P(), rows, rows, rows, rows, P())
         spread = jax.shard_map(own_jobs, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
         return spread(*arrays)
@@ -56,11 +58,11 @@ def sampler_on(mesh: Mesh) -> Any:
 
 def sample_jobs(
     unet: nnx.GraphDef,
-    vae: nnx.GraphDef,
+    decoder: nnx.GraphDef | None,
     steps: int,
     eta: float,
     unet_params: Any,
-    vae_params: Any,
+    decoder_params: Any,
     schedule: Schedule,
     contexts: jax.Array,
     mask: jax.Array | None,
@@ -72,8 +74,9 @@ def sample_jobs(
     numbers of members [J].
 
     It knows no vocabulary and no images: what it is compiled for does not depend on them.
+    decoder: as of `gray_maps`.
     """
-    network, decoder = nnx.merge(unet, unet_params), nnx.merge(vae, vae_params)
+    network = nnx.merge(unet, unet_params)
 
     def member(k, image_latent, context, context_mask):
         def predict(noisy, t):
@@ -88,8 +91,20 @@ def sample_jobs(
 
     in_axes = (0, 0, 0, None if mask is None else 0)
     x0 = jax.vmap(member, in_axes)(members, image_latents, contexts, mask)
+    return gray_maps(decoder, decoder_params, x0)
+
+
+def gray_maps(decoder: nnx.GraphDef | None, params: Any, latents: jax.Array) -> jax.Array:
+    """Latents [J, h, w, c] → unclipped gray maps [J, H, W].
+
+    decoder: a VAE or a TinyVAE; None: `params` are a `LinearDecoder`.
+    """
+    if decoder is None:
+        return linear_decoder.decode(params, latents)
+    network: Any = nnx.merge(decoder, params)
+    unscaled = latents / network.config.scaling_factor
     # One after the other: at full size the decoder's activations are hundreds of times the latents.
-    return jax.lax.map(lambda latent: codec.to_gray(decode_latents(decoder, latent[None]))[0], x0)
+    return jax.lax.map(lambda z: codec.to_gray(network.decode(z[None]))[0], unscaled)
 
 
 def merge_members(
@@ -115,7 +130,7 @@ def _merge_spread(members, mesh, align, reduce, uncertainty):
     # Not left to the partitioner: the search of `align` would ask all devices after each step
     # whether every map of every device is done.
     merge = functools.partial(merge_members, align=align, reduce=reduce, uncertainty=uncertainty)
-    rows = sharding.rows_sharding(mesh).spec
+    rows = meshes.rows_sharding(mesh).spec
     return jax.shard_map(merge, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(members)
 
 

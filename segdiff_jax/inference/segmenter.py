@@ -34,10 +34,13 @@ from segdiff_jax.inference.result import Segmentation, from_maps
 from segdiff_jax.models.attention import plain
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.layers import kernels_as_multiplied
+from segdiff_jax.models.linear_decoder import LinearDecoder
+from segdiff_jax.models.tiny_vae import TinyVAE
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.parallel import attention_kernels, processes, sharding
-from segdiff_jax.parallel.placement import equal_parts, on_mesh, rows_of_call, spread_rows
+from segdiff_jax.parallel import attention_kernels, processes
+from segdiff_jax.parallel.mesh import make_mesh, place, replicated
+from segdiff_jax.parallel.placement import equal_parts, for_use, on_mesh, rows_of_call, spread_rows
 from segdiff_jax.text import conditioning, vocabulary
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
@@ -72,7 +75,7 @@ class Segmenter:
     ):
         self.config, self.tokenizer, self.text_encoder = config, tokenizer, text_encoder
         self.trained = trained
-        self.mesh = mesh or sharding.make_mesh(MeshConfig())
+        self.mesh = mesh or make_mesh(MeshConfig())
         # Each device works by itself (`sampler_on`), whatever mesh the networks were trained on.
         attention = attention_kernels.on_device(self.mesh.devices.flat[0].platform)
         self._unet, unet_params = nnx.split(attention_kernels.with_attention(unet, attention))
@@ -80,8 +83,10 @@ class Segmenter:
         # Not the VAE's: a tenth of the size, and training has the same arrays in use. Rounded
         # before they are gathered: half of the bytes to send and to hold.
         rounded = kernels_as_multiplied(self._unet, unet_params)
-        self._unet_params = sharding.for_use(on_mesh(rounded, self.mesh), self.mesh)
+        self._unet_params = for_use(on_mesh(rounded, self.mesh), self.mesh)
         self._vae_params = on_mesh(vae_params, self.mesh)
+        # By the names of `config.sampler.decoder`; of a linear one no graph, only its arrays.
+        self._decoders: dict[str, tuple[Any, Any]] = {"vae": (self._vae, self._vae_params)}
         self._schedule = on_mesh(make_schedule(config.diffusion), self.mesh)
         self.checkpoint_step: int | None = None  # None: of an export, or not from `load`
         self._tables: dict[tuple[ClassEntry, ...], conditioning.PromptTable] = {}
@@ -93,14 +98,22 @@ class Segmenter:
         which: "newest", "best" (by the mIoU of the training's validation) or a step, of the
         checkpoints of a training. `checkpoint_step` of the result says which was read.
 
-        Raises `UserError` if `checkpoint` is neither, has no such step, or holds another
-        architecture.
+        Raises `UserError` if it is neither, has no such step, or holds another architecture.
         """
         folder = hub.local(checkpoint)
         networks, step = workdir.load_with_step(folder, which=which)
         segmenter = Segmenter(*networks, trained=workdir.read_classes(folder))
         segmenter.checkpoint_step = step
+        segmenter.add_decoders(*workdir.load_decoders(folder, networks[1]))
         return segmenter
+
+    def add_decoders(self, linear: LinearDecoder | None, tiny: TinyVAE | None = None) -> None:
+        """More choices for `config.sampler.decoder`; a linear decoder also ranks shortlists."""
+        if linear is not None:
+            self._decoders["linear"] = None, on_mesh(linear, self.mesh)
+        if tiny is not None:
+            graph, params = nnx.split(tiny)
+            self._decoders["tiny"] = graph, on_mesh(params, self.mesh)
 
     def __call__(
         self,
@@ -220,6 +233,7 @@ class Segmenter:
                 f"a shortlist (sampler.shortlist={sampler.shortlist}) needs one class per pass, "
                 f"but this model paints {group} classes: set it to 0"
             )
+        self._check_decoder(sampler.decoder)
         latents = self._latents([self._photo(image) for image in images])
         short = 0 < sampler.shortlist < len(classes)
         find = self._shortlisted if short else self._all_in_full
@@ -272,7 +286,8 @@ class Segmenter:
     def _shortlisted(self, image_latents, table, groups, sampler, seed):
         """One cheap pass for every class, the full budget for the M most present per image."""
         count, size = len(image_latents), self.config.data.image_size
-        cheap = dataclasses.replace(sampler, steps=1, ensemble=1)
+        decoder = "linear" if "linear" in self._decoders else sampler.decoder
+        cheap = dataclasses.replace(sampler, steps=1, ensemble=1, decoder=decoder)
         jobs = sampling.grid(count, len(groups), 1)
         first = self._run(image_latents, table, groups, jobs, cheap, seed)
         first = first.reshape(count, len(groups), *size)
@@ -295,8 +310,9 @@ class Segmenter:
     def _run(self, image_latents, table, groups, jobs, sampler, seed) -> np.ndarray:
         """Unclipped gray maps [J, H, W] of jobs (image, pass, member) int [J, 3]."""
         key = jax.random.key_data(jax.random.key(seed))
-        key = jax.random.wrap_key_data(sharding.place(key, sharding.replicated(self.mesh)))
+        key = jax.random.wrap_key_data(place(key, replicated(self.mesh)))
         sample, running = sampling.sampler_on(self.mesh), None
+        decoder, decoder_params = self._decoders[sampler.decoder]
         found: list[np.ndarray] = []
         for part in equal_parts(jobs, rows_of_call(len(jobs), sampler.batch_size, self.mesh.size)):
             image, pass_, member = part.T
@@ -306,11 +322,11 @@ class Segmenter:
             with processes.at_work("compiles or runs the sampler"):
                 result = sample(
                     self._unet,
-                    self._vae,
+                    decoder,
                     sampler.steps,
                     sampler.eta,
                     self._unet_params,
-                    self._vae_params,
+                    decoder_params,
                     self._schedule,
                     *jax.tree.map(lambda array: spread_rows(array, self.mesh), rows),
                     key,
@@ -321,6 +337,20 @@ class Segmenter:
         maps = np.concatenate([*found, processes.gathered(running)])[: len(jobs)]
         sampling.check_finite(maps, jobs)
         return maps
+
+    def _check_decoder(self, name: str) -> None:
+        """Raises `UserError` that says how to come by a decoder that is not there."""
+        mend = {
+            "linear": "run its training again, which only fits one if it is finished (of an "
+            "export: then export it again)",
+            "tiny": "copy an AutoencoderTiny of its latent space (madebyollin/taesd is one of "
+            "Stable Diffusion 1 and 2) to tiny_vae/, of a workdir pretrained/tiny_vae/",
+        }
+        if name not in self._decoders:
+            raise UserError(
+                f"config.sampler.decoder={name!r}: this model has no such decoder: {mend[name]}, "
+                "or use vae"
+            )
 
     def _why_not_finite(self) -> str:
         """The likely reason, and what to do."""

@@ -1,5 +1,7 @@
 """The CLIP text transformer (arXiv 2103.00020), as far as Stable Diffusion uses it."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,10 @@ from segdiff_jax.models.attention import AttentionFn, plain
 from segdiff_jax.models.layers import Dtype
 from segdiff_jax.shapes import Context, Tokens
 
-ACTIVATIONS = ("gelu", "quick_gelu")
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,8 @@ class CLIPTextConfig:
     num_hidden_layers: int = number(23, 1, 1000)
     num_attention_heads: int = number(16, 1, 65536)
     max_position_embeddings: int = number(77, 1, 65536)  # tokens of the longest text
-    hidden_act: str = choice("gelu", ACTIVATIONS)  # gelu: ViT-H, SD2; quick_gelu: ViT-L, SD1
+    hidden_act: str = choice("gelu", tuple(ACTIVATIONS))  # gelu: ViT-H, SD2; quick_gelu: ViT-L, SD1
     layer_norm_eps: float = number(1e-5, 1e-12, 1.0)
-
-
-def _activation(name: str, x: jax.Array) -> jax.Array:
-    if name == "quick_gelu":
-        return x * jax.nn.sigmoid(1.702 * x)
-    return jax.nn.gelu(x, approximate=False)
 
 
 class EncoderLayer(nnx.Module):
@@ -51,17 +50,16 @@ class EncoderLayer(nnx.Module):
         self.out_proj = nnx.Linear(width, width, kernel_init=mixing, **kw)
         self.fc1 = nnx.Linear(width, config.intermediate_size, **kw)
         self.fc2 = nnx.Linear(config.intermediate_size, width, **kw)
-        self.heads, self.act = config.num_attention_heads, config.hidden_act
+        self.heads, self.activation = config.num_attention_heads, config.hidden_act
         self.attention = attention
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:  # [B, L, D] -> [B, L, D]
-        x = x + self.out_proj(self._attend(self.layer_norm1(x), mask))
-        return x + self.fc2(_activation(self.act, self.fc1(self.layer_norm2(x))))
-
-    def _attend(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        h = self.layer_norm1(x)
+        projected = self.q_proj(h), self.k_proj(h), self.v_proj(h)
         query, key, value = (y.reshape(*y.shape[:2], self.heads, -1) for y in projected)
-        return self.attention(query, key, value, mask).reshape(x.shape)
+        x = x + self.out_proj(self.attention(query, key, value, mask).reshape(x.shape))
+        h = ACTIVATIONS[self.activation](self.fc1(self.layer_norm2(x)))
+        return x + self.fc2(h)
 
 
 class CLIPText(nnx.Module):

@@ -19,6 +19,8 @@ included, which a compiler's own count leaves out or counts once.
 import math
 from typing import Any, NamedTuple
 
+from segdiff_jax.config import SamplerConfig
+from segdiff_jax.models.tiny_vae import TinyVAEConfig
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
 
@@ -108,6 +110,38 @@ def vae_decode(config: VAEConfig, height: int, width: int) -> float:
             positions *= 4
             total += _conv(positions, channels, channels)
     return total + _conv(positions, running, config.out_channels)
+
+
+def tiny_vae_decode(config: TinyVAEConfig, height: int, width: int) -> float:
+    """Of one image of height × width pixels."""
+    positions, channels = float(height * width) / config.downsampling**2, config.width
+    total = _conv(positions, config.latent_channels, channels)
+    for level, blocks in enumerate(config.decoder_blocks):
+        positions *= 4 if level else 1
+        total += (3 * blocks + (level > 0)) * _conv(positions, channels, channels)
+    return total + _conv(positions, channels, config.out_channels)
+
+
+def linear_decode(latent_channels: int, factor: int, height: int, width: int) -> float:
+    """Of one gray map of height × width pixels; the VAE makes latents `factor` times smaller."""
+    return _conv(float(height * width) / factor**2, latent_channels, factor**2)
+
+
+def maps(
+    unet_call: float, passes: int, sampler: SamplerConfig, decode: float, rank: float
+) -> float:
+    """Of all gray maps of one image whose latents are there.
+
+    Args:
+      unet_call: of the UNet on one latent.
+      passes: groups of classes, K of one class each.
+      decode: of one map.
+      rank: of one map by which the shortlist, if there is one, finds its classes.
+    """
+    full = min(sampler.shortlist, passes) or passes
+    ranked = passes if full < passes else 0
+    members = full * sampler.ensemble
+    return members * (sampler.steps * unet_call + decode) + ranked * (unet_call + rank)
 
 
 def train_example(

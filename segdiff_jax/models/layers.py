@@ -165,13 +165,11 @@ class ResnetBlock(nnx.Module):
         epsilon: float,
         time_dim: int | None = None,
         zero: bool = False,
-        dtype: Dtype,
-        rngs: nnx.Rngs,
+        **kw: Any,
     ):
-        kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         self.norm1 = GroupNorm(channels_in, groups, epsilon)
         self.conv1 = conv(channels_in, channels_out, **kw)
-        exact: dict[str, Any] = {"dtype": jnp.float32, "rngs": rngs}  # small, and seen everywhere
+        exact = kw | {"dtype": jnp.float32}  # small, and seen everywhere
         self.time_emb_proj = linear(time_dim, channels_out, **exact) if time_dim else None
         self.norm2 = GroupNorm(channels_out, groups, epsilon)
         self.conv2 = conv(channels_out, channels_out, zero=zero, **kw)
@@ -210,10 +208,9 @@ class Upsample(nnx.Module):
 
 def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Nearest-neighbour resize to `size`; source index ⌊i · in / out⌋, as torch does."""
-    batch, height, width, channels = x.shape
+    _, height, width, _ = x.shape
     if size == (2 * height, 2 * width):  # a broadcast, which XLA fuses; a gather it would not
-        x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-        return x.reshape(batch, *size, channels)
+        return x.repeat(2, axis=1).repeat(2, axis=2)
     rows = jnp.arange(size[0]) * height // size[0]
     columns = jnp.arange(size[1]) * width // size[1]
     return x[:, rows][:, :, columns]

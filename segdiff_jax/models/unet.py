@@ -1,16 +1,13 @@
 """The conditional UNet of Stable Diffusion (`UNet2DConditionModel`), channel-last."""
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from segdiff_jax.errors import UserError
 from segdiff_jax.fields import number
 from segdiff_jax.models.attention import AttentionFn, plain
 from segdiff_jax.models.layers import (
@@ -51,28 +48,6 @@ class UNetConfig:
     @property
     def downsampling(self) -> int:
         return 2 ** (len(self.block_out_channels) - 1)
-
-
-def check(config: UNetConfig, name: str, keys: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Raises `UserError` if no network can be built of `config`.
-
-    name, keys: what the message calls the config, and its fields where not by their own names.
-    """
-    levels = len(config.block_out_channels)
-    if levels > 16:
-        raise UserError(f"{name}: {levels} levels halve the image to nothing: at most 16")
-    for field in ("cross_attention", "heads"):
-        value = getattr(config, field)
-        if len(value) != levels:
-            key = keys.get(field, field)
-            raise UserError(f"{name}: {key} has {len(value)} levels instead of {levels}")
-    used = (*config.cross_attention[:-1], True)  # the middle attends with the last level's heads
-    for width, heads, attends in zip(config.block_out_channels, config.heads, used, strict=True):
-        divisors = {"heads": heads if attends else 1, "norm_groups": config.norm_groups}
-        for field, parts in divisors.items():
-            if width % parts:
-                key = keys.get(field, field)
-                raise UserError(f"{name}: {key}={parts} does not divide {width} channels")
 
 
 class FeedForward(nnx.Module):
@@ -195,7 +170,6 @@ class UNet(nnx.Module):
     ):
         kw: dict[str, Any] = {"zero": zero_init, "attention": attention}
         kw |= {"dtype": dtype, "rngs": rngs}
-        exact: dict[str, Any] = {"dtype": jnp.float32, "rngs": rngs}
         widths, layers = config.block_out_channels, config.layers_per_block
         last = len(widths) - 1
         self.config, self.dtype = config, dtype
@@ -204,6 +178,7 @@ class UNet(nnx.Module):
         self.kept = KEEP_INPUTS if remat else by_default
         # The two ends and the time embedding, which every block adds, are small: float32 there
         # costs nothing that can be measured and takes out rounding that all layers would see.
+        exact: dict[str, Any] = {"dtype": jnp.float32, "rngs": rngs}
         self.conv_in = conv(config.in_channels, widths[0], **exact)
         self.time_linear_1 = linear(widths[0], 4 * widths[0], **exact)
         self.time_linear_2 = linear(4 * widths[0], 4 * widths[0], **exact)
@@ -222,10 +197,8 @@ class UNet(nnx.Module):
         )
         up, running = [], widths[-1]
         for i in reversed(range(len(widths))):
-            inputs = []
-            for _ in range(layers + 1):
-                inputs.append(running + skips.pop())
-                running = widths[i]
+            inputs = [before + skips.pop() for before in (running, *[widths[i]] * layers)]
+            running = widths[i]
             resample = "up" if i > 0 else None
             up.append(Level(config, inputs, widths[i], heads[i], resample=resample, **kw))
         self.up_blocks = nnx.List(up)
@@ -249,7 +222,9 @@ class UNet(nnx.Module):
             return keeping(self.kept, block, level, x, skip, time, context, mask)
 
         mask = None if context_mask is None else context_mask[:, None, None, :].astype(bool)
-        time = self._time_embedding(timesteps)  # [B, 4 · width]
+        width, c = self.config.block_out_channels[0], self.config
+        time = sinusoidal_embedding(timesteps, width, c.flip_sin_to_cos, c.freq_shift)
+        time = self.time_linear_2(jax.nn.silu(self.time_linear_1(time)))  # [B, 4 · width]
         x = self.conv_in(sample).astype(self.dtype)
         skips = [x]
         for level in self.down_blocks:
@@ -269,8 +244,3 @@ class UNet(nnx.Module):
                 _, height, width, _ = skips[-1].shape
                 x = level.upsample(x, (height, width))
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
-
-    def _time_embedding(self, timesteps: jax.Array) -> jax.Array:
-        width, c = self.config.block_out_channels[0], self.config
-        embedding = sinusoidal_embedding(timesteps, width, c.flip_sin_to_cos, c.freq_shift)
-        return self.time_linear_2(jax.nn.silu(self.time_linear_1(embedding)))

@@ -11,13 +11,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from segdiff_jax.parallel import processes
-from segdiff_jax.parallel.sharding import partition, put, replicated, rows_sharding
+from segdiff_jax.parallel.mesh import put, replicated, rows_sharding
+from segdiff_jax.parallel.rules import partition
 
 Place = Callable[[str, np.ndarray], jax.Array]  # puts the array of a path where it belongs
 
 
 def placer(mesh: Mesh) -> Place:
-    """For `weights.pretrained.load(place=...)`: cuts each array by the rules of `sharding`.
+    """For `weights.pretrained.load(place=...)`: cuts each array by `rules`.
 
     Every process reads the files and keeps of each array what its devices hold.
     """
@@ -47,6 +48,20 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
         return jax.device_put(leaf, whole) if processes.count() == 1 else put(leaf, whole)
 
     return jax.tree.map(place, tree)
+
+
+def for_use(params: Any, mesh: Mesh) -> Any:
+    """The parameters of a training state whole on every device, for the sampler.
+
+    All processes must call it. Parameters that are whole already, and shapes without arrays, are
+    returned as they are.
+    """
+    whole = replicated(mesh)
+    cut = lambda leaf: not leaf.sharding.is_equivalent_to(whole, leaf.ndim)  # noqa: E731
+    arrays = (leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
+    if not any(map(cut, arrays)):
+        return params
+    return jax.jit(lambda p: p, out_shardings=whole)(params)
 
 
 def spread_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import socket
 import threading
 import time
@@ -34,8 +33,6 @@ _LONG_AGO = 900.0  # no two clocks are that far apart
 _LOOK = 1.0
 _BEGINS = b'{"id": "'  # every lock
 
-_releases: list[Callable[[], None]] = []  # of the locks held, for a signal
-
 
 @contextlib.contextmanager
 def held(folder: str) -> Iterator[Callable[[], None]]:
@@ -46,30 +43,24 @@ def held(folder: str) -> Iterator[Callable[[], None]]:
     with a log line, for a lock whose holder may be gone. Removes folders that it made and nobody
     filled.
     """
-    made, path = _make(folder), epath.Path(folder) / NAME
+    made, path, mine = _make(folder), epath.Path(folder) / NAME, _myself()
     over = threading.Event()
-
-    def release() -> None:
-        over.set()
-        with contextlib.suppress(Exception):  # what is left expires
-            if _holder(path).get("id") == mine["id"]:
-                path.unlink()
-        _remove_empty(made)
-
     try:
-        mine = _acquire(path)
-    except BaseException:
-        _remove_empty(made)
-        raise
-    beats = threading.Thread(target=_beat, args=(path, mine, over), daemon=True)
-    beats.start()
-    try:
-        with _before_dying(release):
+        _acquire(path, mine)
+        beats = threading.Thread(target=_beat, args=(path, mine, over), daemon=True)
+        beats.start()
+        try:
             yield lambda: _check(path, mine)
+        finally:
+            over.set()
+            beats.join(BEAT)  # no beat may follow, but a store that hangs is not waited for
+            with contextlib.suppress(Exception):  # what is left expires
+                if _holder(path).get("id") == mine["id"]:
+                    path.unlink()
     finally:
-        over.set()
-        beats.join(BEAT)  # no beat may follow the release, but a store that hangs is not waited for
-        release()
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 def _check(path: epath.Path, mine: dict[str, Any]) -> None:
@@ -83,29 +74,6 @@ def _check(path: epath.Path, mine: dict[str, Any]) -> None:
         )
 
 
-@contextlib.contextmanager
-def _before_dying(release: Callable[[], None]) -> Iterator[None]:
-    """Calls `release` on a SIGTERM that would end the process: the loop handles its own."""
-    _releases.append(release)
-    here = threading.current_thread() is threading.main_thread()
-    outermost = here and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if outermost:
-        signal.signal(signal.SIGTERM, _die)
-    try:
-        yield
-    finally:
-        if outermost:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        _releases.remove(release)
-
-
-def _die(number: int, _: object) -> None:
-    for release in reversed(_releases):
-        release()
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-
-
 def _make(folder: str) -> list[Path]:
     """Makes a local folder; the folders that were missing, innermost first."""
     if is_remote(folder):
@@ -117,14 +85,7 @@ def _make(folder: str) -> list[Path]:
     return missing
 
 
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
-def _acquire(path: epath.Path) -> dict[str, Any]:
-    mine = _myself()
+def _acquire(path: epath.Path, mine: dict[str, Any]) -> None:
     seen: tuple[float, float] | None = None  # a beat, and since when it is unchanged
     while not _create(path, mine):
         holder, beat = _holder(path), _last_beat(path)
@@ -147,7 +108,6 @@ def _acquire(path: epath.Path) -> dict[str, Any]:
         if _last_beat(path) == beat:
             with writing(path):
                 path.unlink(missing_ok=True)
-    return mine
 
 
 def _create(path: epath.Path, content: dict[str, Any]) -> bool:

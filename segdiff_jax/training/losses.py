@@ -17,6 +17,14 @@ from segdiff_jax.text import conditioning
 Batch = dict[str, Any]
 
 
+class Frozen(NamedTuple):
+    """What the diffusion stage reads and never changes."""
+
+    vae: Any  # its parameters; the network itself for a loss
+    schedule: schedule_lib.Schedule
+    table: conditioning.PromptTable
+
+
 class Corruption(NamedTuple):
     """What a batch is trained on: drawn once for the whole batch, whatever the micro-batching."""
 
@@ -85,24 +93,23 @@ def latent_weights(batch: Batch, factor: int, balance: float = 0.0) -> jax.Array
 
 def diffusion_loss(
     unet: UNet,
-    vae: VAE,
-    schedule: schedule_lib.Schedule,
-    table: conditioning.PromptTable,
+    frozen: Frozen,
     batch: Batch,
     corruption: Corruption,
     weights: jax.Array,
     config: CodecConfig,
 ) -> jax.Array:
-    """Weighted squared error of the prediction (DESIGN: MSE where labels are valid).
+    """Weighted squared error of the prediction.
 
     Additive over micro-batches: `weights` [B, h, w] are normalised over the whole batch.
     """
-    image_latents, mask_latents = latents(vae, batch)
-    noisy = schedule_lib.add_noise(schedule, mask_latents, corruption.noise, corruption.timesteps)
-    target = schedule_lib.target(schedule, mask_latents, corruption.noise, corruption.timesteps)
-    context, mask = conditioning.context(table, batch["class_ids"], config.context)
+    timesteps, noise = corruption
+    image_latents, mask_latents = latents(frozen.vae, batch)
+    noisy = schedule_lib.add_noise(frozen.schedule, mask_latents, noise, timesteps)
+    target = schedule_lib.target(frozen.schedule, mask_latents, noise, timesteps)
+    context, mask = conditioning.context(frozen.table, batch["class_ids"], config.context)
     sample = jnp.concatenate([image_latents, noisy], axis=-1)  # [B, h, w, 2c]
-    prediction = unet(sample, corruption.timesteps, context, mask)
+    prediction = unet(sample, timesteps, context, mask)
     return jnp.sum(weights * jnp.square(prediction - target).mean(-1))
 
 

@@ -1,23 +1,48 @@
 """What a training starts from, checked before anything is loaded or written."""
 
 import dataclasses
+import json
 import logging
+from typing import Any
 
 from etils import epath
 
 from segdiff_jax import ownership
 from segdiff_jax.combinations import check_image_size
-from segdiff_jax.config import Config, DiffusionConfig
+from segdiff_jax.config import Config, DiffusionConfig, of_stage
 from segdiff_jax.data.sources.source import Source
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote, reading
 from segdiff_jax.models import presets
-from segdiff_jax.weights import pretrained
+from segdiff_jax.parallel.mesh import local_rows, make_mesh
+from segdiff_jax.weights import mask_decoders, pretrained
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.pretrained import Described
 
 log = logging.getLogger(__name__)
+
+# What the stored state means. A section stands for all of its keys but those in MAY_DIFFER.
+DEFINES_STATE = (
+    "seed",  # with the data position, the examples still to come
+    "stage",
+    "data.source",
+    "model",
+    "codec.classes_per_pass",
+    "codec.context",
+    "diffusion",
+    "optimizer.method",
+)
+MAY_DIFFER = (
+    "model.dtype",  # of activations: parameters are float32
+    "model.remat",
+    "model.zero_init",  # of new networks only
+    "diffusion.timestep_spacing",  # the sampler's, as the next two
+    "diffusion.set_alpha_to_one",
+    "diffusion.steps_offset",
+    "diffusion.convert_prediction",  # permits a start, says nothing of the state
+)
+SWITCHES = ("optimizer.ema_decay",)  # the value may change, zero and not zero may not
 
 KIND = "workdir"  # of a run's names in the marker that lists them (`ownership`)
 _TENSORBOARD, _COMPILED = "tensorboard", "compile_cache"
@@ -45,6 +70,62 @@ def check(config: Config, workdir: str) -> None:
         check_image_size(config, preset.vae.downsampling, name)
 
 
+def check_start(config: Config, workdir: str) -> None:
+    """Raises `UserError` for what the folders, the config and the devices say against the run."""
+    if not workdir.strip():
+        raise UserError("--workdir is empty: name a folder (is a variable unset?)")
+    workdirs.check_new(workdir, config.data.root)
+    if workdirs.is_workdir(workdir):
+        earlier = (of_stage(c) for c in (workdirs.read_config(workdir), config))
+        check_config(*map(workdirs.to_dict, earlier))
+    names(config, workdir)
+    start = config.init_from
+    if start and epath.Path(start).exists() and not _is_start(start):
+        workdirs.check_not_inside(start, "config.init_from")
+    mesh = make_mesh(config.mesh)
+    local_rows(mesh, of_stage(config).train.batch_size)
+    own_vae = config.stage != "vae" and not start
+    if own_vae and not pretrained.is_whole(epath.Path(workdir) / workdirs.PRETRAINED):
+        local_rows(mesh, config.vae.batch_size)
+
+
+def _is_start(folder: str) -> bool:
+    return workdirs.is_workdir(folder) or pretrained.is_whole(folder)
+
+
+def check_config(stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises `UserError` if a run with config `current` cannot continue one with config `stored`.
+
+    Both are nested dictionaries of JSON values (`config.to_dict`). Keys of `DEFINES_STATE` must be
+    equal; steps, logging, paths, learning rates, data augmentation and so on may differ.
+    """
+    old, new = (_flat(json.loads(json.dumps(tree))) for tree in (stored, current))
+    differing = []
+    for key in sorted(old.keys() | new.keys()):
+        before, now = old.get(key), new.get(key)
+        if key in SWITCHES:
+            before, now = bool(before), bool(now)
+        elif key in MAY_DIFFER or not any(f"{key}.".startswith(f"{s}.") for s in DEFINES_STATE):
+            continue
+        if before != now:
+            differing.append(f"config.{key} was {old.get(key)!r} and is now {new.get(key)!r}")
+    if differing:
+        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+        raise UserError(
+            f"the checkpoint contradicts the config: {'; '.join(differing[:3])}{more}: "
+            "restore these values, or start in a new --workdir with config.init_from"
+        )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, under "optimizer.method"."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        flat |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return flat
+
+
 def names(config: Config, workdir: str) -> set[str]:
     """What this run may write at the top of `workdir`, its lock aside, and what earlier starts did.
 
@@ -59,6 +140,7 @@ def names(config: Config, workdir: str) -> set[str]:
         unmade = not pretrained.is_whole(folder / workdirs.PRETRAINED)
         wanted = {"config.json", workdirs.CLASSES, workdirs.CHECKPOINTS, workdirs.PRETRAINED}
         wanted |= {_TENSORBOARD}
+        wanted |= {mask_decoders.LINEAR} if diffusion else set()
         wanted |= {workdirs.LATENTS} if diffusion and config.data.cache_latents else set()
         wanted |= {workdirs.VAE_STAGE} if diffusion and unmade and not config.init_from else set()
         wanted |= {_COMPILED} if is_remote(folder) else set()
@@ -90,17 +172,12 @@ def folder(init_from: str) -> str:
     return str(epath.Path(init_from) / workdirs.PRETRAINED) if own else init_from
 
 
-def variant(config: Config) -> str | None:
-    """The variant of `init_from`'s weights to read, as `pretrained.load` takes it."""
-    return config.init_variant or None
-
-
 def _check_init_from(config: Config) -> None:
     start = config.init_from
     if not workdirs.is_workdir(start):
         alone = config.stage == "vae"
         needed = ("vae",) if alone else pretrained.COMPONENTS
-        found = pretrained.describe(start, needed, variant(config))
+        found = pretrained.describe(start, needed, config.init_variant or None)
         if pretrained.is_single_file(start) and not alone:
             pretrained.find_tokenizer(epath.Path(start), config.init_tokenizer)
         assert found.vae is not None

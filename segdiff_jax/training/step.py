@@ -10,12 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from segdiff_jax.config import Config
-from segdiff_jax.diffusion.schedule import Schedule
 from segdiff_jax.models.layers import kernels_as_multiplied
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.parallel import sharding
-from segdiff_jax.text.conditioning import PromptTable
+from segdiff_jax.parallel import rules
+from segdiff_jax.parallel.mesh import replicated
 from segdiff_jax.training import losses
 from segdiff_jax.training.optimizer import ema_update, learning_rate, make_optimizer
 
@@ -31,15 +30,8 @@ class TrainState(NamedTuple):
     ema: Any
 
 
-class Frozen(NamedTuple):
-    """What the diffusion stage reads and never changes; `vae` holds parameters only."""
-
-    vae: Any
-    schedule: Schedule
-    table: PromptTable
-
-
-StepFunction = Callable[[TrainState, Any, losses.Batch, jax.Array], Any]  # Any: Frozen or None
+# (state, `losses.Frozen` or None, batch, key) -> (state, metrics)
+StepFunction = Callable[[TrainState, Any, losses.Batch, jax.Array], Any]
 
 
 def init_state(params: Any, config: Config) -> TrainState:
@@ -48,6 +40,12 @@ def init_state(params: Any, config: Config) -> TrainState:
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {}
     opt_state = make_optimizer(config.optimizer).init(params)
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
+
+
+def compile_step(step: StepFunction, state: TrainState, mesh: Mesh) -> Any:
+    """`step` under `jit`: the state keeps its sharding and its buffers are reused."""
+    shardings = rules.state_sharding(state, mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
 def diffusion_step(
@@ -61,9 +59,9 @@ def diffusion_step(
     """
     micro_batches = config.optimizer.accumulation
 
-    def step(state: TrainState, frozen: Frozen, batch: losses.Batch, key: jax.Array):
-        vae_module = nnx.merge(vae, frozen.vae)
-        factor, channels = vae_module.config.downsampling, vae_module.config.latent_channels
+    def step(state: TrainState, frozen: losses.Frozen, batch: losses.Batch, key: jax.Array):
+        frozen = frozen._replace(vae=nnx.merge(vae, frozen.vae))
+        factor, channels = frozen.vae.config.downsampling, frozen.vae.config.latent_channels
         weights = losses.latent_weights(batch, factor, config.train.balance)  # [B, h, w]
         count, height, width = weights.shape
         corruption = losses.corrupt(
@@ -76,16 +74,7 @@ def diffusion_step(
 
         def loss_fn(params, micro):
             module, (rows, drawn, row_weights) = nnx.merge(unet, params), micro
-            return losses.diffusion_loss(
-                module,
-                vae_module,
-                frozen.schedule,
-                frozen.table,
-                rows,
-                drawn,
-                row_weights,
-                config.codec,
-            )
+            return losses.diffusion_loss(module, frozen, rows, drawn, row_weights, config.codec)
 
         everything = (batch, corruption, weights)
         params = _for_use(unet, state.params, mesh)
@@ -124,7 +113,7 @@ def vae_step(vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None) -
 def _for_use(network: nnx.GraphDef, params: Any, mesh: Mesh | None) -> Any:
     """What the layers multiply with: rounded to their dtype, then gathered from the replicas."""
     params = kernels_as_multiplied(network, params)
-    return params if mesh is None else sharding.gathered(params, mesh)
+    return params if mesh is None else rules.gathered(params, mesh)
 
 
 def _grad_fn(loss_fn: Callable, mesh: Mesh | None, has_aux: bool = False) -> Callable:
@@ -135,7 +124,7 @@ def _grad_fn(loss_fn: Callable, mesh: Mesh | None, has_aux: bool = False) -> Cal
 
     def value_and_grad(params: Any, *inputs: Any) -> tuple[Any, Any]:
         value, grads = jax.value_and_grad(loss_fn, has_aux=has_aux)(params, *inputs)
-        grads = grads if mesh is None else sharding.scattered(grads, mesh)
+        grads = grads if mesh is None else rules.scattered(grads, mesh)
         return value, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
     return value_and_grad

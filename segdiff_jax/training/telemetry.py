@@ -1,4 +1,4 @@
-"""What a run reports: TensorBoard events, a progress bar or log lines, rates; and how it stops.
+"""What a run reports: TensorBoard events, a progress bar or log lines, rates.
 
 Reading a metric waits for the device. So the metrics of a step are read one step later, when they
 are ready and the next step is already queued: the device never waits for the host.
@@ -9,15 +9,13 @@ import logging
 import math
 import os
 import shutil
-import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -25,61 +23,77 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote
-from segdiff_jax.training.throughput import Throughput
+from segdiff_jax.parallel import processes
+from segdiff_jax.parallel.chips import CHIPS
 
 log = logging.getLogger(__name__)
 
 WARMUP_STEPS = 2  # compilation, then possibly once more for the layouts of donated buffers
 UPLOAD_SECONDS = 60.0  # between copies of the event file to an object store
 
+_KINDS = {  # `jax.Device.device_kind` of the chips in `parallel.chips`
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+
 
 class Telemetry:
-    """The reports of one run.
+    """The reports of one run. Every process makes one, and only the first one's writes anything.
 
     Args:
+      config: of the stage (`config.of_stage`): its name is the prefix of tags, its steps the end.
       workdir: local or `gs://`; events go to `workdir/tensorboard/<stage>`.
-      total_steps: where the run ends, for the bar and the ETA.
-      batch_size: images per step over all devices.
-      enabled: False writes nothing (every process but the first) and still returns metrics.
-      log_every: steps between written values and log lines.
       first_step: steps done before this start of the run. TensorBoard drops what an earlier start
         reported after it, since that is computed again.
-      stage: prefix of the tags and the name of the bar.
-      throughput: adds its figures to the rates; the one whose `waiting()` the loop uses.
+      flops: what the networks need for one step over all `devices`.
+      devices: that take the step; all of them by default.
     """
 
     def __init__(
         self,
+        config: Config,
         workdir: os.PathLike[str] | str,
-        total_steps: int,
-        batch_size: int,
-        enabled: bool = True,
-        log_every: int = 50,
         first_step: int = 0,
-        stage: str = "train",
-        throughput: Throughput | None = None,
+        flops: float = 0.0,
+        devices: Sequence[jax.Device] = (),
     ):
-        self.total_steps, self.batch_size, self.stage = total_steps, batch_size, stage
-        self.log_every, self._throughput = log_every, throughput
+        self.stage, self._settings = config.stage, config.train
+        self._flops, self._devices = flops, devices or jax.devices()
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._fetched_steps = 0
         self._interval: tuple[int, float] | None = None  # step and time where the rate starts
+        self._waited = 0.0  # seconds of the interval
+        self._events: _Events | None = None
+        self._bar: tqdm | None = None
         # A folder per stage: where one starts over, TensorBoard drops only what that one reported.
-        folder = epath.Path(workdir) / "tensorboard" / stage
-        self._events = _Events(folder, first_step) if enabled else None
-        on_terminal = enabled and sys.stderr.isatty()
-        self._bar = (
-            tqdm(total=total_steps, initial=first_step, desc=stage, unit="step", smoothing=0.1)
-            if on_terminal
-            else None
-        )
+        self.folder = epath.Path(workdir) / "tensorboard" / self.stage
+        if processes.is_first():
+            self._events = _Events(self.folder, first_step)
+            if sys.stderr.isatty():
+                shown = {"desc": self.stage, "unit": "step", "smoothing": 0.1}
+                self._bar = tqdm(total=config.train.steps, initial=first_step, **shown)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the request for a batch: time in which the host can queue no step."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._waited += time.perf_counter() - started
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float] | None:
         """Takes the device scalars of the training step that was just dispatched.
 
-        `step` counts steps done (1 … total_steps), as checkpoints are numbered.
+        `step` counts steps done (1 … config.train.steps), as checkpoints are numbered.
         Returns the values of the step before, with its number as "step", for the loop to check
         that they are finite; None on the first call.
         """
@@ -100,12 +114,10 @@ class Telemetry:
         self._fetched_steps += 1
         if self._bar is not None:
             self._bar.update(1)
-        if step % self.log_every == 0 or step == self.total_steps:
+        if step % self._settings.log_every == 0 or step == self._settings.steps:
             self._report(step, values)
         if self._fetched_steps == WARMUP_STEPS:
-            self._interval = (step, time.perf_counter())
-            if self._throughput is not None:
-                self._throughput.restart()
+            self._interval, self._waited = (step, time.perf_counter()), 0.0
         return {"step": step, **values}
 
     @contextlib.contextmanager
@@ -151,16 +163,9 @@ class Telemetry:
                 self._events.close()
 
     def _report(self, step: int, values: dict[str, float]) -> None:
-        now = time.perf_counter()
         rates: dict[str, float] = {}
         if self._interval is not None and step > self._interval[0]:
-            since_step, since = self._interval
-            steps, seconds = step - since_step, max(now - since, 1e-9)
-            rate = steps / seconds
-            rates = {"steps_per_second": rate, "images_per_second": rate * self.batch_size}
-            if self._throughput is not None:
-                rates |= self._throughput.report(steps, seconds)
-            self._interval = (step, now)
+            rates = self._rates(step)
         everything = {**values, **rates}
         self.scalars(step, {f"{self.stage}/{name}": v for name, v in everything.items()})
         if self._events is None:
@@ -169,11 +174,43 @@ class Telemetry:
         if self._bar is not None:
             self._bar.set_postfix(shown)
             return
+        total = self._settings.steps
         if rates:
-            remaining = (self.total_steps - step) / rates["steps_per_second"]
-            shown["eta"] = tqdm.format_interval(remaining)
+            shown["eta"] = tqdm.format_interval((total - step) / rates["steps_per_second"])
         line = "  ".join(f"{name} {value}" for name, value in shown.items())
-        log.info("%s step %d/%d  %s", self.stage, step, self.total_steps, line)
+        log.info("%s step %d/%d  %s", self.stage, step, total, line)
+
+    def _rates(self, step: int) -> dict[str, float]:
+        """Of the interval that ends with `step`; begins the next one."""
+        assert self._interval is not None
+        now, (since_step, since) = time.perf_counter(), self._interval
+        steps, seconds = step - since_step, max(now - since, 1e-9)
+        waited, self._waited, self._interval = self._waited, 0.0, (step, now)
+        return {
+            "steps_per_second": steps / seconds,
+            "images_per_second": steps / seconds * self._settings.batch_size,
+            "step_seconds": seconds / steps,
+            "data_wait_share": min(1.0, waited / seconds),
+            **device_rates(self._flops * steps / seconds, self._devices),
+        }
+
+
+def device_rates(rate: float, devices: Sequence[jax.Device]) -> dict[str, float]:
+    """How well `devices` are used that make `rate` FLOP/s together.
+
+    tflops_per_chip; on a TPU also mfu, of the chip's bfloat16 peak (arXiv 2204.02311, appendix B);
+    and, where devices tell, hbm_peak_gib and hbm_share of the fullest one of this process.
+    """
+    each = rate / len(devices)
+    figures = {"tflops_per_chip": each / 1e12}
+    if devices[0].device_kind in _KINDS:
+        figures["mfu"] = each / CHIPS[_KINDS[devices[0].device_kind]].flops
+    mine = [device for device in devices if device.process_index == jax.process_index()]
+    memory = [stats for device in mine if (stats := device.memory_stats())]
+    if memory:
+        peak, limit = max((m["peak_bytes_in_use"], m["bytes_limit"]) for m in memory)
+        figures |= {"hbm_peak_gib": peak / 2**30, "hbm_share": peak / limit}
+    return figures
 
 
 class _Events:
@@ -244,35 +281,3 @@ class _Events:
             if action.__name__ not in self._failing:  # one warning per outage
                 log.warning("%s: cannot write TensorBoard events: %s", self.directory, error)
             self._failing.add(action.__name__)
-
-
-class GracefulStop:
-    """Within this context the first SIGTERM or SIGINT sets `requested` instead of killing.
-
-    The loop polls it after each step, saves a checkpoint and leaves. A second SIGINT (Ctrl-C twice)
-    raises `KeyboardInterrupt`; further SIGTERMs change nothing. Main thread only. Each process
-    sees its own signals: processes that run together must agree before they act on it.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._interrupts = 0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "GracefulStop":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        self.requested = True
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            raise KeyboardInterrupt
-        # Not through logging: the handler may interrupt it while it holds its lock.
-        with contextlib.suppress(OSError):
-            os.write(2, f"{signal.Signals(number).name}: stopping after this step\n".encode())

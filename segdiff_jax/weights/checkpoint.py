@@ -17,42 +17,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote
 from segdiff_jax.parallel import processes
-from segdiff_jax.parallel.sharding import leaf_path
-from segdiff_jax.weights import step_folders
+from segdiff_jax.parallel.rules import leaf_path
+from segdiff_jax.weights import checksums, step_folders
+from segdiff_jax.weights.checksums import by_name, flat
 from segdiff_jax.weights.orbax_faults import seen, silence_failed_writes
-from segdiff_jax.weights.tensors import all_finite
 
 log = logging.getLogger(__name__)
-
-# What the stored state means. A section stands for all of its keys but those in MAY_DIFFER.
-DEFINES_STATE = (
-    "seed",  # with the data position, the examples still to come
-    "stage",
-    "data.source",
-    "model",
-    "codec.classes_per_pass",
-    "codec.context",
-    "diffusion",
-    "optimizer.method",
-)
-MAY_DIFFER = (
-    "model.dtype",  # of activations: parameters are float32
-    "model.remat",
-    "model.zero_init",  # of new networks only
-    "diffusion.timestep_spacing",  # the sampler's, as the next two
-    "diffusion.set_alpha_to_one",
-    "diffusion.steps_offset",
-    "diffusion.convert_prediction",  # permits a start, says nothing of the state
-)
-SWITCHES = ("optimizer.ema_decay",)  # the value may change, zero and not zero may not
 
 # TensorStore's words for a store that did not answer: the checkpoint may be perfectly good.
 _UNREACHABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED")
@@ -157,12 +133,12 @@ class Checkpoints:
             if processes.is_first():
                 step_folders.note(self.directory, step)
                 self._noted = step
-            tree = _by_name(state)
+            tree = by_name(state)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave(tree),
-                    metadata=ocp.args.JsonSave({"user": metadata, "checksums": _checksums(tree)}),
+                    metadata=ocp.args.JsonSave({"user": metadata, "checksums": checksums.of(tree)}),
                 ),
                 metrics=metrics or {},  # None would draw a warning from Orbax on every save
                 force=True,
@@ -238,7 +214,7 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         wanted = jax.tree.map(_with_sharding, abstract)
-        tree = _by_name(wanted)
+        tree = by_name(wanted)
         folder = self.directory / str(step)
         args = ocp.args.PyTreeRestore(
             tree,
@@ -254,9 +230,9 @@ class Checkpoints:
             return stored, restored, _read_json(folder)
 
         stored, restored, metadata = _in_all(read)
-        _verify(restored, metadata["checksums"], stored)
-        _check_finite(restored)
-        arrays = _flat(restored)
+        checksums.verify(restored, metadata["checksums"], stored)
+        checksums.check_finite(restored)
+        arrays = flat(restored)
         leaves, structure = jax.tree_util.tree_flatten_with_path(wanted)
         in_order = [arrays[leaf_path(path)] for path, _ in leaves]
         return jax.tree_util.tree_unflatten(structure, in_order), metadata["user"]
@@ -307,31 +283,6 @@ def _read_json(folder: epath.Path) -> dict[str, Any]:
     return ocp.JsonCheckpointHandler().restore(folder / "metadata", args=args)
 
 
-def check_config(stored: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises `UserError` if a run with config `current` cannot continue one with config `stored`.
-
-    Both are nested dictionaries of JSON values (`config.to_dict`). Keys of `DEFINES_STATE` must be
-    equal; steps, logging, paths, learning rates, data augmentation and so on may differ.
-    """
-    old, new = (_flat(json.loads(json.dumps(tree))) for tree in (stored, current))
-    differing = []
-    for path in sorted(old.keys() | new.keys()):
-        key = ".".join(path)
-        before, now = old.get(path), new.get(path)
-        if key in SWITCHES:
-            before, now = bool(before), bool(now)
-        elif key in MAY_DIFFER or not any(f"{key}.".startswith(f"{s}.") for s in DEFINES_STATE):
-            continue
-        if before != now:
-            differing.append(f"config.{key} was {old.get(path)!r} and is now {new.get(path)!r}")
-    if differing:
-        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
-        raise UserError(
-            f"the checkpoint contradicts the config: {'; '.join(differing[:3])}{more}: "
-            "restore these values, or start in a new --workdir with config.init_from"
-        )
-
-
 def _options(
     keep: int, best_metric: str | None, read_only: bool, remote: bool
 ) -> ocp.CheckpointManagerOptions:
@@ -372,30 +323,9 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
 
 
-def _by_name(tree: Any) -> dict[str, Any]:
-    """`tree` as nested dictionaries with string keys, one level per part of `leaf_path`."""
-    nested: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        *parents, name = leaf_path(path)
-        folder = nested
-        for parent in parents:
-            folder = folder.setdefault(parent, {})
-        folder[name] = leaf
-    return nested
-
-
-def _flat(nested: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """The inverse view: (part, part, …) → leaf, in the order of `nested`."""
-    flat = {}
-    for key, value in nested.items():
-        path = (*prefix, str(key))
-        flat.update(_flat(value, path) if isinstance(value, dict) else {path: value})
-    return flat
-
-
 def _check_architecture(where: epath.Path, stored: Any, wanted: dict[str, Any]) -> None:
-    old = {path: tuple(leaf.shape) for path, leaf in _flat(stored).items() if path[0] in wanted}
-    new = {path: tuple(leaf.shape) for path, leaf in _flat(wanted).items()}
+    old = {path: tuple(leaf.shape) for path, leaf in flat(stored).items() if path[0] in wanted}
+    new = {path: tuple(leaf.shape) for path, leaf in flat(wanted).items()}
     for path in [*new, *(path for path in old if path not in new)]:
         if old.get(path) != new.get(path):
             before, now = (f"shape {t[path]}" if path in t else "absent" for t in (old, new))
@@ -403,59 +333,6 @@ def _check_architecture(where: epath.Path, stored: Any, wanted: dict[str, Any]) 
                 f"{where}: checkpoint of another architecture: {'/'.join(path)} is {before} there "
                 f"and {now} here: use the config it was trained with"
             )
-
-
-@jax.jit
-def _checksum(array: jax.Array) -> jax.Array:
-    """The sum of the bit patterns modulo 2³²: exact, and the same however the array is cut."""
-    if array.dtype != jnp.bool_:
-        array = jax.lax.bitcast_convert_type(array, f"uint{array.dtype.itemsize * 8}")
-    return jnp.sum(array, dtype=jnp.uint32)
-
-
-def _checksums(tree: dict[str, Any]) -> dict[str, int]:
-    leaves = {"/".join(path): leaf for path, leaf in _flat(tree).items()}
-    spread = [name for name, leaf in leaves.items() if len(leaf.sharding.device_set) > 1]
-    sums = {name: _checksum(leaf) for name, leaf in leaves.items() if name not in set(spread)}
-    found = {name: int(value) for name, value in jax.device_get(sums).items()}
-    if spread:
-        # On the host: a program with collectives for each array was seen to hang on CPU devices.
-        mine = np.array([_local_checksum(leaves[name]) for name in spread], np.uint32)
-        total = processes.stacked(mine).sum(0, dtype=np.uint32)
-        found |= {name: int(value) for name, value in zip(spread, total, strict=True)}
-    return found
-
-
-def _local_checksum(array: jax.Array) -> int:
-    """`_checksum` of the parts held here, each counted by one of the devices that hold it."""
-    total = 0
-    for shard in array.addressable_shards:
-        if shard.replica_id == 0:
-            part = np.ascontiguousarray(shard.data)
-            if part.dtype != np.bool_:
-                part = part.view(f"uint{part.dtype.itemsize * 8}")
-            total += int(part.sum(dtype=np.uint32))
-    return total % 2**32
-
-
-def _verify(tree: dict[str, Any], expected: dict[str, int], stored: Any) -> None:
-    """Orbax's chunks carry no checksum: a flipped bit in one would be restored as it is."""
-    dtypes = {"/".join(path): leaf.dtype for path, leaf in _flat(stored).items()}
-    same = {path: x for path, x in _flat(tree).items() if x.dtype == dtypes["/".join(path)]}
-    for name, value in _checksums({"/".join(path): x for path, x in same.items()}).items():
-        if value != expected[name]:
-            raise ValueError(f"the contents of {name} do not match their checksum")
-
-
-def _check_finite(tree: dict[str, Any]) -> None:
-    """NaN passes a checksum; whoever goes on from it would blame the data or the learning rate."""
-    bad = None
-    for path, array in _flat(tree).items():
-        if bad is None and jnp.issubdtype(array.dtype, jnp.floating):
-            mine = (part.data for part in array.addressable_shards if part.replica_id == 0)
-            bad = None if all(all_finite(np.asarray(data)) for data in mine) else path
-    if not processes.all_agree(bad is None):
-        raise ValueError(f"{'/'.join(bad or ('an array',))} holds NaN or infinity")
 
 
 def _first_line(error: Exception) -> str:

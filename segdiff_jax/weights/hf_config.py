@@ -6,14 +6,16 @@ here has heard of is accepted only while it is off.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from segdiff_jax import config as configs
 from segdiff_jax import fields
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
-from segdiff_jax.models import clip_text, unet
+from segdiff_jax.models import clip_text
 from segdiff_jax.models.clip_text import CLIPTextConfig
+from segdiff_jax.models.tiny_vae import TinyVAEConfig
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
 
@@ -47,9 +49,19 @@ _VAE_FIXED: dict[str, tuple[Any, ...]] = {
     "use_post_quant_conv": (True,),
 }
 _VAE_IGNORED = {"sample_size", "force_upcast"}
+_TINY_VAE_FIXED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("relu",),
+    "upsample_fn": ("nearest",),
+    "upsampling_scaling_factor": (2,),
+    "shift_factor": (0, None),
+}
+_TINY_VAE_IGNORED = {
+    *("block_out_channels", "force_upcast"),  # diffusers writes the first and does not read it
+    *("latent_magnitude", "latent_shift"),  # of latents stored as bytes
+}
 _TEXT_FIXED: dict[str, tuple[Any, ...]] = {
     "model_type": ("clip_text_model",),
-    "hidden_act": clip_text.ACTIVATIONS,
+    "hidden_act": tuple(clip_text.ACTIVATIONS),
 }
 _SCHEDULE_FIXED: dict[str, tuple[Any, ...]] = {
     "trained_betas": _OFF,
@@ -153,6 +165,25 @@ _UNET_NAMES = {
 }
 
 
+def check_unet(config: UNetConfig, file: str, keys: Mapping[str, str]) -> None:
+    """Raises `UserError` if no network can be built of `config`.
+
+    keys: what `file` calls those fields that do not have their own names there.
+    """
+    levels = len(config.block_out_channels)
+    if levels > 16:
+        raise UserError(f"{file}: {levels} levels halve the image to nothing: at most 16")
+    for field in ("cross_attention", "heads"):
+        found = len(getattr(config, field))
+        if found != levels:
+            key = keys.get(field, field)
+            raise UserError(f"{file}: {key} has {found} levels instead of {levels}")
+    used = (*config.cross_attention[:-1], True)  # the middle attends with the last level's heads
+    for width, heads, attends in zip(config.block_out_channels, config.heads, used, strict=True):
+        _divides(config.norm_groups, (width,), keys.get("norm_groups", "norm_groups"), file)
+        _divides(heads if attends else 1, (width,), keys.get("heads", "heads"), file)
+
+
 def read_unet(values: Json, file: str) -> UNetConfig:
     """`unet/config.json` → `UNetConfig`. Missing keys mean what they mean to diffusers."""
     _check(values, {"_class_name": ("UNet2DConditionModel",)} | _UNET_FIXED, file)
@@ -175,7 +206,7 @@ def read_unet(values: Json, file: str) -> UNetConfig:
         cross_attention_dim=1280,
         use_linear_projection=False,
     )
-    unet.check(config, file, names)
+    check_unet(config, file, names)
     read = set(write_unet(config)) | {"num_attention_heads"}
     _check_unknown(values, read | set(_UNET_FIXED) | _UNET_IGNORED, file)
     return config
@@ -228,6 +259,42 @@ def write_vae(config: VAEConfig) -> Json:
         "act_fn": "silu",
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+_TINY_VAE_NAMES = {
+    "width": "encoder_block_out_channels",  # the same for each level, and for the decoder
+    "encoder_blocks": "num_encoder_blocks",
+    "decoder_blocks": "num_decoder_blocks",
+}
+
+
+def read_tiny_vae(values: Json, file: str) -> TinyVAEConfig:
+    """The `config.json` of an `AutoencoderTiny` → `TinyVAEConfig`."""
+    _check(values, {"_class_name": ("AutoencoderTiny",)} | _TINY_VAE_FIXED, file)
+    widths = ("encoder_block_out_channels", "decoder_block_out_channels")
+    values = _same_everywhere(values, widths)
+    config = _read(TinyVAEConfig, values, _TINY_VAE_NAMES, file)
+    if values.get(widths[1], config.width) != config.width:
+        raise UserError(f"{file}: {widths[1]} must be as {widths[0]}: use another model")
+    levels = len(config.encoder_blocks)
+    if levels > 16:
+        raise UserError(f"{file}: {levels} levels halve the image to nothing: at most 16")
+    if len(config.decoder_blocks) != levels:
+        raise UserError(f"{file}: num_decoder_blocks must have {levels} levels: use another model")
+    known = set(write_tiny_vae(config)) | set(_TINY_VAE_FIXED) | _TINY_VAE_IGNORED
+    _check_unknown(values, known, file)
+    return config
+
+
+def write_tiny_vae(config: TinyVAEConfig) -> Json:
+    """The inverse of `read_tiny_vae`, for `diffusers.AutoencoderTiny`."""
+    widths = [config.width] * len(config.encoder_blocks)
+    return _write(config, _TINY_VAE_NAMES) | {
+        "_class_name": "AutoencoderTiny",
+        "act_fn": "relu",
+        "decoder_block_out_channels": widths,
+        "encoder_block_out_channels": widths,
     }
 
 

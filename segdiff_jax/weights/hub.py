@@ -22,6 +22,7 @@ INDEX = "model_index.json"
 STEM = {  # names of the weight files, without variant and suffix
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
+    "tiny_vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
 _NAMES = (  # how weights are published, best first; the last three are indices over shards

@@ -30,6 +30,8 @@ _RENAME: dict[str, tuple[tuple[str, str], ...]] = {
         *_COMMON,
         (r"\bmid_block\.attention\.(?:attention\.)?", "mid_block.attentions.0."),
     ),
+    # Activations stand between a block's convolutions there.
+    "tiny_vae": ((r"\bconv\.2$", "conv.4"), (r"\bconv\.1$", "conv.2")),
     "text_encoder": (
         (r"^(token|position)_embedding\b", r"embeddings.\1_embedding"),
         (r"^layers\.(\d+)\.([qkv]|out)_proj\b", r"layers.\1.self_attn.\2_proj"),

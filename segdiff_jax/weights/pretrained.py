@@ -20,6 +20,7 @@ from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.models.clip_text import CLIPText, CLIPTextConfig
 from segdiff_jax.models.layers import Dtype
+from segdiff_jax.models.tiny_vae import TinyVAE
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE, VAEConfig
 from segdiff_jax.parallel.placement import Place
@@ -36,10 +37,16 @@ _CLASSES = {  # of each component, as others call them
     "schedule": ["diffusers", "DDIMScheduler"],
 }
 COMPONENTS = tuple(_CLASSES)
-_NETWORKS: dict[str, Any] = {"unet": UNet, "vae": VAE, "text_encoder": CLIPText}
+_NETWORKS: dict[str, Any] = {
+    "unet": UNet,
+    "vae": VAE,
+    "tiny_vae": TinyVAE,
+    "text_encoder": CLIPText,
+}
 _CONFIGS: dict[str, tuple[str, Callable[[Any, str], Any]]] = {  # the file of each, and its reader
     "unet": ("config.json", hf_config.read_unet),
     "vae": ("config.json", hf_config.read_vae),
+    "tiny_vae": ("config.json", hf_config.read_tiny_vae),
     "text_encoder": ("config.json", hf_config.read_text_encoder),
     "schedule": ("scheduler_config.json", hf_config.read_schedule),
 }
@@ -53,6 +60,7 @@ class Pretrained(NamedTuple):
     text_encoder: CLIPText | None = None
     tokenizer: Tokenizer | None = None
     schedule: DiffusionConfig | None = None
+    tiny_vae: TinyVAE | None = None  # an addition of ours, which diffusers' pipelines do not read
 
 
 def load(
@@ -73,7 +81,7 @@ def load(
       source: a folder, local or in `gs://`, a Hugging Face repository `owner/name` or
         `owner/name@revision`, or one `.safetensors` file in the original layout. Downloads go to
         the usual cache (`HF_HOME`); `HF_HUB_OFFLINE=1` reads only that.
-      components: which of `COMPONENTS` to read; the others need not exist.
+      components: which fields of `Pretrained` to read; the others need not exist.
       revision: branch, tag or commit of a repository.
       variant: "fp16" reads `*.fp16.safetensors` where there are any, else the plain files. By
         default the plain files, or the only variant.
@@ -90,9 +98,9 @@ def load(
       UserError: no such folder, an architecture that our modules do not have, damaged files, or
         tensors that are missing, unexpected or of the wrong shape (all of them in one error).
     """
-    wrong = [name for name in components if name not in COMPONENTS]
+    wrong = [name for name in components if name not in Pretrained._fields]
     if wrong:
-        raise ValueError(f"{wrong[0]!r} is not one of {COMPONENTS}")
+        raise ValueError(f"{wrong[0]!r} is not one of {Pretrained._fields}")
     files.check_scheme(source)
     networks = [name for name in STEM if name in components]
     parts: dict[str, Any] = {}
@@ -263,7 +271,7 @@ def save(
     directory: os.PathLike[str] | str,
     *,
     dtype: str = "float32",
-    extra_files: Mapping[str, str] | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
     kind: str = "pretrained",
 ) -> None:
     """Writes the parts that are not None as a folder that diffusers, transformers and `load` read.
@@ -277,7 +285,7 @@ def save(
       pretrained: what to write.
       directory: local or `gs://` folder.
       dtype: of the stored weights: "float32", "bfloat16" or "float16".
-      extra_files: relative path → text, to appear together with the weights.
+      extra_files: relative path → text or bytes, to appear together with the weights.
       kind: what `ownership` calls the folder; only one of the same kind is replaced.
 
     Raises:
@@ -289,8 +297,9 @@ def save(
     given = {name: part for name, part in pretrained._asdict().items() if part is not None}
     names = [f"{hub.folder_name(name)}/{file}" for name in given for file in _file_names(name)]
     with ownership.whole_folder(directory, kind, [*names, *extra, INDEX], last=INDEX) as folder:
-        for path, text in extra.items():
-            files.write_text(folder / path, text)
+        for path, content in extra.items():
+            write: Any = files.write_text if isinstance(content, str) else files.write_bytes
+            write(folder / path, content)
         for name, part in given.items():
             _write(name, part, folder / hub.folder_name(name), dtype)
         files.write_json(folder / INDEX, _model_index(given))
@@ -314,6 +323,8 @@ def _write(component: str, part: Any, folder: epath.Path, dtype: str) -> None:
         values = hf_config.write_unet(part.config)
     elif component == "vae":
         values = hf_config.write_vae(part.config)
+    elif component == "tiny_vae":
+        values = hf_config.write_tiny_vae(part.config)
     else:
         values = hf_config.write_text_encoder(part.config) | {"torch_dtype": dtype}
     files.write_json(folder / _CONFIGS[component][0], values)

@@ -33,16 +33,18 @@ from segdiff_jax.config import VERSION_KEY, Config, from_dict, reading_of, store
 from segdiff_jax.data.sources.source import IMAGE_EXTENSIONS
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote, reading, write_json, write_text
-from segdiff_jax.models import unet as unets
 from segdiff_jax.models.clip_text import CLIPText
+from segdiff_jax.models.linear_decoder import LinearDecoder
+from segdiff_jax.models.tiny_vae import TinyVAE
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.parallel import sharding
+from segdiff_jax.parallel.mesh import abstract
+from segdiff_jax.parallel.rules import state_sharding
 from segdiff_jax.stored import read_object
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import Vocabulary
-from segdiff_jax.weights import pretrained, step_folders
+from segdiff_jax.weights import hf_config, mask_decoders, pretrained, step_folders
 from segdiff_jax.weights.checkpoint import Checkpoints
 from segdiff_jax.weights.hub import INDEX
 
@@ -268,7 +270,7 @@ def load_unet(
         unet = nnx.eval_shape(lambda: UNet(unet_config, dtype=dtype, rngs=nnx.Rngs(0)))
         graph, params = nnx.split(unet)
         if mesh is not None:
-            params = sharding.abstract(params, sharding.state_sharding(params, mesh))
+            params = abstract(params, state_sharding(params, mesh))
         restored, _ = checkpoints.restore({kept: params}, wanted)
         step = checkpoints.used
     finally:
@@ -308,7 +310,7 @@ def unet_config_from(
         config = fields.build(UNetConfig, values or {}, "unet")
         if not values:
             raise UserError("holds no UNet: name the workdir of a diffusion stage")
-        unets.check(config, "unet")
+        hf_config.check_unet(config, "unet", {})
     return config
 
 
@@ -328,9 +330,17 @@ def load_frozen(
     """The networks that the diffusion stage does not train. The rest as of `pretrained.load`."""
     parts = ("vae", "text_encoder", "tokenizer")
     loaded = pretrained.load(folder, parts, variant=variant, dtype=dtype, tokenizer=tokenizer)
-    _, vae, text_encoder, tokens, _ = loaded
+    vae, text_encoder, tokens = loaded.vae, loaded.text_encoder, loaded.tokenizer
     assert vae and text_encoder and tokens  # what was asked for is there
     return vae, text_encoder, tokens
+
+
+def load_decoders(path: str, vae: VAE) -> tuple[LinearDecoder | None, TinyVAE | None]:
+    """What a run or an export has beside the decoder of its `vae`."""
+    folder = epath.Path(path)
+    networks = folder / PRETRAINED if is_workdir(path) else folder
+    linear = mask_decoders.read_linear(folder, vae.config)
+    return linear, mask_decoders.read_tiny(networks, vae.config, vae.dtype)
 
 
 def _load_export(path: str) -> Networks:

@@ -22,7 +22,8 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.models.vae import encode_latents
 from segdiff_jax.text import conditioning, vocabulary
 from segdiff_jax.training import losses
-from segdiff_jax.training.step import Frozen, diffusion_step, init_state
+from segdiff_jax.training.losses import Frozen
+from segdiff_jax.training.step import diffusion_step, init_state
 
 SIZE = (32, 32)
 

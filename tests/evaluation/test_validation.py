@@ -15,7 +15,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation.evaluator import evaluate
 from segdiff_jax.evaluation.validation import validator_of
 from segdiff_jax.inference.segmenter import Segmenter
-from segdiff_jax.parallel import sharding
+from segdiff_jax.parallel import mesh
 from segdiff_jax.training.step import init_state
 from segdiff_jax.weights.pretrained import Pretrained
 
@@ -62,7 +62,7 @@ def other_params(params):
 
 def validator(networks, config):
     classes = open_source(config.data, config.data.val_split, config.seed).vocabulary
-    return validator_of(networks, config, sharding.make_mesh(MeshConfig()), classes)
+    return validator_of(networks, config, mesh.make_mesh(MeshConfig()), classes)
 
 
 def figures_of(tiny_networks, params, config):
@@ -108,7 +108,7 @@ def test_a_missing_validation_split_is_found_before_training(networks, config, t
     data = type(config.data)(source="folder", root=str(tmp_path))
     with pytest.raises(UserError, match="no such folder"):
         wrong = type(config)(**vars(config) | {"data": data})
-        validator_of(networks, wrong, sharding.make_mesh(MeshConfig()), None)
+        validator_of(networks, wrong, mesh.make_mesh(MeshConfig()), None)
 
 
 def test_training_writes_curves_and_pictures_and_names_the_best_checkpoint(trained):

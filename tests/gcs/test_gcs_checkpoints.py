@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from segdiff_jax.config import Config, DataConfig, VAEConfig
 from segdiff_jax.errors import UserError
-from segdiff_jax.training import lock
+from segdiff_jax.training import lock, origin
 from segdiff_jax.weights.checkpoint import Checkpoints
 
 MARKER = "commit_success.txt"
@@ -111,3 +112,17 @@ def test_the_lock_of_a_run_in_a_bucket(gcs, bucket, monkeypatch):
         with pytest.raises(UserError, match="took over"):
             check()
     assert json.loads(gcs.objects()["run/lock.json"])["id"] == "theirs"
+
+
+def test_a_run_in_a_bucket_takes_no_name_of_the_user(gcs, bucket):
+    config = Config(data=DataConfig(source="scenes"), vae=VAEConfig(steps=1))
+    gcs.put("run/notes.txt", b"mine")
+    gcs.put("run/tensorboard/notes.txt", b"mine")
+    new = origin.names(config, f"{bucket}/run")
+    assert {"config.json", "checkpoints", "compile_cache"} <= new and "tensorboard" not in new
+    gcs.put("run/classes.json", b"mine")
+    with pytest.raises(UserError, match="classes.json: would be replaced"):
+        origin.names(config, f"{bucket}/run")
+    gcs.put("run/config.json", b"{}")  # as of a version that kept no list
+    gcs.put("run/latents/0", b"ours")
+    assert {"classes.json", "latents", "tensorboard"} <= origin.names(config, f"{bucket}/run")

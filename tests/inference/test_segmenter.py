@@ -504,13 +504,13 @@ def test_too_many_classes_for_one_gray_image(make_segmenter, tiny_config, image)
 def test_kernels_are_kept_as_the_network_multiplies_them(tiny_networks, tiny_config, monkeypatch):
     unet, *rest = tiny_networks
     graph, params = nnx.split(UNet(unet.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    gathered, for_use = [], segmenter_lib.sharding.for_use
+    gathered, for_use = [], segmenter_lib.for_use
 
     def watched(params, mesh):
         gathered.append({leaf.dtype.name for leaf in jax.tree.leaves(params)})
         return for_use(params, mesh)
 
-    monkeypatch.setattr(segmenter_lib.sharding, "for_use", watched)
+    monkeypatch.setattr(segmenter_lib, "for_use", watched)
     model = segmenter_lib.Segmenter(nnx.merge(graph, params), *rest, tiny_config())
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(model._unet_params)}
     assert dtypes == {"float32", "bfloat16"}
@@ -525,7 +525,7 @@ MERGED = """
     import numpy as np
     from segdiff_jax.inference import sampling
     from segdiff_jax.config import MeshConfig, SamplerConfig
-    from segdiff_jax.parallel import sharding
+    from segdiff_jax.parallel import mesh as meshes
 
     merge, parts = sampling._merge_spread, []
     def watched(*arguments):
@@ -537,7 +537,7 @@ MERGED = """
     members = np.random.default_rng(0).uniform(-1, 1, (3, 4, 3, 6, 8)).astype(np.float32)
     found = {"members": members.tolist()}
     for name, devices in [("1", 1), ("8", 8)]:
-        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+        mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:devices])
         for align in ("none", "affine"):
             maps = sampling.merge(members, SamplerConfig(ensemble=3, align=align), mesh)
             found[f"{align} {name}"] = [m.tolist() for m in maps]
@@ -576,7 +576,8 @@ ON_MESHES = """
     from segdiff_jax.config import MeshConfig
     from segdiff_jax.data.sources.source import open_source
     from segdiff_jax.evaluation.evaluator import evaluate
-    from segdiff_jax.parallel import sharding
+    from segdiff_jax.parallel import mesh as meshes
+    from segdiff_jax.parallel import rules
 
     *networks, config = workdir.load_networks(sys.argv[1])
     config.sampler = dataclasses.replace(config.sampler, steps=2, ensemble=2, batch_size=12)
@@ -594,12 +595,12 @@ ON_MESHES = """
     for name, sizes, devices in [
         ("1", (1, 1, 1), 1), ("8", (8, 1, 1), 8), ("2,2,2", (2, 2, 2), 8)
     ]:
-        mesh = sharding.make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
+        mesh = meshes.make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
         unet, *rest = networks
         # As validation gets them: cut up by the rules of training.
         graph, cut = nnx.split(unet)
         cut = {"params": cut}
-        cut = jax.device_put(cut, sharding.state_sharding(cut, mesh))["params"]
+        cut = jax.device_put(cut, rules.state_sharding(cut, mesh))["params"]
         model = segmenter.Segmenter(nnx.merge(graph, cut), *rest, config, mesh)
         whole = [[leaf.is_fully_replicated for leaf in jax.tree.leaves(params)]
                  for params in (cut, model._unet_params)]

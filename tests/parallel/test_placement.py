@@ -1,4 +1,4 @@
-"""Pre-trained weights on a mesh of 8 devices, in a process that forces them."""
+"""Pre-trained weights on a mesh of 8 devices, in a process that forces them; rows of work."""
 
 import json
 import subprocess
@@ -6,6 +6,8 @@ import sys
 import textwrap
 
 import pytest
+
+from segdiff_jax.parallel.placement import rows_of_call
 
 SETUP = """
     import json, math, sys
@@ -24,9 +26,11 @@ SETUP = """
     from segdiff_jax.models.unet import UNet
     from segdiff_jax.models.vae import VAE
     from segdiff_jax.train import train
-    from segdiff_jax.training import stages
+    from segdiff_jax.training import networks
+    from segdiff_jax.training import run as runs
     from segdiff_jax.parallel import placement
-    from segdiff_jax.parallel import sharding
+    from segdiff_jax.parallel import mesh as meshes
+    from segdiff_jax.parallel import rules
     from segdiff_jax.training.step import init_state
 
     folder, workdir = sys.argv[1:]
@@ -51,7 +55,7 @@ SETUP = """
                 totals[device] += part
         return max(totals.values())
 
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8, tensor=1))
+    mesh = meshes.make_mesh(MeshConfig(data=1, fsdp=8, tensor=1))
     put, peaks = placement.placer(mesh), []
     def place(path, array):
         placed = put(path, array)
@@ -69,13 +73,13 @@ SETUP = """
     # What training does with them next.
     config = Config()
     state = jax.eval_shape(lambda p: init_state(p, config), params)
-    shardings = sharding.state_sharding(state, mesh)
+    shardings = rules.state_sharding(state, mesh)
     create = jax.jit(lambda p: init_state(p, config), out_shardings=shardings)
     analysis = create.lower(params).compile().memory_analysis()
     created = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
     created += analysis.temp_size_in_bytes
     as_wanted = jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim),
-                             params, sharding.state_sharding(params, mesh))
+                             params, rules.state_sharding(params, mesh))
     # The same through a run, up to where the state is made.
     base, run = held(), {"peak": 0, "arrays": 0}
     def spying(mesh):
@@ -86,11 +90,12 @@ SETUP = """
             return placed
         run["base"] = held()
         return place
-    def instead(of, mesh, batches, step, frozen, params, *rest):
-        wanted = sharding.state_sharding(params, mesh)
+    def instead(setup):
+        params = setup.state.params
+        wanted = rules.state_sharding({"params": params}, setup.run.mesh)["params"]
         run["as_wanted"] = all(jax.tree.leaves(jax.tree.map(
             lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), params, wanted)))
-    stages.placer, stages._run = spying, instead
+    networks.placer, runs.loop = spying, instead
     config = Config(
         prompts=PromptsConfig(("{class}",)), init_from=folder,
         mesh=MeshConfig(data=1, fsdp=8, tensor=1), model=ModelConfig("tiny"),
@@ -135,3 +140,20 @@ def test_a_run_reads_its_starting_point_in_this_way(seen):
     run = seen["run"]
     assert run["arrays"] == seen["leaves"] and run["as_wanted"]
     assert run["peak"] <= seen["whole"] / 8 * 1.1
+
+
+@pytest.mark.parametrize(("most", "devices"), [(1, 1), (4, 1), (25, 1), (32, 1), (32, 8), (5, 4)])
+def test_few_sizes_that_waste_little(most, devices):
+    largest = -(-most // devices) * devices
+    sizes = {count: rows_of_call(count, most, devices) for count in range(1, 3 * largest)}
+    assert len(set(sizes.values())) <= 8 and max(sizes.values()) == largest
+    for count, size in sizes.items():
+        assert size % devices == 0 and size >= min(count, largest)
+        assert size <= max(devices, 1.6 * (count + devices - 1))
+        assert (size == largest) or count <= size
+    assert list(sizes.values()) == sorted(sizes.values())
+
+
+def test_the_sizes_of_the_default_batch():
+    found = sorted({rows_of_call(count, 32, 1) for count in range(1, 100)})
+    assert found == [1, 2, 4, 8, 12, 16, 24, 32]

@@ -163,7 +163,7 @@ ASSEMBLED = """
     from segdiff_jax.config import Config, MeshConfig, TrainConfig
     from segdiff_jax.data import pipeline
     from segdiff_jax.text import vocabulary
-    from segdiff_jax.parallel import sharding
+    from segdiff_jax.parallel import mesh as meshes
 
     class Numbered:
         vocabulary, novel = vocabulary.from_names(["a", "b"]), ()
@@ -175,21 +175,21 @@ ASSEMBLED = """
 
     config = Config(train=TrainConfig(batch_size=8))
     config.data.image_size = (8, 8)
-    meshes = {str(sizes): sharding.make_mesh(MeshConfig(*sizes))
+    meshes = {str(sizes): meshes.make_mesh(MeshConfig(*sizes))
               for sizes in [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]}
     mixed = np.array(jax.devices())[[0, 4, 1, 5, 2, 6, 3, 7]].reshape(8, 1, 1)
-    meshes["mixed"] = Mesh(mixed, sharding.AXES)
+    meshes["mixed"] = Mesh(mixed, meshes.AXES)
     whole = pipeline.train_batches(Numbered(), config, 0)
     expected = [next(whole)["image"][:, 0, 0, 0].tolist() for _ in range(6)]
     found = {"expected": expected}
     for name, mesh in meshes.items():
-        rows = sharding.local_rows(mesh, 8)
+        rows = meshes.local_rows(mesh, 8)
         batches = pipeline.train_batches(Numbered(), config, 0, 0, rows)
         found[name] = []
         for _ in range(6):
             local = next(batches)["image"]
             array = jax.make_array_from_process_local_data(
-                sharding.batch_sharding(mesh), local, (8, *local.shape[1:]))
+                meshes.batch_sharding(mesh), local, (8, *local.shape[1:]))
             found[name].append(processes.gathered(array)[:, 0, 0, 0].tolist())
     second = processes.index() == 1
     found["flags"] = [processes.any_raised(second)(), processes.any_raised(False)(),
@@ -314,14 +314,6 @@ def test_a_command_whose_peers_never_start_ends_in_one_line(tmp_path):
         *said, last = error.splitlines()
         assert last.startswith(f"error: {whom}: no answer for 2 s: start the same command in every")
         assert said and all(line.startswith(f"waiting for {whom} for") for line in said)
-
-
-def test_alone_everything_is_agreed_at_once():
-    assert processes.all_agree(True) and not processes.all_agree(False)
-    assert processes.any_raised(True)() and not processes.any_raised(False)()
-    processes.barrier()
-    with pytest.raises(ValueError, match="as it is"), processes.together():
-        raise ValueError("as it is")
 
 
 @pytest.mark.slow

@@ -67,10 +67,9 @@ def test_it_is_released_after_an_error(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_sigterm_releases_it_and_sigkill_leaves_one_that_is_known_to_be_dead(tmp_path, caplog):
-    killed(tmp_path, signal.SIGTERM)
-    assert not os.listdir(tmp_path)
-    killed(tmp_path, signal.SIGKILL)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_lock_of_a_killed_process_is_known_to_be_dead(tmp_path, caplog, number):
+    killed(tmp_path, number)
     assert os.listdir(tmp_path) == ["lock.json"]
     caplog.set_level(logging.INFO, "segdiff_jax")
     begun = time.monotonic()

@@ -14,9 +14,13 @@ from test_telemetry import read_scalars
 
 from segdiff_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig
 from segdiff_jax.errors import UserError
-from segdiff_jax.parallel import sharding
-from segdiff_jax.training import loop
-from segdiff_jax.training.step import TrainState, init_state
+from segdiff_jax.parallel import mesh as meshes
+from segdiff_jax.parallel import rules
+from segdiff_jax.training.run import Run as Start
+from segdiff_jax.training.run import Setup, loop
+from segdiff_jax.training.step import TrainState, compile_step, init_state
+from segdiff_jax.training.stop import Stopped
+from segdiff_jax.training.timing import StartUp
 from segdiff_jax.weights.checkpoint import Checkpoints
 
 
@@ -36,7 +40,7 @@ def step(state: TrainState, frozen, batch, key):
 
 
 class Run:
-    """One call of `loop.run` over batches 1, 2, 3, …, as often as wanted in one workdir."""
+    """One call of `loop` over batches 1, 2, 3, …, as often as wanted in one workdir."""
 
     def __init__(self, workdir, **train):
         self.workdir = str(workdir)
@@ -48,11 +52,11 @@ class Run:
 
     def __call__(self, losses=None, validate=None, before=None):
         losses = losses or {}
-        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:1])
         best = "score" if validate else None
         checkpoints = Checkpoints(f"{self.workdir}/checkpoints", keep=2, best_metric=best)
         state = init_state({"total": jnp.zeros(())}, self.config)
-        state = jax.device_put(state, sharding.state_sharding(state, mesh))
+        state = jax.device_put(state, rules.state_sharding(state, mesh))
         try:
             if checkpoints.latest_step() is not None:
                 state, _ = checkpoints.restore(state)
@@ -68,10 +72,16 @@ class Run:
                 finally:
                     self.closed = True
 
-            state = loop.run(
-                self.config, self.workdir, step, state, jnp.ones(()), batches(), mesh,
-                checkpoints, {"note": "x", "next_example": 100 + 2 * first}, 1e9, validate,
-            )  # fmt: skip
+            start = Start(self.config, self.workdir, None, mesh, StartUp())
+            metadata = {"note": "x", "next_example": 100 + 2 * first}
+            compiled, frozen = compile_step(step, state, mesh), jnp.ones(())
+            state = loop(
+                Setup(
+                    *(start, compiled, state, frozen, batches(), checkpoints, metadata),
+                    flops=1e9,
+                    validate=validate,
+                )
+            )
         finally:
             checkpoints.close()
         return state
@@ -130,15 +140,6 @@ def test_the_last_step_is_saved_whatever_the_interval(tmp_path):
     assert run.saved()[:2] == ([3, 5], total(5))
 
 
-def test_the_step_is_compiled_once(tmp_path, monkeypatch):
-    compiled, original = [], loop.compile_step
-    monkeypatch.setattr(
-        loop, "compile_step", lambda *args: compiled.append(original(*args)) or compiled[-1]
-    )
-    Run(tmp_path)()
-    assert [function._cache_size() for function in compiled] == [1]
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_writes_a_checkpoint_and_the_same_call_continues(tmp_path, number, capfd):
     run = Run(tmp_path, checkpoint_every=100)
@@ -148,7 +149,7 @@ def test_a_signal_writes_a_checkpoint_and_the_same_call_continues(tmp_path, numb
             os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
-    with pytest.raises(loop.Stopped, match="stopped at step 3, checkpoint written"):
+    with pytest.raises(Stopped, match="stopped at step 3, checkpoint written"):
         run(before=interrupt)
     assert signal.getsignal(number) is before
     assert run.saved()[:2] == ([3], total(3))

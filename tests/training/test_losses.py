@@ -91,9 +91,7 @@ def test_diffusion_loss_is_the_masked_error_of_the_scheduler_target(prediction, 
     weights = losses.latent_weights(batch, FACTOR)
     found = losses.diffusion_loss(
         unet,
-        PoolingVAE(),
-        make_schedule(config),
-        table,
+        losses.Frozen(PoolingVAE(), make_schedule(config), table),
         batch,
         losses.Corruption(jnp.asarray(timesteps), jnp.asarray(noise)),
         weights,
@@ -136,9 +134,8 @@ def test_pixels_that_are_ignored_do_not_matter():
     def loss(noise):
         changed = corruption._replace(noise=noise)
         config = CodecConfig()
-        return losses.diffusion_loss(
-            unet, PoolingVAE(), schedule, table, batch, changed, weights, config
-        )
+        frozen = losses.Frozen(PoolingVAE(), schedule, table)
+        return losses.diffusion_loss(unet, frozen, batch, changed, weights, config)
 
     gradient = np.abs(jax.grad(loss)(corruption.noise)).max(-1)
     assert (gradient[np.asarray(weights) == 0] == 0).all() and gradient.max() > 0
@@ -148,14 +145,6 @@ def test_weights_of_a_batch_without_valid_labels_are_zero():
     batch = make_batch()
     batch["labels"] = np.full_like(batch["labels"], 255)
     assert (np.asarray(losses.latent_weights(batch, FACTOR)) == 0).all()
-
-
-def test_weights_from_the_cache_are_those_of_the_labels():
-    batch = make_batch()
-    from_labels = np.asarray(losses.latent_weights(batch, FACTOR))
-    np.testing.assert_allclose(from_labels.sum(), 1, rtol=1e-6)
-    cached = {"valid": from_labels > 0}
-    assert (np.asarray(losses.latent_weights(cached, FACTOR)) == from_labels).all()
 
 
 @pytest.mark.parametrize("balance", [0.5, 1.0])
@@ -187,9 +176,7 @@ def test_bound_context_reaches_the_network():
 
     losses.diffusion_loss(
         recording,
-        PoolingVAE(),
-        schedule,
-        table,
+        losses.Frozen(PoolingVAE(), schedule, table),
         batch,
         corruption,
         losses.latent_weights(batch, FACTOR),
@@ -230,18 +217,6 @@ def test_corruption_is_drawn_for_each_sample_and_by_the_key():
     assert len(set(np.asarray(first.timesteps).tolist())) > 1
 
 
-def test_noise_is_annealed_by_the_timesteps_drawn(monkeypatch):
-    given = []
-    monkeypatch.setattr(
-        losses.noise_lib, "training_noise", lambda *args: given.append(args) or jnp.zeros(args[1])
-    )
-    schedule, shape = make_schedule(DiffusionConfig()), (4, 8, 8, 2)
-    drawn = losses.corrupt(jax.random.key(0), shape, schedule, NoiseConfig(strength=0.4), 0.5)
-    ((_, asked, timesteps, total, kind, strength),) = given
-    assert (asked, total, kind, strength) == (shape, 1000, "annealed", 0.4)
-    assert (timesteps == drawn.timesteps).all()
-
-
 def test_vae_loss_is_the_reconstruction_error_and_the_divergence():
     batch = make_batch()
     noise = np.random.default_rng(2).normal(size=(3, 2, 3, CHANNELS)).astype(np.float32)
@@ -273,12 +248,6 @@ def test_mask_rows_are_the_share_spread_evenly(count, share):
     assert rows.shape == (count,) and abs(rows.sum() - count * share) < 1
     running = np.cumsum(rows) - share * np.arange(1, count + 1)
     assert np.abs(running).max() <= 1
-
-
-def test_cached_latents_are_used_as_they_are():
-    image, mask = np.ones((1, 2, 3, 2)), np.zeros((1, 2, 3, 2))
-    found = losses.latents(None, {"image_latents": image, "mask_latents": mask})
-    assert found[0] is image and found[1] is mask
 
 
 def test_latents_of_pixels_carry_no_gradient():

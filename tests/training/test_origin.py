@@ -12,9 +12,11 @@ import safetensors.numpy
 from flax import nnx
 
 from segdiff_jax import cli, train
+from segdiff_jax import config as configs
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
-from segdiff_jax.training import loop, stages
+from segdiff_jax.training import origin
+from segdiff_jax.training import run as runs
 from segdiff_jax.weights import pretrained
 from segdiff_jax.weights.pretrained import Pretrained
 
@@ -57,7 +59,7 @@ def begin(micro_config, tmp_path, monkeypatch):
         for key, value in diffusion.items():
             setattr(config.diffusion, key, value)
         with monkeypatch.context() as patch, pytest.raises((Reached, UserError)) as caught:
-            patch.setattr(stages.pretrained, "load", load)
+            patch.setattr(pretrained, "load", load)
             workdir = Path(tempfile.mkdtemp(dir=tmp_path)) / "run"
             train.train(config, str(workdir))
         if isinstance(caught.value, UserError):
@@ -203,7 +205,7 @@ def test_weights_only_as_variants_are_chosen_by_a_key(
     assert "no weights of the variant 'pf16', but fp16, non_ema, the plain files" in typo
 
     started = []
-    monkeypatch.setattr(loop, "run", lambda config, workdir, step, state, *_: started.append(state))
+    monkeypatch.setattr(runs, "loop", lambda setup: started.append(setup.state))
     config = micro_config()
     config.init_from, config.init_variant, config.train.eval_every = str(folder), "fp16", 0
     config.prompts.templates = ("{class}",)  # the tokenizer knows no words, and 16 tokens are few
@@ -237,3 +239,47 @@ def test_nothing_to_weigh_where_a_pass_shows_every_class(micro_config, tmp_path)
 
 def test_betas_that_leave_no_signal(begin, folder):
     assert "have no signal left" in begin(folder, beta_start=0.9, beta_end=0.9)
+
+
+def test_config_may_differ_where_the_state_does_not_depend_on_it():
+    stored = json.loads(json.dumps(configs.to_dict(configs.Config())))  # tuples are lists now
+    current = configs.Config()
+    current.train.steps = 7
+    current.data.root = "/elsewhere"
+    current.optimizer.learning_rate = 1.0
+    current.model.dtype = "bfloat16"
+    current.diffusion.timestep_spacing = "leading"
+    current.mesh.fsdp = 4
+    origin.check_config(stored, configs.to_dict(current))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("model", "preset", "sd2"),
+        ("codec", "context", "bound"),
+        ("codec", "classes_per_pass", 4),
+        ("diffusion", "prediction_type", "sample"),
+        ("optimizer", "ema_decay", 0.999),
+        (None, "stage", "vae"),
+        (None, "seed", 1),
+    ],
+)
+def test_config_that_contradicts_the_checkpoint_names_the_key_and_both_values(section, key, value):
+    stored, current = configs.to_dict(configs.Config()), configs.to_dict(configs.Config())
+    target = current[section] if section else current
+    before, target[key] = target[key], value
+    with pytest.raises(UserError) as error:
+        origin.check_config(stored, current)
+    name = f"{section}.{key}" if section else key
+    assert f"config.{name} was {before!r} and is now {value!r}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_ema_decay_may_change_but_not_be_switched_off():
+    stored, current = configs.to_dict(configs.Config()), configs.to_dict(configs.Config())
+    stored["optimizer"]["ema_decay"], current["optimizer"]["ema_decay"] = 0.999, 0.99
+    origin.check_config(stored, current)
+    current["optimizer"]["ema_decay"] = 0.0
+    with pytest.raises(UserError, match="optimizer.ema_decay"):
+        origin.check_config(stored, current)

@@ -13,8 +13,9 @@ from segdiff_jax.config import CodecConfig, Config, OptimizerConfig, TrainConfig
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.text.conditioning import PromptTable
 from segdiff_jax.training import losses
+from segdiff_jax.training.losses import Frozen
 from segdiff_jax.training.optimizer import learning_rate
-from segdiff_jax.training.step import Frozen, diffusion_step, init_state
+from segdiff_jax.training.step import diffusion_step, init_state
 from segdiff_jax.weights import hf_config, key_map, pretrained
 
 B, SIZE, K, TOKENS, WIDTH = 4, 16, 3, 5, 12
@@ -109,9 +110,7 @@ def test_gradients_of_the_loss(tmp_path):
         weights = losses.latent_weights(batch, 2)
         return losses.diffusion_loss(
             nnx.merge(graph, params),
-            ours.vae,
-            schedule,
-            table(),
+            Frozen(ours.vae, schedule, table()),
             batch,
             drawn,
             weights,

@@ -13,8 +13,9 @@ from segdiff_jax.config import Config, NoiseConfig, OptimizerConfig, TrainConfig
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.text.conditioning import PromptTable
 from segdiff_jax.training import losses
+from segdiff_jax.training.losses import Frozen
 from segdiff_jax.training.optimizer import make_optimizer
-from segdiff_jax.training.step import Frozen, diffusion_step, init_state, vae_step
+from segdiff_jax.training.step import diffusion_step, init_state, vae_step
 
 B, H, W, C, K = 8, 4, 6, 4, 3
 

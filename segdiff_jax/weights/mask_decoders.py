@@ -1,0 +1,67 @@
+"""What may stand in for the VAE's decoder, in the folder of a model.
+
+linear_decoder.safetensors            fitted when a training ends
+tiny_vae/ (of a workdir: pretrained/) an AutoencoderTiny of the same latent space, put there by hand
+"""
+
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from etils import epath
+
+from segdiff_jax import files
+from segdiff_jax.errors import UserError
+from segdiff_jax.models.layers import Dtype
+from segdiff_jax.models.linear_decoder import LinearDecoder
+from segdiff_jax.models.tiny_vae import TinyVAE
+from segdiff_jax.models.vae import VAEConfig
+from segdiff_jax.weights import pretrained, safetensors_files
+
+LINEAR, TINY = "linear_decoder.safetensors", "tiny_vae"
+
+
+def linear_to_bytes(decoder: LinearDecoder) -> bytes:
+    """The contents of `linear_decoder.safetensors`."""
+    return safetensors.numpy.save({k: np.asarray(v) for k, v in decoder._asdict().items()})
+
+
+def read_linear(folder: os.PathLike[str] | str, vae: VAEConfig) -> LinearDecoder | None:
+    """The linear decoder in the folder of a model; None if there is none.
+
+    Raises `UserError` for a damaged file, and for one that was not fitted to such a VAE.
+    """
+    path = epath.Path(folder) / LINEAR
+    with files.reading(path):
+        if not path.exists():
+            return None
+    pixels = vae.downsampling**2
+    expected = {"kernel": (3, 3, vae.latent_channels, pixels), "bias": (pixels,)}
+    with safetensors_files.opened([path]) as (file,):
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if {name: array.shape for name, array in arrays.items()} != expected:
+        raise UserError(f"{path}: was not fitted to this VAE: delete it and run the training again")
+    return LinearDecoder(**{name: jnp.asarray(array) for name, array in arrays.items()})
+
+
+def read_tiny(
+    folder: os.PathLike[str] | str, vae: VAEConfig, dtype: Dtype = jnp.float32
+) -> TinyVAE | None:
+    """The tiny autoencoder in a Stable Diffusion folder; None if there is none.
+
+    Raises `UserError` as `pretrained.load` does, and for one with another latent space's shape.
+    """
+    path = epath.Path(folder) / TINY
+    with files.reading(path):
+        if not path.exists():
+            return None
+    tiny = pretrained.load(folder, (TINY,), dtype=dtype).tiny_vae
+    assert tiny is not None
+    shape = tiny.config.latent_channels, tiny.config.downsampling
+    if shape != (vae.latent_channels, vae.downsampling):
+        raise UserError(
+            f"{path}: has latents of {shape[0]} channels at 1/{shape[1]} of the size, the VAE "
+            f"{vae.latent_channels} at 1/{vae.downsampling}: use one that was made for this VAE"
+        )
+    return tiny

@@ -1,0 +1,67 @@
+"""Another decoder of mask latents in the place of the VAE's, and what a shortlist ranks by."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from segdiff_jax.errors import UserError
+from segdiff_jax.models.linear_decoder import LinearDecoder
+from segdiff_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
+from segdiff_jax.text.vocabulary import from_names
+
+CLASSES = ("sky", "building", "road", "red tree")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly(fast_compile):
+    """These compile much and compute little."""
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(0).integers(0, 256, (24, 16, 3), np.uint8)
+
+
+@pytest.fixture
+def model(make_segmenter):
+    return make_segmenter()
+
+
+def _constant(value):
+    return LinearDecoder(jnp.zeros((3, 3, 4, 4)), jnp.full(4, value))  # 4 channels at f = 2
+
+
+def _maps(model, image, decoder):
+    sampler = dataclasses.replace(model.config.sampler, decoder=decoder)
+    return model.maps([image], from_names(CLASSES, "x").classes, sampler, 0)[0]
+
+
+def test_maps_come_from_the_decoder_that_was_chosen(model, image):
+    by_vae = _maps(model, image, "vae")
+    tiny = TinyVAE(
+        TinyVAEConfig(width=4, encoder_blocks=(0, 0), decoder_blocks=(0, 0)), rngs=nnx.Rngs(0)
+    )
+    model.add_decoders(_constant(0.25), tiny)
+    np.testing.assert_allclose(_maps(model, image, "linear"), 0.25, atol=1e-6)
+    assert _maps(model, image, "tiny").shape == by_vae.shape
+    assert np.abs(_maps(model, image, "tiny") - by_vae).max() > 0.01
+    np.testing.assert_array_equal(_maps(model, image, "vae"), by_vae)
+
+
+def test_a_shortlist_ranks_without_the_vae_and_decodes_with_it(model, image):
+    full = model(image, CLASSES, seed=5)
+    model.add_decoders(_constant(0.25))  # to which all classes are equally present
+    short = model(image, CLASSES, seed=5, shortlist=2)
+    np.testing.assert_allclose(short.scores[..., :2], full.scores[..., :2], atol=1e-5)
+    assert (short.network_scores[..., 2:] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("decoder", "says"), [("linear", "run its training again"), ("tiny", "AutoencoderTiny")]
+)
+def test_a_decoder_that_is_not_there_says_how_to_get_it(model, image, decoder, says):
+    with pytest.raises(UserError, match=f"sampler.decoder='{decoder}'.*{says}.*or use vae"):
+        _maps(model, image, decoder)
