@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 from segdiff_jax.config import Config
-from segdiff_jax.data import chance, geometry, transforms
+from segdiff_jax.data import chance, transforms
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.preference import Preference
 from segdiff_jax.data.sources.source import Source

@@ -13,7 +13,6 @@ from hypothesis.extra import numpy as hnp
 from segdiff_jax.evaluation.metrics import (
     Sums,
     boundary,
-    class_iou,
     confusion,
     count,
     nothing,
