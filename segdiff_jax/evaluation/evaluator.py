@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.parallel import processes
 from segdiff_jax.parallel.placement import equal_parts, multiple
 from segdiff_jax.progress import Progress
+from segdiff_jax.text.vocabulary import Vocabulary
 
 
 class Example(NamedTuple):
@@ -35,6 +37,7 @@ class Result(NamedTuple):
     confusion: np.ndarray  # int64 [K, K+1], see metrics.confusion
     summary: dict[str, Any]  # what metrics.json holds: figures, number of images, settings
     examples: list[Example]
+    per_image: list[metrics.OfImage]  # in the order of the images, then of the classes
 
 
 def evaluate(
@@ -79,10 +82,11 @@ def evaluate(
     sampler = sampler or segmenter.config.sampler
     if ceiling:
         sampler = dataclasses.replace(sampler, ensemble=1, shortlist=0)
-    asked = getattr(source, "asked", None) or source.vocabulary
+    asked = _asked(source)
     classes, num_classes = asked.classes, len(source.vocabulary)
     decoding = dataclasses.replace(segmenter.config.codec, closed=not open_vocabulary)
     decide = functools.partial(segmenter.segmentation, classes=asked, decoding=decoding)
+    scored = functools.partial(_scored, decide, source)
     total = len(source) if limit is None else min(limit, len(source))
     chosen = _spread(total, len(source))
     shown = set(_spread(min(examples, total), total))
@@ -90,6 +94,7 @@ def evaluate(
     sums = metrics.nothing(num_classes)
     ids: Counter[int] = Counter()  # of the mask files: pixels
     kept: list[Example] = []
+    per_image: list[tuple[int, metrics.OfImage]] = []  # with the image's number
     photos: list[reconstruction.Sums] = []
     if not ceiling:
         segmenter.table(classes)  # what is wrong with the classes is wrong before the first image
@@ -115,15 +120,12 @@ def evaluate(
             gray, spread = segmenter.unclipped_maps(list(images), classes, sampler, seed, names)
         for i, record in own.items():
             spread_i = spread[i - start] if spread is not None and sampler.ensemble > 1 else None
-            found = decide(gray[i - start], spread_i, record["image"])
-            if asked is not source.vocabulary:
-                found = _folded(found, num_classes)
-            part = _counted(found, record["labels"], num_classes)
+            example, part, rows = scored(gray[i - start], spread_i, record)
             sums = metrics.Sums(*map(np.add, sums, part))
+            per_image += [(i, row) for row in rows]
             ids.update(record.get("ids") or count_ids(record["labels"]))
             if i in shown:
-                name, photo, labels = record["name"], record["image"], record["labels"]
-                kept.append(Example(name, photo, labels, found.labels, found.uncertainty))
+                kept.append(example)
         if progress:
             progress(numbers[-1] + 1, total)
     sums = metrics.Sums(*map(_summed, sums))
@@ -135,7 +137,7 @@ def evaluate(
         summary["settings"]["threshold"] = decoding.threshold
     summary["labels"] = label_summary.figures(source, _summed_ids(ids), total)
     summary |= reconstruction.summarize(photos) if photos else {}
-    return Result(sums.confusion, summary, kept)
+    return Result(sums.confusion, summary, kept, _together(per_image))
 
 
 def _owner(image: int, shown: Collection[int]) -> int:
@@ -174,17 +176,37 @@ def _summed_ids(ids: Mapping[int, int]) -> dict[int, int]:
     return {int(i): int(everywhere[i]) for i in np.flatnonzero(everywhere)}
 
 
-def _folded(found: Segmentation, num_classes: int) -> Segmentation:
-    """Whatever is none of the first K - 1 classes, *other* too, is the last: see `Source`."""
-    return dataclasses.replace(found, labels=np.minimum(found.labels, num_classes - 1))
+def _scored(
+    decide: Callable[..., Segmentation],
+    source: Source,
+    gray: np.ndarray,
+    spread: np.ndarray | None,
+    record: Mapping[str, Any],
+) -> tuple[Example, metrics.Sums, list[metrics.OfImage]]:
+    """What the maps [P, h, w] of an image say at its own size, and what that adds to the sums."""
+    found, truth = decide(gray, spread, record["image"]), record["labels"]
+    names = source.vocabulary.names
+    labels, highest = found.labels, found.network_scores.max((0, 1))  # [H, W], [classes asked]
+    if _asked(source) is not source.vocabulary:  # all that is none of the others, *other* too
+        last = len(names) - 1
+        labels = np.minimum(labels, last)
+        highest = np.append(highest[:last], highest[last:].max())
+    part = metrics.count(truth, labels, highest, found.confidence, found.uncertainty)
+    example = Example(record["name"], record["image"], truth, labels, found.uncertainty)
+    return example, part, metrics.of_image(record["name"], part, highest, names)
 
 
-def _counted(found: Segmentation, labels: np.ndarray, num_classes: int) -> metrics.Sums:
-    """What one image adds to the sums of K classes, the last of which may be several that were
-    asked for."""
-    every = found.network_scores.max((0, 1))
-    highest = np.append(every[: num_classes - 1], every[num_classes - 1 :].max())  # [K]
-    return metrics.count(labels, found.labels, highest, found.confidence, found.uncertainty)
+def _asked(source: Source) -> Vocabulary:
+    return getattr(source, "asked", None) or source.vocabulary
+
+
+def _together(rows: list[tuple[int, metrics.OfImage]]) -> list[metrics.OfImage]:
+    """Those of all processes, in the order of the images."""
+    own = json.dumps(rows).encode("ascii")
+    longest = int(processes.stacked(np.array(len(own), np.int32)).max())
+    padded = np.frombuffer(own.ljust(longest), np.uint8)  # JSON may end with blanks
+    every = [row for text in processes.stacked(padded) for row in json.loads(text.tobytes())]
+    return [metrics.OfImage(*row) for _, row in sorted(every, key=lambda pair: pair[0])]
 
 
 def _summed(matrix: np.ndarray) -> np.ndarray:

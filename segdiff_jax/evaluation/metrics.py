@@ -71,6 +71,33 @@ def count(
     )
 
 
+class OfImage(NamedTuple):
+    """What one image shows of one class: pixels, of the whole masks and of their boundaries.
+
+    These, added up over images, give both conventions of IoU again, and many other figures.
+    """
+
+    image: str
+    name: str  # of the class
+    truth: int
+    prediction: int
+    both: int
+    boundary_truth: int
+    boundary_prediction: int
+    boundary_both: int
+    score: float  # the highest in the image
+
+
+def of_image(image: str, part: Sums, highest: np.ndarray, names: Sequence[str]) -> list[OfImage]:
+    """The classes in the labels or the prediction of the image that `part` counts, by their ids."""
+    truth, prediction = part.confusion.sum(1), part.confusion[:, :-1].sum(0)  # [K] each
+    pixels = np.stack([truth, prediction, part.confusion.diagonal()], axis=1)
+    return [
+        OfImage(image, names[i], *pixels[i].tolist(), *part.boundary[i].tolist(), float(highest[i]))
+        for i in np.flatnonzero(truth + prediction)
+    ]
+
+
 def confusion(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
     """Counts pixels by true class and predicted class. Matrices of several images add up.
 

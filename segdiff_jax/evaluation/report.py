@@ -1,5 +1,7 @@
 """What an evaluation leaves behind: metrics.json, a page, a sheet of examples, a table to print."""
 
+import csv
+import io
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +10,8 @@ from etils import epath
 
 from segdiff_jax import files
 from segdiff_jax.data.sources.source import Source
-from segdiff_jax.evaluation.evaluator import Example
+from segdiff_jax.evaluation.evaluator import Result
+from segdiff_jax.evaluation.metrics import OfImage
 from segdiff_jax.inference import page, pictures
 from segdiff_jax.text.vocabulary import shorten
 
@@ -38,9 +41,13 @@ _FURTHER = {
 
 
 def write(
-    output: str, summary: dict[str, Any], examples: Sequence[Example], source: Source
+    output: str, summary: dict[str, Any], result: Result, source: Source, per_image: bool = False
 ) -> None:
-    """Writes metrics.json, index.html and, where there are examples, examples.png."""
+    """Writes metrics.json, index.html, examples.png where there are examples, and per_image.csv.
+
+    `summary` is the result's with what else is to be said of the run.
+    """
+    examples = result.examples
     files.write_json(os.path.join(output, "metrics.json"), summary)
     settings, novel = summary["settings"], set(source.novel)
     settings_rows = [(name, str(value)) for name, value in settings.items()]
@@ -53,10 +60,14 @@ def write(
         page.comparison(e.name, e.image, e.prediction, colors, e.labels, e.uncertainty)
         for e in examples
     ]
-    if not rows:
-        with files.writing(output):  # an earlier one would show other results
-            epath.Path(output, "examples.png").unlink(missing_ok=True)
-    else:
+    stale = [] if per_image else ["per_image.csv"]
+    stale += [] if rows else ["examples.png"]
+    with files.writing(output):  # earlier ones would show other results
+        for name in stale:
+            epath.Path(output, name).unlink(missing_ok=True)
+    if per_image:
+        files.write_text(os.path.join(output, "per_image.csv"), _table_of_images(result.per_image))
+    if rows:
         sheet = pictures.encode(page.contact_sheet(rows[:_SHEET_ROWS]))
         files.write_bytes(os.path.join(output, "examples.png"), sheet)
     page.page(
@@ -72,6 +83,15 @@ def write(
         f"{summary['images']} images of {summary['data']['split']!r}, {len(names)} classes, "
         f"{summary['checkpoint']}",
     )
+
+
+def _table_of_images(rows: Sequence[OfImage]) -> str:
+    """CSV: a line for each image and each class in its labels or its prediction."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow("class" if field == "name" else field for field in OfImage._fields)
+    writer.writerows(rows)
+    return buffer.getvalue()
 
 
 def text_table(summary: dict[str, Any]) -> str:
