@@ -101,7 +101,7 @@ class CodecConfig:
 
 @dataclass
 class PromptsConfig:
-    templates: tuple[str, ...] = ("a photo of a {class}",)
+    templates: tuple[str, ...] = ("a photo of a {class}",)  # or sets by name: text/prompts.py
 
 
 @dataclass
