@@ -25,9 +25,27 @@ from segdiff_jax.shapes import (
     Pixels,
 )
 
-IGNORE = 255  # in labels: not annotated; in predictions: *other*
+IGNORE = 255  # in labels of 8 bits: not annotated; in predictions: *other*
+IGNORE_16 = 65535  # the same in labels of 16 bits, where 255 is a class
 PAD = -1  # in class_ids: an empty slot of the group
 MAX_GROUP = 255  # more gray levels than 8 bits hold cannot be told apart
+
+
+def ignore_label(num_classes: int) -> int:
+    """What *not annotated* and *other* are among K classes: 255, or 65535 where 255 is a class."""
+    return IGNORE if num_classes <= IGNORE else IGNORE_16
+
+
+def label_type(num_classes: int) -> type[np.unsignedinteger]:
+    """The type of the labels of K classes; its largest value is their `ignore_label`."""
+    return np.uint8 if num_classes <= IGNORE else np.uint16
+
+
+def _ignored_in(labels: Labels, ignore_label: int | None) -> int:
+    """`ignore_label`, or by the type of `labels` if that is None."""
+    if ignore_label is not None:
+        return ignore_label
+    return IGNORE_16 if labels.dtype == np.uint16 else IGNORE
 
 
 def group_size(num_classes: int, classes_per_pass: int) -> int:
@@ -62,14 +80,15 @@ def _levels(size: int) -> np.ndarray:
     return -1.0 + 2.0 * np.arange(1, size + 1) / size
 
 
-def encode(labels: Labels, class_ids: ClassIds, ignore_label: int = IGNORE) -> GrayMap:
+def encode(labels: Labels, class_ids: ClassIds, ignore_label: int | None = None) -> GrayMap:
     """Paints a group: labels int [..., H, W] -> gray float32 [..., H, W] in [-1, 1].
 
     class_ids int [G] in level order; -1 marks an empty slot. Other classes and `ignore_label`
-    become -1 (`valid_mask` says where the latter are).
+    become -1 (`valid_mask` says where the latter are). By default it is 65535 in uint16, else 255.
     """
-    labels = labels.astype(jnp.int32)[..., None]  # uint8 on disk; -1 must not wrap around
-    match = (labels == class_ids) & (class_ids != PAD) & (labels != ignore_label)
+    ignored = _ignored_in(labels, ignore_label)
+    labels = labels.astype(jnp.int32)[..., None]  # unsigned on disk; -1 must not wrap around
+    match = (labels == class_ids) & (class_ids != PAD) & (labels != ignored)
     return jnp.max(jnp.where(match, levels(class_ids.shape[0]), -1.0), axis=-1)
 
 
@@ -84,17 +103,20 @@ def mask_images(labels: Labels, class_ids: GroupIds) -> Pixels:
     return jnp.broadcast_to(gray[..., None], (*gray.shape, 3))
 
 
-def to_gray(pixels: Any) -> jax.Array:
-    """Decoded [..., H, W, 3] → gray maps [..., H, W], beyond [-1, 1] where the decoder is."""
+def to_gray(pixels: Any) -> Any:
+    """Decoded [..., H, W, 3] → gray maps [..., H, W], beyond [-1, 1] where the decoder is.
+
+    Numpy in, numpy out.
+    """
     return pixels.mean(-1)
 
 
-def valid_mask(labels: Labels, ignore_label: int = IGNORE) -> PixelMask:
-    """Where the annotation says something: bool, the shape of `labels`."""
-    return labels != ignore_label
+def valid_mask(labels: Labels, ignore_label: int | None = None) -> PixelMask:
+    """Where the annotation says something: bool, the shape of `labels`. Default as of `encode`."""
+    return labels != _ignored_in(labels, ignore_label)
 
 
-def latent_valid(labels: Labels, factor: int, ignore_label: int = IGNORE) -> jax.Array:
+def latent_valid(labels: Labels, factor: int, ignore_label: int | None = None) -> jax.Array:
     """Latent pixels none of whose pixels is *ignore*: [..., H, W] -> bool [..., H/f, W/f].
 
     The max-pool of the ignore mask. Raises `ValueError` if `factor` does not divide H and W.

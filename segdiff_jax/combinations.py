@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from segdiff_jax.config import Config
 
 PLACEHOLDER = "{class}"  # in a prompt template
+TEMPLATE_SETS = ("single", "scene", "vild14", "clip80")  # names for templates: text/prompts.py
 
 
 def check(c: "Config", own: "Config", use: str) -> None:
@@ -67,10 +68,11 @@ def _of_a_model(c: "Config") -> Iterator[str]:
             "use v_prediction or sample, or config.diffusion.rescale_betas_zero_snr=False"
         )
     for template in c.prompts.templates:
-        if PLACEHOLDER not in template:
+        if PLACEHOLDER not in template and template not in TEMPLATE_SETS:
             yield (
                 f"config.prompts.templates: {template!r} must contain {PLACEHOLDER}, where the "
-                f"name of the class goes, such as 'a photo of a {PLACEHOLDER}'"
+                f"name of the class goes, such as 'a photo of a {PLACEHOLDER}', "
+                f"or be one of the sets {', '.join(TEMPLATE_SETS)}"
             )
     for axis, size in dataclasses.asdict(c.mesh).items():
         if size == 0:

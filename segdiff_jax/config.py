@@ -28,7 +28,10 @@ PREDICTIONS = ("v_prediction", "epsilon", "sample")
 DECODERS = ("vae", "linear", "tiny")
 SPACINGS = ("trailing", "leading", "linspace")
 PATHS = ("data.root", "data.vocabulary", "init_from", "init_tokenizer")  # name files or folders
-SOURCES = ("scenes", "folder", "ade20k", "coco_stuff", "pascal_voc", "cityscapes", "tfds")
+SOURCES = (
+    *("scenes", "folder", "ade20k", "ade20k_847", "coco_stuff", "pascal_voc", "pascal_voc_20b"),
+    *("pascal_context_59", "pascal_context_459", "cityscapes", "tfds"),
+)
 FITS = ("pad", "stretch")  # a photo keeps its aspect ratio, or is as wide and high as the view
 USES = ("model", "evaluate", "train")  # of a config, from what asks least of it
 VERSION_KEY = "segdiff_jax_version"  # beside a stored config: the package that wrote it
@@ -98,7 +101,7 @@ class CodecConfig:
 
 @dataclass
 class PromptsConfig:
-    templates: tuple[str, ...] = ("a photo of a {class}",)
+    templates: tuple[str, ...] = ("a photo of a {class}",)  # or sets by name: text/prompts.py
 
 
 @dataclass

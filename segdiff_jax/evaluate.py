@@ -108,13 +108,13 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
         data = {"source": config.data.source, "root": config.data.root, "split": split}
         read = {"checkpoint": args.checkpoint, "checkpoint_step": step, "data": data}
         summary = result.summary | read
-        report.write(args.output, summary, result.examples, source)
+        report.write(args.output, summary, result, source, args.per_image)
     print(report.text_table(summary))
     print(f"written: {os.path.join(args.output, 'metrics.json')} and index.html")
 
 
 _KIND = "evaluation"  # of a folder's marker (`ownership`)
-_OUTPUTS = ("metrics.json", "index.html", "examples.png")
+_OUTPUTS = ("metrics.json", "index.html", "examples.png", "per_image.csv")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,6 +155,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="score the ground truth after a trip through codec and VAE, in place of predictions: "
         "the best that any UNet could do",
+    )
+    add(
+        "--per-image",
+        action="store_true",
+        help="also write per_image.csv: for each image and class the pixels of truth, prediction "
+        "and both, of whole masks and of boundaries, so that another metric needs no second run",
     )
     add(
         "--open",

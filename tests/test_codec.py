@@ -102,6 +102,15 @@ def test_ignored_pixels_are_never_painted():
     np.testing.assert_array_equal(codec.valid_mask(labels, 7), [[True, True, False]])
 
 
+def test_in_labels_of_16_bits_255_is_a_class():
+    labels = jnp.array([[255, 65535, 846]], jnp.uint16)
+    gray = codec.encode(labels, jnp.array([846, codec.PAD, 255, codec.PAD]))
+    np.testing.assert_allclose(gray, [[0.5, -1, -0.5]])
+    np.testing.assert_array_equal(codec.valid_mask(labels), [[True, False, True]])
+    assert [codec.ignore_label(count) for count in (1, 255, 256, 65535)] == [255, 255, 65535, 65535]
+    assert codec.label_type(255) == np.uint8 and codec.label_type(256) == np.uint16
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 2, 4, 8]), st.integers(0, 2**31))
 def test_latent_pixel_is_valid_if_none_of_its_pixels_is_ignored(h, w, factor, seed):

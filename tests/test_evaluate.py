@@ -1,5 +1,6 @@
 """`python -m segdiff_jax.evaluate`: what it writes, and what it says of bad input."""
 
+import csv
 import json
 import os
 
@@ -91,6 +92,26 @@ def test_writes_metrics_and_page(files, capsys):
     for name in ("sky", "building", "road", "pixel accuracy"):
         assert name in output.out
     assert f"{values['miou_present']:.3f}" in output.out
+
+
+def test_per_image_table_gives_the_figures_again(files, capsys):
+    assert _run(files, capsys, "--per-image")[0] == 0
+    values = json.loads((files / "o" / "metrics.json").read_text())
+    with open(files / "o" / "per_image.csv", newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    assert [line["image"] for line in lines] == sorted(line["image"] for line in lines)
+    assert {line["image"] for line in lines} == {"p0", "p1", "p2"}
+    for prefix, table in (("", "per_class"), ("boundary_", "per_class_boundary")):
+        for name, iou in values[table].items():
+            truth, guess, both = (
+                sum(int(line[prefix + column]) for line in lines if line["class"] == name)
+                for column in ("truth", "prediction", "both")
+            )
+            assert (iou is None) == (truth + guess == 0)
+            assert not truth + guess or iou == pytest.approx(both / (truth + guess - both))
+    assert all(0 <= float(line["score"]) <= 1 for line in lines)
+    assert _run(files, capsys, "--limit", "1")[0] == 0
+    assert not (files / "o" / "per_image.csv").exists(), "it would be another run's"
 
 
 def test_the_classes_are_printed_and_checked(files, data, capsys, tiny_config):

@@ -16,7 +16,6 @@ convolution, and what random crops that leave the photo show. Padding of labels 
 import numpy as np
 from PIL import Image
 
-IGNORE = 255
 GRAY = 127
 # Shrinking by more than this averages whole pixels first: a sixth of the time, gray values ± 1.
 _REDUCING_GAP = 3.0
@@ -40,7 +39,7 @@ def filled(native: Size, size: Size, rule: str) -> Size:
 
 
 def fit(pixels: np.ndarray, size: Size, rule: str) -> np.ndarray:
-    """A photo uint8 [H, W, 3] or labels uint8 [H, W] at `size`."""
+    """A photo uint8 [H, W, 3] or labels uint8 or uint16 [H, W] at `size`."""
     height, width = filled(pixels.shape[:2], size, rule)
     resized = resize(pixels, (height, width))
     if (height, width) == tuple(size):
@@ -78,5 +77,5 @@ def resize(pixels: np.ndarray, size: Size, box: Box | None = None) -> np.ndarray
 
 
 def padding_of(pixels: np.ndarray) -> int:
-    """What surrounds a photo [H, W, 3] or labels [H, W]."""
-    return IGNORE if pixels.ndim == 2 else GRAY
+    """What surrounds a photo [H, W, 3] or labels [H, W]: *ignore*, the largest of their type."""
+    return np.iinfo(pixels.dtype).max if pixels.ndim == 2 else GRAY

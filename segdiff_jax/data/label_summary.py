@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from segdiff_jax import codec
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data import chance, images
 from segdiff_jax.data.images import UnreadableError
-from segdiff_jax.data.sources.layouts import IGNORE
+from segdiff_jax.data.sources.layouts import IGNORED
 from segdiff_jax.data.sources.source import Look, PairSource, Source
 from segdiff_jax.errors import UserError
 
@@ -65,11 +66,12 @@ def figures(source: Source, ids: Mapping[int, int], pairs: int) -> dict[str, Any
     for value, count in ids.items():
         pixels[value if lookup is None else int(lookup[value])] += count
     names = source.vocabulary.names
+    ignored = codec.ignore_label(len(names)) if lookup is None else IGNORED
     return {
         "pairs": pairs,
         "ids": sorted(ids),
         "absent_classes": [name for i, name in enumerate(names) if not pixels[i]],
-        "share_ignored": pixels[IGNORE] / total if total else None,
+        "share_ignored": pixels[ignored] / total if total else None,
     }
 
 
@@ -138,7 +140,7 @@ def _id_warnings(
     source: PairSource, ids: Mapping[int, int], found: dict[str, Any]
 ) -> Iterator[str]:
     names, lookup = source.vocabulary.names, source.lookup
-    classes = {value: names[lookup[value]] for value in ids if lookup[value] != IGNORE}
+    classes = {value: names[lookup[value]] for value in ids if lookup[value] != IGNORED}
     commonest = max(classes, key=lambda value: ids[value])
     if set(ids) == {0, 255} and 0 in classes and 255 not in classes:
         absent = found["absent_classes"]

@@ -87,7 +87,7 @@ class Latents:
 
     def classes(self, pair: int, view: int) -> np.ndarray:
         """The ids [n] of trained classes that a view of a pair shows."""
-        return np.array(self._contents[pair][view], np.uint8)
+        return np.array(self._contents[pair][view], np.int32)
 
     def image(self, pair: int, view: int) -> tuple[np.ndarray, np.ndarray]:
         """Image latent [h, w, c] and valid mask bool [h, w]."""

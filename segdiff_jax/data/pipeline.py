@@ -16,13 +16,11 @@ import numpy as np
 from absl import flags
 
 from segdiff_jax.config import Config
-from segdiff_jax.data import chance, geometry, transforms
+from segdiff_jax.data import chance, transforms
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.preference import Preference
 from segdiff_jax.data.sources.source import Source
 from segdiff_jax.errors import UserError
-
-IGNORE = geometry.IGNORE
 
 
 class Records(Protocol):
@@ -44,7 +42,7 @@ def train_batches(
 ) -> "TrainBatches":
     """Endless batches from example `start` on.
 
-    Each is {"image": uint8 [b, H, W, 3], "labels": uint8 [b, H, W], "class_ids": int32 [b, G]},
+    Each is {"image": uint8 [b, H, W, 3], "labels": [b, H, W], "class_ids": int32 [b, G]},
     the b `rows` of the global batch that this process feeds, by default all; G is
     config.codec.classes_per_pass, or all K classes when that is 0. class_ids of -1 are empty
     slots. `batch_size`, of the global batch, is config.train.batch_size unless given. `preference`:
@@ -256,14 +254,14 @@ def draw_classes(
     rng: np.random.Generator,
     preference: Preference = Preference(),
 ) -> np.ndarray:
-    """int32 [count]: which classes to ask of uint8 `labels` [...], in random order.
+    """int32 [count]: which classes to ask of unsigned `labels` [...], in random order.
 
     Of the labels it only matters which ids occur.
     Each slot shows an absent class with probability `negatives`, else a present one; where one
     kind runs out the other fills in, and -1 where both do. Only ids in `trained` are drawn, among
     which `preference` chooses.
     """
-    occurs = np.bincount(labels.ravel(), minlength=256) > 0
+    occurs = np.bincount(labels.ravel(), minlength=int(trained.max(initial=0)) + 1) > 0
     present, absent = trained[occurs[trained]], trained[~occurs[trained]]
     absent_count = int((rng.random(count) < negatives).sum())
     absent_count = max(absent_count, count - len(present))

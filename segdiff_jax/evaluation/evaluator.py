@@ -1,7 +1,8 @@
-"""A model against a labelled dataset: predictions at native resolution, one confusion matrix."""
+"""A model against a labelled dataset: predictions at native resolution, counted."""
 
 import dataclasses
 import functools
+import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.parallel import processes
 from segdiff_jax.parallel.placement import equal_parts, multiple
 from segdiff_jax.progress import Progress
+from segdiff_jax.text.vocabulary import Vocabulary
 
 
 class Example(NamedTuple):
@@ -26,7 +28,7 @@ class Example(NamedTuple):
 
     name: str
     image: np.ndarray  # uint8 [H, W, 3]
-    labels: np.ndarray  # uint8 [H, W], 255 = not annotated
+    labels: np.ndarray  # uint8 or uint16 [H, W] as of `Source`
     prediction: np.ndarray  # int32 [H, W]
     uncertainty: np.ndarray | None  # float32 [H, W]; None for an ensemble of one
 
@@ -35,6 +37,7 @@ class Result(NamedTuple):
     confusion: np.ndarray  # int64 [K, K+1], see metrics.confusion
     summary: dict[str, Any]  # what metrics.json holds: figures, number of images, settings
     examples: list[Example]
+    per_image: list[metrics.OfImage]  # in the order of the images, then of the classes
 
 
 def evaluate(
@@ -79,16 +82,19 @@ def evaluate(
     sampler = sampler or segmenter.config.sampler
     if ceiling:
         sampler = dataclasses.replace(sampler, ensemble=1, shortlist=0)
-    classes = source.vocabulary.classes
+    asked = _asked(source)
+    classes, num_classes = asked.classes, len(source.vocabulary)
     decoding = dataclasses.replace(segmenter.config.codec, closed=not open_vocabulary)
-    decide = functools.partial(segmenter.segmentation, classes=source.vocabulary, decoding=decoding)
+    decide = functools.partial(segmenter.segmentation, classes=asked, decoding=decoding)
+    scored = functools.partial(_scored, decide, source)
     total = len(source) if limit is None else min(limit, len(source))
     chosen = _spread(total, len(source))
     shown = set(_spread(min(examples, total), total))
     size = min(total, _images_per_call(segmenter, len(classes), sampler))
-    matrix = np.zeros((len(classes), len(classes) + 1), np.int64)
+    sums = metrics.nothing(num_classes)
     ids: Counter[int] = Counter()  # of the mask files: pixels
     kept: list[Example] = []
+    per_image: list[tuple[int, metrics.OfImage]] = []  # with the image's number
     photos: list[reconstruction.Sums] = []
     if not ceiling:
         segmenter.table(classes)  # what is wrong with the classes is wrong before the first image
@@ -100,10 +106,11 @@ def evaluate(
         own = {i: source[chosen[i]] for i in numbers if owners[i - start] == processes.index()}
         # One shape, one compilation: the last chunk is filled up with its last image.
         full = [*range(len(numbers)), *[-1] * (size - len(numbers))]
-        images = _fitted(own, owners, "image", segmenter)[full]
+        images = _fitted(own, owners, "image", np.uint8, segmenter)[full]
         spread = None
         if ceiling:
-            labels = _fitted(own, owners, "labels", segmenter)[full]
+            kind = codec.label_type(num_classes)
+            labels = _fitted(own, owners, "labels", kind, segmenter)[full]
             gray = _painted_and_back(segmenter, labels, len(classes), sampler)
             sizes = _of_all([r["image"].shape[:2] for r in own.values()], owners, np.zeros(2, int))
             photos += _photos_and_back(segmenter, images, sizes)
@@ -113,20 +120,24 @@ def evaluate(
             gray, spread = segmenter.unclipped_maps(list(images), classes, sampler, seed, names)
         for i, record in own.items():
             spread_i = spread[i - start] if spread is not None and sampler.ensemble > 1 else None
-            example = _scored(decide, gray[i - start], spread_i, record)
-            matrix += metrics.confusion(example.labels, example.prediction, len(classes))
+            example, part, rows = scored(gray[i - start], spread_i, record)
+            sums = metrics.Sums(*map(np.add, sums, part))
+            per_image += [(i, row) for row in rows]
             ids.update(record.get("ids") or count_ids(record["labels"]))
             if i in shown:
                 kept.append(example)
         if progress:
             progress(numbers[-1] + 1, total)
-    matrix = _summed(matrix)
-    summary = _summary(matrix, segmenter, source, sampler, total, seed, ceiling)
+    sums = metrics.Sums(*map(_summed, sums))
+    summary = _summary(sums, segmenter, source, sampler, total, seed, ceiling)
     summary["settings"] |= {"closed": not open_vocabulary}
+    if asked is not source.vocabulary:
+        summary["settings"]["classes_asked"] = len(asked)
     if open_vocabulary:
         summary["settings"]["threshold"] = decoding.threshold
     summary["labels"] = label_summary.figures(source, _summed_ids(ids), total)
-    return Result(matrix, summary | (reconstruction.summarize(photos) if photos else {}), kept)
+    summary |= reconstruction.summarize(photos) if photos else {}
+    return Result(sums.confusion, summary, kept, _together(per_image))
 
 
 def _owner(image: int, shown: Collection[int]) -> int:
@@ -135,16 +146,17 @@ def _owner(image: int, shown: Collection[int]) -> int:
 
 
 def _fitted(
-    own: Mapping[int, Any], owners: Sequence[int], name: str, segmenter: Segmenter
+    own: Mapping[int, Any], owners: Sequence[int], name: str, kind: type, segmenter: Segmenter
 ) -> np.ndarray:
     """A chunk's "image" [I, h, w, 3] or "labels" [I, h, w] as the networks see them, in every host.
 
-    own: the records that this one has read; owners: of each image of the chunk, the process.
+    own: the records that this one has read; owners: of each image of the chunk, the process;
+    kind: the type of the array's values.
     """
     data = segmenter.config.data
     fitted = [geometry.fit(record[name], data.image_size, data.fit) for record in own.values()]
     shape = (*data.image_size, 3) if name == "image" else data.image_size
-    return _of_all(fitted, owners, np.zeros(shape, np.uint8))
+    return _of_all(fitted, owners, np.zeros(shape, kind))
 
 
 def _of_all(own: Sequence[Any], owners: Sequence[int], empty: np.ndarray) -> np.ndarray:
@@ -166,14 +178,35 @@ def _summed_ids(ids: Mapping[int, int]) -> dict[int, int]:
 
 def _scored(
     decide: Callable[..., Segmentation],
+    source: Source,
     gray: np.ndarray,
     spread: np.ndarray | None,
     record: Mapping[str, Any],
-) -> Example:
-    """What the maps [P, h, w] of an image say at its own size."""
-    name, labels = record["name"], record["labels"]
-    found = decide(gray, spread, record["image"])
-    return Example(name, record["image"], labels, found.labels, found.uncertainty)
+) -> tuple[Example, metrics.Sums, list[metrics.OfImage]]:
+    """What the maps [P, h, w] of an image say at its own size, and what that adds to the sums."""
+    found, truth = decide(gray, spread, record["image"]), record["labels"]
+    names = source.vocabulary.names
+    labels, highest = found.labels, found.network_scores.max((0, 1))  # [H, W], [classes asked]
+    if _asked(source) is not source.vocabulary:  # all that is none of the others, *other* too
+        last = len(names) - 1
+        labels = np.minimum(labels, last)
+        highest = np.append(highest[:last], highest[last:].max())
+    part = metrics.count(truth, labels, highest, found.confidence, found.uncertainty)
+    example = Example(record["name"], record["image"], truth, labels, found.uncertainty)
+    return example, part, metrics.of_image(record["name"], part, highest, names)
+
+
+def _asked(source: Source) -> Vocabulary:
+    return getattr(source, "asked", None) or source.vocabulary
+
+
+def _together(rows: list[tuple[int, metrics.OfImage]]) -> list[metrics.OfImage]:
+    """Those of all processes, in the order of the images."""
+    own = json.dumps(rows).encode("ascii")
+    longest = int(processes.stacked(np.array(len(own), np.int32)).max())
+    padded = np.frombuffer(own.ljust(longest), np.uint8)  # JSON may end with blanks
+    every = [row for text in processes.stacked(padded) for row in json.loads(text.tobytes())]
+    return [metrics.OfImage(*row) for _, row in sorted(every, key=lambda pair: pair[0])]
 
 
 def _summed(matrix: np.ndarray) -> np.ndarray:
@@ -232,7 +265,7 @@ def _photos_and_back(
 
 
 def _summary(
-    matrix: np.ndarray,
+    sums: metrics.Sums,
     segmenter: Segmenter,
     source: Source,
     sampler: SamplerConfig,
@@ -252,7 +285,8 @@ def _summary(
         "fit": config.data.fit,
         "ceiling": ceiling,
     }
-    figures = metrics.summarize(matrix, names, *split)
-    if reasons := metrics.undefined(figures):
+    figures = metrics.summarize(sums.confusion, names, *split)
+    figures |= metrics.summarize_rest(sums, names)
+    if reasons := metrics.undefined(figures, sampler.ensemble > 1):
         figures["undefined"] = reasons
     return figures | {"images": images, "settings": settings}

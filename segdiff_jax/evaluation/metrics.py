@@ -1,25 +1,108 @@
-"""Segmentation metrics from one confusion matrix.
+"""Segmentation metrics from counts that add up over images and processes.
+
+    labels, prediction [H, W] → count → Sums → + over images, processes → summarize → metrics.json
 
 Mean IoU has two conventions, which differ when a vocabulary is larger than what the images show:
 detectron2 averages over the classes present in the ground truth, mmsegmentation over the classes
-that occur in the ground truth or in the predictions. Both are reported.
+that occur in the ground truth or in the predictions. Both are reported, of whole masks and of
+their boundaries.
+
+Presence asks whether a class is in an image at all, for every image with labels and every class.
+The answer's score is the highest of the class's score map: any quantile would miss what is smaller
+than its rest of the image, and the maps are decoded from latents, so that no single pixel is noise.
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import ndimage
 
-IGNORE = 255
+from segdiff_jax import codec
+from segdiff_jax.evaluation import tally
+
+_BOUNDARY = 0.02  # the boundary's width, of the image's diagonal
 
 
-def confusion(
-    labels: np.ndarray, predictions: np.ndarray, num_classes: int, ignore_label: int = IGNORE
-) -> np.ndarray:
+class Sums(NamedTuple):
+    """What was counted over some images. Pixels that are not annotated count nowhere."""
+
+    confusion: np.ndarray  # int64 [K, K+1] as of `confusion`
+    boundary: np.ndarray  # int64 [K, 3] as of `boundary`
+    presence: np.ndarray  # tally: is the class in the image, by the highest of its scores
+    confidence: np.ndarray  # tally of pixels: is the label right, by the score of its class
+    uncertainty: np.ndarray  # tally of pixels: is the label wrong, by the ensemble's spread
+
+
+def nothing(num_classes: int) -> Sums:
+    """The sums of no image."""
+    matrix = np.zeros((num_classes, num_classes + 1), np.int64)
+    edges = np.zeros((num_classes, 3), np.int64)
+    return Sums(matrix, edges, tally.nothing(), tally.nothing(), tally.nothing())
+
+
+def count(
+    labels: np.ndarray,
+    prediction: np.ndarray,
+    highest: np.ndarray,
+    confidence: np.ndarray,
+    uncertainty: np.ndarray | None,
+) -> Sums:
+    """The sums of one image.
+
+    Args:
+      labels, prediction: integers [H, W] as `confusion` takes them.
+      highest: [K], the highest score of each class in the image.
+      confidence: [H, W], the score of the predicted class, in [0, 1].
+      uncertainty: [H, W], 0 or more; None for an ensemble of one.
+    """
+    num_classes = len(highest)
+    matrix = confusion(labels, prediction, num_classes)
+    shown = matrix.any(axis=1)  # [K]
+    valid = labels != codec.ignore_label(num_classes)
+    right = labels[valid] == prediction[valid]
+    spread = tally.nothing() if uncertainty is None else tally.count(uncertainty[valid], ~right)
+    return Sums(
+        matrix,
+        boundary(labels, prediction, num_classes),
+        tally.count(highest, shown) if shown.any() else tally.nothing(),
+        tally.count(confidence[valid], right),
+        spread,
+    )
+
+
+class OfImage(NamedTuple):
+    """What one image shows of one class: pixels, of the whole masks and of their boundaries.
+
+    These, added up over images, give both conventions of IoU again, and many other figures.
+    """
+
+    image: str
+    name: str  # of the class
+    truth: int
+    prediction: int
+    both: int
+    boundary_truth: int
+    boundary_prediction: int
+    boundary_both: int
+    score: float  # the highest in the image
+
+
+def of_image(image: str, part: Sums, highest: np.ndarray, names: Sequence[str]) -> list[OfImage]:
+    """The classes in the labels or the prediction of the image that `part` counts, by their ids."""
+    truth, prediction = part.confusion.sum(1), part.confusion[:, :-1].sum(0)  # [K] each
+    pixels = np.stack([truth, prediction, part.confusion.diagonal()], axis=1)
+    return [
+        OfImage(image, names[i], *pixels[i].tolist(), *part.boundary[i].tolist(), float(highest[i]))
+        for i in np.flatnonzero(truth + prediction)
+    ]
+
+
+def confusion(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
     """Counts pixels by true class and predicted class. Matrices of several images add up.
 
     Args:
-      labels: integers of any shape, 0…num_classes-1 or `ignore_label`, which is not counted.
+      labels: integers of any shape, 0…num_classes-1 or `codec.ignore_label`, which is not counted.
       predictions: integers of the same shape. Anything outside 0…num_classes-1 means *other*.
       num_classes: K.
 
@@ -27,20 +110,57 @@ def confusion(
       int64 [K, K+1]: row = true class, column = predicted class, the last column = *other*.
 
     Raises:
-      ValueError: the shapes differ, or a label is neither a class nor `ignore_label`.
+      ValueError: the shapes differ, or a label is neither a class nor to be ignored.
     """
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.shape != predictions.shape:
         raise ValueError(f"labels {labels.shape} and predictions {predictions.shape} differ")
-    valid = labels != ignore_label
+    ignored = codec.ignore_label(num_classes)
+    valid = labels != ignored
     truth = labels[valid].astype(np.int64)  # [N]
     guess = predictions[valid].astype(np.int64)
     if truth.size and not (truth.min() >= 0 and truth.max() < num_classes):
-        raise ValueError(f"labels must be below {num_classes} or {ignore_label}")
+        raise ValueError(f"labels must be below {num_classes} or {ignored}")
     guess = np.where((guess >= 0) & (guess < num_classes), guess, num_classes)
     cells = num_classes * (num_classes + 1)
     counts = np.bincount(truth * (num_classes + 1) + guess, minlength=cells)
     return counts.reshape(num_classes, num_classes + 1)
+
+
+def boundary(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts pixels at the boundaries of the classes' masks. Counts of several images add up.
+
+    A mask's boundary is what its erosion by a square takes away: by 3 x 3, once for each pixel in
+    2 % of the image's diagonal (arXiv 2103.16562). Outside the image there is no mask. A prediction
+    is cut to the annotated pixels, as the truth is.
+
+    Args: as of `confusion`, of one image [H, W].
+
+    Returns:
+      int64 [K, 3]: pixels at the boundary of the truth, of the prediction, and of both.
+    """
+    valid = labels != codec.ignore_label(num_classes)
+    truth = np.where(valid, labels, num_classes).astype(np.int32)
+    known = (predictions >= 0) & (predictions < num_classes) & valid
+    guess = np.where(known, predictions, num_classes).astype(np.int32)
+    width = max(1, round(_BOUNDARY * float(np.hypot(*labels.shape))))
+    edges = [np.where(_uniform(ids, width), num_classes, ids) for ids in (truth, guess)]
+    both = np.where(edges[0] == edges[1], edges[0], num_classes)
+    counts = [np.bincount(ids.ravel(), minlength=num_classes + 1) for ids in (*edges, both)]
+    return np.stack(counts, axis=1)[:num_classes]
+
+
+def _uniform(ids: np.ndarray, width: int) -> np.ndarray:
+    """Where the square of 2 width + 1 pixels lies inside the image and holds one id: bool [H, W].
+
+    That is what all masks keep when each is eroded by that square.
+    """
+    size = 2 * width + 1
+    lowest, highest = (
+        extreme(ids, size, mode="constant", cval=-1)
+        for extreme in (ndimage.minimum_filter, ndimage.maximum_filter)
+    )
+    return lowest == highest
 
 
 def class_iou(matrix: np.ndarray) -> np.ndarray:
@@ -69,10 +189,10 @@ def summarize(
 
     Returns:
       `miou_present` (mean over classes present in the ground truth: detectron2), `miou_union` (mean
-      over classes with a non-empty union: mmsegmentation), `pixel_accuracy`, `mean_accuracy` (over
-      present classes), `per_class` {name: IoU}; with a split `miou_trained` and `miou_novel` (both
-      over present classes) and `miou_harmonic`, their harmonic mean. None where a figure has
-      nothing to average.
+      over classes with a non-empty union: mmsegmentation), `frequency_weighted_iou` (mean over the
+      pixels of the ground truth), `pixel_accuracy`, `mean_accuracy` (over present classes),
+      `per_class` {name: IoU}; with a split `miou_trained` and `miou_novel` (both over present
+      classes) and `miou_harmonic`, their harmonic mean. None where a figure has nothing to average.
     """
     matrix = np.asarray(matrix, np.int64)
     if matrix.shape != (len(names), len(names) + 1):
@@ -86,6 +206,7 @@ def summarize(
     result: dict[str, Any] = {
         "miou_present": _mean(iou[present]),
         "miou_union": _mean(iou[~np.isnan(iou)]),
+        "frequency_weighted_iou": _mean_of_pixels(iou[present], pixels[present]),
         "pixel_accuracy": float(hits.sum() / pixels.sum()) if pixels.any() else None,
         "mean_accuracy": _mean(hits[present] / pixels[present]),
         "per_class": {n: _number(value) for n, value in zip(names, iou, strict=True)},
@@ -96,19 +217,58 @@ def summarize(
     return result
 
 
-def undefined(figures: dict[str, Any]) -> dict[str, str]:
-    """Why figures of `summarize`, or IoUs of classes in it, are None: name → reason."""
+def summarize_rest(sums: Sums, names: Sequence[str]) -> dict[str, Any]:
+    """The figures of `metrics.json` that no confusion matrix tells.
+
+    Returns:
+      `boundary_miou_present`, `boundary_miou_union` and `per_class_boundary` {name: IoU}: as of
+      whole masks. `presence_auroc` and `presence_mcc` (at its best threshold).
+      `calibration_error` of the winning score. `error_auroc` and `error_aurc`: how well the
+      uncertainty tells what is wrong. None where there is nothing to tell apart.
+    """
+    truth, guess, both = sums.boundary.T.astype(np.float64)  # [K] each
+    union = truth + guess - both
+    iou = np.divide(both, union, out=np.full_like(both, np.nan), where=union > 0)
+    return {
+        "boundary_miou_present": _mean(iou[truth > 0]),
+        "boundary_miou_union": _mean(iou[union > 0]),
+        "per_class_boundary": {n: _number(value) for n, value in zip(names, iou, strict=True)},
+        "presence_auroc": tally.auroc(sums.presence),
+        "presence_mcc": tally.best_mcc(sums.presence),
+        "calibration_error": tally.calibration_error(sums.confidence),
+        "error_auroc": tally.auroc(sums.uncertainty),
+        "error_aurc": tally.aurc(sums.uncertainty),
+    }
+
+
+def undefined(figures: dict[str, Any], ensemble: bool = True) -> dict[str, str]:
+    """Why figures, or those of classes in them, are None: name → reason."""
+    certain = "an ensemble of one has no uncertainty"
     reasons = {
-        name: "no class of these is in the labels"
+        "presence_auroc": "no class is in one image and not in another",
+        "presence_mcc": "no class is in one image and not in another",
+        "calibration_error": "no pixel is annotated",
+        "error_auroc": "all pixels are right, or all are wrong" if ensemble else certain,
+        "error_aurc": "no pixel is annotated" if ensemble else certain,
+    }
+    missing = {
+        name: reasons.get(name, "no class of these is in the labels")
         for name, value in figures.items()
         if value is None
     }
-    absent = [name for name, value in figures["per_class"].items() if value is None]
-    return reasons | {f"per_class.{n}": "neither in the labels nor predicted" for n in absent}
+    for table in ("per_class", "per_class_boundary"):
+        for name, value in figures.get(table, {}).items():
+            if value is None:
+                missing[f"{table}.{name}"] = "neither in the labels nor predicted"
+    return missing
 
 
 def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
+
+
+def _mean_of_pixels(values: np.ndarray, pixels: np.ndarray) -> float | None:
+    return float(values @ pixels / pixels.sum()) if pixels.any() else None
 
 
 def _number(value: float) -> float | None:

@@ -1,5 +1,7 @@
 """What an evaluation leaves behind: metrics.json, a page, a sheet of examples, a table to print."""
 
+import csv
+import io
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +10,8 @@ from etils import epath
 
 from segdiff_jax import files
 from segdiff_jax.data.sources.source import Source
-from segdiff_jax.evaluation.evaluator import Example
+from segdiff_jax.evaluation.evaluator import Result
+from segdiff_jax.evaluation.metrics import OfImage
 from segdiff_jax.inference import page, pictures
 from segdiff_jax.text.vocabulary import shorten
 
@@ -19,21 +22,36 @@ _FIGURES = {
     "miou_harmonic": "mIoU, harmonic mean of both",
     "miou_present": "mIoU, classes in the ground truth",
     "miou_union": "mIoU, classes in truth or prediction",
+    "frequency_weighted_iou": "IoU, weighted by pixels",
     "pixel_accuracy": "pixel accuracy",
     "mean_accuracy": "mean accuracy",
     "photo_absolute_error": "photos through the VAE: error of 255",
     "photo_brightness_r2": "photos through the VAE: brightness kept",
     "photo_colour_r2": "photos through the VAE: colour kept",
 }
+_FURTHER = {
+    "boundary_miou_present": "boundary mIoU, classes in the ground truth",
+    "boundary_miou_union": "boundary mIoU, classes in truth or prediction",
+    "presence_auroc": "which images a class is in: AUROC",
+    "presence_mcc": "which images a class is in: best MCC",
+    "calibration_error": "calibration error of the winning score",
+    "error_auroc": "errors told by uncertainty: AUROC",
+    "error_aurc": "errors told by uncertainty: risk over coverage",
+}
 
 
 def write(
-    output: str, summary: dict[str, Any], examples: Sequence[Example], source: Source
+    output: str, summary: dict[str, Any], result: Result, source: Source, per_image: bool = False
 ) -> None:
-    """Writes metrics.json, index.html and, where there are examples, examples.png."""
+    """Writes metrics.json, index.html, examples.png where there are examples, and per_image.csv.
+
+    `summary` is the result's with what else is to be said of the run.
+    """
+    examples = result.examples
     files.write_json(os.path.join(output, "metrics.json"), summary)
     settings, novel = summary["settings"], set(source.novel)
     settings_rows = [(name, str(value)) for name, value in settings.items()]
+    further = [(label, summary[key]) for key, label in _FURTHER.items()]
     names = source.vocabulary.names
     colors = dict(zip(names, source.vocabulary.palette().tolist(), strict=True))
     what = "Ceiling: ground truth through codec and VAE" if settings["ceiling"] else "Evaluation"
@@ -42,10 +60,14 @@ def write(
         page.comparison(e.name, e.image, e.prediction, colors, e.labels, e.uncertainty)
         for e in examples
     ]
-    if not rows:
-        with files.writing(output):  # an earlier one would show other results
-            epath.Path(output, "examples.png").unlink(missing_ok=True)
-    else:
+    stale = [] if per_image else ["per_image.csv"]
+    stale += [] if rows else ["examples.png"]
+    with files.writing(output):  # earlier ones would show other results
+        for name in stale:
+            epath.Path(output, name).unlink(missing_ok=True)
+    if per_image:
+        files.write_text(os.path.join(output, "per_image.csv"), _table_of_images(result.per_image))
+    if rows:
         sheet = pictures.encode(page.contact_sheet(rows[:_SHEET_ROWS]))
         files.write_bytes(os.path.join(output, "examples.png"), sheet)
     page.page(
@@ -54,6 +76,7 @@ def write(
         {label: summary[key] for key, label in _FIGURES.items() if key in summary},
         [
             page.class_table(summary["per_class"], colors, groups if novel else None),
+            page.Table("Further figures", ["figure", "value"], further),
             page.Table("Settings", ["setting", "value"], settings_rows),
         ],
         rows,
@@ -62,13 +85,23 @@ def write(
     )
 
 
+def _table_of_images(rows: Sequence[OfImage]) -> str:
+    """CSV: a line for each image and each class in its labels or its prediction."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow("class" if field == "name" else field for field in OfImage._fields)
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
 def text_table(summary: dict[str, Any]) -> str:
     """The figures, then the classes, aligned for a terminal."""
 
     def show(value: float | None) -> str:
         return "    –" if value is None else f"{value:5.3f}"
 
-    figures = [(label, summary[key]) for key, label in _FIGURES.items() if key in summary]
+    labels = _FIGURES | _FURTHER
+    figures = [(label, summary[key]) for key, label in labels.items() if key in summary]
     classes = [(shorten(name), iou) for name, iou in summary["per_class"].items()]
     width = max(len(name) for name, _ in figures + classes)
     lines = [f"  {name:<{width}}  {show(iou)}" for name, iou in classes]

@@ -39,6 +39,7 @@ class Segmentation:
       map's range (0 = unanimous); None for N = 1.
     vocabulary: the classes that were asked for, with synonyms and colours.
     network_scores: float32 [h, w, K] in [0, 1], at the networks' size, without padding.
+    confidence: float32 [H, W] in [0, 1], the highest score of each pixel, to four decimals.
     """
 
     photo: np.ndarray
@@ -46,6 +47,7 @@ class Segmentation:
     uncertainty: np.ndarray | None
     vocabulary: Vocabulary
     network_scores: np.ndarray
+    confidence: np.ndarray
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -149,7 +151,7 @@ def from_maps(
             np.copyto(uncertainty, of_pass, where=winner == number)
     if not settings.closed:
         np.copyto(labels, other_label(len(vocabulary)), where=best < settings.threshold - _TIE)
-    return Segmentation(photo, labels, uncertainty, vocabulary, scores)
+    return Segmentation(photo, labels, uncertainty, vocabulary, scores, best.clip(0.0, 1.0))
 
 
 def _largest(maps: np.ndarray, size: geometry.Size) -> tuple[np.ndarray, np.ndarray]:
@@ -168,4 +170,4 @@ def _enlarged(maps: np.ndarray, size: geometry.Size) -> Iterator[np.ndarray]:
 
 def other_label(num_classes: int) -> int:
     """The label of *other*: 255, or 65535 where 255 is a class."""
-    return codec.IGNORE if num_classes <= codec.IGNORE else 65535
+    return codec.ignore_label(num_classes)

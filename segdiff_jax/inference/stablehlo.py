@@ -28,6 +28,7 @@ from segdiff_jax.inference import sampling
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models.attention import plain
 from segdiff_jax.parallel.attention_kernels import with_attention
+from segdiff_jax.text.prompts import expanded
 from segdiff_jax.weights import safetensors_files
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -203,7 +204,7 @@ def describe(model: Segmenter, sampler: SamplerConfig, dtype: str) -> dict[str, 
             name: getattr(config.codec, name)
             for name in ("classes_per_pass", "context", "threshold", "closed")
         },
-        "templates": list(config.prompts.templates),
+        "templates": list(expanded(config.prompts.templates)),
         "trained_classes": None if model.trained is None else list(model.trained.names),
         "key": f"seed s is [0, s], as jax.random.key(s, impl={_RNG!r})",
         "other_label": codec.IGNORE,

@@ -16,6 +16,7 @@ from segdiff_jax import codec
 from segdiff_jax.combinations import PLACEHOLDER
 from segdiff_jax.errors import UserError
 from segdiff_jax.models.clip_text import CLIPText
+from segdiff_jax.text.prompts import expanded
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import ClassEntry, visible
 
@@ -31,7 +32,7 @@ class PromptTable(NamedTuple):
 
 def prompts(entry: ClassEntry, templates: Sequence[str]) -> list[str]:
     """Every name of the class in every template: name first, then synonyms, each over templates."""
-    return [_prompt(name, template) for name in entry.names for template in templates]
+    return [_prompt(name, template) for name in entry.names for template in expanded(templates)]
 
 
 def _prompt(name: str, template: str) -> str:
@@ -94,7 +95,7 @@ def prompt_ids(
     cut: dict[int, str] = {}  # class -> the first of its prompts that loses something
     lost: list[tuple[str, str]] = []  # (prompt, its lost end)
     for index, entry in enumerate(classes):
-        for name, template in itertools.product(entry.names, templates):
+        for name, template in itertools.product(entry.names, expanded(templates)):
             text = _prompt(name, template)
             kept = tokenizer.kept(text)
             if kept < len(text):

@@ -96,6 +96,23 @@ def test_resizing_invents_no_label_and_averages_photos(size):
         assert small.std() < 0.7 * image.std(), "shrinking must average, not pick pixels"
 
 
+def test_labels_of_16_bits_are_resized_as_those_of_8():
+    small = np.random.default_rng(0).integers(0, 256, (37, 50), np.uint8)
+    wide = small.astype(np.uint16) * 256 + 255  # 65535 where the others have 255
+    for size in ((24, 24), (80, 96)):
+        expected = geometry.fit(small, size, "pad").astype(int) * 256 + 255
+        assert (geometry.fit(wide, size, "pad") == expected).all()
+    data = DataConfig(image_size=(24, 24), augment=AugmentConfig(min_scale=0.5, max_scale=2.0))
+    photo = np.zeros((37, 50, 3), np.uint8)
+    for seed in range(5):
+        one, other = (
+            transforms.augment(photo, labels, np.random.default_rng(seed), data)[1]
+            for labels in (small, wide)
+        )
+        # Pillow rounds the middle between two pixels either way.
+        assert np.mean(other == one.astype(int) * 256 + 255) > 0.9
+
+
 def test_a_large_photo_shrinks_as_by_pillow_alone():
     photo = np.random.default_rng(0).integers(0, 256, (1200, 1600, 3), dtype=np.uint8)
     photo = np.asarray(Image.fromarray(photo).resize((800, 600)).resize((1600, 1200)))

@@ -298,6 +298,14 @@ def test_slot_order_is_random():
     assert abs(np.mean(np.array(first) < 4) - 0.5) < 0.06
 
 
+def test_classes_beyond_255_are_drawn_from_labels_of_16_bits():
+    labels = np.array([[300, 846, 65535]], np.uint16)
+    rng = np.random.default_rng(0)
+    drawn = draw_classes(labels, np.arange(847), 2, 0.0, rng)
+    assert sorted(drawn.tolist()) == [300, 846]
+    assert draw_classes(labels, np.arange(847), 1, 1.0, rng)[0] not in (300, 846)
+
+
 def test_where_one_kind_runs_out_the_other_fills_in():
     rng = np.random.default_rng(0)
     nothing = np.full((2, 2), 255, np.uint8)

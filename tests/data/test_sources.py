@@ -65,6 +65,16 @@ def test_folder_without_splits(tmp_path):
     assert len(open_source(config, "val", 0)) == 1
 
 
+def test_more_than_255_classes_have_labels_of_16_bits(root):
+    (root / "classes.txt").write_text("\n".join(f"c{i}" for i in range(300)))
+    check_error(folder(root), ["id 255", "'c255'", "--config.data.ignore_ids=65535"])
+    ids = np.array([[0, 254, 255, 256, 299, 65535]], np.uint16)
+    Image.fromarray(ids).save(root / "train" / "masks" / "p0.png")
+    write(root / "train" / "images" / "p0.png", photo(1, (1, 6)))
+    record = open_source(folder(root, ignore_ids=(65535,)), "train", 0)[0]
+    assert record["labels"].dtype == np.uint16 and record["labels"].tolist() == ids.tolist()
+
+
 def test_mask_of_sixteen_bits_and_palette_mask_give_the_same_ids(root):
     ids = np.arange(48).reshape(6, 8) % 3
     Image.fromarray(ids.astype(np.uint16)).save(root / "train" / "masks" / "p0.png")
@@ -141,8 +151,8 @@ def test_wide_ids_outside_the_class_list_are_named(root):
 
 
 def test_more_classes_than_a_label_map_holds(root):
-    (root / "classes.txt").write_text("\n".join(f"c{i}" for i in range(256)))
-    check_error(folder(root), ["256 classes", "at most 255"])
+    (root / "classes.txt").write_text("\n".join(f"c{i}" for i in range(65536)))
+    check_error(folder(root), ["65536 classes", "at most 65535"])
     (root / "classes.txt").write_text("\n".join(f"c{i}" for i in range(255)))
     write(root / "train" / "masks" / "p1.png", np.full((6, 8), 254))
     assert (open_source(folder(root), "train", 0)[1]["labels"] == 254).all()
@@ -186,7 +196,7 @@ def test_coco_stuff_mapping_matches_the_published_names():
     mapped = lookup[:182][lookup[:182] >= 0]
     assert mapped.tolist() == list(range(171))
     assert {raw: vocab.names[lookup[raw]] for raw in COCO_RAW} == COCO_RAW
-    assert lookup[255] == 255 and (lookup[182:255] < 0).all()
+    assert lookup[255] == layouts.IGNORED and (lookup[182:255] == layouts.OUTSIDE).all()
 
 
 @pytest.mark.parametrize("layout", ["mmseg", "raw", "downloaded"])
@@ -197,7 +207,7 @@ def test_coco_stuff_trees(tmp_path, layout):
         "downloaded": ("{}", "stuffthingmaps_trainval2017/{}"),
     }[layout]
     raw = np.array([[0, 12, 91], [181, 255, 26]])
-    expected = layouts.coco_stuff_lookup()[raw]
+    expected = layouts.to_labels(raw, layouts.coco_stuff_lookup(), 171)
     for part in ("train2017", "val2017"):
         write(tmp_path / images.format(part) / "000000000009.jpg", photo(3, (2, 3)))
         folder_of_masks = tmp_path / masks.format(part)
@@ -467,3 +477,72 @@ def test_cityscapes_tree(tmp_path, inside):
     check_error(config, ["11 classes", "have 19", "config.data.vocabulary"])
     config.vocabulary = ""
     check_error(config, ["leftImg8bit/test: no such folder", "found train, val"], split="test")
+
+
+def write_tiff(path, ids):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(ids, np.uint16)).save(path)
+
+
+@pytest.mark.parametrize("inside", ["", "ADE20K_2021_17_01"])
+def test_ade20k_847_tree(tmp_path, inside):
+    base = tmp_path / inside
+    ids = [[0, 255, 256, 846, 65535]]
+    write(base / "images_detectron2" / "validation" / "ADE_val_00000001.jpg", photo(3, (1, 5)))
+    write_tiff(base / "annotations_detectron2" / "validation" / "ADE_val_00000001.tif", ids)
+    write_tiff(base / "images" / "ADE" / "validation" / "street" / "ADE_val_00000001.tif", ids)
+    config = DataConfig(source="ade20k_847", root=str(tmp_path))
+    source = open_source(config, "val", 0)
+    assert source.vocabulary.name == "ade20k_847" and len(source) == 1
+    assert source[0]["labels"].tolist() == ids and source[0]["labels"].dtype == np.uint16
+    assert source.vocabulary.names[0] == "wall"
+    check_error(config, ["images_detectron2/training", "prepare", "docs/data.md"], split="train")
+    name = base / "annotations_detectron2" / "validation" / "ADE_val_00000001.tif"
+    write_tiff(name, [[0, 1, 2, 3, 847]])
+    check_error(config, ["00000001.tif: id 847 ", "847 classes", "65535"], split="val", index=0)
+
+
+@pytest.mark.parametrize("inside", ["", "VOC2010", "VOCdevkit/VOC2010"])
+def test_pascal_context_trees(tmp_path, inside):
+    base = tmp_path / inside
+    prepared = base / "annotations_detectron2"
+    for name in ("2008_000002", "2008_000003", "2008_000004"):  # those of the training, too
+        write(base / "JPEGImages" / f"{name}.jpg", photo(3, (1, 5)))
+    if inside:
+        write(base.parent / "VOC2012" / "JPEGImages" / "2012_000001.jpg", photo(3))
+    write(prepared / "pc59_val" / "2008_000003.png", [[0, 1, 58, 255, 255]])
+    write_tiff(prepared / "pc459_val" / "2008_000002.tif", [[0, 255, 458, 459, 65535]])
+    config = DataConfig(source="pascal_context_59", root=str(tmp_path))
+    source = open_source(config, "val", 0)
+    assert [source[i]["name"] for i in range(len(source))] == ["2008_000003"]
+    assert source[0]["labels"].tolist() == [[0, 1, 58, 255, 255]]
+    assert source[0]["labels"].dtype == np.uint8 and source.vocabulary.names[0] == "aeroplane"
+    config.source = "pascal_context_459"
+    source = open_source(config, "val", 0)
+    assert source[0]["labels"].tolist() == [[0, 255, 458, 65535, 65535]]
+    assert len(source) == 1 and len(source.vocabulary) == 459
+    check_error(config, ["pc459_train: no such folder", "prepare"], split="train")
+    (base / "JPEGImages" / "2008_000002.jpg").unlink()
+    check_error(config, ["2008_000002.tif: no image", "1 of 1 masks"], split="val")
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_pascal_voc_20b_tree(tmp_path, prepared):
+    base = tmp_path / "VOCdevkit" / "VOC2012"
+    ids = np.array([[0, 1, 20, 255]])  # as VOC's own masks have them
+    for name in ("2007_000033", "2007_000042"):
+        write(base / "JPEGImages" / f"{name}.jpg", photo(3, (1, 4)))
+    if prepared:
+        folder_of_masks = base / "annotations_detectron2_bg" / "val"
+        write(folder_of_masks / "2007_000033.png", [[20, 0, 19, 255]])
+    else:
+        write(base / "SegmentationClass" / "2007_000033.png", ids)
+        lists = base / "ImageSets" / "Segmentation"
+        lists.mkdir(parents=True)
+        (lists / "val.txt").write_text("2007_000033\n")
+    source = open_source(DataConfig(source="pascal_voc_20b", root=str(tmp_path)), "val", 0)
+    assert len(source) == 1 and source[0]["labels"].tolist() == [[20, 0, 19, 255]]
+    names, asked = source.vocabulary.names, source.asked.names
+    assert len(names) == 21 and names[20] == "background"
+    assert len(asked) == 59 and asked[:20] == names[:20] and "background" not in asked
+    assert set(asked) == set(vocabulary.load("pascal_context_59").names)

@@ -153,4 +153,34 @@ def test_a_figure_without_a_number_has_a_reason(model):
     assert summary["miou_novel"] is summary["miou_harmonic"] is None
     assert summary["undefined"]["miou_novel"] == "no class of these is in the labels"
     assert set(summary["undefined"]) >= {"miou_novel", "miou_harmonic"}
-    assert "undefined" not in evaluate(model, MemorySource(2)).summary
+    sampler = dataclasses.replace(model.config.sampler, ensemble=2)
+    summary = evaluate(model, MemorySource(2), sampler=sampler).summary
+    assert set(summary["undefined"]) == {"presence_auroc", "presence_mcc"}, "all are in both images"
+
+
+def test_labels_of_16_bits_come_back_from_the_ceiling(make_segmenter, monkeypatch):
+    model = make_segmenter()
+    monkeypatch.setattr(Segmenter, "reconstruct", lambda self, pixels: np.asarray(pixels))
+    source = MemorySource(2, sizes=((16, 16),))
+    source.vocabulary = vocabulary.from_names([f"class {i}" for i in range(300)])
+    for record in source.records:
+        ids = np.random.default_rng(1).choice([0, 254, 255, 299, 65535], (16, 16))
+        record["labels"] = ids.astype(np.uint16)
+    result = evaluate(model, source, ceiling=True)
+    assert result.summary["pixel_accuracy"] == 1.0
+    assert np.flatnonzero(result.confusion.sum(1)).tolist() == [0, 254, 255, 299]
+
+
+def test_what_is_asked_beyond_the_classes_is_the_last_of_them(model):
+    """As VOC with background is scored: "road" and "tree" both mean background."""
+    source = MemorySource(3)
+    source.asked = vocabulary.from_names(["sky", "building, edifice", "road", "tree"])
+    result = evaluate(model, source, seed=2, examples=3)
+    expected = np.zeros((3, 4), np.int64)
+    for record, example in zip(source.records, result.examples, strict=True):
+        assert example.prediction.max() <= 2
+        found = model(record["image"], source.asked.classes, seed=2, closed=True)
+        expected += metrics.confusion(record["labels"], np.minimum(found.labels, 2), 3)
+    assert np.abs(result.confusion - expected).sum() <= 6
+    assert result.summary["settings"]["classes_asked"] == 4
+    assert list(result.summary["per_class"]) == ["sky", "building", "road"]

@@ -3,21 +3,29 @@
 Each function gives the pairs of a split and how the ids of their files become classes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
+from segdiff_jax import codec
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data.images import missing
-from segdiff_jax.data.sources.pairing import Pairs, is_image, listing, nearby, pairs
+from segdiff_jax.data.sources.pairing import (
+    Pairs,
+    is_image,
+    listing,
+    nearby,
+    pairs,
+    pairs_by_mask,
+)
 from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary as vocabularies
-from segdiff_jax.text.vocabulary import Vocabulary
+from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
 
-IGNORE = 255
-OUTSIDE = -1  # marks ids that are no class in a lookup table
+IGNORE, IGNORE_16 = codec.IGNORE, codec.IGNORE_16  # what files of 8 and of 16 bits ignore
+OUTSIDE, IGNORED = -1, -2  # mark, in a lookup table, ids that are no class and ids to ignore
 # Of the 182 ids of COCO-Stuff's own PNGs (0-based), those that COCO never annotated.
 _COCO_UNUSED = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)
 # Of Cityscapes' labelIds 0…33, those of the 19 train ids, in their order.
@@ -26,20 +34,30 @@ _CITYSCAPES_IDS = 34
 
 
 class Layout(NamedTuple):
-    """lookup: int16 [n], from the id in a file to the class id, `IGNORE` or `OUTSIDE`."""
+    """lookup: int32 [n], from the id in a file to the class id, `IGNORED` or `OUTSIDE`.
+
+    asked: what a benchmark has predicted in place of `vocabulary`, see `Source`.
+    """
 
     pairs: Pairs
     vocabulary: Vocabulary
     lookup: np.ndarray
+    asked: Vocabulary | None = None
 
 
 def lookup_of(classes: Iterable[int], ignored: Iterable[int]) -> np.ndarray:
-    """int16 [n]: the table in which the class i has the id classes[i] in the files."""
+    """int32 [n]: the table in which the class i has the id classes[i] in the files."""
     values, ignored = list(classes), list(ignored)
-    lookup = np.full(max(256, *(value + 1 for value in (*values, *ignored, 0))), OUTSIDE, np.int16)
+    lookup = np.full(max(256, *(value + 1 for value in (*values, *ignored, 0))), OUTSIDE, np.int32)
     lookup[values] = np.arange(len(values))
-    lookup[ignored] = IGNORE
+    lookup[ignored] = IGNORED
     return lookup
+
+
+def to_labels(ids: np.ndarray, lookup: np.ndarray, num_classes: int) -> np.ndarray:
+    """Ids of a file [H, W], none of them `OUTSIDE`, as labels of `codec.label_type`."""
+    table = np.where(lookup < 0, codec.ignore_label(num_classes), lookup)
+    return table.astype(codec.label_type(num_classes))[ids]
 
 
 def folder(config: DataConfig, split: str) -> Layout:
@@ -124,9 +142,9 @@ def _configured_lookup(config: DataConfig, vocabulary: Vocabulary) -> np.ndarray
     """The table of data.first_id, .mask_values and .ignore_ids. Ids below the first class's are
     ignored."""
     count, first = len(vocabulary), config.first_id
-    if count > IGNORE:
+    if count > IGNORE_16:
         raise UserError(
-            f"{vocabulary.name}: {count} classes, but a label map holds at most {IGNORE}: "
+            f"{vocabulary.name}: {count} classes, but a label map holds at most {IGNORE_16}: "
             "shorten the class list"
         )
     if config.mask_values and len(config.mask_values) != count:
@@ -142,9 +160,10 @@ def _configured_lookup(config: DataConfig, vocabulary: Vocabulary) -> np.ndarray
     if both:
         name = vocabulary.names[values.index(both[0])]
         rest = ",".join(str(i) for i in config.ignore_ids if i not in both)
+        rest = rest or ("()" if count <= IGNORE else str(IGNORE_16))  # 255 is the default
         raise UserError(
             f"id {both[0]} in the masks would be the class {name!r} and ignored "
-            f"(config.data.ignore_ids): set --config.data.ignore_ids={rest or '()'}, or change "
+            f"(config.data.ignore_ids): set --config.data.ignore_ids={rest}, or change "
             f"config.data.{'mask_values' if config.mask_values else 'first_id'}"
         )
     return lookup_of(values, {*config.ignore_ids, *range(0 if config.mask_values else first)})
@@ -164,8 +183,48 @@ def ade20k(config: DataConfig, split: str) -> Layout:
 
 
 def shifted_lookup() -> np.ndarray:
-    """int16 [256]: ADE20K's ids, where 0 is *other* and classes are 1…150."""
+    """int32 [256]: ADE20K's ids, where 0 is *other* and classes are 1…150."""
     return lookup_of(range(1, 151), (0, IGNORE))
+
+
+def ade20k_847(config: DataConfig, split: str) -> Layout:
+    """The full ADE20K as detectron2's preparation leaves it: 16-bit TIFFs of the 847 classes."""
+    root = _descend(config.root, "ADE20K_2021_17_01")
+    part = {"train": "training", "val": "validation"}.get(split, split)
+    found = _prepared(root, f"images_detectron2/{part}", f"annotations_detectron2/{part}")
+    vocabulary = vocabularies.load(config.vocabulary or "ade20k_847")
+    return Layout(found, vocabulary, lookup_of(range(847), (IGNORE_16,)))
+
+
+def pascal_context_59(config: DataConfig, split: str) -> Layout:
+    """PNGs of detectron2's preparation, in which background is ignored."""
+    found = _prepared_voc2010(config.root, f"pc59_{split}")
+    vocabulary = vocabularies.load(config.vocabulary or "pascal_context_59")
+    return Layout(found, vocabulary, lookup_of(range(59), (IGNORE,)))
+
+
+def pascal_context_459(config: DataConfig, split: str) -> Layout:
+    """16-bit TIFFs of detectron2's preparation. 255 is a class; what is ignored is 459 to some
+    authors and 65535 to others."""
+    found = _prepared_voc2010(config.root, f"pc459_{split}")
+    vocabulary = vocabularies.load(config.vocabulary or "pascal_context_459")
+    return Layout(found, vocabulary, lookup_of(range(459), (459, IGNORE_16)))
+
+
+def _prepared_voc2010(root: str, name: str) -> Pairs:
+    voc = _voc_root(_existing(root), (10,))
+    return _prepared(voc, "JPEGImages", f"annotations_detectron2/{name}")
+
+
+def _prepared(root: epath.Path, images: str, masks: str) -> Pairs:
+    """The pairs of what detectron2's preparation scripts have written; the masks are the split."""
+    for folder in (images, masks):
+        if not (root / folder).is_dir():
+            raise UserError(
+                f"{root / folder}: {missing(root / folder, 'folder')}, check config.data.root and "
+                "the split's name, or prepare the data set for detectron2 first (docs/data.md)"
+            )
+    return pairs_by_mask(root / images, root / masks)
 
 
 def coco_stuff(config: DataConfig, split: str) -> Layout:
@@ -185,13 +244,12 @@ def coco_stuff(config: DataConfig, split: str) -> Layout:
 
 
 def coco_stuff_lookup() -> np.ndarray:
-    """int16 [256]: the 182 ids of COCO-Stuff's PNGs to the 171 classes that are annotated."""
+    """int32 [256]: the 182 ids of COCO-Stuff's PNGs to the 171 classes that are annotated."""
     return lookup_of([i for i in range(182) if i not in _COCO_UNUSED], (IGNORE,))
 
 
 def pascal_voc(config: DataConfig, split: str) -> Layout:
-    """The devkit's tree. A split is a list in ImageSets/Segmentation; masks that SegmentationClass
-    does not have are taken from SegmentationClassAug, where that was added."""
+    """The devkit's tree."""
     root = _voc_root(_existing(config.root))
     vocabulary = vocabularies.load(config.vocabulary or "pascal_voc_21")
     if len(vocabulary) not in (20, 21):
@@ -201,6 +259,28 @@ def pascal_voc(config: DataConfig, split: str) -> Layout:
         )
     background = len(vocabulary) == 21
     lookup = lookup_of(range(21), (IGNORE,)) if background else lookup_of(range(1, 21), (0, IGNORE))
+    return Layout(_voc_pairs(root, split), vocabulary, lookup)
+
+
+def pascal_voc_20b(config: DataConfig, split: str) -> Layout:
+    """VOC's 20 classes and background, which is what none of them is: a model is asked for the 59
+    names of Pascal Context, and whatever it says beyond VOC's 20 is background."""
+    root = _voc_root(_existing(config.root))
+    voc, context = (vocabularies.load(name) for name in ("pascal_voc_20", "pascal_context_59"))
+    rest = tuple(entry for entry in context.classes if entry.name not in voc.names)
+    vocabulary = Vocabulary("pascal_voc_20b", (*voc.classes, ClassEntry("background")))
+    asked = Vocabulary("pascal_voc_20b", (*voc.classes, *rest))
+    prepared = f"annotations_detectron2_bg/{split}"
+    if (root / prepared).is_dir():
+        found, lookup = _prepared(root, "JPEGImages", prepared), lookup_of(range(21), (IGNORE,))
+    else:
+        found, lookup = _voc_pairs(root, split), lookup_of((*range(1, 21), 0), (IGNORE,))
+    return Layout(found, vocabulary, lookup, asked)
+
+
+def _voc_pairs(root: epath.Path, split: str) -> Pairs:
+    """Those of a list in ImageSets/Segmentation. Masks that SegmentationClass does not have are
+    taken from SegmentationClassAug, where that was added."""
     folders = [root / "SegmentationClass", root / "SegmentationClassAug"]
     masks = [_names(folder) for folder in folders]
     images = _names(root / "JPEGImages")
@@ -214,18 +294,18 @@ def pascal_voc(config: DataConfig, split: str) -> Layout:
                 "unpack the whole archive, or correct the list"
             )
         found.append((images[name], mask))
-    return Layout(found, vocabulary, lookup)
+    return found
 
 
-def _voc_root(root: epath.Path) -> epath.Path:
-    """`root` or the folder in it that holds JPEGImages: the newest of several years."""
+def _voc_root(root: epath.Path, years: Sequence[int] = range(12, 6, -1)) -> epath.Path:
+    """`root` or the folder in it that holds JPEGImages: the first there is of several years."""
     parents = (root, root / "VOCdevkit")
-    years = (f"VOC20{year:02d}" for year in range(12, 6, -1))
-    for choice in (root, *(parent / year for year in years for parent in parents)):
+    names = [f"VOC20{year:02d}" for year in years]
+    for choice in (root, *(parent / name for name in names for parent in parents)):
         if (choice / "JPEGImages").is_dir():
             return choice
     raise UserError(
-        f"{root}: no folder JPEGImages, VOC2012 or VOCdevkit, check config.data.root"
+        f"{root}: no folder JPEGImages, {names[0]} or VOCdevkit, check config.data.root"
         f"{nearby(root, 'pascal_voc')}"
     )
 

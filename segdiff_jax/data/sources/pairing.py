@@ -53,6 +53,24 @@ def pairs(
     return [(images[name], found[name] or "") for name in sorted(images)]
 
 
+def pairs_by_mask(image_folder: epath.Path, mask_folder: epath.Path) -> Pairs:
+    """(image, mask) of each mask, in the order of the names; other images are passed over.
+
+    Raises `UserError` for a mask without image and a folder without masks.
+    """
+    masks = _by_name(mask_folder)
+    if not masks:
+        raise UserError(f"{mask_folder}: no masks, prepare the data set again")
+    images = _by_name(image_folder)
+    lonely = sorted(set(masks) - set(images))
+    if lonely:
+        raise UserError(
+            f"{masks[lonely[0]]}: no image {image_folder / lonely[0]}.jpg "
+            f"({len(lonely)} of {len(masks)} masks have none): unpack the whole archive"
+        )
+    return [(images[name], masks[name]) for name in sorted(masks)]
+
+
 def _refuse_without_mask(
     images: dict[str, str], lonely: list[str], mask_folder: epath.Path, mask_suffix: str
 ) -> NoReturn:
@@ -154,7 +172,8 @@ def nearby(root: epath.Path, source: str) -> str:
     if {"images", "ADE"} <= around or any(part.startswith("ADE20K_20") for part in around):
         return (
             "; this looks like the full ADE20K, whose *_seg.png are colours: "
-            "get ADEChallengeData2016, the scene parsing benchmark, for config.data.source=ade20k"
+            "get ADEChallengeData2016, the scene parsing benchmark, for config.data.source=ade20k, "
+            "or prepare this for ade20k_847 (docs/data.md)"
         )
     folders = [folder for folder, count in counts.items() if count]
     for folder in folders:

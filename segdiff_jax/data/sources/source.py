@@ -9,7 +9,14 @@ from etils import epath
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data import images
 from segdiff_jax.data.sources import layouts, scenes
-from segdiff_jax.data.sources.layouts import IGNORE, OUTSIDE, Layout
+from segdiff_jax.data.sources.layouts import (
+    IGNORE,
+    IGNORE_16,
+    IGNORED,
+    OUTSIDE,
+    Layout,
+    to_labels,
+)
 from segdiff_jax.data.sources.memory import Memory
 from segdiff_jax.data.sources.pairing import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
 from segdiff_jax.errors import UserError
@@ -17,9 +24,12 @@ from segdiff_jax.text.vocabulary import Vocabulary
 
 
 class Source(Protocol):
-    """source[i] = {"image": uint8 [H, W, 3], "labels": uint8 [H, W] (255: ignore), "name": str}.
+    """source[i] = {"image": uint8 [H, W, 3], "labels": [H, W], "name": str}.
 
-    Sources of files add "ids": {id in the mask file: pixels}.
+    Labels are uint8, 255 for *ignore*; of more than 255 classes uint16 and 65535
+    (`codec.label_type`). Sources of files add "ids": {id in the mask file: pixels}. A source may
+    have `asked`, the classes that a model is asked for in place of `vocabulary`: the same ones but
+    for the last, and beyond them others, which all mean the last.
     """
 
     vocabulary: Vocabulary
@@ -46,8 +56,12 @@ def open_source(config: DataConfig, split: str, seed: int) -> Source:
     readers: dict[str, Callable[[DataConfig, str], Layout]] = {
         "folder": layouts.folder,
         "ade20k": layouts.ade20k,
+        "ade20k_847": layouts.ade20k_847,
         "coco_stuff": layouts.coco_stuff,
         "pascal_voc": layouts.pascal_voc,
+        "pascal_voc_20b": layouts.pascal_voc_20b,
+        "pascal_context_59": layouts.pascal_context_59,
+        "pascal_context_459": layouts.pascal_context_459,
         "cityscapes": layouts.cityscapes,
     }
     if config.source not in readers:
@@ -70,16 +84,16 @@ class Look(NamedTuple):
 class PairSource:
     """Image files and the label files that belong to them.
 
-    lookup: int16 [n], from the id in the file to the class id, see `Layout`.
+    lookup: int32 [n], from the id in the file to the class id, see `Layout`.
     """
 
     novel: tuple[int, ...] = ()
 
     def __init__(self, layout: Layout, config: DataConfig):
-        self.pairs, self.vocabulary, self.lookup = layout
+        self.pairs, self.vocabulary, self.lookup, self.asked = layout
         self.config = config
         self._memory = Memory(config.cache_images)
-        classes = np.setdiff1d(self.lookup, (IGNORE, OUTSIDE))
+        classes = np.unique(self.lookup[self.lookup >= 0])
         if len(classes) != len(self.vocabulary):
             raise UserError(
                 f"{self.vocabulary.name}: {len(self.vocabulary)} classes, but the masks of "
@@ -119,7 +133,7 @@ class PairSource:
         self._check_sizes(index, image.shape[:2], labels.shape)
         ids = count_ids(labels)
         self._check_ids(ids, mask_path)
-        labels = self.lookup.astype(np.uint8)[labels]
+        labels = to_labels(labels, self.lookup, len(self.vocabulary))
         name = epath.Path(image_path).stem
         return {"image": image, "labels": labels, "name": name, "ids": ids}
 
@@ -159,9 +173,9 @@ def count_ids(labels: np.ndarray) -> dict[int, int]:
 def to_class_ids(
     labels: np.ndarray, lookup: np.ndarray, path: str, vocabulary: Vocabulary
 ) -> np.ndarray:
-    """uint8 [H, W]: `labels` through `lookup`; `UserError` for an id that is no class."""
+    """[H, W]: `labels` through `lookup`; `UserError` for an id that is no class."""
     check_ids(count_ids(labels), lookup, path, vocabulary)
-    return lookup.astype(np.uint8)[labels]
+    return to_labels(labels, lookup, len(vocabulary))
 
 
 def check_ids(
@@ -178,7 +192,7 @@ def check_ids(
     bad = [i for i in ids if not 0 <= i < len(lookup) or lookup[i] == OUTSIDE]
     if not bad:
         return
-    ignored = [int(i) for i in np.flatnonzero(lookup == IGNORE)]
+    ignored = [int(i) for i in np.flatnonzero(lookup == IGNORED)]
     shown = ", ".join(map(str, ignored[:3])) + (", ..." if len(ignored) > 3 else "")
     mend = _id_mend(sorted(ids), bad, lookup) if configurable else ""
     raise UserError(
@@ -190,10 +204,10 @@ def check_ids(
 
 def _id_mend(ids: list[int], bad: list[int], lookup: np.ndarray) -> str:
     """Which key would give the ids that are no class a meaning, if one is likely meant."""
-    classes = np.flatnonzero((lookup != OUTSIDE) & (lookup != IGNORE))
-    labelled = [i for i in ids if i not in (IGNORE, 65535) or i in classes]
-    if bad in ([255], [65535]) and len(labelled) > 1:
-        ignored = [int(i) for i in np.flatnonzero(lookup == IGNORE)] + bad
+    classes = np.flatnonzero(lookup >= 0)
+    labelled = [i for i in ids if i not in (IGNORE, IGNORE_16) or i in classes]
+    if bad in ([IGNORE], [IGNORE_16]) and len(labelled) > 1:
+        ignored = [int(i) for i in np.flatnonzero(lookup == IGNORED)] + bad
         value = ",".join(map(str, ignored))
         return f"to ignore it set config.data.ignore_ids={value}"
     if bad == [int(classes[-1]) + 1] and classes[0] == 0:

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from segdiff_jax.data.images import UnreadableError
-from segdiff_jax.data.sources.layouts import IGNORE, shifted_lookup
+from segdiff_jax.data.sources.layouts import IGNORE, IGNORED, OUTSIDE, shifted_lookup
 from segdiff_jax.data.sources.source import to_class_ids
 from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary as vocabularies
@@ -28,10 +28,10 @@ _STUFF = (
 
 
 def instance_lookup() -> np.ndarray:
-    """int16 [256]: the instance categories 1…100 to ids of ade20k_150; 0 is ignore."""
-    lookup = np.full(256, -1, np.int16)
+    """int32 [256]: the instance categories 1…100 to ids of ade20k_150; 0 is ignore."""
+    lookup = np.full(256, OUTSIDE, np.int32)
     lookup[1:101] = np.setdiff1d(np.arange(150), _STUFF)
-    lookup[[0, IGNORE]] = IGNORE
+    lookup[[0, IGNORE]] = IGNORED
     return lookup
 
 
