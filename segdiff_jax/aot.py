@@ -42,7 +42,7 @@ from segdiff_jax.parallel.placement import multiple
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.conditioning import PromptTable, context
 from segdiff_jax.training.losses import Frozen
-from segdiff_jax.training.step import compile_step, diffusion_step, init_state, vae_step
+from segdiff_jax.training.step import compile_step, diffusion_step, e2e_step, init_state, vae_step
 
 _DESCRIPTION = """Compile the step of a config for TPUs that are not here. Printed per chip: whether
 it fits, memory by part, FLOPs, bytes accessed, collectives, and the roofline that follows.
@@ -182,12 +182,14 @@ def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
     (unet, unet_params), (vae, vae_params) = nnx.split(nets.unet), nnx.split(nets.vae)
     schedule = jax.eval_shape(lambda: make_schedule(config.diffusion))
     frozen = None if vae_only else Frozen(vae_params, schedule, nets.table)
-    step = vae_step(vae, config, mesh) if vae_only else diffusion_step(unet, vae, config, mesh)
+    make = {"diffusion": diffusion_step, "e2e": e2e_step}
+    step = vae_step(vae, config, mesh) if vae_only else make[config.stage](unet, vae, config, mesh)
     params = vae_params if vae_only else unet_params
     state = jax.eval_shape(lambda p: init_state(p, config), params)
     state = meshes.abstract(state, rules.state_sharding(state, mesh))
     cached = config.data.cache_latents and not vae_only
-    shapes: dict[str, Any] = {"class_ids": ((count, nets.group), jnp.int32)}
+    asked = config.e2e.classes if config.stage == "e2e" else 0
+    shapes: dict[str, Any] = {"class_ids": ((count, asked or nets.group), jnp.int32)}
     if cached:
         latents = ((count, *nets.latent), jnp.float32)
         shapes |= dict.fromkeys(("image_latents", "mask_latents"), latents)
@@ -202,7 +204,7 @@ def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
         meshes.abstract(jax.eval_shape(lambda: jax.random.key(0)), whole),
     )
     network = None if vae_only else nets.unet.config
-    needed = flops.train_example(network, nets.vae.config, size, nets.tokens, cached)
+    needed = flops.train_example(network, nets.vae.config, size, nets.tokens, cached, asked)
     return Step(compile_step(step, state, mesh), arguments, count, count, count * needed)
 
 
@@ -247,7 +249,8 @@ def _sampler(config: Config, nets: _Networks, mesh: Mesh, jobs: int) -> tuple[An
     members = jax.ShapeDtypeStruct((jobs,), jnp.int32)
     per_job = contexts, mask, _floats(jobs, *nets.latent), members
     return sampling.sampler_on(mesh), (
-        *(unet, decoder, config.sampler.steps, config.sampler.eta),
+        *(unet, decoder),
+        *(config.sampler.steps, config.sampler.eta, config.sampler.initial_noise),
         *(meshes.abstract(tree, whole) for tree in shared),
         *(meshes.abstract(tree, rows) for tree in per_job),
         meshes.abstract(key, whole),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from segdiff_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from segdiff_jax.config import Config
+    from segdiff_jax.config import Config, SamplerConfig
 
 PLACEHOLDER = "{class}"  # in a prompt template
 TEMPLATE_SETS = ("single", "scene", "vild14", "clip80")  # names for templates: text/prompts.py
@@ -21,10 +21,11 @@ def check(c: "Config", own: "Config", use: str) -> None:
     _raise_first(_of_a_model(c))
     if use != "model":
         _raise_first(_of_an_evaluation(c))
+        check_sampler(own.sampler)
     if use == "train":
         _raise_first(_of_a_training(c, own))
         _raise_first(_of_groups(c))
-        _raise_first(_of_cached_latents(c))
+        _raise_first(_of_cached_latents(own))
 
 
 def check_image_size(c: "Config", factor: int, whose: str) -> None:
@@ -37,6 +38,16 @@ def check_image_size(c: "Config", factor: int, whose: str) -> None:
         raise UserError(
             f"config.data.image_size={height},{width}: must be multiples of {factor}, "
             f"the downsampling of {whose}"
+        )
+
+
+def check_sampler(sampler: "SamplerConfig") -> None:
+    """Raises `UserError` if more steps or members than one are asked of a start from zeros."""
+    if sampler.initial_noise == "zero" and (sampler.steps, sampler.ensemble) != (1, 1):
+        raise UserError(
+            f"config.sampler.steps={sampler.steps}, ensemble={sampler.ensemble}: must both be 1 "
+            "with config.sampler.initial_noise='zero': a model that starts from zeros was trained "
+            "for one step, and its members would all be the same"
         )
 
 
@@ -119,6 +130,16 @@ def _of_a_training(c: "Config", own: "Config") -> Iterator[str]:
         yield (
             "config.init_from is empty and config.vae.steps is 0: "
             "name a workdir or Stable Diffusion folder, or give the VAE stage some steps"
+        )
+    if c.stage == "e2e" and not c.init_from:
+        yield (
+            "config.init_from is empty: config.stage='e2e' goes on from a diffusion training: "
+            "name its workdir or export"
+        )
+    if c.stage == "e2e" and c.codec.classes_per_pass != 1:
+        yield (
+            f"config.codec.classes_per_pass={c.codec.classes_per_pass}: must be 1 with "
+            "config.stage='e2e', where a pass shows one class and config.e2e.classes compete"
         )
     if c.stage == "vae" and c.vae.steps < 1:
         yield "config.vae.steps=0: must be at least 1 with config.stage='vae'"

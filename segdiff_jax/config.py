@@ -21,11 +21,12 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.fields import choice, number
 from segdiff_jax.files import check_scheme
 
-STAGES = ("vae", "diffusion")
+STAGES = ("vae", "diffusion", "e2e")
 OPTIMIZERS = ("adamw", "muon")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 PREDICTIONS = ("v_prediction", "epsilon", "sample")
 DECODERS = ("vae", "linear", "tiny")
+STARTS = ("gaussian", "zero")  # of the sampler: x_T
 SPACINGS = ("trailing", "leading", "linspace")
 PATHS = ("data.root", "data.vocabulary", "init_from", "init_tokenizer")  # name files or folders
 SOURCES = (
@@ -180,10 +181,22 @@ class VAEConfig:
 
 
 @dataclass
+class E2EConfig:
+    """The single-step stage, stage = "e2e": the UNet of `init_from`, trained on decoded labels.
+
+    Steps, batches and optimiser are those of `train` and `optimizer`.
+    """
+
+    classes: int = number(4, 1, 255)  # that compete for a photo's pixels; a pass of the UNet each
+    noise: str = choice("zero", STARTS)  # where its one step starts, and where sampling then does
+
+
+@dataclass
 class SamplerConfig:
     steps: int = number(10, 1)
     ensemble: int = number(1, 1, 10_000)
     eta: float = number(0.0, 0.0, 1.0)
+    initial_noise: str = choice("gaussian", STARTS)  # as the UNet was trained: see e2e.noise
     align: str = choice("none", ("affine", "none"))
     reduce: str = choice("median", ("median", "mean"))
     uncertainty: str = choice("mad", ("mad", "std"))
@@ -220,53 +233,63 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
+    e2e: E2EConfig = field(default_factory=E2EConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
-# What stands in for `train` and `optimizer` while the VAE is trained, alone or as the first stage.
-_OF_VAE_STAGE = {
-    "train.steps": "vae.steps",
-    "train.batch_size": "vae.batch_size",
-    "optimizer.method": "vae.optimizer",
-    "optimizer.learning_rate": "vae.learning_rate",
-    "optimizer.decay_steps": "vae.steps",
-    "optimizer.final_fraction": "vae.final_fraction",
-    "optimizer.weight_decay": "vae.weight_decay",
-    "optimizer.ema_decay": "vae.ema_decay",
+# By stage: what stands in for keys of other groups, while the VAE is trained (alone or as the first
+# stage) and in the single-step stage.
+_OF_STAGE: dict[str, dict[str, str]] = {
+    "vae": {
+        "train.steps": "vae.steps",
+        "train.batch_size": "vae.batch_size",
+        "optimizer.method": "vae.optimizer",
+        "optimizer.learning_rate": "vae.learning_rate",
+        "optimizer.decay_steps": "vae.steps",
+        "optimizer.final_fraction": "vae.final_fraction",
+        "optimizer.weight_decay": "vae.weight_decay",
+        "optimizer.ema_decay": "vae.ema_decay",
+    },
+    "e2e": {"sampler.initial_noise": "e2e.noise"},
 }
-_NOT_OF_VAE_STAGE = {
-    "train.eval_every": 0,
-    "optimizer.accumulation": 1,
-    "data.cache_latents": False,
+_NOT_OF_STAGE: dict[str, dict[str, Any]] = {
+    "vae": {"train.eval_every": 0, "optimizer.accumulation": 1, "data.cache_latents": False},
+    "e2e": {
+        "train.terminal_share": 0.0,  # all is trained there
+        "train.balance": 0.0,  # the Dice term weighs classes of few pixels
+        "data.cache_latents": False,  # the loss is about labels, which a cache of latents lacks
+        "sampler.steps": 1,
+        "sampler.ensemble": 1,
+    },
 }
 
 
 def of_stage(config: Config) -> Config:
-    """`config` with the settings of its own stage in `train` and `optimizer`.
+    """`config` with the settings of its own stage where all stages look for them.
 
     The steps, batches and optimiser of the VAE stage are in `vae`; all that trains reads them where
     those of the diffusion stage are. Applying it again changes nothing.
     """
-    if config.stage != "vae":
+    if config.stage not in _OF_STAGE:
         return config
     changed = copy.deepcopy(config)
-    for key, source in _OF_VAE_STAGE.items():
+    for key, source in _OF_STAGE[config.stage].items():
         _put(changed, key, get(config, source))
-    for key, value in _NOT_OF_VAE_STAGE.items():
+    for key, value in _NOT_OF_STAGE[config.stage].items():
         _put(changed, key, value)
     return changed
 
 
 def check_overridden(config: Config, overridden: list[str]) -> None:
     """Raises `UserError` for a key that was set by hand but is not of the config's stage."""
-    for key in overridden if config.stage == "vae" else ():
-        if key in _OF_VAE_STAGE:
-            raise UserError(
-                f"config.{key}: the VAE stage has its own: set config.{_OF_VAE_STAGE[key]}"
-            )
-        if key in _NOT_OF_VAE_STAGE:
-            raise UserError(f"config.{key}: plays no part in the VAE stage: leave it out")
+    own, foreign = (table.get(config.stage, {}) for table in (_OF_STAGE, _NOT_OF_STAGE))
+    stage = "VAE" if config.stage == "vae" else config.stage
+    for key in overridden:
+        if key in own:
+            raise UserError(f"config.{key}: the {stage} stage has its own: set config.{own[key]}")
+        if key in foreign:
+            raise UserError(f"config.{key}: plays no part in the {stage} stage: leave it out")
 
 
 def get(config: Config, key: str) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from segdiff_jax import cli
 from segdiff_jax.combinations import check_image_size
-from segdiff_jax.config import Config
+from segdiff_jax.config import Config, of_stage
 from segdiff_jax.errors import UserError
 
 _DESCRIPTION = (
@@ -31,6 +31,7 @@ _TRAINED_FOR = (
     "diffusion.beta_end",
     "diffusion.num_train_timesteps",
     "diffusion.rescale_betas_zero_snr",
+    "sampler.initial_noise",
 )
 
 
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     args = _parser().parse_args(rest)
     _check_open(args.open, overrides)
     if args.config:
-        config = cli.load_config(args.config, overrides, "evaluate")
+        config = of_stage(cli.load_config(args.config, overrides, "evaluate"))
 
     from segdiff_jax.parallel import processes, runtime
     from segdiff_jax.weights import workdir

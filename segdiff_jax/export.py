@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from segdiff_jax import cli, files, ownership, waiting
+from segdiff_jax.combinations import check_sampler
 from segdiff_jax.config import Config, SamplerConfig, stored
 from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary
@@ -155,11 +156,13 @@ def _sampler(args: argparse.Namespace, config: Config) -> SamplerConfig:
     total = config.diffusion.num_train_timesteps
     if args.steps and args.steps > total:
         raise UserError(f"--steps {args.steps}: this model has {total} steps, ask for 1 to {total}")
-    return dataclasses.replace(
+    sampler = dataclasses.replace(
         config.sampler,
         steps=args.steps or config.sampler.steps,
         ensemble=args.ensemble or config.sampler.ensemble,
     )
+    check_sampler(sampler)
+    return sampler
 
 
 def write_folder(

@@ -82,6 +82,16 @@ def test_mesh_takes_one_device_or_many(path):
     assert (mesh.data, mesh.fsdp, mesh.tensor).count(-1) == 1
 
 
+def test_ade_in_one_step_goes_on_from_ade():
+    one, ade = _load("ade_e2e"), _load("ade")
+    assert one.stage == "e2e" and one.train.batch_size * one.e2e.classes == ade.train.batch_size
+    assert (one.data, one.codec, one.prompts) == (ade.data, ade.codec, ade.prompts)
+    assert config.of_stage(one).sampler == one.sampler
+    no_start = ["--config.data.root=/data", "--config.init_from="]
+    with pytest.raises(UserError, match="config.init_from"):
+        cli.load_config(str(ROOT / "configs" / "ade_e2e.py"), no_start)
+
+
 @pytest.mark.parametrize("name", ["ade", "coco_stuff", "ade_paper"])
 def test_fine_tunes_sd2_as_the_paper_does(name):
     c = _load(name)

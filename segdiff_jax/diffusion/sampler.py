@@ -65,8 +65,12 @@ def member_keys(key: jax.Array, count: int, start: int | jax.Array = 0) -> Keys:
     return jax.vmap(lambda k: jax.random.fold_in(key, k))(start + jnp.arange(count))
 
 
-def initial_noise(member_key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The plain Gaussian x_T of one member."""
+def initial_noise(
+    member_key: jax.Array, shape: tuple[int, ...], kind: str = "gaussian"
+) -> jax.Array:
+    """x_T of one member: plain Gaussian noise, or zeros for a `kind` of "zero"."""
+    if kind == "zero":
+        return jnp.zeros(shape)
     return jax.random.normal(jax.random.split(member_key)[0], shape)
 
 
@@ -77,10 +81,13 @@ def sample_member(
     shape: tuple[int, ...],
     steps: int,
     eta: float = 0.0,
+    start: str = "gaussian",
 ) -> jax.Array:
     """One member of an ensemble: x_0 of `shape`, all its noise drawn from `member_key`.
 
-    An ensemble is `vmap` of this over `member_keys`, or over slices of them to bound memory.
+    start: the kind of its `initial_noise`. An ensemble is `vmap` of this over `member_keys`, or
+    over slices of them to bound memory.
     """
     step_key = jax.random.split(member_key)[1]
-    return sample(predict, schedule, initial_noise(member_key, shape), steps, eta, step_key)
+    latents = initial_noise(member_key, shape, start)
+    return sample(predict, schedule, latents, steps, eta, step_key)

@@ -47,13 +47,13 @@ def sampler_on(mesh: Mesh) -> Any:
     """
     rows = meshes.rows_sharding(mesh).spec
 
-    def sample(unet, decoder, steps, eta, *arrays):
-        own_jobs = functools.partial(sample_jobs, unet, decoder, steps, eta)
+    def sample(unet, decoder, steps, eta, start, *arrays):
+        own_jobs = functools.partial(sample_jobs, unet, decoder, steps, eta, start)
         specs = (P(), P(), P(), rows, rows, rows, rows, P())
         spread = jax.shard_map(own_jobs, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
         return spread(*arrays)
 
-    return jax.jit(sample, static_argnums=(0, 1, 2, 3))
+    return jax.jit(sample, static_argnums=(0, 1, 2, 3, 4))
 
 
 def sample_jobs(
@@ -61,6 +61,7 @@ def sample_jobs(
     decoder: nnx.GraphDef | None,
     steps: int,
     eta: float,
+    start: str,
     unet_params: Any,
     decoder_params: Any,
     schedule: Schedule,
@@ -74,7 +75,7 @@ def sample_jobs(
     numbers of members [J].
 
     It knows no vocabulary and no images: what it is compiled for does not depend on them.
-    decoder: as of `gray_maps`.
+    decoder: as of `gray_maps`. start: config.sampler.initial_noise.
     """
     network = nnx.merge(unet, unet_params)
 
@@ -87,7 +88,7 @@ def sample_jobs(
         # The noise of member k is the same for every image and pass.
         member_key = jax.random.fold_in(key, k)
         shape = image_latent.shape
-        return samplers.sample_member(predict, schedule, member_key, shape, steps, eta)
+        return samplers.sample_member(predict, schedule, member_key, shape, steps, eta, start)
 
     in_axes = (0, 0, 0, None if mask is None else 0)
     x0 = jax.vmap(member, in_axes)(members, image_latents, contexts, mask)

@@ -25,6 +25,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from segdiff_jax import codec
+from segdiff_jax.combinations import check_sampler
 from segdiff_jax.config import CodecConfig, Config, MeshConfig, SamplerConfig
 from segdiff_jax.data import geometry
 from segdiff_jax.diffusion.schedule import make_schedule
@@ -234,6 +235,7 @@ class Segmenter:
                 f"a shortlist (sampler.shortlist={sampler.shortlist}) needs one class per pass, "
                 f"but this model paints {group} classes: set it to 0"
             )
+        check_sampler(sampler)
         self._check_decoder(sampler.decoder)
         photos = [self._photo(image) for image in images]
         latents = self._latents(photos)
@@ -335,6 +337,7 @@ class Segmenter:
                     decoder,
                     sampler.steps,
                     sampler.eta,
+                    sampler.initial_noise,
                     self._unet_params,
                     decoder_params,
                     self._schedule,

@@ -106,6 +106,7 @@ def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.A
             model._vae,
             sampler.steps,
             sampler.eta,
+            sampler.initial_noise,
             params["unet"],
             params["vae"],
             schedule,
@@ -198,7 +199,8 @@ def describe(model: Segmenter, sampler: SamplerConfig, dtype: str) -> dict[str, 
         "geometry": geometry,
         "weights_dtype": dtype,
         "sampler": {
-            name: getattr(sampler, name) for name in ("steps", "ensemble", "eta", "align", "reduce")
+            name: getattr(sampler, name)
+            for name in ("steps", "ensemble", "eta", "initial_noise", "align", "reduce")
         },
         "codec": {
             name: getattr(config.codec, name)

@@ -150,6 +150,7 @@ def train_example(
     size: tuple[int, int],
     tokens: int,
     cached: bool = False,
+    decoded: int = 0,
 ) -> float:
     """Of one training example; recomputation is nothing that the networks need.
 
@@ -158,13 +159,16 @@ def train_example(
       size: (height, width) of the images in pixels.
       tokens: length of the context that the UNet attends to.
       cached: latents come from a cache, and neither photo nor mask is encoded.
+      decoded: classes of the single-step stage, a pass each, whose gradient comes from the pixels.
     """
     encode = vae_encode(vae_config, *size)
     if unet_config is None:
         return 3.0 * (encode + vae_decode(vae_config, *size))
     height, width = (pixels // vae_config.downsampling for pixels in size)
-    frozen = 0.0 if cached else 2.0 * encode
-    return unet(unet_config, height, width, tokens).train + frozen
+    step = unet(unet_config, height, width, tokens).train
+    if decoded:  # there and back through the decoder, whose own gradients nobody needs
+        return decoded * (step + 2.0 * vae_decode(vae_config, *size)) + encode
+    return step if cached else step + 2.0 * encode
 
 
 def _conv(positions: float, channels_in: int, channels_out: int, size: int = 3) -> float:

@@ -1,4 +1,4 @@
-"""What the two stages minimise, as functions of a batch and a key."""
+"""What the stages minimise, as functions of a batch and what was drawn for it."""
 
 from typing import Any, NamedTuple
 
@@ -7,18 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from segdiff_jax import codec
-from segdiff_jax.config import CodecConfig, NoiseConfig
+from segdiff_jax.config import CodecConfig, Config, NoiseConfig
 from segdiff_jax.diffusion import noise as noise_lib
+from segdiff_jax.diffusion import sampler as samplers
 from segdiff_jax.diffusion import schedule as schedule_lib
 from segdiff_jax.models.unet import UNet
-from segdiff_jax.models.vae import VAE, encode_latents
+from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
 from segdiff_jax.text import conditioning
 
 Batch = dict[str, Any]
 
+# Of one unit of gray in the single-step stage. A class is certain at gray 1 with the others at -1,
+# where the softmax gives it 0.99: what is left drives no map beyond the range of masks, as it would
+# if one unit were one logit (0.6), nor is it deaf to errors of a tenth of that range.
+LOGITS_PER_GRAY = 5.0
+
 
 class Frozen(NamedTuple):
-    """What the diffusion stage reads and never changes."""
+    """What the stages of the UNet read and never change."""
 
     vae: Any  # its parameters; the network itself for a loss
     schedule: schedule_lib.Schedule
@@ -111,6 +117,84 @@ def diffusion_loss(
     sample = jnp.concatenate([image_latents, noisy], axis=-1)  # [B, h, w, 2c]
     prediction = unet(sample, timesteps, context, mask)
     return jnp.sum(weights * jnp.square(prediction - target).mean(-1))
+
+
+class LabelWeights(NamedTuple):
+    """What each part of the label loss counts for. Each sums to 1 over the batch, or is 0."""
+
+    pixels: jax.Array  # [B, H, W]: equal where labels are valid, 0 where they are *ignore*
+    classes: jax.Array  # [B, C]: equal for classes asked that have a pixel, 0 for others
+
+
+def label_weights(batch: Batch) -> LabelWeights:
+    valid = codec.valid_mask(jnp.asarray(batch["labels"])).astype(jnp.float32)
+    shown = _truth(batch).any((2, 3)).astype(jnp.float32)
+    return LabelWeights(*(part / jnp.maximum(1.0, part.sum()) for part in (valid, shown)))
+
+
+def _truth(batch: Batch) -> jax.Array:
+    """bool [B, C, H, W]: where the labels say each of the classes asked."""
+    ids = jnp.asarray(batch["class_ids"])[:, :, None, None]
+    labels = jnp.asarray(batch["labels"], jnp.int32)[:, None]
+    return (labels == ids) & codec.valid_mask(labels)
+
+
+def label_loss(maps: jax.Array, batch: Batch, weights: LabelWeights) -> jax.Array:
+    """Cross-entropy of pixels + Dice loss of classes, of unclipped gray maps [B, C, H, W].
+
+    The classes asked of a photo and "none of these" compete in a softmax. A class has
+    `LOGITS_PER_GRAY` × its map, "none of these" 0: gray 0 is a score of 1/2, the threshold below
+    which the codec too says none. Empty slots, class_ids of -1, take no part. Dice makes a class of
+    few pixels count as much as one of many; it is not defined for an absent class, to which
+    the cross-entropy says no. Additive over micro-batches, as `weights` are of the whole batch.
+    """
+    truth = _truth(batch)
+    asked = (jnp.asarray(batch["class_ids"]) != codec.PAD)[:, :, None, None]
+    logits = jnp.where(asked, LOGITS_PER_GRAY * maps, -jnp.inf)
+    none = jnp.zeros_like(maps[:, :1])
+    log_shares = jax.nn.log_softmax(jnp.concatenate([none, logits], axis=1), axis=1)
+    answer = jnp.concatenate([~truth.any(1, keepdims=True), truth], axis=1)
+    cross_entropy = -jnp.where(answer, log_shares, 0.0).sum(1)  # [B, H, W]
+    valid = codec.valid_mask(jnp.asarray(batch["labels"]))[:, None]
+    shares = jnp.exp(log_shares[:, 1:]) * valid
+    overlap, total = (shares * truth).sum((2, 3)), (shares + truth).sum((2, 3))  # [B, C]
+    dice = 1.0 - 2.0 * overlap / jnp.maximum(1.0, total)  # a class that counts has a pixel
+    return (weights.pixels * cross_entropy).sum() + (weights.classes * dice).sum()
+
+
+def e2e_loss(
+    unet: UNet,
+    frozen: Frozen,
+    batch: Batch,
+    noise: jax.Array,
+    weights: LabelWeights,
+    config: Config,
+) -> jax.Array:
+    """`label_loss` of the maps that the sampler's single step gives from `noise` [B, h, w, c].
+
+    Each of the C classes of a photo is a pass of the UNet; the photo is encoded once. The gradient
+    comes through the decoder. With config.model.remat the classes are decoded one after the
+    other, and once more going back: at full size the decoder's activations are hundreds of times
+    the latents.
+    """
+    count, asked = batch["class_ids"].shape
+    ids = jnp.maximum(batch["class_ids"], 0).reshape(-1, 1)  # [B·C, 1]; empty slots do not count
+    context, mask = conditioning.context(frozen.table, ids, config.codec.context)
+    photo = jax.lax.stop_gradient(encode_latents(frozen.vae, codec.to_pixels(batch["image"])))
+    photos, start = (jnp.repeat(x, asked, axis=0) for x in (photo, noise))  # a photo's in a row
+
+    def predict(noisy: jax.Array, t: jax.Array) -> jax.Array:
+        sample = jnp.concatenate([photos, noisy], axis=-1)
+        return unet(sample, jnp.full(len(ids), t), context, mask)
+
+    x0 = samplers.sample(predict, frozen.schedule, start, steps=1)
+    decode = lambda z: codec.to_gray(decode_latents(frozen.vae, z))  # noqa: E731
+    if config.model.remat:
+        by_class = x0.reshape(count, asked, *x0.shape[1:]).swapaxes(0, 1)
+        maps = jax.lax.map(jax.checkpoint(decode), by_class).swapaxes(0, 1)
+    else:
+        maps = decode(x0).reshape(count, asked, *batch["labels"].shape[1:])
+    return label_loss(maps, batch, weights)
 
 
 def vae_loss(

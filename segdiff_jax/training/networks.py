@@ -93,7 +93,7 @@ def _saved_unet_config(config: Config, workdir: str) -> UNetConfig | None:
 
 
 def _given_unet(config: Config, mesh: Mesh) -> UNet | None:
-    """The UNet of `init_from`, if it has one: a workdir of this stage, or a pretrained folder.
+    """The UNet of `init_from`, if it has one: a workdir with one, or a pretrained folder.
 
     Its arrays are read straight to where the mesh wants them.
     """
@@ -108,7 +108,7 @@ def _given_unet(config: Config, mesh: Mesh) -> UNet | None:
             widen_conv_in=True,
             place=placer(mesh),
         ).unet
-    if workdirs.read_config(config.init_from).stage != "diffusion":
+    if workdirs.read_config(config.init_from).stage == "vae":
         return None
     return workdirs.load_unet(config.init_from, mesh=mesh)[0]
 

@@ -16,7 +16,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote, reading
 from segdiff_jax.models import presets
 from segdiff_jax.parallel.mesh import local_rows, make_mesh
-from segdiff_jax.weights import mask_decoders, pretrained
+from segdiff_jax.weights import hub, mask_decoders, pretrained
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.pretrained import Described
 
@@ -32,6 +32,7 @@ DEFINES_STATE = (
     "codec.context",
     "diffusion",
     "optimizer.method",
+    "e2e.noise",
 )
 MAY_DIFFER = (
     "model.dtype",  # of activations: parameters are float32
@@ -174,6 +175,8 @@ def folder(init_from: str) -> str:
 
 def _check_init_from(config: Config) -> None:
     start = config.init_from
+    if config.stage == "e2e":
+        _check_trained(config)
     if not workdirs.is_workdir(start):
         alone = config.stage == "vae"
         needed = ("vae",) if alone else pretrained.COMPONENTS
@@ -182,7 +185,7 @@ def _check_init_from(config: Config) -> None:
             pretrained.find_tokenizer(epath.Path(start), config.init_tokenizer)
         assert found.vae is not None
         check_image_size(config, found.vae.downsampling, f"the VAE of {start}")
-        if config.stage == "diffusion":
+        if not alone:
             _check_parts(found, start)
             _compare(config, found.schedule, start)
         return
@@ -198,8 +201,24 @@ def _check_init_from(config: Config) -> None:
             "stage is not done: let it go on, or name another"
         )
     workdirs.check_image_size(config, folder(start))
-    if "diffusion" == config.stage == trained.stage:
+    if "vae" not in (config.stage, trained.stage):
         _compare(config, trained.diffusion, start)
+
+
+def _check_trained(config: Config) -> None:
+    """The single-step stage goes on from a UNet that paints masks, one class a pass."""
+    start = config.init_from
+    needs = f"config.init_from={start}: config.stage='e2e' goes on from a diffusion training"
+    try:
+        trained = workdirs.read_config(hub.local(start))
+    except UserError as error:
+        raise UserError(f"{needs}: {error}") from error
+    if trained.stage == "vae":
+        raise UserError(f"{needs}, and this is one of the VAE stage: name another")
+    for key in ("classes_per_pass", "context"):
+        had, wanted = (getattr(c.codec, key) for c in (trained, config))
+        if had != wanted:
+            raise UserError(f"{needs} with config.codec.{key}={wanted!r}, this one has {had!r}")
 
 
 def _check_parts(found: Described, start: str) -> None:

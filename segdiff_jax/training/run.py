@@ -4,8 +4,9 @@ config, workdir ─► checks: folders, networks, data, devices          nothing
                 ─► lock, marker, config.json, classes.json
   stage "vae"        ─► VAE                              ┐
   stage "diffusion"  ─► the frozen VAE and text encoder, ├─► Setup ─► loop ─► the last state
-    which the VAE    └► UNet ────────────────────────────┘
-    stage makes first where nothing gives them
+    which the VAE    └► UNet ────────────────────────────┤
+    stage makes first where nothing gives them           │
+  stage "e2e"        ─► the same, of a diffusion training┘
 
 loop:  batch ─► step: loss, gradient, optimiser, EMA ─► metrics, read one step late
                   ├─ every eval_every        validate ─► scores
@@ -49,6 +50,7 @@ from segdiff_jax.training.step import (
     TrainState,
     compile_step,
     diffusion_step,
+    e2e_step,
     init_state,
     vae_step,
 )
@@ -150,7 +152,7 @@ def train(
             if config.stage == "vae":
                 _train_vae(run)
             else:
-                _train(run, _diffusion_stage(run))
+                _train(run, _unet_stage(run))
                 mask_decoder.settle(config, workdir, source)
 
 
@@ -205,7 +207,8 @@ def _train_vae(run: Run) -> None:
     processes.barrier()
 
 
-def _diffusion_stage(run: Run) -> Stage:
+def _unet_stage(run: Run) -> Stage:
+    """Of "diffusion" and "e2e"."""
     config, workdir, classes = run.config, run.workdir, run.source.vocabulary
     start = networks.start_of_unet(config, workdir, run.mesh)
     vae, text_encoder, tokenizer = _frozen_networks(run)
@@ -227,12 +230,14 @@ def _diffusion_stage(run: Run) -> Stage:
     group = codec.group_size(len(classes), config.codec.classes_per_pass)
     tokens = group if config.codec.context == "bound" else table.hidden.shape[1]
     size, cached = config.data.image_size, config.data.cache_latents
+    single = config.stage == "e2e"
+    make_step, decoded = (e2e_step, config.e2e.classes) if single else (diffusion_step, 0)
     return Stage(
         network=unet,
         build=build,
-        step=diffusion_step(graph, vae_graph, config, run.mesh),
+        step=make_step(graph, vae_graph, config, run.mesh),
         frozen=Frozen(vae_params, make_schedule(config.diffusion), table),
-        flops=flops.train_example(unet.config, vae.config, size, tokens, cached),
+        flops=flops.train_example(unet.config, vae.config, size, tokens, cached, decoded),
         encoder=vae if cached else None,
         preferred=preference.of_training(run.source, config, np.asarray(table.pooled)),
         validate=validate,
@@ -364,6 +369,9 @@ def _set_up(
 def _batches(run: Run, stage: Stage, example: int) -> pipeline.TrainBatches:
     """From `example` on, the rows that this process feeds; of the latent cache if it is used."""
     config, rows = run.config, mesh.local_rows(run.mesh, run.config.train.batch_size)
+    if config.stage == "e2e":  # the classes that compete are drawn as those of a pass are
+        group = dataclasses.replace(config.codec, classes_per_pass=config.e2e.classes)
+        config = dataclasses.replace(config, codec=group)
     if stage.encoder is None:
         return pipeline.train_batches(
             run.source, config, config.seed, example, rows, preference=stage.preferred

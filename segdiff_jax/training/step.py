@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from segdiff_jax.config import Config
+from segdiff_jax.diffusion import sampler as samplers
 from segdiff_jax.models.layers import kernels_as_multiplied
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
@@ -79,6 +80,32 @@ def diffusion_step(
         everything = (batch, corruption, weights)
         params = _for_use(unet, state.params, mesh)
         loss, grads = _accumulate(_grad_fn(loss_fn, mesh), params, everything, micro_batches)
+        return _update(state, grads, {"loss": loss}, config)
+
+    return step
+
+
+def e2e_step(
+    unet: nnx.GraphDef[UNet], vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None
+) -> StepFunction:
+    """`step` of the single-step stage; the rest as of `diffusion_step`."""
+
+    def step(state: TrainState, frozen: losses.Frozen, batch: losses.Batch, key: jax.Array):
+        frozen = frozen._replace(vae=nnx.merge(vae, frozen.vae))
+        factor, channels = frozen.vae.config.downsampling, frozen.vae.config.latent_channels
+        count, height, width = batch["labels"].shape
+        shape = (count, height // factor, width // factor, channels)
+        # One for all classes of a photo, as the sampler has it.
+        noise = samplers.initial_noise(jax.random.fold_in(key, state.step), shape, config.e2e.noise)
+
+        def loss_fn(params, micro):
+            module, (rows, start, weights) = nnx.merge(unet, params), micro
+            return losses.e2e_loss(module, frozen, rows, start, weights, config)
+
+        everything = (batch, noise, losses.label_weights(batch))
+        params = _for_use(unet, state.params, mesh)
+        grad_fn = _grad_fn(loss_fn, mesh)
+        loss, grads = _accumulate(grad_fn, params, everything, config.optimizer.accumulation)
         return _update(state, grads, {"loss": loss}, config)
 
     return step

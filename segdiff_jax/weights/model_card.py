@@ -41,7 +41,7 @@ With diffusers' and transformers' modules, per photo and group of classes:
 1. Resize the photo to {height} × {width} pixels (height × width), scale to [-1, 1], encode it with
    the VAE: posterior mean × {scaling:.6g}.
 2. {context}
-3. Start from Gaussian noise, shaped like the photo's latent. For each of `DDIMScheduler`'s
+3. Start from {start}, shaped like the photo's latent. For each of `DDIMScheduler`'s
    timesteps call the UNet on photo latent ⊕ noisy latent (in this order), and step.
 4. Decode latent / {scaling:.6g} with the VAE, average the three channels, clip to [-1, 1].
 5. {scores}
@@ -72,6 +72,7 @@ def model_card(config: Config, unet: UNetConfig, vae: VAEConfig) -> str:
         scaling=vae.scaling_factor,
         settings="\n".join(f"| {name} | {value} |" for name, value in _settings(config)),
         context=_context(config),
+        start="zeros" if config.sampler.initial_noise == "zero" else "Gaussian noise",
         scores=_scores(config),
     )
 

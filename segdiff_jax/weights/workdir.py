@@ -250,7 +250,7 @@ def load_unet(
     weights, which: as of `load_networks`. With `mesh`, each device reads its own part.
     """
     config = read_config(path)
-    if config.stage != "diffusion":
+    if config.stage == "vae":
         check_not_inside(path)
         raise UserError(
             f"{path}: holds the {config.stage!r} stage, which cannot segment: "

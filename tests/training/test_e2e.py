@@ -1,0 +1,343 @@
+"""The single-step stage: its loss against torch, where the gradient goes, whole trainings."""
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from commands import Run
+from flax import nnx
+from test_run import same_bits, state_of, steps_of
+from test_telemetry import read_scalars
+
+from segdiff_jax import aot, cli, export
+from segdiff_jax import config as configs
+from segdiff_jax.config import Config, E2EConfig, ModelConfig, OptimizerConfig, TrainConfig
+from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.errors import UserError
+from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.parallel import mesh as meshes
+from segdiff_jax.text.conditioning import PromptTable
+from segdiff_jax.train import train
+from segdiff_jax.training import losses
+from segdiff_jax.training.step import e2e_step, init_state
+from segdiff_jax.training.stop import Stopped
+from segdiff_jax.training.telemetry import Telemetry
+from segdiff_jax.weights import workdir as workdirs
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+B, C, H, W, K = 4, 3, 8, 12, 6
+
+
+def make_batch(seed=0):
+    """Blocks of classes, *ignore* among them; absent classes and empty slots are asked for too."""
+    rng = np.random.default_rng(seed)
+    labels = np.kron(rng.integers(0, 4, (B, 4, 4)), np.ones((1, 2, 3))).astype(np.uint8)
+    labels[:, :2, :5] = 255
+    labels[3] = 255
+    return {
+        "image": rng.integers(0, 256, (B, H, W, 3), dtype=np.uint8),
+        "labels": labels,
+        "class_ids": np.array([[0, 1, 2], [3, 5, 0], [1, -1, -1], [0, 1, 2]], np.int32),
+    }
+
+
+def torch_loss(maps, batch):
+    """Pixel by pixel and class by class, with torch's own cross-entropy."""
+    entropies, dices = [], []
+    for gray, labels, ids in zip(maps, batch["labels"], batch["class_ids"], strict=True):
+        gray, ids = gray[: (ids >= 0).sum()], ids[ids >= 0].tolist()
+        logits = torch.cat([torch.zeros_like(gray[:1]), losses.LOGITS_PER_GRAY * gray])
+        valid = torch.tensor(labels != 255)
+        target = torch.zeros(labels.shape, dtype=torch.long)
+        for place, class_id in enumerate(ids, 1):
+            target[torch.tensor(labels == class_id)] = place
+        entropy = torch.nn.functional.cross_entropy(logits[None], target[None], reduction="none")
+        entropies.append(entropy[0][valid])
+        shares = logits.softmax(0)
+        for place in range(1, len(ids) + 1):
+            truth = (target == place)[valid].float()
+            if truth.any():
+                share = shares[place][valid]
+                dices.append(1 - 2 * (share * truth).sum() / (share.sum() + truth.sum()))
+    return torch.cat(entropies).mean() + torch.stack(dices).mean()
+
+
+def test_label_loss_and_its_gradient_are_those_of_torch():
+    batch, rng = make_batch(), np.random.default_rng(1)
+    maps = rng.normal(0, 0.7, (B, C, H, W)).astype(np.float32)
+    weights = losses.label_weights(batch)
+    found, gradient = jax.value_and_grad(losses.label_loss)(jnp.asarray(maps), batch, weights)
+    leaf = torch.tensor(maps, requires_grad=True)
+    expected = torch_loss(leaf, batch)
+    expected.backward()
+    np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, leaf.grad, rtol=1e-4, atol=1e-7)
+    ignored = np.broadcast_to((batch["labels"] == 255)[:, None], gradient.shape)
+    empty = batch["class_ids"] < 0
+    assert (gradient[ignored] == 0).all() and (gradient[empty] == 0).all()
+    absent = gradient[1, 1][batch["labels"][1] != 255]  # class 5 is nowhere: its map has to darken
+    assert (absent > 0).all()
+
+
+def test_without_a_valid_pixel_there_is_no_loss():
+    batch = make_batch()
+    batch["labels"] = np.full_like(batch["labels"], 255)
+    loss = lambda maps: losses.label_loss(maps, batch, losses.label_weights(batch))  # noqa: E731
+    value, gradient = jax.value_and_grad(loss)(jnp.ones((B, C, H, W)))
+    assert value == 0 and (gradient == 0).all()
+
+
+def test_true_masks_have_next_to_no_loss_and_those_of_another_class_much():
+    batch = make_batch()
+    truth = batch["labels"][:, None] == batch["class_ids"][:, :, None, None]
+    maps = jnp.where(truth, 1.0, -1.0)
+    right, wrong = (
+        losses.label_loss(m, batch, losses.label_weights(batch)) for m in (maps, maps[:, ::-1])
+    )
+    assert right < 0.05 and wrong > 1
+
+
+def make_config(e2e=None, remat=False, **optimizer):
+    defaults = {"learning_rate": 3e-3, "warmup_steps": 1, "weight_decay": 0.0}
+    return Config(
+        stage="e2e",
+        e2e=e2e or E2EConfig(classes=C),
+        model=ModelConfig(remat=remat),
+        optimizer=OptimizerConfig(**defaults | optimizer),
+        train=TrainConfig(batch_size=B),
+    )
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_networks):
+    """(unet graph, its parameters, vae graph, frozen)."""
+    graph, params = nnx.split(tiny_networks[0])
+    vae_graph, vae_params = nnx.split(tiny_networks[1])
+    hidden = np.random.default_rng(0).normal(size=(K, 7, 32)).astype(np.float32)
+    table = PromptTable(jnp.asarray(hidden), jnp.asarray(hidden[:, 0]))
+    schedule = make_schedule(Config().diffusion)
+    return graph, params, vae_graph, losses.Frozen(vae_params, schedule, table)
+
+
+def run(setup, config, batches):
+    """(state, metrics) after each batch."""
+    graph, params, vae_graph, frozen = setup
+    step = jax.jit(e2e_step(graph, vae_graph, config))
+    state, found = init_state(params, config), []
+    for batch in batches:
+        state, metrics = step(state, frozen, batch, jax.random.key(0))
+        found.append((state, {name: float(value) for name, value in metrics.items()}))
+    return found
+
+
+def test_the_loss_is_of_what_one_step_of_the_sampler_shows(setup):
+    graph, params, vae_graph, frozen = setup
+    batch = make_batch()
+    vae, unet = nnx.merge(vae_graph, frozen.vae), nnx.merge(graph, params)
+    pixels = jnp.asarray(batch["image"] / np.float32(127.5) - 1)
+    latent = vae.encode(pixels)[0] * vae.config.scaling_factor
+    maps = []
+    for ids in batch["class_ids"].T:
+        text = frozen.table.hidden[np.maximum(ids, 0)]
+        sample = jnp.concatenate([latent, jnp.zeros_like(latent)], -1)
+        x0 = -unet(sample, jnp.full(B, 999), text, None)  # v of zeros at zero SNR
+        x0 *= jnp.sqrt(frozen.schedule.final_alpha_cumprod)  # as DDIM ends
+        maps.append(vae.decode(x0 / vae.config.scaling_factor).mean(-1))
+    expected = losses.label_loss(jnp.stack(maps, 1), batch, losses.label_weights(batch))
+    ((_, metrics),) = run(setup, make_config(), [batch])
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
+
+
+def test_the_gradient_goes_through_the_decoder_to_every_part_of_the_unet(setup):
+    graph, params, vae_graph, frozen = setup
+    batch, config = make_batch(), make_config()
+    before = jax.tree.map(np.array, frozen)
+    ((state, metrics),) = run(setup, config, [batch])
+    assert metrics["gradient_norm"] > 0 and jax.tree.structure(state.params) == jax.tree.structure(
+        params
+    )
+    moved = [
+        np.abs(np.asarray(a) - np.asarray(b)).max() > 0
+        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True)
+    ]
+    assert np.mean(moved) > 0.9
+    assert same_bits(jax.tree.map(np.asarray, frozen), before)
+    # Another decoder, another gradient: it is on the way.
+    other = frozen._replace(vae=jax.tree.map(lambda p: p * 1.1, frozen.vae))
+    ((_, changed),) = run((graph, params, vae_graph, other), config, [batch])
+    assert abs(changed["gradient_norm"] / metrics["gradient_norm"] - 1) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "same", [{"accumulation": 2}, {"accumulation": 4}, {"remat": True}], ids=str
+)
+def test_micro_batches_and_remat_make_the_same_step(setup, same):
+    e2e = E2EConfig(classes=C, noise="gaussian")
+    ((_, expected),) = run(setup, make_config(e2e), [make_batch()])
+    ((_, found),) = run(setup, make_config(e2e, **same), [make_batch()])
+    for name in ("loss", "gradient_norm", "update_norm"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
+
+
+def test_gaussian_noise_is_new_in_each_step_and_zeros_are_the_same(setup):
+    for noise, count in (("gaussian", 3), ("zero", 1)):
+        config = make_config(E2EConfig(classes=C, noise=noise), learning_rate=0.0)
+        found = run(setup, config, [make_batch()] * 3)
+        assert len({metrics["loss"] for _, metrics in found}) == count
+
+
+def test_the_loss_falls_on_four_scenes(setup):
+    batch = make_batch()
+    found = [metrics["loss"] for _, metrics in run(setup, make_config(), [batch] * 60)]
+    assert np.mean(found[-5:]) < 0.6 * found[0]
+
+
+# Whole trainings.
+
+
+@pytest.fixture(scope="module")
+def e2e_config(trained, micro_config):
+    """A function that makes the config of a single-step training that goes on from `trained`."""
+
+    def make(**changes):
+        config = micro_config()
+        config.stage, config.init_from = "e2e", trained
+        config.train = dataclasses.replace(config.train, steps=4, eval_every=4, balance=0.5)
+        return dataclasses.replace(config, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(e2e_config, train_optimized, tmp_path_factory):
+    workdir = str(tmp_path_factory.mktemp("e2e") / "run")
+    train_optimized(e2e_config(), workdir)
+    return workdir
+
+
+def test_it_begins_with_the_weights_of_the_training_and_takes_over_what_is_frozen(
+    finished, trained
+):
+    stored = workdirs.read_config(finished)
+    assert stored.sampler.initial_noise == "zero" and stored.sampler.steps == 1
+    frozen = [workdirs.load_frozen(f"{w}/pretrained", jnp.float32)[0] for w in (finished, trained)]
+    assert same_bits(*(nnx.state(vae) for vae in frozen))
+    learnt, start = (jax.tree.leaves(state_of(w).params) for w in (finished, trained))
+    far = [float(np.abs(np.asarray(a - b)).max()) for a, b in zip(learnt, start, strict=True)]
+    assert 0 < max(far) < 0.1  # four steps of at most a thousandth, and the average's lag
+
+
+def test_it_validates_from_zeros_as_it_predicts(finished):
+    scalars = read_scalars(Path(finished))
+    assert np.isfinite(scalars["validation/miou_present"][4])
+    photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    model = Segmenter.load(finished)
+    names = ["plain red circle", "background"]
+    first, second = (model(photo, names, seed=seed).scores for seed in (0, 1))
+    np.testing.assert_array_equal(first, second)  # no noise, no seed
+    for more in ({"steps": 2}, {"ensemble": 2}):
+        with pytest.raises(UserError, match="config.sampler.initial_noise='zero'"):
+            model(photo, names, **more)
+
+
+def test_an_export_of_it_starts_from_zeros_too(finished, tmp_path):
+    networks = workdirs.load_networks(finished)
+    export.write_folder(*networks, tmp_path / "model", trained=workdirs.read_classes(finished))
+    photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    names = ["plain red circle", "background"]
+    scores = [Segmenter.load(str(p))(photo, names).scores for p in (finished, tmp_path / "model")]
+    np.testing.assert_array_equal(*scores)
+    assert "Start from zeros" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(
+    finished, e2e_config, train_optimized, tmp_path, monkeypatch
+):
+    workdir, step = str(tmp_path / "run"), Telemetry.step
+    shutil.copytree(finished, workdir)
+    shutil.rmtree(f"{workdir}/checkpoints/4")
+    config = e2e_config()
+    config.train = dataclasses.replace(config.train, eval_every=0, checkpoint_every=100)
+
+    def interrupted(self, done, metrics):
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, done, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Telemetry, "step", interrupted)
+        with pytest.raises(Stopped, match="stopped at step 3"):
+            train_optimized(config, workdir)
+    train_optimized(config, workdir)
+    assert steps_of(workdir) == [2, 3, 4]
+    assert same_bits(state_of(workdir), state_of(finished))
+
+
+def test_on_two_devices_as_on_one(trained, tmp_path):
+    flags = ("stage=e2e", f"init_from={trained}", "train.steps=3", "e2e.classes=3")
+    found = []
+    for devices in (1, 2):
+        (tmp_path / str(devices)).mkdir()
+        workdir = tmp_path / str(devices) / "run"
+        overrides = [f"--config.{flag}" for flag in flags]
+        with Run(workdir, *overrides, devices=devices) as started:
+            started.finished()
+        found.append(state_of(workdir))
+    one, two = (jax.tree.leaves(state.params) for state in found)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)  # Adam's first steps are of the gradient's sign
+    losses_of = [read_scalars(tmp_path / d / "run")["e2e/loss"] for d in ("1", "2")]
+    np.testing.assert_allclose(*([o[s] for s in (1, 2, 3)] for o in losses_of), rtol=1e-4)
+
+
+def test_reported_flops_are_those_of_the_step_that_aot_reports(finished, e2e_config):
+    scalars, config = read_scalars(Path(finished)), e2e_config()
+    mesh = meshes.make_mesh(config.mesh)
+    per_chip = scalars["e2e/tflops_per_chip"][4] * 1e12 * scalars["e2e/step_seconds"][4]
+    assert per_chip == pytest.approx(aot.make_step(config, mesh).flops / mesh.size, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("init_from", "", "config.init_from is empty.*name its workdir or export"),
+        ("init_from", "{trained}/vae", "this is one of the VAE stage"),
+        ("init_from", "{trained}/pretrained", "goes on from a diffusion training"),
+        ("codec.context", "bound", "with config.codec.context='bound', this one has 'mean'"),
+        ("codec.classes_per_pass", 0, "config.codec.classes_per_pass=0: must be 1"),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused(e2e_config, trained, tmp_path, key, value, words):
+    config = e2e_config()
+    *group, name = key.split(".")
+    value = value.format(trained=trained) if isinstance(value, str) else value
+    setattr(getattr(config, group[0]) if group else config, name, value)
+    with pytest.raises(UserError, match=words) as error:
+        configs.validate(config)
+        train(config, str(tmp_path / "run"))
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("train.balance=0.5", "config.train.balance: plays no part in the e2e stage"),
+        ("data.cache_latents=true", "config.data.cache_latents: plays no part"),
+        ("sampler.steps=4", "config.sampler.steps: plays no part"),
+        ("sampler.initial_noise=zero", "set config.e2e.noise"),
+        ("e2e.classes=0", "config.e2e.classes=0: must be at least 1"),
+    ],
+)
+def test_keys_that_say_nothing_about_the_stage_are_refused(flag, words):
+    config = Config(stage="e2e", init_from="w")
+    config.data.source = "scenes"
+    with pytest.raises(UserError, match=re.escape(words)):
+        cli.override_config(config, [f"--config.{flag}"])
