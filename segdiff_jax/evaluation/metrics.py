@@ -16,7 +16,6 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import ndimage
 
 from segdiff_jax import codec
 from segdiff_jax.evaluation import tally
@@ -144,23 +143,33 @@ def boundary(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> n
     known = (predictions >= 0) & (predictions < num_classes) & valid
     guess = np.where(known, predictions, num_classes).astype(np.int32)
     width = max(1, round(_BOUNDARY * float(np.hypot(*labels.shape))))
-    edges = [np.where(_uniform(ids, width), num_classes, ids) for ids in (truth, guess)]
-    both = np.where(edges[0] == edges[1], edges[0], num_classes)
-    counts = [np.bincount(ids.ravel(), minlength=num_classes + 1) for ids in (*edges, both)]
+    edges = [~_uniform(ids, width) for ids in (truth, guess)]
+    both = edges[0] & edges[1] & (truth == guess)
+    shown = (truth[edges[0]], guess[edges[1]], truth[both])
+    counts = [np.bincount(ids, minlength=num_classes + 1) for ids in shown]
     return np.stack(counts, axis=1)[:num_classes]
 
 
 def _uniform(ids: np.ndarray, width: int) -> np.ndarray:
     """Where the square of 2 width + 1 pixels lies inside the image and holds one id: bool [H, W].
 
-    That is what all masks keep when each is eroded by that square.
+    That is what all masks keep when each is eroded by that square. Its pixels are equal if each
+    equals its neighbours on the right and below, which a summed-area table counts for all squares
+    at once, and the last corner, which is no one's neighbour there, equals the centre.
     """
-    size = 2 * width + 1
-    lowest, highest = (
-        extreme(ids, size, mode="constant", cval=-1)
-        for extreme in (ndimage.minimum_filter, ndimage.maximum_filter)
-    )
-    return lowest == highest
+    uniform = np.zeros(ids.shape, bool)
+    rows, columns = (length - 2 * width for length in ids.shape)
+    if rows <= 0 or columns <= 0:
+        return uniform
+    inside = ids[:-1, :-1]
+    differs = (inside != ids[:-1, 1:]) | (inside != ids[1:, :-1])  # [H-1, W-1]
+    sums = np.zeros(ids.shape, np.int32)
+    np.cumsum(np.cumsum(differs, axis=0, dtype=np.int32), axis=1, out=sums[1:, 1:])
+    side = 2 * width
+    count = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    centre = slice(width, width + rows), slice(width, width + columns)
+    uniform[centre] = (count == 0) & (ids[side:, side:] == ids[centre])
+    return uniform
 
 
 def class_iou(matrix: np.ndarray) -> np.ndarray:
