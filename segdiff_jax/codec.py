@@ -103,11 +103,8 @@ def mask_images(labels: Labels, class_ids: GroupIds) -> Pixels:
     return jnp.broadcast_to(gray[..., None], (*gray.shape, 3))
 
 
-def to_gray(pixels: Any) -> Any:
-    """Decoded [..., H, W, 3] → gray maps [..., H, W], beyond [-1, 1] where the decoder is.
-
-    Numpy in, numpy out.
-    """
+def to_gray(pixels: Any) -> jax.Array:
+    """Decoded [..., H, W, 3] → gray maps [..., H, W], beyond [-1, 1] where the decoder is."""
     return pixels.mean(-1)
 
 

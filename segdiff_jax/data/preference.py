@@ -59,7 +59,7 @@ def rarity(source: Source, seed: int) -> np.ndarray:
     count, seen = np.zeros(len(source.vocabulary)), 0
     for index in chance.generator(seed, "frequency").permutation(len(source))[:_PAIRS]:
         try:
-            occurs = np.bincount(source[int(index)]["labels"].ravel(), minlength=256) > 0
+            occurs = np.bincount(source[int(index)]["labels"].ravel(), minlength=len(count)) > 0
         except UnreadableError:
             continue
         count += occurs[: len(count)]

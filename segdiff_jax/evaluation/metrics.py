@@ -57,9 +57,9 @@ def count(
     """
     num_classes = len(highest)
     matrix = confusion(labels, prediction, num_classes)
-    shown = np.asarray(matrix.any(axis=1))  # [K]
+    shown = matrix.any(axis=1)  # [K]
     valid = labels != codec.ignore_label(num_classes)
-    right = labels[valid] == prediction[valid]
+    right = np.equal(labels[valid], prediction[valid])
     spread = tally.nothing() if uncertainty is None else tally.count(uncertainty[valid], ~right)
     return Sums(
         matrix,
@@ -90,11 +90,11 @@ class OfImage(NamedTuple):
 def of_image(image: str, part: Sums, highest: np.ndarray, names: Sequence[str]) -> list[OfImage]:
     """The classes in the labels or the prediction of the image that `part` counts, by their ids."""
     truth, prediction = part.confusion.sum(1), part.confusion[:, :-1].sum(0)  # [K] each
-    pixels = np.stack([truth, prediction, part.confusion.diagonal()], axis=1)
-    counts = np.concatenate([pixels, part.boundary], axis=1)  # [K, 6], in the order of the fields
+    both = part.confusion.diagonal()
+    pixels = np.column_stack([truth, prediction, both, part.boundary])  # [K, 6]
     return [
-        OfImage._make((image, names[int(i)], *counts[i].tolist(), float(highest[i])))
-        for i in np.flatnonzero(truth + prediction)
+        OfImage._make([image, names[i], *pixels[i].tolist(), float(highest[i])])
+        for i in np.flatnonzero(truth + prediction).tolist()
     ]
 
 
