@@ -13,6 +13,7 @@ import numpy as np
 
 from segdiff_jax.errors import UserError
 from segdiff_jax.shapes import (
+    Array,
     ClassIds,
     ClassScores,
     GrayMap,
@@ -20,6 +21,7 @@ from segdiff_jax.shapes import (
     Labels,
     Levels,
     PassScores,
+    PixelMask,
     Pixels,
 )
 
@@ -87,7 +89,7 @@ def to_gray(pixels: Any) -> jax.Array:
     return pixels.mean(-1)
 
 
-def valid_mask(labels: Labels, ignore_label: int = IGNORE) -> jax.Array:
+def valid_mask(labels: Labels, ignore_label: int = IGNORE) -> PixelMask:
     """Where the annotation says something: bool, the shape of `labels`."""
     return labels != ignore_label
 
@@ -108,7 +110,7 @@ def latent_shown(labels: Labels, class_ids: ClassIds, factor: int) -> jax.Array:
     return jnp.any(_blocks(encode(labels, class_ids) > -1.0, factor), axis=(-3, -1))
 
 
-def _blocks(pixels: jax.Array, factor: int) -> jax.Array:
+def _blocks(pixels: PixelMask, factor: int) -> Array:
     """[..., H, W] -> [..., H/f, f, W/f, f]"""
     *lead, height, width = pixels.shape
     if height % factor or width % factor:

@@ -5,7 +5,7 @@ that they annotate (an import hook in tests/conftest.py): an axis that has a nam
 throughout the arguments and the result of a call.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -13,8 +13,10 @@ from jaxtyping import Bool, Float, Integer, Key, Num
 
 if TYPE_CHECKING:
     Array = jax.Array
+    Leaf = jax.Array
 else:
     Array = jax.Array | np.ndarray  # functions of JAX take both
+    Leaf = Any  # of a pytree, which JAX rebuilds around whatever stands in for arrays
 
 Latents = Float[Array, "B h w c"]  # mask or photo latents, at 1/f of the pixels' size
 ConditionedLatents = Float[Array, "B h w c_in"]  # mask latents beside photo latents
@@ -30,6 +32,7 @@ HeadQueries = Float[Array, "B S N D"]  # S queries of N heads
 HeadKeys = Float[Array, "B L N D"]
 
 Labels = Integer[Array, "*map"]  # [..., H, W]
+PixelMask = Bool[Array, "*map"]
 ClassIds = Integer[Array, "G"]  # of one pass, in level order
 GroupIds = Integer[Array, "*batch G"]  # the same for every example
 Levels = Float[Array, "G"]

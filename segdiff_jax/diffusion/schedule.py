@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
-from segdiff_jax.shapes import Array, Sample
+from segdiff_jax.shapes import Leaf, Sample
 
 
 @functools.partial(
@@ -27,8 +27,8 @@ from segdiff_jax.shapes import Array, Sample
 class Schedule:
     """A pytree: the two arrays are leaves, the rest is static under `jit`."""
 
-    alphas_cumprod: Array  # [T] float32, a_t
-    final_alpha_cumprod: Array  # [] float32, stands for a_t at t < 0
+    alphas_cumprod: Leaf  # [T] float32, a_t
+    final_alpha_cumprod: Leaf  # [] float32, stands for a_t at t < 0
     prediction_type: str
     timestep_spacing: str
     steps_offset: int

@@ -205,12 +205,12 @@ def _painted_and_back(
     height, width = config.data.image_size
     groups = codec.groups(num_classes, codec.group_size(num_classes, config.codec.classes_per_pass))
     painted = np.stack(
-        [np.asarray(codec.encode(jnp.asarray(labels), ids)) for ids in groups], axis=1
+        [np.asarray(codec.encode(jnp.asarray(labels), jnp.asarray(ids))) for ids in groups], axis=1
     )
     jobs = painted.reshape(-1, height, width, 1)  # [I * P, h, w, 1]
     chunk = multiple(min(sampler.batch_size, len(jobs)), segmenter.mesh.size)
     pixels = (np.broadcast_to(p, (*p.shape[:3], 3)) for p in equal_parts(jobs, chunk))
-    back = [np.asarray(codec.to_gray(segmenter.reconstruct(part))) for part in pixels]
+    back = [np.asarray(codec.to_gray(jnp.asarray(segmenter.reconstruct(part)))) for part in pixels]
     return np.concatenate(back)[: len(jobs)].reshape(painted.shape)
 
 

@@ -13,6 +13,7 @@ both    → jobs                 image × pass × member, in chunks of few shape
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Unpack
@@ -236,9 +237,13 @@ class Segmenter:
             )
         check_sampler(sampler)
         self._check_decoder(sampler.decoder)
-        latents = self._latents([self._photo(image) for image in images])
+        photos = [self._photo(image) for image in images]
+        latents = self._latents(photos)
         short = 0 < sampler.shortlist < len(classes)
-        find = self._shortlisted if short else self._all_in_full
+        size, rule = self.config.data.image_size, self.config.data.fit
+        natives = [np.shape(p.photo if isinstance(p, Encoded) else p)[:2] for p in photos]
+        filled = [geometry.filled(native, size, rule) for native in natives]
+        find = functools.partial(self._shortlisted, filled) if short else self._all_in_full
         try:
             gray, spread = find(latents, table, groups, sampler, seed)
             sampling.check_finite(gray + spread, np.moveaxis(np.indices(gray.shape[:2]), 0, -1))
@@ -285,16 +290,21 @@ class Segmenter:
         shape = len(image_latents), len(groups), sampler.ensemble, *self.config.data.image_size
         return sampling.merge(members.reshape(shape), sampler, self.mesh)
 
-    def _shortlisted(self, image_latents, table, groups, sampler, seed):
-        """One cheap pass for every class, the full budget for the M most present per image."""
+    def _shortlisted(self, filled, image_latents, table, groups, sampler, seed):
+        """One cheap pass for every class, the full budget for the M most present per image.
+
+        filled: the part (height, width) of each view that its photo fills, for padding is no area.
+        """
         count, size = len(image_latents), self.config.data.image_size
         decoder = "linear" if "linear" in self._decoders else sampler.decoder
         cheap = dataclasses.replace(sampler, steps=1, ensemble=1, decoder=decoder)
         jobs = sampling.grid(count, len(groups), 1)
         first = self._run(image_latents, table, groups, jobs, cheap, seed)
         first = first.reshape(count, len(groups), *size)
-        presence = first.clip(0.0, 1.0).mean((2, 3))  # [I, K]: area that is more yes than no
-        order = np.lexsort((-first.mean((2, 3)), -presence))  # the brighter map of two absent ones
+        seen = [maps[:, :down, :across] for maps, (down, across) in zip(first, filled, strict=True)]
+        presence = np.stack([maps.clip(0.0, 1.0).mean((1, 2)) for maps in seen])  # [I, K] of area
+        brightness = np.stack([maps.mean((1, 2)) for maps in seen])
+        order = np.lexsort((-brightness, -presence))  # the brighter map of two absent ones
         kept = np.sort(order[:, : sampler.shortlist], axis=1)
         jobs = np.array(
             [(i, p, m) for i in range(count) for p in kept[i] for m in range(sampler.ensemble)]

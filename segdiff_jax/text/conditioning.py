@@ -159,7 +159,8 @@ def context(table: PromptTable, class_ids: Any, kind: str) -> tuple[Any, Any | N
     pooled text vector + level code, ([B, G, D], mask bool [B, G]); those of empty slots are zero.
     Numpy in, numpy out, so that on the host nothing is compiled for a new number of classes.
     """
-    xp: Any = np if isinstance(class_ids, np.ndarray) else jnp
+    traced = isinstance(table.hidden, jax.core.Tracer)
+    xp: Any = np if isinstance(class_ids, np.ndarray) and not traced else jnp
     hidden, pooled = xp.asarray(table.hidden), xp.asarray(table.pooled)
     rows, present = xp.maximum(class_ids, 0), class_ids != codec.PAD  # [B, G]
     if kind == "bound":

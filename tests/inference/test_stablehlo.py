@@ -106,7 +106,7 @@ def test_context_of_several_classes_per_pass(make_segmenter, tiny_config, image)
         np.testing.assert_allclose(gray[0], expected[0, group], atol=1e-5)
 
 
-def test_half_precision_weights_take_half_the_space(make_segmenter, image, tmp_path):
+def test_half_precision_weights_take_half_the_space(make_segmenter, tiny_networks, image, tmp_path):
     model, dtype = make_segmenter(), "bfloat16"
     sampler = model.config.sampler
     stablehlo.write(model, tmp_path / "half", sampler, dtype)
@@ -114,13 +114,12 @@ def test_half_precision_weights_take_half_the_space(make_segmenter, image, tmp_p
     assert (tmp_path / "half" / "sampler.stablehlo").stat().st_size < (
         2 * sum(leaf.size for leaf in weights) + 300_000
     )
-    rounded = make_segmenter()
-    round_ = lambda tree: jax.tree.map(  # noqa: E731
-        lambda a: a.astype(dtype).astype(jnp.float32), tree
-    )
-    rounded._unet_params, rounded._vae_params = map(
-        round_, (rounded._unet_params, rounded._vae_params)
-    )
+    rounded = []
+    for network in tiny_networks[:2]:
+        graph, params = nnx.split(network)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype).astype(jnp.float32), params)
+        rounded.append(nnx.merge(graph, params))
+    rounded = Segmenter(*rounded, *tiny_networks[2:], model.config)
     expected, _ = rounded.maps([image], CLASSES, sampler, seed=0)
     data = (tmp_path / "half" / "sampler.stablehlo").read_bytes()
     function = jax.export.deserialize(bytearray(data))

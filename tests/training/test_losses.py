@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler
 
 from segdiff_jax.config import CodecConfig, DiffusionConfig, NoiseConfig
 from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.models.vae import VAE
 from segdiff_jax.text import conditioning
 from segdiff_jax.training import losses
 
@@ -20,8 +21,11 @@ PLAIN = NoiseConfig(kind="gaussian")
 MIX = np.random.default_rng(0).normal(size=(3, CHANNELS)).astype(np.float32)
 
 
-class PoolingVAE:
+class PoolingVAE(VAE):
     """A VAE that anyone can recompute: mean colour of 4×4 blocks, mixed into two channels."""
+
+    def __init__(self):
+        pass  # no parameters
 
     config = SimpleNamespace(scaling_factor=0.7, downsampling=FACTOR, latent_channels=CHANNELS)
 

@@ -80,7 +80,7 @@ def test_a_repository_its_revisions_and_the_cache(hub, contents, tiny_networks, 
     second = hub.commit("someone/model", contents | {name: other}, branch="v2")
 
     loaded = pretrained.load("someone/model")
-    assert None not in loaded
+    assert None not in loaded[:5]
     for part, ours in zip(loaded[:3], tiny_networks, strict=False):
         assert_same(part, ours)
     assert hub.downloads() == set(contents) - {"README.md", "segdiff.json"}
@@ -187,7 +187,7 @@ def push(exported: Path, output: Path, repository: str = "me/model", **environme
 
 OFFLINE = """
 from segdiff_jax.weights import pretrained
-print(None in pretrained.load("me/model"))
+print(None in pretrained.load("me/model")[:5])
 """
 
 
@@ -208,7 +208,7 @@ def test_push_and_read_back(hub, exported, contents, tiny_networks, tmp_path, mo
     assert len(hub.commits) == before + 1
     assert len(hub.content("me/model")[WEIGHTS]) < 0.7 * len(contents[WEIGHTS])
 
-    assert None not in pretrained.load("me/model")
+    assert None not in pretrained.load("me/model")[:5]
     command = [sys.executable, "-c", OFFLINE]
     hub.shutdown()
     offline = dict(os.environ, HF_HUB_OFFLINE="1")
