@@ -314,7 +314,7 @@ def test_reported_flops_are_those_of_the_step_that_aot_reports(finished, e2e_con
         ("init_from", "", "config.init_from is empty.*name its workdir or export"),
         ("init_from", "{trained}/vae", "this is one of the VAE stage"),
         ("init_from", "{trained}/pretrained", "is inside the workdir .*: give that as config"),
-        ("init_from", "no/such", "goes on from a diffusion training: no/such: neither"),
+        ("init_from", "./no/such", "goes on from a diffusion training: ./no/such: neither"),
         ("codec.context", "bound", "with config.codec.context='bound', this one has 'mean'"),
         ("codec.classes_per_pass", 0, "config.codec.classes_per_pass=0: must be 1"),
     ],
