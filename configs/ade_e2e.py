@@ -18,7 +18,7 @@ def get_config() -> Config:
     return dataclasses.replace(
         ade,
         stage="e2e",
-        init_from="runs/ade",  # the workdir or an export of the training that it goes on from
+        init_from="./runs/ade",  # the workdir or an export of the training that it goes on from
         # The decoder's activations of one photo at 512 × 512 are gigabytes.
         model=dataclasses.replace(ade.model, remat=True),
         e2e=E2EConfig(classes=4, noise="zero"),

@@ -212,6 +212,7 @@ def _check_trained(config: Config) -> None:
     try:
         trained = workdirs.read_config(hub.local(start))
     except UserError as error:
+        workdirs.check_not_inside(start, "config.init_from")
         raise UserError(f"{needs}: {error}") from error
     if trained.stage == "vae":
         raise UserError(f"{needs}, and this is one of the VAE stage: name another")

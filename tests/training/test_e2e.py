@@ -15,6 +15,7 @@ import torch
 from commands import Run
 from flax import nnx
 from test_run import same_bits, state_of, steps_of
+from test_step import SmallUNet
 from test_telemetry import read_scalars
 
 from segdiff_jax import aot, cli, export
@@ -119,9 +120,9 @@ def make_config(e2e=None, remat=False, **optimizer):
 @pytest.fixture(scope="module")
 def setup(tiny_networks):
     """(unet graph, its parameters, vae graph, frozen)."""
-    graph, params = nnx.split(tiny_networks[0])
+    graph, params = nnx.split(SmallUNet(nnx.Rngs(0)))
     vae_graph, vae_params = nnx.split(tiny_networks[1])
-    hidden = np.random.default_rng(0).normal(size=(K, 7, 32)).astype(np.float32)
+    hidden = np.random.default_rng(0).normal(size=(K, 7, 5)).astype(np.float32)
     table = PromptTable(jnp.asarray(hidden), jnp.asarray(hidden[:, 0]))
     schedule = make_schedule(Config().diffusion)
     return graph, params, vae_graph, losses.Frozen(vae_params, schedule, table)
@@ -156,7 +157,7 @@ def test_the_loss_is_of_what_one_step_of_the_sampler_shows(setup):
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
 
 
-def test_the_gradient_goes_through_the_decoder_to_every_part_of_the_unet(setup):
+def test_the_gradient_goes_through_the_decoder_to_the_unet_and_no_further(setup):
     graph, params, vae_graph, frozen = setup
     batch, config = make_batch(), make_config()
     before = jax.tree.map(np.array, frozen)
@@ -164,11 +165,8 @@ def test_the_gradient_goes_through_the_decoder_to_every_part_of_the_unet(setup):
     assert metrics["gradient_norm"] > 0 and jax.tree.structure(state.params) == jax.tree.structure(
         params
     )
-    moved = [
-        np.abs(np.asarray(a) - np.asarray(b)).max() > 0
-        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True)
-    ]
-    assert np.mean(moved) > 0.9
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
+        assert np.abs(np.asarray(a) - np.asarray(b)).max() > 0
     assert same_bits(jax.tree.map(np.asarray, frozen), before)
     # Another decoder, another gradient: it is on the way.
     other = frozen._replace(vae=jax.tree.map(lambda p: p * 1.1, frozen.vae))
@@ -192,12 +190,6 @@ def test_gaussian_noise_is_new_in_each_step_and_zeros_are_the_same(setup):
         config = make_config(E2EConfig(classes=C, noise=noise), learning_rate=0.0)
         found = run(setup, config, [make_batch()] * 3)
         assert len({metrics["loss"] for _, metrics in found}) == count
-
-
-def test_the_loss_falls_on_four_scenes(setup):
-    batch = make_batch()
-    found = [metrics["loss"] for _, metrics in run(setup, make_config(), [batch] * 60)]
-    assert np.mean(found[-5:]) < 0.6 * found[0]
 
 
 # Whole trainings.
@@ -281,6 +273,17 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(
     assert same_bits(state_of(workdir), state_of(finished))
 
 
+def test_the_loss_falls_on_four_scenes(e2e_config, tmp_path):
+    config = e2e_config()
+    config.data.scenes = dataclasses.replace(config.data.scenes, train_examples=4)
+    config.train = dataclasses.replace(config.train, steps=40, eval_every=0, checkpoint_every=40)
+    config.optimizer = dataclasses.replace(config.optimizer, learning_rate=5e-3)
+    train(config, str(tmp_path / "run"))
+    found = read_scalars(tmp_path / "run")["e2e/loss"]
+    first, last = (np.mean([found[s] for s in range(a, a + 5)]) for a in (1, 36))
+    assert last < 0.8 * first
+
+
 def test_on_two_devices_as_on_one(trained, tmp_path):
     flags = ("stage=e2e", f"init_from={trained}", "train.steps=3", "e2e.classes=3")
     found = []
@@ -310,7 +313,8 @@ def test_reported_flops_are_those_of_the_step_that_aot_reports(finished, e2e_con
     [
         ("init_from", "", "config.init_from is empty.*name its workdir or export"),
         ("init_from", "{trained}/vae", "this is one of the VAE stage"),
-        ("init_from", "{trained}/pretrained", "goes on from a diffusion training"),
+        ("init_from", "{trained}/pretrained", "is inside the workdir .*: give that as config"),
+        ("init_from", "./no/such", "goes on from a diffusion training: ./no/such: neither"),
         ("codec.context", "bound", "with config.codec.context='bound', this one has 'mean'"),
         ("codec.classes_per_pass", 0, "config.codec.classes_per_pass=0: must be 1"),
     ],
