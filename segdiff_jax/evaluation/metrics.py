@@ -57,9 +57,9 @@ def count(
     """
     num_classes = len(highest)
     matrix = confusion(labels, prediction, num_classes)
-    shown = matrix.any(axis=1)  # [K]
+    shown = np.asarray(matrix.any(axis=1))  # [K]
     valid = labels != codec.ignore_label(num_classes)
-    right = np.equal(labels[valid], prediction[valid])
+    right = labels[valid] == prediction[valid]
     spread = tally.nothing() if uncertainty is None else tally.count(uncertainty[valid], ~right)
     return Sums(
         matrix,
