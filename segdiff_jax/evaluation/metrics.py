@@ -59,7 +59,7 @@ def count(
     matrix = confusion(labels, prediction, num_classes)
     shown = np.asarray(matrix.any(axis=1))  # [K]
     valid = labels != codec.ignore_label(num_classes)
-    right = np.equal(labels[valid], prediction[valid])
+    right = labels[valid] == prediction[valid]
     spread = tally.nothing() if uncertainty is None else tally.count(uncertainty[valid], ~right)
     return Sums(
         matrix,
