@@ -38,10 +38,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
-    networks = workdir.load_networks(trained)
-    folder = tmp_path_factory.mktemp("export") / "model"
-    export.write_folder(*networks, folder, trained=workdir.read_classes(trained))
-    return folder
+    return run(trained, tmp_path_factory.mktemp("export") / "model")
 
 
 def test_the_classes_of_the_training_travel_with_the_model(trained, tmp_path):
@@ -67,7 +64,7 @@ def test_the_export_segments_like_the_run(trained, exported):
 def test_export_of_the_export_is_byte_identical(trained, exported, dtype, tmp_path):
     first = run(trained, tmp_path / "first", "--dtype", dtype)
     if dtype == "float32":
-        assert contents(first) == contents(exported)
+        assert contents(first) == contents(exported), "the same command, the same bytes"
     stored = {t.dtype.name for t in safetensors.numpy.load_file(first / UNET).values()}
     assert stored == {dtype}
     assert contents(run(first, tmp_path / "second", "--dtype", dtype)) == contents(first)

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from segdiff_jax.models.attention import AttentionFn
 
-Dtype = jnp.dtype | type
+Dtype = jax.typing.DTypeLike
 Policy = Callable[..., bool]
 
 # Keeps the variance of what passes through. Torch's default, a third of it, fades a signal that

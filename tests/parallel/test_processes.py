@@ -175,14 +175,14 @@ ASSEMBLED = """
 
     config = Config(train=TrainConfig(batch_size=8))
     config.data.image_size = (8, 8)
-    meshes = {str(sizes): meshes.make_mesh(MeshConfig(*sizes))
-              for sizes in [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]}
+    cut = {str(sizes): meshes.make_mesh(MeshConfig(*sizes))
+           for sizes in [(8, 1, 1), (2, 4, 1), (2, 2, 2), (1, 1, 8)]}
     mixed = np.array(jax.devices())[[0, 4, 1, 5, 2, 6, 3, 7]].reshape(8, 1, 1)
-    meshes["mixed"] = Mesh(mixed, meshes.AXES)
+    cut["mixed"] = Mesh(mixed, meshes.AXES)
     whole = pipeline.train_batches(Numbered(), config, 0)
     expected = [next(whole)["image"][:, 0, 0, 0].tolist() for _ in range(6)]
     found = {"expected": expected}
-    for name, mesh in meshes.items():
+    for name, mesh in cut.items():
         rows = meshes.local_rows(mesh, 8)
         batches = pipeline.train_batches(Numbered(), config, 0, 0, rows)
         found[name] = []

@@ -316,7 +316,7 @@ def test_only_what_is_asked_for_must_exist(exported, tmp_path):
     shutil.copy(exported / "model_index.json", tmp_path / "m")
     part = load(tmp_path / "m", ("vae",))
     assert part.vae is not None
-    assert part[:1] + part[2:] == (None, None, None, None)
+    assert set(part[:1] + part[2:]) == {None}
     with pytest.raises(UserError, match="tokenizer: no such folder"):
         load(tmp_path / "m", ("vae", "tokenizer"))
 
