@@ -23,7 +23,7 @@ def floats(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-@pytest.fixture(scope="module", params=["tiny", "sd2"])
+@pytest.fixture(scope="module", params=["tiny", pytest.param("sd2", marks=pytest.mark.slow)])
 def architecture(request):
     return presets.architecture(request.param)
 

@@ -173,7 +173,7 @@ def test_gradients_equal_torchs_with_recomputed_blocks(tmp_path):
     assert worst <= 1e-3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_recomputed_blocks_can_be_sampled_from(dtype):
     """The sampler calls a network from inside vmap and scan, and so does validation in training."""
     config = PRESETS["tiny"].unet
@@ -194,7 +194,10 @@ def test_recomputed_blocks_can_be_sampled_from(dtype):
     assert np.isfinite(sample(params, noise)).all()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [("float32", 1e-5), pytest.param("bfloat16", 2e-2, marks=pytest.mark.slow)],
+)
 def test_what_blocks_keep_changes_no_gradient(dtype, tolerance):
     config = PRESETS["tiny"].unet
     rng = np.random.default_rng(0)

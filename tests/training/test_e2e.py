@@ -175,7 +175,9 @@ def test_the_gradient_goes_through_the_decoder_to_the_unet_and_no_further(setup)
 
 
 @pytest.mark.parametrize(
-    "same", [{"accumulation": 2}, {"accumulation": 4}, {"remat": True}], ids=str
+    "same",
+    [{"accumulation": 2}, pytest.param({"remat": True}, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_micro_batches_and_remat_make_the_same_step(setup, same):
     e2e = E2EConfig(classes=C, noise="gaussian")
@@ -185,6 +187,7 @@ def test_micro_batches_and_remat_make_the_same_step(setup, same):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gaussian_noise_is_new_in_each_step_and_zeros_are_the_same(setup):
     for noise, count in (("gaussian", 3), ("zero", 1)):
         config = make_config(E2EConfig(classes=C, noise=noise), learning_rate=0.0)
@@ -273,6 +276,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(
     assert same_bits(state_of(workdir), state_of(finished))
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_four_scenes(e2e_config, tmp_path):
     config = e2e_config()
     config.data.scenes = dataclasses.replace(config.data.scenes, train_examples=4)
@@ -284,6 +288,7 @@ def test_the_loss_falls_on_four_scenes(e2e_config, tmp_path):
     assert last < 0.8 * first
 
 
+@pytest.mark.slow
 def test_on_two_devices_as_on_one(trained, tmp_path):
     flags = ("stage=e2e", f"init_from={trained}", "train.steps=3", "e2e.classes=3")
     found = []
