@@ -14,7 +14,7 @@ from segdiff_jax.evaluation.evaluator import Example, evaluate
 from segdiff_jax.inference import pictures
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.text.vocabulary import Vocabulary
-from segdiff_jax.training.run import Validate
+from segdiff_jax.training.loop import Validate
 from segdiff_jax.training.step import TrainState
 from segdiff_jax.training.telemetry import Telemetry
 from segdiff_jax.weights.pretrained import Pretrained

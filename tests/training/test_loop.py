@@ -16,8 +16,8 @@ from segdiff_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.parallel import mesh as meshes
 from segdiff_jax.parallel import rules
-from segdiff_jax.training.run import Run as Start
-from segdiff_jax.training.run import Setup, loop
+from segdiff_jax.training.loop import Run as Start
+from segdiff_jax.training.loop import Setup, loop
 from segdiff_jax.training.step import TrainState, compile_step, init_state
 from segdiff_jax.training.stop import Stopped
 from segdiff_jax.training.timing import StartUp
