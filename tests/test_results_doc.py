@@ -15,7 +15,8 @@ RESULTS = (ROOT / "docs" / "results.md").read_text()
 DECIDES = [
     "configs/demo.py",
     "segdiff_jax/codec.py",
-    *(f"segdiff_jax/{room}" for room in ("diffusion", "models", "training", "text", "data")),
+    *(f"segdiff_jax/{room}" for room in ("diffusion", "models", "text", "data")),
+    *(f"segdiff_jax/training/{name}.py" for name in ("losses", "step", "optimizer", "networks")),
 ]
 ROWS = {"miou_trained": "mIoU, trained combinations", "miou_novel": "mIoU, never-trained"}
 
