@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 from collections.abc import Sequence
 
@@ -53,6 +54,12 @@ def main(argv: list[str]) -> None:
         if not args.config:
             config = cli.override_config(trained, overrides, "evaluate")
         _check_trained_for(args.checkpoint, config, trained)
+        if config.data.fit != trained.data.fit and processes.is_first():
+            logging.warning(
+                "config.data.fit=%s, but %s was trained with %s: photos of another shape look "
+                "otherwise than in its training",
+                *(config.data.fit, args.checkpoint, trained.data.fit),
+            )
         _evaluate(args, config)
 
 

@@ -426,3 +426,9 @@ def test_doubtful_photos_are_counted_in_one_line(files, capsys):
     flags = ("--config.data.exif=ignore", "--config.data.max_value=4095")
     output = _run(files, capsys, "--ceiling", *flags)[1]
     assert "EXIF" not in output.err and "16-bit" not in output.err
+
+
+def test_another_view_than_that_of_the_training_is_said(files, capsys):
+    code, output = _run(files, capsys, "--ceiling", "--config.data.fit=stretch")
+    assert code == 0 and "config.data.fit=stretch, but" in output.err
+    assert "config.data.fit" not in _run(files, capsys, "--ceiling")[1].err
