@@ -9,6 +9,8 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from segdiff_jax import codec
+
 OTHER_COLOR = (0, 0, 0)
 # Nine points of matplotlib's "magma" (CC0), whose lightness rises evenly: dark = certain.
 _MAGMA = np.array(
@@ -88,10 +90,8 @@ def label_png(labels: np.ndarray, palette: np.ndarray) -> bytes:
     Up to 255 classes: palette PNG, *other* = 255, black. More: 16-bit gray, *other* = 65535.
     """
     count = len(palette)
-    kind, other = (np.uint16, 65535) if count > 255 else (np.uint8, 255)
-    picture = Image.fromarray(
-        np.append(np.arange(count), other).astype(kind)[_known(labels, count)]
-    )
+    values = np.append(np.arange(count), codec.ignore_label(count)).astype(codec.label_type(count))
+    picture = Image.fromarray(values[_known(labels, count)])
     if count <= 255:
         colors = np.zeros((256, 3), np.uint8)
         colors[:count], colors[255] = palette, OTHER_COLOR

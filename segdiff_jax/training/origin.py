@@ -18,6 +18,7 @@ from segdiff_jax.models import presets
 from segdiff_jax.parallel.mesh import local_rows, make_mesh
 from segdiff_jax.weights import hub, mask_decoders, pretrained
 from segdiff_jax.weights import workdir as workdirs
+from segdiff_jax.weights.checksums import flat
 from segdiff_jax.weights.pretrained import Described
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,10 @@ def check_config(stored: dict[str, Any], current: dict[str, Any]) -> None:
     Both are nested dictionaries of JSON values (`config.to_dict`). Keys of `DEFINES_STATE` must be
     equal; steps, logging, paths, learning rates, data augmentation and so on may differ.
     """
-    old, new = (_flat(json.loads(json.dumps(tree))) for tree in (stored, current))
+    old, new = (
+        {".".join(path): value for path, value in flat(json.loads(json.dumps(tree))).items()}
+        for tree in (stored, current)
+    )
     differing = []
     for key in sorted(old.keys() | new.keys()):
         before, now = old.get(key), new.get(key)
@@ -116,15 +120,6 @@ def check_config(stored: dict[str, Any], current: dict[str, Any]) -> None:
             f"the checkpoint contradicts the config: {'; '.join(differing[:3])}{more}: "
             "restore these values, or start in a new --workdir with config.init_from"
         )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, under "optimizer.method"."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        flat |= _flat(value, f"{key}.") if isinstance(value, dict) else {key: value}
-    return flat
 
 
 def names(config: Config, workdir: str) -> set[str]:
