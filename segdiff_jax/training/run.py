@@ -23,7 +23,7 @@ from etils import epath
 from flax import nnx
 
 from segdiff_jax import __version__, codec, ownership
-from segdiff_jax.config import Config, of_stage
+from segdiff_jax.config import Config, competing, of_stage, through_linear
 from segdiff_jax.data import label_summary, latent_cache, latents, pipeline, preference
 from segdiff_jax.data.preference import Preference
 from segdiff_jax.data.sources.source import open_source
@@ -48,7 +48,7 @@ from segdiff_jax.training.step import (
     vae_step,
 )
 from segdiff_jax.training.timing import StartUp
-from segdiff_jax.weights import pretrained
+from segdiff_jax.weights import mask_decoders, pretrained
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.checkpoint import Checkpoints
 from segdiff_jax.weights.pretrained import Pretrained
@@ -188,13 +188,17 @@ def _unet_stage(run: Run) -> Stage:
     tokens = group if config.codec.context == "bound" else table.hidden.shape[1]
     size, cached = config.data.image_size, config.data.cache_latents
     single = config.stage == "e2e"
-    make_step, decoded = (e2e_step, config.e2e.classes) if single else (diffusion_step, 0)
+    asked = competing(config)
+    decoder = None
+    if through_linear(config):
+        mask_decoder.settle(config, workdir, run.source)
+        decoder = mask_decoders.read_linear(workdir, vae.config)
     return Stage(
         network=unet,
         build=build,
-        step=make_step(graph, vae_graph, config, run.mesh),
-        frozen=Frozen(vae_params, make_schedule(config.diffusion), table),
-        flops=flops.train_example(unet.config, vae.config, size, tokens, cached, decoded),
+        step=(e2e_step if single else diffusion_step)(graph, vae_graph, config, run.mesh),
+        frozen=Frozen(vae_params, make_schedule(config.diffusion), table, decoder),
+        flops=flops.train_example(unet.config, vae.config, size, tokens, cached, asked),
         encoder=vae if cached else None,
         preferred=preference.of_training(run.source, config, np.asarray(table.pooled)),
         validate=validate,
@@ -326,8 +330,8 @@ def _set_up(
 def _batches(run: Run, stage: Stage, example: int) -> pipeline.TrainBatches:
     """From `example` on, the rows that this process feeds; of the latent cache if it is used."""
     config, rows = run.config, mesh.local_rows(run.mesh, run.config.train.batch_size)
-    if config.stage == "e2e":  # the classes that compete are drawn as those of a pass are
-        group = dataclasses.replace(config.codec, classes_per_pass=config.e2e.classes)
+    if asked := competing(config):  # drawn as those of a pass of several are
+        group = dataclasses.replace(config.codec, classes_per_pass=asked)
         config = dataclasses.replace(config, codec=group)
     if stage.encoder is None:
         return pipeline.train_batches(
