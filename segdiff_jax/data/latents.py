@@ -38,16 +38,15 @@ def train_batches(
     seed: int,
     start: int = 0,
     rows: Sequence[int] | None = None,
-    batch_size: int | None = None,
     preference: Preference | None = None,
 ) -> pipeline.TrainBatches:
-    """The batches of `pipeline.train_batches`, example for example, with latents for pixels.
+    """Return the batches of `pipeline.train_batches`, example for example, with latents for pixels.
 
     Each is {"image_latents": float32 [b, h, w, c], "mask_latents": float32 [b, h, w, c],
     "shown": bool [b, h, w], "valid": bool [b, h, w], "class_ids": int32 [b, G]}.
     """
     example = _Example(latents, config, seed, preference)
-    return pipeline.batches(latents, example, config, seed, start, rows, batch_size)
+    return pipeline.batches(latents, example, config, seed, start, rows)
 
 
 class Latents:
@@ -86,15 +85,15 @@ class Latents:
         return {"pair": pair}
 
     def classes(self, pair: int, view: int) -> np.ndarray:
-        """The ids [n] of trained classes that a view of a pair shows."""
+        """Return the ids [n] of trained classes that a view of a pair shows."""
         return np.array(self._contents[pair][view], np.int32)
 
     def image(self, pair: int, view: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image latent [h, w, c] and valid mask bool [h, w]."""
+        """Read image latent [h, w, c] and valid mask bool [h, w]."""
         return self._read(self._record(pair, view))
 
     def mask(self, pair: int, view: int, class_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """Mask latent [h, w, c] of a class, or of all that share an image; shown bool [h, w]."""
+        """Read the mask latent [h, w, c] of a class, or of all in one image; shown bool [h, w]."""
         slots = [0] if self._in_one_image else np.flatnonzero(self.classes(pair, view) == class_id)
         if not len(slots):
             return self._empty
@@ -104,7 +103,7 @@ class Latents:
         return int(self._start[self._first_view[pair] + view])
 
     def _read(self, record: int) -> tuple[np.ndarray, np.ndarray]:
-        """A record: a latent [h, w, c], and a bit for each of its positions, bool [h, w]."""
+        """Read a record: a latent [h, w, c], and a bit for each of its positions, bool [h, w]."""
         height, width, _ = self.shape
         floats = int(np.prod(self.shape))
         error, data = None, b""
@@ -148,7 +147,7 @@ class _Example:
 
 
 def _local_copy(root: epath.Path) -> str:
-    """array_record reads local files only: those of a store are copied for this process."""
+    """Copy a store's files for this process: array_record reads local files only."""
     folder = tempfile.mkdtemp(prefix="segdiff_latents_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for path in root.glob("*.array_record"):

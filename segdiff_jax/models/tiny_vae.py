@@ -86,10 +86,10 @@ class TinyVAE(nnx.Module):
         self.decoder = _decoder(config, dtype=dtype, rngs=rngs)
 
     def encode(self, pixels: Pixels) -> Latents:
-        """pixels [B, H, W, 3] in [-1, 1] → latents [B, ⌈H/f⌉, ⌈W/f⌉, 4], unscaled."""
+        """Encode pixels [B, H, W, 3] in [-1, 1] to latents [B, ⌈H/f⌉, ⌈W/f⌉, 4], unscaled."""
         return self.encoder((pixels + 1.0) / 2.0).astype(jnp.float32)
 
     def decode(self, latents: Latents) -> Pixels:
-        """latents [B, h, w, 4], unscaled → pixels [B, h·f, w·f, 3], nominally in [-1, 1]."""
+        """Decode latents [B, h, w, 4], unscaled, to pixels [B, h·f, w·f, 3], about in [-1, 1]."""
         bounded = 3.0 * jnp.tanh(latents / 3.0)
         return self.decoder(bounded).astype(jnp.float32) * 2.0 - 1.0

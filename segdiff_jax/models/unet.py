@@ -144,7 +144,7 @@ class Level(nnx.Module):
         self.upsample = Upsample(channels, **kw) if resample == "up" else None
 
     def layer(self, x, skip, time, context, mask, *, index: int) -> jax.Array:
-        """The resnet at `index` of x ⊕ skip, and the transformer if there is one: [B, H, W, C]."""
+        """Apply the resnet at `index` to x ⊕ skip, and the transformer if any: [B, H, W, C]."""
         x = x if skip is None else jnp.concatenate([x, skip], axis=-1)
         x = self.resnets[index](x, time)
         return self.attentions[index](x, context, mask) if index < len(self.attentions) else x

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def start(workdir: str = "") -> None:
-    """Turns on the persistent compilation cache, unless the environment already sets it up.
+    """Turn on the persistent compilation cache, unless the environment already sets it up.
 
     It is the user's on this machine, or with a remote `workdir` a folder there: the machine that
     goes on after a preemption is a new one. A cache that cannot be reached, now or later, is a
@@ -51,7 +51,7 @@ def _is_reached(cache: str) -> bool:
 
 
 def _leave_when_lost(cache: str) -> None:
-    """JAX would look for each program anew where nobody answers."""
+    """Give up a compile cache that does not answer: JAX would look there for each program anew."""
     from segdiff_jax.gcs import FileSystem  # half a second
 
     own_bucket = cache.removeprefix("gs://").split("/")[0]
@@ -73,7 +73,7 @@ def _go_without(cache: str, error: Exception) -> None:
 
 
 def start_logging(times: bool = False, libraries: int = logging.ERROR) -> None:
-    """The first process tells how the run goes, the others only what goes wrong with them.
+    """Let the first process log how the run goes, the others only what goes wrong with them.
 
     times: a clock before each line. libraries: the level of Orbax and Grain, who find it worth a
     warning that a checkpoint is only read. After `processes.join`.

@@ -21,7 +21,7 @@ _MATRIX = {
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """The learning rate of optimiser step 0, 1, 2, … (a float or a traced integer).
+    """Return the learning rate of optimiser step 0, 1, 2, … (a float or a traced integer).
 
     Linear warm-up, (step + 1) / warmup_steps up to 1, times exponential decay that reaches
     `final_fraction` at `decay_steps` and stays there. `final_fraction=1` is constant.
@@ -37,7 +37,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Global-norm clip, then the optimiser that `config.method` names.
+    """Chain global-norm clipping and the optimiser that `config.method` names.
 
     adamw: Loshchilov & Hutter, arXiv 1711.05101. The update is that of `torch.optim.AdamW` after
     `clip_grad_norm_`: epsilon outside the square root, weight decay scaled by the learning rate and
@@ -88,7 +88,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def ema_update(ema: Any, params: Any, decay: float, step: Any) -> Any:
-    """The moving average after optimiser step `step` (0, 1, …; may be traced) made `params`.
+    """Return the moving average after optimiser step `step` (0, 1, …; may be traced) made `params`.
 
     `decay` is approached as (1 + step) / (10 + step), so that the random start is soon forgotten.
     Both trees have the same structure and shapes; `ema` keeps its dtypes.

@@ -77,7 +77,7 @@ def train(
     make_validator: MakeValidator | None = None,
     nested: bool = False,
 ) -> None:
-    """Runs `config.stage` in `workdir`, the VAE stage before it where it is needed.
+    """Run `config.stage` in `workdir`, the VAE stage before it where it is needed.
 
     Continues from the newest checkpoint in `workdir`. Every process of the run calls this, and all
     see the same `workdir`, which is locked meanwhile (`lock.held`). Nothing is written there before
@@ -114,7 +114,7 @@ def train(
 
 
 def _begin(run: Run) -> None:
-    """Marks the folder as the workdir of this run, unless it is that already.
+    """Mark the folder as the workdir of this run, unless it is that already.
 
     The marker that lists what is ours there comes first.
     """
@@ -139,7 +139,7 @@ def _write_config(run: Run) -> None:
 
 
 def _train_vae(run: Run) -> None:
-    """Trains the VAE and writes `pretrained/`, from which the next stage begins."""
+    """Train the VAE and write `pretrained/`, from which the next stage begins."""
     config, finished = run.config, epath.Path(run.workdir) / workdirs.PRETRAINED
     if pretrained.is_whole(finished):
         done = _newest_step(run.workdir) or config.train.steps  # whose checkpoints are gone is done
@@ -165,7 +165,7 @@ def _train_vae(run: Run) -> None:
 
 
 def _unet_stage(run: Run) -> Stage:
-    """Of "diffusion" and "e2e"."""
+    """Prepare the "diffusion" or "e2e" stage."""
     config, workdir, classes = run.config, run.workdir, run.source.vocabulary
     start = networks.start_of_unet(config, workdir, run.mesh)
     vae, text_encoder, tokenizer = _frozen_networks(run)
@@ -202,7 +202,7 @@ def _unet_stage(run: Run) -> Stage:
 
 
 def _frozen_networks(run: Run) -> tuple[VAE, CLIPText, Any]:
-    """The networks that are not trained; copied into the workdir first where they are not yet."""
+    """Load the networks that are not trained; copy them into the workdir first."""
     dtype, folder = jnp.dtype(run.config.model.dtype), epath.Path(run.workdir) / workdirs.PRETRAINED
     missing = not pretrained.is_whole(folder)
     processes.barrier()  # all have looked
@@ -224,7 +224,7 @@ def _frozen_networks(run: Run) -> tuple[VAE, CLIPText, Any]:
 
 
 def _starting_point(run: Run) -> str:
-    """The folder with the frozen networks: given, or made by the VAE stage first."""
+    """Return the folder with the frozen networks: given, or made by the VAE stage first."""
     config = run.config
     if config.init_from:
         return origin.folder(config.init_from)
@@ -253,7 +253,7 @@ def _newest_step(workdir: str) -> int | None:
 
 
 def _train(run: Run, stage: Stage) -> TrainState:
-    """Trains a stage from its newest checkpoint to its end; the state there."""
+    """Train a stage from its newest checkpoint to its end and return the state there."""
     run.startup.done("weights")
     with Checkpoints(
         epath.Path(run.workdir) / workdirs.CHECKPOINTS,
@@ -277,7 +277,7 @@ def _train(run: Run, stage: Stage) -> TrainState:
 def _newest_state(
     run: Run, stage: Stage, checkpoints: Checkpoints
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state on the mesh and its metadata: of the newest checkpoint, or at step 0 and {}."""
+    """Return the state on the mesh and its metadata: of the newest checkpoint, or new and {}."""
     params, build, config = nnx.state(stage.network), stage.build, run.config
     shapes = jax.eval_shape(lambda p: init_state(p, config), params)
     shardings = rules.state_sharding(shapes, run.mesh)
@@ -324,7 +324,7 @@ def _set_up(
 
 
 def _batches(run: Run, stage: Stage, example: int) -> pipeline.TrainBatches:
-    """From `example` on, the rows that this process feeds; of the latent cache if it is used."""
+    """Return the rows that this process feeds from `example` on, cached latents or pixels."""
     config, rows = run.config, mesh.local_rows(run.mesh, run.config.train.batch_size)
     if config.stage == "e2e":  # the classes that compete are drawn as those of a pass are
         group = dataclasses.replace(config.codec, classes_per_pass=config.e2e.classes)
@@ -341,7 +341,7 @@ def _batches(run: Run, stage: Stage, example: int) -> pipeline.TrainBatches:
 
 
 def code_version() -> str:
-    """The package's version, and its commit where it runs from a checkout."""
+    """Return the package's version, and its commit where it runs from a checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return __version__

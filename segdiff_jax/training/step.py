@@ -36,7 +36,7 @@ StepFunction = Callable[[TrainState, Any, losses.Batch, jax.Array], Any]
 
 
 def init_state(params: Any, config: Config) -> TrainState:
-    """The state at step 0; works on arrays and, under `jax.eval_shape`, on their shapes."""
+    """Return the state at step 0; works on arrays and, under `jax.eval_shape`, on their shapes."""
     # Copies: the step donates its buffers, and EMA may not share them with the parameters.
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {}
     opt_state = make_optimizer(config.optimizer).init(params)
@@ -44,7 +44,7 @@ def init_state(params: Any, config: Config) -> TrainState:
 
 
 def compile_step(step: StepFunction, state: TrainState, mesh: Mesh) -> Any:
-    """`step` under `jit`: the state keeps its sharding and its buffers are reused."""
+    """Put `step` under `jit`: the state keeps its sharding and its buffers are donated."""
     shardings = rules.state_sharding(state, mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
@@ -52,7 +52,7 @@ def compile_step(step: StepFunction, state: TrainState, mesh: Mesh) -> Any:
 def diffusion_step(
     unet: nnx.GraphDef[UNet], vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None
 ) -> StepFunction:
-    """`step(state, frozen, batch, key) -> (state, metrics)` for the diffusion stage.
+    """Return `step(state, frozen, batch, key) -> (state, metrics)` of the diffusion stage.
 
     `mesh`: what state and batch are spread over; None for one device. `key` is the run's; the
     step's own is folded from it and `state.step`, so a resumed run draws what an uninterrupted one
@@ -88,7 +88,7 @@ def diffusion_step(
 def e2e_step(
     unet: nnx.GraphDef[UNet], vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None
 ) -> StepFunction:
-    """`step` of the single-step stage; the rest as of `diffusion_step`."""
+    """Return `step` of the single-step stage; the rest is as of `diffusion_step`."""
 
     def step(state: TrainState, frozen: losses.Frozen, batch: losses.Batch, key: jax.Array):
         frozen = frozen._replace(vae=nnx.merge(vae, frozen.vae))
@@ -112,7 +112,7 @@ def e2e_step(
 
 
 def vae_step(vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None) -> StepFunction:
-    """`step(state, None, batch, key) -> (state, metrics)` for the VAE stage."""
+    """Return `step(state, None, batch, key) -> (state, metrics)` of the VAE stage."""
 
     def step(state: TrainState, frozen: None, batch: losses.Batch, key: jax.Array):
         def loss_fn(params):
@@ -138,13 +138,13 @@ def vae_step(vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None) -
 
 
 def _for_use(network: nnx.GraphDef, params: Any, mesh: Mesh | None) -> Any:
-    """What the layers multiply with: rounded to their dtype, then gathered from the replicas."""
+    """Round parameters to the dtype of their layer, then gather them from the replicas."""
     params = kernels_as_multiplied(network, params)
     return params if mesh is None else rules.gathered(params, mesh)
 
 
 def _grad_fn(loss_fn: Callable, mesh: Mesh | None, has_aux: bool = False) -> Callable:
-    """Loss and gradient, which is in float32 and cut as the state is: each chip has its own part.
+    """Return loss and gradient, in float32 and sharded as the state is.
 
     So what sums it over replicas may scatter the sum, and no chip holds the whole of it.
     """
@@ -158,7 +158,7 @@ def _grad_fn(loss_fn: Callable, mesh: Mesh | None, has_aux: bool = False) -> Cal
 
 
 def _accumulate(grad_fn: Callable, params: Any, batch: Any, count: int) -> tuple[jax.Array, Any]:
-    """Loss and gradient of the whole batch as the sum over `count` slices of it."""
+    """Return loss and gradient of the whole batch as the sum over `count` slices of it."""
     if count == 1:
         return grad_fn(params, batch)
     # Every count-th row, so that a slice has rows of every chip.

@@ -27,7 +27,7 @@ _COUNTERS = "/tensorstore/http/"
 
 
 def seen(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a method of `Checkpoints` that may wait say so, and end when a store is silent."""
+    """Make a method of `Checkpoints` that may wait say so, and end when a store is silent."""
 
     @functools.wraps(method)
     def waited(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -49,7 +49,7 @@ def seen(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _traffic() -> Callable[[], int]:
-    """A count that grows while TensorStore gets on.
+    """Return a count that grows while TensorStore makes progress.
 
     It counts answers, and bytes only when an object is done, which may be a gigabyte. So it also
     gets on while nothing has failed since the last answer: what stands still fails.
@@ -81,7 +81,7 @@ def _answers_and_failures() -> tuple[float, float]:
 
 @functools.cache
 def silence_failed_writes() -> None:
-    """Drops those tracebacks, and no others, from now on. May be called again."""
+    """Drop those tracebacks, and no others, from now on. It may be called again."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_news)
     sys.unraisablehook = functools.partial(_unless_loop_is_closed, sys.unraisablehook)
@@ -98,7 +98,7 @@ def _passed_orbax(trace: TracebackType | None) -> bool:
 
 
 def _unless_loop_is_closed(otherwise: Callable[[Any], None], found: Any) -> None:
-    """TensorStore reports to event loops that Orbax has closed after the first failure."""
+    """Ignore reports to event loops that Orbax has closed after the first failure."""
     if not (
         isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
     ):

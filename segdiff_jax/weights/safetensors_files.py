@@ -33,7 +33,7 @@ _PART = 16 << 20  # bytes of a copy in memory
 
 @contextlib.contextmanager
 def opened(paths: Sequence[epath.Path]) -> Iterator[list[Any]]:
-    """Each of `paths` as the library's `safe_open` gives it, its header checked.
+    """Open each of `paths` as the library's `safe_open` does, its header checked.
 
     Raises `UserError` that names a file that is damaged, cut short or something else.
     """
@@ -55,7 +55,7 @@ def _open(path: epath.Path, local: str, stack: contextlib.ExitStack) -> Any:
 
 @contextlib.contextmanager
 def _on_disk(path: epath.Path) -> Iterator[str]:
-    """A local file with the contents of `path`, for as long as the block runs."""
+    """Provide a local file with the contents of `path`, for as long as the block runs."""
     if not files.is_remote(path):
         yield os.fspath(path)
         return
@@ -74,7 +74,7 @@ def write(
     tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]],
     dtype: str,
 ) -> None:
-    """Writes tensors (name → shape, function that makes the array) as `dtype`, one at a time.
+    """Write tensors (name → shape, function that makes the array) as `dtype`, one at a time.
 
     The bytes depend on names and values only. Not atomic: the caller writes into a folder that
     appears as a whole. Raises `UserError` when a finite value overflows `dtype`.

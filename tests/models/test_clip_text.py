@@ -30,15 +30,9 @@ CASES = {
 }
 # name: (width, inner width, layers, heads, activation, positions, [B, L])
 _SMALL = {
-    "one_head": (10, 20, 2, 1, "gelu", 77, (1, 77)),
     "as_many_heads_as_channels": (6, 12, 1, 6, "quick_gelu", 77, (2, 5)),
-    "three_layers_gelu": (12, 18, 3, 3, "gelu", 24, (4, 24)),
-    "four_layers": (8, 32, 4, 2, "quick_gelu", 20, (2, 11)),
-    "narrow_middle": (24, 5, 2, 4, "gelu", 16, (1, 16)),
     "two_tokens": (15, 15, 1, 5, "quick_gelu", 8, (5, 2)),
     "odd_everything": (35, 49, 2, 7, "gelu", 13, (3, 13)),
-    "long": (16, 24, 1, 2, "quick_gelu", 120, (1, 120)),
-    "batch": (18, 27, 2, 9, "gelu", 12, (7, 10)),
 }
 for _name, (_width, _inner, _layers, _heads, _act, _positions, _size) in _SMALL.items():
     _options = {"hidden_size": _width, "intermediate_size": _inner, "hidden_act": _act}

@@ -6,7 +6,6 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from segdiff_jax.config import SamplerConfig
 from segdiff_jax.models import flops, linear_decoder, presets
 from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
@@ -61,32 +60,6 @@ def test_decoders_that_cost_less_than_the_vae():
     linear = LinearDecoder(floats(3, 3, 4, 64), floats(64))
     count = flops.linear_decode(4, 8, 16, 24)
     assert count == traced(linear_decoder.decode, linear, floats(1, 2, 3, 4)).run
-
-
-@pytest.mark.parametrize(
-    ("sampler", "calls", "decoded", "ranked"),
-    [
-        (SamplerConfig(steps=10, ensemble=3), 150 * 30, 450, 0),
-        (SamplerConfig(steps=10, ensemble=3, shortlist=20), 20 * 30 + 150, 60, 150),
-        (SamplerConfig(steps=1, ensemble=1, shortlist=150), 150, 150, 0),
-    ],
-)
-def test_the_maps_of_an_image(sampler, calls, decoded, ranked):
-    found = flops.maps(1e6, 150, sampler, decode=1e3, rank=1.0)
-    assert found == calls * 1e6 + decoded * 1e3 + ranked
-
-
-def test_ade20k_by_the_linear_decoder_costs_less_than_half():
-    unet, vae, text = presets.architecture("sd2")
-    once = flops.unet(unet, 64, 64, text.max_position_embeddings).forward
-    whole, linear = flops.vae_decode(vae, 512, 512), flops.linear_decode(4, 8, 512, 512)
-    encode = flops.vae_encode(vae, 512, 512)
-    short, one = SamplerConfig(steps=10, ensemble=1, shortlist=20), SamplerConfig(steps=1)
-    before = encode + flops.maps(once, 150, short, whole, whole)
-    after = encode + flops.maps(once, 150, short, linear, linear)
-    single = encode + flops.maps(once, 150, one, linear, linear)
-    print(*(f"{count / 1e12:.0f} TFLOP" for count in (before, after, single)))
-    assert after < before / 2 and single < before / 5
 
 
 def test_a_training_example_of_each_kind():

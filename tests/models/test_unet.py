@@ -9,8 +9,7 @@ from flax import nnx
 from torch_oracles import from_torch, normal, relative_error, run, to_torch, unet, write
 
 from segdiff_jax.models import layers
-from segdiff_jax.models.presets import PRESETS
-from segdiff_jax.models.unet import UNet
+from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.weights import key_map, pretrained
 
 # name: (cross-attention per level, diffusers options, latent [B, h, w], tokens)
@@ -56,6 +55,19 @@ CASES = {
         (2, 4, 6),
         3,
     ),
+    "attention_in_the_middle_only": (
+        (False,),
+        {
+            "in_channels": 9,
+            "block_out_channels": (10,),
+            "norm_num_groups": 2,
+            "attention_head_dim": 1,
+            "use_linear_projection": True,
+            "layers_per_block": 1,
+        },
+        (3, 2, 5),
+        1,
+    ),
     "odd_latent_eight_channels": (
         (True, False, True),
         {
@@ -86,21 +98,9 @@ CASES = {
         6,
     ),
 }
-# name: (attends, widths, groups, heads, linear projection, layers, in_channels, latent, tokens):
-# one or two levels, quick to compile.
-_SMALL = {
-    "sd1_wide": ((True,), (12,), 3, 4, False, 1, 4, (1, 3, 9), 2),
-    "sd2_two_layers": ((True,), (20,), 5, [5], True, 2, 4, (2, 4, 3), 9),
-    "attention_in_the_middle_only": ((False,), (10,), 2, 1, True, 1, 4, (3, 2, 5), 1),
-    "attention_above_only": ((True, False), (8, 8), 8, 2, False, 1, 8, (1, 6, 4), 11),
-    "one_head_nine_groups": ((True,), (9,), 9, 1, True, 1, 8, (4, 2, 2), 3),
-    "nine_input_channels": ((True,), (14,), 7, 7, False, 1, 9, (2, 1, 7), 4),
-}
-for _name, (_attends, _widths, _groups, _heads, _linear, _layers, _in, *_sizes) in _SMALL.items():
-    _options = {"block_out_channels": _widths, "norm_num_groups": _groups, "in_channels": _in}
-    _options |= {"attention_head_dim": _heads, "use_linear_projection": _linear}
-    CASES[_name] = (_attends, _options | {"layers_per_block": _layers}, *_sizes)
 CONTEXT = 12
+# One level, heads of 32 channels: as little to compile as there can be.
+SMALL = UNetConfig(8, 4, (32,), (True,), 1, 1, (1,), CONTEXT, True, 8)
 
 
 def _inputs(config, latent, tokens):
@@ -153,7 +153,8 @@ def test_gradients_equal_torchs_with_recomputed_blocks(tmp_path):
     attends, options, latent, tokens = CASES["deep_transformers_other_time_code"]
     # With one channel per group, as there, the norm undoes biases: their gradient is rounding.
     oracle = unet(attends, cross_attention_dim=CONTEXT, **options | {"norm_num_groups": 4})
-    ours = pretrained.load(write(tmp_path, unet=oracle), ("unet",), remat=True).unet
+    ours = pretrained.load(write(tmp_path, unet=oracle), ("unet",)).unet
+    ours.kept = layers.KEEP_INPUTS  # of remat=True
     inputs = _inputs(oracle.config, latent, tokens)
     target = normal(*latent, oracle.config.out_channels, seed=2)
     sample, timesteps, context = inputs
@@ -176,9 +177,9 @@ def test_gradients_equal_torchs_with_recomputed_blocks(tmp_path):
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_recomputed_blocks_can_be_sampled_from(dtype):
     """The sampler calls a network from inside vmap and scan, and so does validation in training."""
-    config = PRESETS["tiny"].unet
-    graph, params = nnx.split(UNet(config, dtype=jnp.dtype(dtype), remat=True, rngs=nnx.Rngs(0)))
-    text = jnp.ones((1, 7, config.cross_attention_dim))
+    network = UNet(SMALL, dtype=jnp.dtype(dtype), remat=True, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(network)
+    text = jnp.ones((1, 7, CONTEXT))
 
     @jax.jit
     def sample(params, start):
@@ -190,7 +191,7 @@ def test_recomputed_blocks_can_be_sampled_from(dtype):
 
         return jax.vmap(lambda x: jax.lax.scan(step, x, length=2)[0])(start)
 
-    noise = jax.random.normal(jax.random.key(0), (2, 8, 8, config.out_channels))
+    noise = jax.random.normal(jax.random.key(0), (2, 8, 8, SMALL.out_channels))
     assert np.isfinite(sample(params, noise)).all()
 
 
@@ -199,15 +200,14 @@ def test_recomputed_blocks_can_be_sampled_from(dtype):
     [("float32", 1e-5), pytest.param("bfloat16", 2e-2, marks=pytest.mark.slow)],
 )
 def test_what_blocks_keep_changes_no_gradient(dtype, tolerance):
-    config = PRESETS["tiny"].unet
     rng = np.random.default_rng(0)
     draw = lambda shape: jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32)  # noqa: E731
-    shapes = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))[1]
+    shapes = nnx.split(nnx.eval_shape(lambda: UNet(SMALL, rngs=nnx.Rngs(0))))[1]
     params = jax.tree.map(lambda leaf: draw(leaf.shape), shapes)
-    inputs = draw((2, 8, 8, config.in_channels)), jnp.array([3, 900]), draw((2, 5, 128))
+    inputs = draw((2, 8, 8, SMALL.in_channels)), jnp.array([3, 900]), draw((2, 5, CONTEXT))
 
     def gradients(policy):
-        unet = UNet(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+        unet = UNet(SMALL, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
         unet.kept = policy
         graph = nnx.split(unet)[0]
         loss = lambda params: jnp.square(nnx.merge(graph, params)(*inputs)).mean()  # noqa: E731

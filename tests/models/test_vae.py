@@ -36,13 +36,9 @@ CASES = {
 # name: (widths, layers, groups, latent channels, attention in the middle, pixels)
 _SMALL = {
     "one_pixel_wide": ((4,), 1, 2, 4, True, (1, 6, 1)),
-    "two_layers_batch": ((6, 6), 2, 3, 4, True, (4, 4, 6)),
-    "three_layers_one_level": ((5,), 3, 5, 4, True, (2, 3, 5)),
     "narrowing": ((12, 8), 1, 4, 4, True, (1, 8, 6)),
     "eleven_channels": ((11,), 1, 11, 7, True, (2, 5, 4)),
-    "one_group": ((7,), 2, 1, 4, False, (1, 4, 9)),
     "four_levels": ((2, 4, 4, 6), 1, 2, 4, False, (1, 16, 8)),
-    "latent_of_one": ((8,), 1, 4, 1, True, (3, 4, 4)),
 }
 for _name, (_widths, _layers, _groups, _latent, _attention, _size) in _SMALL.items():
     _options = {"layers_per_block": _layers, "norm_num_groups": _groups}

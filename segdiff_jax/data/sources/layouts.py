@@ -46,7 +46,7 @@ class Layout(NamedTuple):
 
 
 def lookup_of(classes: Iterable[int], ignored: Iterable[int]) -> np.ndarray:
-    """int32 [n]: the table in which the class i has the id classes[i] in the files."""
+    """Return the table int32 [n] in which the class i has the id classes[i] in the files."""
     values, ignored = list(classes), list(ignored)
     lookup = np.full(max(256, *(value + 1 for value in (*values, *ignored, 0))), OUTSIDE, np.int32)
     lookup[values] = np.arange(len(values))
@@ -55,7 +55,7 @@ def lookup_of(classes: Iterable[int], ignored: Iterable[int]) -> np.ndarray:
 
 
 def to_labels(ids: np.ndarray, lookup: np.ndarray, num_classes: int) -> np.ndarray:
-    """Ids of a file [H, W], none of them `OUTSIDE`, as labels of `codec.label_type`."""
+    """Map ids of a file [H, W], none of them `OUTSIDE`, to labels of `codec.label_type`."""
     table = np.where(lookup < 0, codec.ignore_label(num_classes), lookup)
     return table.astype(codec.label_type(num_classes))[ids]
 
@@ -101,7 +101,7 @@ def _folders_of(root: epath.Path, config: DataConfig, split: str) -> tuple[epath
 
 
 def _other_names(masks: epath.Path) -> str:
-    """ "; found labels: …" where the masks lie under another usual name."""
+    """Say where the masks lie under another usual name: "; found labels: …"."""
     for name in (
         "mask",
         "labels",
@@ -117,7 +117,7 @@ def _other_names(masks: epath.Path) -> str:
 
 
 def _unread(folder: epath.Path) -> str:
-    """ "; found 3 *.heic": what an empty folder holds that is no image to us."""
+    """Say what an empty folder holds that is no image to us: "; found 3 *.heic"."""
     counts: dict[str, int] = {}
     for path in folder.iterdir():
         if not is_image(path.name) and path.suffix and not path.name.startswith("."):
@@ -183,12 +183,12 @@ def ade20k(config: DataConfig, split: str) -> Layout:
 
 
 def shifted_lookup() -> np.ndarray:
-    """int32 [256]: ADE20K's ids, where 0 is *other* and classes are 1…150."""
+    """Return ADE20K's table int32 [256]: 0 is *other* and classes are 1…150."""
     return lookup_of(range(1, 151), (0, IGNORE))
 
 
 def ade20k_847(config: DataConfig, split: str) -> Layout:
-    """The full ADE20K as detectron2's preparation leaves it: 16-bit TIFFs of the 847 classes."""
+    """Open the full ADE20K as detectron2's preparation writes it: 16-bit TIFFs of 847 classes."""
     root = _descend(config.root, "ADE20K_2021_17_01")
     part = {"train": "training", "val": "validation"}.get(split, split)
     found = _prepared(root, f"images_detectron2/{part}", f"annotations_detectron2/{part}")
@@ -197,7 +197,7 @@ def ade20k_847(config: DataConfig, split: str) -> Layout:
 
 
 def pascal_context_59(config: DataConfig, split: str) -> Layout:
-    """PNGs of detectron2's preparation, in which background is ignored."""
+    """Open PNGs of detectron2's preparation, in which background is ignored."""
     found = _prepared_voc2010(config.root, f"pc59_{split}")
     vocabulary = vocabularies.load(config.vocabulary or "pascal_context_59")
     return Layout(found, vocabulary, lookup_of(range(59), (IGNORE,)))
@@ -217,7 +217,7 @@ def _prepared_voc2010(root: str, name: str) -> Pairs:
 
 
 def _prepared(root: epath.Path, images: str, masks: str) -> Pairs:
-    """The pairs of what detectron2's preparation scripts have written; the masks are the split."""
+    """Pair what detectron2's preparation scripts have written; the masks are the split."""
     for folder in (images, masks):
         if not (root / folder).is_dir():
             raise UserError(
@@ -244,12 +244,12 @@ def coco_stuff(config: DataConfig, split: str) -> Layout:
 
 
 def coco_stuff_lookup() -> np.ndarray:
-    """int32 [256]: the 182 ids of COCO-Stuff's PNGs to the 171 classes that are annotated."""
+    """Return the table int32 [256] from COCO-Stuff's 182 ids to the 171 annotated classes."""
     return lookup_of([i for i in range(182) if i not in _COCO_UNUSED], (IGNORE,))
 
 
 def pascal_voc(config: DataConfig, split: str) -> Layout:
-    """The devkit's tree."""
+    """Open the devkit's tree."""
     root = _voc_root(_existing(config.root))
     vocabulary = vocabularies.load(config.vocabulary or "pascal_voc_21")
     if len(vocabulary) not in (20, 21):
@@ -298,7 +298,7 @@ def _voc_pairs(root: epath.Path, split: str) -> Pairs:
 
 
 def _voc_root(root: epath.Path, years: Sequence[int] = range(12, 6, -1)) -> epath.Path:
-    """`root` or the folder in it that holds JPEGImages: the first there is of several years."""
+    """Return `root` or the folder in it that holds JPEGImages: the first of several years."""
     parents = (root, root / "VOCdevkit")
     names = [f"VOC20{year:02d}" for year in years]
     for choice in (root, *(parent / name for name in names for parent in parents)):
@@ -372,7 +372,7 @@ def _existing(root: str) -> epath.Path:
 
 
 def _descend(root: str, name: str) -> epath.Path:
-    """`root`, or the dataset's own folder inside it."""
+    """Return `root`, or the dataset's own folder inside it."""
     path = _existing(root)
     return path / name if (path / name).is_dir() else path
 
