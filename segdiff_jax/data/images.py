@@ -149,7 +149,7 @@ class Look(NamedTuple):
 
     size: tuple[int, int]  # (H, W) as it is read
     stored_size: tuple[int, int]  # (H, W) without the turn of EXIF
-    orientation: int
+    orientation: int  # of EXIF, 1 to 8; 1 = upright
     guessed_max: int  # as of `Photo`
 
 

@@ -30,10 +30,10 @@ _BACKGROUND_WORDS = {
 class Survey(NamedTuple):
     """Some pairs of a data set, or all."""
 
-    seen: int
-    total: int
+    seen: int  # pairs
+    total: int  # pairs
     ids: Counter[int]  # id in the mask files: pixels
-    unreadable: int
+    unreadable: int  # pairs
     turn_unsure: int  # photos turned by EXIF, of which nothing tells whether the mask wants that
     guessed: Counter[int]  # range by which a 16-bit photo was read: photos
 

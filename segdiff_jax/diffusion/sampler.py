@@ -1,7 +1,11 @@
 """DDIM sampling as one `lax.scan`, and ensembles of it.
 
+    key ─► member_keys ─► initial_noise: x_T ─► for t, t_prev of the schedule:
+                                                  predict(x_t, t) ─► ddim_step ─► x_{t_prev}
+                                            ─► x_0
+
 The sampler knows no network: `predict(sample, t)` is any function from x_t and a scalar int32 t
-to a prediction of the schedule's type. Conditioning is closed over by the caller.
+to a prediction of the schedule's type. The caller closes it over contexts and image latents.
 """
 
 from collections.abc import Callable

@@ -29,7 +29,7 @@ class Schedule:
 
     alphas_cumprod: Leaf  # [T] float32, a_t
     final_alpha_cumprod: Leaf  # [] float32, stands for a_t at t < 0
-    prediction_type: str
+    prediction_type: str  # as in `DiffusionConfig`, like the next two
     timestep_spacing: str
     steps_offset: int
 

@@ -27,11 +27,11 @@ class CLIPTextConfig:
     vocab_size: int = number(49408, 1, 10_000_000)  # tokens
     hidden_size: int = number(1024, 1, 65536)  # channels, a multiple of the heads
     intermediate_size: int = number(4096, 1, 1_000_000)  # channels within a feed-forward
-    num_hidden_layers: int = number(23, 1, 1000)
-    num_attention_heads: int = number(16, 1, 65536)
+    num_hidden_layers: int = number(23, 1, 1000)  # blocks
+    num_attention_heads: int = number(16, 1, 65536)  # a divisor of hidden_size
     max_position_embeddings: int = number(77, 1, 65536)  # tokens of the longest text
     hidden_act: str = choice("gelu", tuple(ACTIVATIONS))  # gelu: ViT-H, SD2; quick_gelu: ViT-L, SD1
-    layer_norm_eps: float = number(1e-5, 1e-12, 1.0)
+    layer_norm_eps: float = number(1e-5, 1e-12, 1.0)  # added to the variance
 
 
 class EncoderLayer(nnx.Module):

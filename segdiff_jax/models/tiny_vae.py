@@ -22,7 +22,7 @@ class TinyVAEConfig:
 
     in_channels: int = number(3, 1, 65536)  # channels of an image
     out_channels: int = number(3, 1, 65536)  # channels of a decoded image
-    latent_channels: int = number(4, 1, 65536)
+    latent_channels: int = number(4, 1, 65536)  # of its own latents
     width: int = number(64, 1, 65536)  # channels of every layer between
     encoder_blocks: tuple[int, ...] = number((1, 3, 3, 3), 0, 64)  # per level, from pixels on
     decoder_blocks: tuple[int, ...] = number((3, 3, 3, 1), 0, 64)  # per level, from latents on

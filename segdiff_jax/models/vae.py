@@ -38,7 +38,7 @@ class VAEConfig:
 
     in_channels: int = number(3, 1, 65536)  # channels of an image
     out_channels: int = number(3, 1, 65536)  # channels of a decoded image
-    latent_channels: int = number(4, 1, 65536)
+    latent_channels: int = number(4, 1, 65536)  # c
     block_out_channels: tuple[int, ...] = number((128, 256, 512, 512), 1, 65536)  # per level
     layers_per_block: int = number(2, 1, 64)  # resnets per level; one more in the decoder
     norm_groups: int = number(32, 1, 65536)  # a divisor of all widths

@@ -35,7 +35,7 @@ _QUIET = {
 class Chip:
     """One chip."""
 
-    name: str
+    name: str  # as in a topology: "v5e"
     flops: float  # bfloat16 FLOP/s
     hbm: int  # bytes; the compiler keeps some for itself
     hbm_bandwidth: float  # bytes/s

@@ -1,7 +1,7 @@
-"""How arrays are cut over the mesh: one list of rules for networks, optimiser state and EMA alike.
+"""Sharding rules: one list for networks, optimiser state and EMA alike.
 
-The axes are `data` (replicas), `fsdp` (parameters cut up for storage, gathered for use) and
-`tensor` (heads and hidden channels cut up for compute). The same rules place parameters, moments
+The axes are `data` (replicas), `fsdp` (parameters sharded for storage, gathered for use) and
+`tensor` (heads and hidden channels sharded for compute). The same rules place parameters, moments
 and their moving average, because the paths of the latter two end in the path of the parameter.
 
     path of an array ─► RULES: which dimension `tensor` cuts
@@ -89,12 +89,12 @@ def _largest(shape: tuple[int, ...], parts: int, cuts: list[tuple[str, ...]]) ->
 def spread(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
     """Cut `spec` along `data` too, for what the optimiser reads and writes.
 
-    ZeRO stage 1 (arXiv 1910.02054): replicas need the same update once, so each makes its part of
-    moments and float32 parameters. What they exchange is what the layers multiply with: the cast
-    to their dtype comes before the gather. The cut goes to the dimension that is cut already, so
-    that arrays keep one; else to the largest. Small arrays stay whole: a message each would cost
-    more than the memory is worth. Of Stable Diffusion's UNet these are as good as none, of a small
-    network most.
+    ZeRO stage 1 (arXiv 1910.02054): each replica updates its own shard of moments and float32
+    parameters. Replicas exchange what the layers multiply with, since the cast to the layers'
+    dtype comes before the gather. `data` joins the dimension that is already cut, so that an array
+    has one cut dimension; else it takes the largest. Small arrays stay whole, because a message
+    for each would cost more than the memory is worth: nearly none of Stable Diffusion's UNet, but
+    most of a small network.
     """
     if sizes["data"] == 1 or len(shape) < 2 or math.prod(shape) < SMALLEST_SPREAD:
         return spec

@@ -31,7 +31,7 @@ class ClassEntry:
     """A class. Raises `TypeError` if a name is no text, or `synonyms` is one text."""
 
     name: str
-    synonyms: tuple[str, ...] = ()
+    synonyms: tuple[str, ...] = ()  # their prompts are averaged with the name's
     color: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:

@@ -1,9 +1,10 @@
-"""One training at a time in a workdir: a file that says which, and what to make of one left behind.
+"""A lock file that lets one training at a time write to a workdir.
 
-The file names process, machine and start. A process of the same machine is looked up: dead, the
-lock is free at once. Of any other machine only the file's beat tells: the holder renews it every
-`BEAT` seconds, and who finds it unchanged for `EXPIRES` takes over. Machines' clocks are not
-compared, but for a file of many minutes ago.
+The file names process, machine and start time of its holder. On the same machine the process is
+looked up, and the lock of a dead one is free at once. On another machine only the heartbeat
+counts: the holder renews the file every `BEAT` seconds, and a process that finds it unchanged for
+`EXPIRES` seconds takes over. The clocks of two machines are compared only for files many minutes
+old.
 """
 
 import contextlib
@@ -28,9 +29,9 @@ log = logging.getLogger(__name__)
 
 NAME = "lock.json"
 BEAT = 10.0  # seconds
-EXPIRES = 60.0
-_LONG_AGO = 900.0  # no two clocks are that far apart
-_LOOK = 1.0
+EXPIRES = 60.0  # seconds without a beat
+_LONG_AGO = 900.0  # seconds; clocks are assumed to differ by less
+_LOOK = 1.0  # seconds between looks at a lock that may be dead
 _BEGINS = b'{"id": "'  # every lock
 
 
@@ -38,10 +39,10 @@ _BEGINS = b'{"id": "'  # every lock
 def held(folder: str) -> Iterator[Callable[[], None]]:
     """Hold the lock of a folder, made where missing, for as long as the block runs.
 
-    Gives a function that raises `UserError` once another process has taken over, as it may while
-    this one is suspended. Raises `UserError` when another training holds the folder, and waits,
-    with a log line, for a lock whose holder may be gone. Removes folders that it made and nobody
-    filled.
+    The block gets a function that raises `UserError` once another process has taken over, which
+    happens when this one was suspended. Raises `UserError` when another training holds the folder.
+    Waits, with a log line, for a lock whose holder may be gone. Removes folders that it made and
+    that are still empty.
     """
     made, path, mine = _make(folder), epath.Path(folder) / NAME, _myself()
     over = threading.Event()

@@ -42,7 +42,7 @@ class Run:
     """One start of a stage in its workdir."""
 
     config: Config  # of the stage: `of_stage`
-    workdir: str
+    workdir: str  # local or gs://
     source: Source
     mesh: Mesh
     startup: StartUp

@@ -28,7 +28,7 @@ class Frozen(NamedTuple):
 
     vae: Any  # its parameters; the network itself for a loss
     schedule: schedule_lib.Schedule
-    table: conditioning.PromptTable
+    table: conditioning.PromptTable  # encoded prompts of all classes
 
 
 class Corruption(NamedTuple):

@@ -13,7 +13,7 @@ from optax import contrib
 
 from segdiff_jax.config import OptimizerConfig
 
-# Which axes of an array with so many are summed over where it is applied, and which come out of it.
+# By number of axes: those that are summed over where an array is applied, and those of the result.
 _MATRIX = {
     2: contrib.MuonDimensionNumbers((0,), (1,)),
     4: contrib.MuonDimensionNumbers((0, 1, 2), (3,)),
@@ -61,13 +61,12 @@ def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for matrices and convolution kernels, AdamW with
-    Nesterov momentum for the other arrays.
+    """Build Muon (Jordan et al. 2024) for matrices and kernels, AdamW with Nesterov for the rest.
 
     A kernel [kh, kw, in, out] counts as a matrix [kh·kw·in, out]. Updates have the root mean square
     of AdamW's, 0.2 × learning rate (Liu et al. 2025, arXiv 2502.16982, eq. 4), so that one learning
-    rate serves both. Directions in which the gradient is small move as far as those in which it is
-    large: the faint ones, such as the colours of a grey street, are not learnt last.
+    rate serves both. All singular directions of the gradient move equally far, so that weak ones
+    are not learnt last.
     """
 
     def as_matrices(params: Any) -> Any:

@@ -61,9 +61,9 @@ class Stage:
     """What a stage trains, and on what."""
 
     network: nnx.Module  # arrays on the mesh, or shapes that `build` fills
-    build: networks.Build | None
+    build: networks.Build | None  # makes the arrays; None: `network` has them
     step: StepFunction
-    frozen: Frozen | None
+    frozen: Frozen | None  # None in the VAE stage
     flops: float  # of one example
     encoder: VAE | None = None  # of the latent cache that takes the place of pixels
     preferred: Preference | None = None  # which absent and which rare classes are asked for

@@ -1,4 +1,4 @@
-"""Where time goes: the parts of a start, and a profiler trace of some steps."""
+"""Measure where time goes: the parts of a start-up, and a profiler trace of some steps."""
 
 import os
 import shutil

@@ -45,7 +45,7 @@ class Plan(NamedTuple):
     keys: dict[str, tuple[Any, ...]]  # name in a file → path in the module
     shapes: dict[str, Shape]  # by name, as the file should have them
     entries: dict[str, Entry]  # likewise by today's name
-    widened: bool
+    widened: bool  # conv_in takes two latents, the file's one
 
 
 def entries(paths: Collection[epath.Path], opened: Iterable[Any]) -> Iterator[Entry]:
