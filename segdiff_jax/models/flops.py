@@ -20,7 +20,6 @@ import math
 from typing import Any, NamedTuple
 
 from segdiff_jax.config import SamplerConfig
-from segdiff_jax.models.tiny_vae import TinyVAEConfig
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
 
@@ -110,16 +109,6 @@ def vae_decode(config: VAEConfig, height: int, width: int) -> float:
             positions *= 4
             total += _conv(positions, channels, channels)
     return total + _conv(positions, running, config.out_channels)
-
-
-def tiny_vae_decode(config: TinyVAEConfig, height: int, width: int) -> float:
-    """Count the tiny decoder's FLOPs for one image of height × width pixels."""
-    positions, channels = float(height * width) / config.downsampling**2, config.width
-    total = _conv(positions, config.latent_channels, channels)
-    for level, blocks in enumerate(config.decoder_blocks):
-        positions *= 4 if level else 1
-        total += (3 * blocks + (level > 0)) * _conv(positions, channels, channels)
-    return total + _conv(positions, channels, config.out_channels)
 
 
 def linear_decode(latent_channels: int, factor: int, height: int, width: int) -> float:

@@ -92,12 +92,8 @@ def rows_of_call(count: int, most: int, devices: int) -> int:
     largest = multiple(most, devices) // devices
     wanted, size = min(-(-count // devices), largest), 1
     while size < wanted:
-        size = size + size // 2 if size >= 8 and size & (size - 1) == 0 else _next_power(size)
+        size = size + size // 2 if size >= 8 and size & (size - 1) == 0 else 1 << size.bit_length()
     return devices * min(size, largest)
-
-
-def _next_power(size: int) -> int:
-    return 1 << size.bit_length()
 
 
 def multiple(count: int, of: int) -> int:

@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from segdiff_jax.config import SamplerConfig
 from segdiff_jax.models import flops, linear_decoder, presets
 from segdiff_jax.models.linear_decoder import LinearDecoder
-from segdiff_jax.models.tiny_vae import TinyVAE, TinyVAEConfig
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel.attention_kernels import splash
@@ -51,15 +51,23 @@ def test_vae(architecture):
     assert flops.vae_decode(config, 32, 48) == traced(decode, params, latent).run
 
 
-def test_decoders_that_cost_less_than_the_vae():
-    config = TinyVAEConfig(width=8, decoder_blocks=(2, 0, 1), encoder_blocks=(1, 0, 2))
-    graph, params = nnx.split(nnx.eval_shape(lambda: TinyVAE(config, rngs=nnx.Rngs(0))))
-    decode = lambda p, x: nnx.merge(graph, p).decode(x)  # noqa: E731
-    count = flops.tiny_vae_decode(config, 16, 24)
-    assert count == traced(decode, params, floats(1, 4, 6, 4)).run
+def test_the_linear_decoder():
     linear = LinearDecoder(floats(3, 3, 4, 64), floats(64))
     count = flops.linear_decode(4, 8, 16, 24)
     assert count == traced(linear_decoder.decode, linear, floats(1, 2, 3, 4)).run
+
+
+@pytest.mark.parametrize(
+    ("sampler", "calls", "decoded", "ranked"),
+    [
+        (SamplerConfig(steps=10, ensemble=3), 150 * 30, 450, 0),
+        (SamplerConfig(steps=10, ensemble=3, shortlist=20), 20 * 30 + 150, 60, 150),
+        (SamplerConfig(steps=1, ensemble=1, shortlist=150), 150, 150, 0),
+    ],
+)
+def test_the_maps_of_an_image(sampler, calls, decoded, ranked):
+    found = flops.maps(1e6, 150, sampler, decode=1e3, rank=1.0)
+    assert found == calls * 1e6 + decoded * 1e3 + ranked
 
 
 def test_a_training_example_of_each_kind():
