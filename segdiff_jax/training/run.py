@@ -298,18 +298,16 @@ def _set_up(
         # Without one, it is a checkpoint of the first version.
         position = stored.get("next_example", done * size)
         log.info("%s: resuming at step %d, example %d", run.workdir, done, position)
-        if stored.get("code", "unknown") != code:
-            written_by = stored.get("code", "unknown")
+        written_by = stored.get("code", "unknown")
+        if written_by != code:
             log.info("the checkpoint is of code %s, this is %s", written_by, code)
     _write_config(run)  # what may change in a run, its steps for one, may have changed
-    count = workdirs.parameter_count(state.params)
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     log.info("%s: %.2f M parameters", config.stage, count / 1e6)
     run.startup.done("restore" if done else "state")
     unet = stage.network.config if isinstance(stage.network, UNet) else None
     described = workdirs.checkpoint_metadata(config, unet)
-    frozen = stage.frozen
-    if frozen is not None:
-        frozen = mesh.place(frozen, mesh.replicated(run.mesh))
+    frozen = stage.frozen and mesh.place(stage.frozen, mesh.replicated(run.mesh))
     return Setup(
         run=run,
         step=compile_step(stage.step, state, run.mesh),

@@ -134,6 +134,11 @@ def _divides(groups: int, widths: tuple[int, ...], key: str, file: str) -> None:
         raise UserError(f"{file}: {key}={groups} does not divide {bad[0]} channels")
 
 
+def _check_levels(count: int, file: str) -> None:
+    if count > 16:
+        raise UserError(f"{file}: {count} levels halve the image to nothing: at most 16")
+
+
 def _cross_attention(values: Json, levels: int, file: str) -> tuple[bool, ...]:
     """Return which levels attend to the text, going down; the way up must mirror it."""
     defaults = {"down_block_types": [True, True, True, False]}
@@ -171,8 +176,7 @@ def check_unet(config: UNetConfig, file: str, keys: Mapping[str, str]) -> None:
     keys: what `file` calls those fields that do not have their own names there.
     """
     levels = len(config.block_out_channels)
-    if levels > 16:
-        raise UserError(f"{file}: {levels} levels halve the image to nothing: at most 16")
+    _check_levels(levels, file)
     for field in ("cross_attention", "heads"):
         found = len(getattr(config, field))
         if found != levels:
@@ -231,17 +235,10 @@ _VAE_NAMES = {"norm_groups": "norm_num_groups", "mid_attention": "mid_block_add_
 def read_vae(values: Json, file: str) -> VAEConfig:
     """Read `vae/config.json` as `VAEConfig`. Missing keys mean what they mean to diffusers."""
     _check(values, {"_class_name": ("AutoencoderKL",)} | _VAE_FIXED, file)
-    config = _read(
-        VAEConfig,
-        values,
-        _VAE_NAMES,
-        file,
-        block_out_channels=(64,),
-        layers_per_block=1,
-    )
+    absent = {"block_out_channels": (64,), "layers_per_block": 1}
+    config = _read(VAEConfig, values, _VAE_NAMES, file, **absent)
     widths = config.block_out_channels
-    if len(widths) > 16:
-        raise UserError(f"{file}: {len(widths)} levels halve the image to nothing: at most 16")
+    _check_levels(len(widths), file)
     _divides(config.norm_groups, widths, "norm_num_groups", file)
     kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
     for key, kind in kinds.items():
@@ -278,8 +275,7 @@ def read_tiny_vae(values: Json, file: str) -> TinyVAEConfig:
     if values.get(widths[1], config.width) != config.width:
         raise UserError(f"{file}: {widths[1]} must be as {widths[0]}: use another model")
     levels = len(config.encoder_blocks)
-    if levels > 16:
-        raise UserError(f"{file}: {levels} levels halve the image to nothing: at most 16")
+    _check_levels(levels, file)
     if len(config.decoder_blocks) != levels:
         raise UserError(f"{file}: num_decoder_blocks must have {levels} levels: use another model")
     known = set(write_tiny_vae(config)) | set(_TINY_VAE_FIXED) | _TINY_VAE_IGNORED

@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from etils import epath
 from flax import nnx
@@ -70,7 +69,6 @@ _DATA_SETS = (  # names that lie side by side in one
     {"JPEGImages", "SegmentationClass"},
     {"leftImg8bit", "gtFine"},
 )
-
 
 Networks = tuple[UNet, VAE, CLIPText, Tokenizer, Config]
 
@@ -350,7 +348,3 @@ def _load_export(path: str) -> Networks:
     unet = pretrained.load(path, components=("unet",), dtype=dtype).unet
     assert unet
     return (unet, *load_frozen(path, dtype), config)
-
-
-def parameter_count(params: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -8,7 +8,7 @@ from etils import epath
 
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data import images
-from segdiff_jax.data.sources import layouts, scenes
+from segdiff_jax.data.sources import folder, layouts, scenes
 from segdiff_jax.data.sources.layouts import (
     IGNORE,
     IGNORE_16,
@@ -54,7 +54,7 @@ def open_source(config: DataConfig, split: str, seed: int) -> Source:
 
         return TfdsSource(config.root, split)
     readers: dict[str, Callable[[DataConfig, str], Layout]] = {
-        "folder": layouts.folder,
+        "folder": folder.folder,
         "ade20k": layouts.ade20k,
         "ade20k_847": layouts.ade20k_847,
         "coco_stuff": layouts.coco_stuff,
@@ -157,8 +157,8 @@ class PairSource:
         )
 
     def _check_ids(self, ids: dict[int, int], mask_path: str) -> None:
-        folder = self.config.source == "folder"
-        check_ids(ids, self.lookup, mask_path, self.vocabulary, configurable=folder)
+        configurable = self.config.source == "folder"
+        check_ids(ids, self.lookup, mask_path, self.vocabulary, configurable)
 
 
 def count_ids(labels: np.ndarray) -> dict[int, int]:
