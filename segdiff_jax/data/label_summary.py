@@ -1,4 +1,4 @@
-"""What the labels of a data set hold, said in a line before hours are spent on them."""
+"""One line on what the labels of a data set hold, logged before a training or an evaluation."""
 
 import logging
 import os
@@ -18,8 +18,8 @@ from segdiff_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_SECONDS = 2.0  # then what was seen so far must do
-_AT_ONCE = 32  # pairs; at least so many are seen
+_SECONDS = 2.0  # after which no more pairs are read
+_AT_ONCE = 32  # pairs read together, and at least
 _NAMES_SHOWN = 5
 _BACKGROUND_WORDS = {
     *("background", "bg", "other", "others", "void", "unlabeled", "unlabelled", "unknown"),
@@ -34,7 +34,7 @@ class Survey(NamedTuple):
     total: int  # pairs
     ids: Counter[int]  # id in the mask files: pixels
     unreadable: int  # pairs
-    turn_unsure: int  # photos turned by EXIF, of which nothing tells whether the mask wants that
+    turn_unsure: int  # photos turned by EXIF whose masks may or may not be turned
     guessed: Counter[int]  # range by which a 16-bit photo was read: photos
 
 

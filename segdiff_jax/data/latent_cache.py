@@ -1,6 +1,6 @@
-"""Encodes the training pairs once, so that the VAE leaves the training step.
+"""Encode the training pairs once, so that the training step needs no VAE.
 
-`data/latents.py` reads what this writes and says what the files hold.
+`data/latents.py` reads the cache and documents the contents of its files.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def open_or_build(source: Source, vae: VAE, config: Config, folder: str) -> Late
     if reason is None:
         try:
             latents = Latents(folder, source)
-        except waiting.NoAnswer:  # which says nothing about the files
+        except waiting.NoAnswer:  # this says nothing about the files
             raise
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserError) as error:
             reason = f"cannot be read ({str(error).splitlines()[0]})"

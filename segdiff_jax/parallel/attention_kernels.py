@@ -37,15 +37,15 @@ def with_attention(network: N, attention: AttentionFn) -> N:
 def on_mesh(mesh: Mesh) -> AttentionFn:
     """Return the attention function for arrays sharded over `mesh`, as in a training step."""
     platform = mesh.devices.flat[0].platform
-    # XLA cannot cut up a TPU kernel by itself.
+    # XLA cannot partition a TPU kernel by itself.
     return in_parts(splash, mesh) if platform == "tpu" else on_device(platform)
 
 
 def in_parts(attention: AttentionFn, mesh: Mesh) -> AttentionFn:
     """Apply `attention` to each device's shard: batch over data × fsdp, heads over `tensor`.
 
-    `tensor` peers that cannot share out the heads attend in all of them. With a mask, and where the
-    batch is not cut into equal parts, it is `plain`.
+    `tensor` peers whose number does not divide the heads compute all of them. With a mask, and for
+    a batch that does not divide, this is `plain`.
     """
 
     def attend(
@@ -92,8 +92,8 @@ def splash(
 ) -> jax.Array:
     """Attend with the TPU's splash kernel: positions to each other.
 
-    With a mask, and to another sequence (a text, which is short), it is `plain`. Arrays as of
-    `AttentionFn`; interpret: on any device, slowly.
+    With a mask, and for another sequence (a text, which is short), this is `plain`. Arrays are as
+    of `AttentionFn`. `interpret` runs the kernel on any device, slowly.
     """
     if mask is not None or query.shape != key.shape:
         return plain(query, key, value, mask)

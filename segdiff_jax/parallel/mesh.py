@@ -1,6 +1,6 @@
-"""The mesh of a config, and how batches, rows and whole copies lie on it.
+"""The mesh of a config, and the shardings of batches, rows and replicated arrays on it.
 
-The axes are `data` (replicas), `fsdp` and `tensor` (`rules` says what they cut). A batch is spread
+The axes are `data` (replicas), `fsdp` and `tensor` (`rules` says what they cut). A batch is sharded
 over data × fsdp.
 """
 

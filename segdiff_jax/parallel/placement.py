@@ -1,6 +1,6 @@
-"""Arrays of a process on the mesh: weights from files, whole networks, rows of work.
+"""Placement of a process's arrays on the mesh: weights from files, whole networks, rows of work.
 
-Weights from files go straight to where the mesh wants them: no device ever holds them whole.
+Weights from files are put straight into their shards: no device ever holds them whole.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ def placer(mesh: Mesh) -> Place:
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
     """Replicate the arrays of `tree` on each device of `mesh`.
 
-    What is on the mesh already stays as it is cut up, and shapes without arrays stay shapes.
+    Arrays that are on the mesh already keep their sharding, and shapes without arrays stay shapes.
     """
     whole = replicated(mesh)
 
@@ -44,7 +44,7 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
             return leaf
         if isinstance(here, NamedSharding) and here.mesh == mesh:
             return leaf
-        # From device to device where that is possible: not through the host.
+        # With one process, device_put copies from device to device, not through the host.
         return jax.device_put(leaf, whole) if processes.count() == 1 else put(leaf, whole)
 
     return jax.tree.map(place, tree)
@@ -86,8 +86,8 @@ def rows_of_call(count: int, most: int, devices: int) -> int:
     """Choose how many rows each compiled call takes for `count` rows in all: one of a few numbers.
 
     On each device 1, 2, 4, 8, and from there on twice and three times a power of two: 12, 16, 24,
-    32, ..., up to `most` rows over all devices. So a few rows do not pay for many, at worst three
-    for five, and after the first few calls no number of rows compiles anything.
+    32, ..., up to `most` rows over all devices. At worst three rows pay for five, and after the
+    first few calls no number of rows compiles anything.
     """
     largest = multiple(most, devices) // devices
     wanted, size = min(-(-count // devices), largest), 1

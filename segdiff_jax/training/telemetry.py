@@ -1,4 +1,4 @@
-"""What a run reports: TensorBoard events, a progress bar or log lines, rates.
+"""Reports of a run: TensorBoard events, a progress bar or log lines, rates.
 
 Reading a metric waits for the device. So the metrics of a step are read one step later, when they
 are ready and the next step is already queued: the device never waits for the host.
@@ -73,7 +73,7 @@ class Telemetry:
         self._waited = 0.0  # seconds of the interval
         self._events: _Events | None = None
         self._bar: tqdm | None = None
-        # A folder per stage: where one starts over, TensorBoard drops only what that one reported.
+        # A folder per stage: when a stage restarts, TensorBoard drops only that stage's events.
         self.folder = epath.Path(workdir) / "tensorboard" / self.stage
         if processes.is_first():
             self._events = _Events(self.folder, first_step)
@@ -216,8 +216,8 @@ def device_rates(rate: float, devices: Sequence[jax.Device]) -> dict[str, float]
 class _Events:
     """One TensorBoard event file, on local disk or on an object store.
 
-    Objects cannot be appended to: their file grows in a local folder and a thread copies it over
-    now and then. What cannot be written is a warning: losing a curve must not lose a run.
+    Objects cannot be appended to: the file grows in a local folder, and a thread copies it to the
+    store every `UPLOAD_SECONDS`. A failed write is a warning: losing a curve must not end a run.
     """
 
     def __init__(self, directory: epath.Path, first_step: int):

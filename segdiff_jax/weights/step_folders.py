@@ -1,8 +1,8 @@
-"""The folders of checkpoints as they lie on a disk or in a bucket: which are whole, and whose.
+"""The numbered folders of checkpoints on a disk or in a bucket: which are complete, and whose.
 
 On a local disk Orbax writes into `N.orbax-checkpoint-tmp` and renames it to `N`. A bucket cannot
-rename: there it writes into `N` and puts the file `MARKER` last. A copy may lack that file, so its
-absence proves nothing: a folder `N` is taken for the rest of a killed run only beside our own note
+rename: there Orbax writes into `N` and puts the file `MARKER` last. A copy may lack that file, so
+its absence proves nothing. A folder `N` counts as left by a killed run only beside our own note
 `N.writing`, or where Orbax's own file says that the write began and does not say that it ended.
 """
 
@@ -27,8 +27,8 @@ _TIMES = "_CHECKPOINT_METADATA"
 _ITEMS = ("state", "metadata")  # what each of our checkpoints holds
 _NOTE = ".writing"
 
-# In the names of objects gcsfs takes some of these for patterns, also when it deletes, and Orbax
-# the others for the end of the name.
+# gcsfs takes some of these for patterns in the names of objects, also when it deletes, and Orbax
+# takes the others for the end of the name.
 _NOT_IN_BUCKETS = "*?[]#;"
 
 
@@ -155,10 +155,10 @@ def scores(directory: epath.Path, steps: list[int], metric: str) -> dict[int, fl
 def _glob_below(self: Any, pattern: str) -> Iterator[Any]:
     """Glob below a folder: `Path.glob` of etils takes brackets in its name for a pattern.
 
-    Orbax finds with it, after a write, what to join to one checkpoint: in "g [x]" it found nothing.
+    After a write, Orbax globs for the parts of a checkpoint: in "g [x]" it found nothing.
     """
     if is_remote(self):
-        return _glob(self, pattern)  # whose names hold none: `check_path`
+        return _glob(self, pattern)  # names in buckets hold no brackets: `check_path`
     return (self / name for name in glob.glob(pattern, root_dir=self))
 
 
