@@ -4,11 +4,11 @@ cache.json                  what the latents were made from, their shape, the nu
 classes-00000.json          of each pair: the classes in each view, or why it could not be read
 latents-00000.array_record  float32 latents; a shard per process that wrote, pairs in order
 
-The first record is the latent of an empty mask. Then each pair has, for each of its views
-(data.augment.views of them; otherwise as it is, then mirrored where the config flips), the image
-latent with its valid mask and one latent per mask: of each class that the view shows, or one of all
-classes where one pass paints them all; with each, which latent pixels show the class.
-A folder without `cache.json` is no cache. `data/latent_cache.py` writes all this.
+The first record is the latent of an empty mask. Then follow, for each view of each pair, the image
+latent with its valid mask, and a latent for each mask with the latent pixels that show its class.
+There is one mask for each class in the view, or one for all classes where one pass paints them all.
+A pair has data.augment.views views, or without these itself and, where the config flips, its mirror
+image. A folder without `cache.json` is no cache. `data/latent_cache.py` writes these files.
 """
 
 import atexit

@@ -153,9 +153,9 @@ class Level(nnx.Module):
 class UNet(nnx.Module):
     """Predicts noise, x0 or velocity from noisy latents, timestep and text.
 
-    `attention` serves self- and cross-attention. With `remat`, a block keeps only its inputs for the
-    backward pass; without, it also keeps the results of its products, and in float32 everything.
-    With `zero_init`, every residual branch and the output start at zero, for training from scratch.
+    `attention` serves self- and cross-attention. With `remat`, a block saves only its inputs for
+    the backward pass; without, it also saves the results of its products, and in float32 all. With
+    `zero_init`, every residual branch and the output start at zero, for training from scratch.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ _EPSILON = 1e-6
 def _narrow_posterior(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
     """Initialise a bias: zero for the means, -6 for the log-variances.
 
-    A new VAE that starts at unit variance first has to learn to whisper louder than its own noise.
+    With unit variance, a new VAE would first have to learn latents that exceed its own noise.
     """
     return jnp.where(jnp.arange(shape[0]) < shape[0] // 2, 0.0, -6.0).astype(dtype)
 
@@ -63,7 +63,7 @@ class SpatialAttention(nnx.Module):
 
 
 def _resnet(config: VAEConfig, channels_in: int, channels_out: int, **kw: Any) -> ResnetBlock:
-    # A new VAE starts as a linear map, which learns colours first and fast.
+    # With zero residual branches a new VAE is a linear map, which soon learns colours.
     norm: dict[str, Any] = {"groups": config.norm_groups, "epsilon": _EPSILON, "zero": True}
     return ResnetBlock(channels_in, channels_out, **norm, **kw)
 

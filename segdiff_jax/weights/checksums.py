@@ -1,6 +1,6 @@
-"""What a checkpoint holds, array by array: plain names, checksums, no NaN.
+"""Plain names, checksums and finiteness of the arrays in a checkpoint.
 
-Orbax's chunks carry no checksum: a flipped bit in one would be restored as it is.
+Orbax's chunks carry no checksum, so a flipped bit would be restored unnoticed.
 """
 
 from typing import Any
@@ -81,7 +81,7 @@ def verify(tree: dict[str, Any], expected: dict[str, int], stored: Any) -> None:
 def check_finite(tree: dict[str, Any]) -> None:
     """Raise `ValueError` for NaN or infinity, in every process.
 
-    They pass a checksum, and whoever goes on from them would blame the data or the learning rate.
+    Both pass a checksum, and a run that resumed from them would blame data or learning rate.
     """
     bad = None
     for path, array in flat(tree).items():
