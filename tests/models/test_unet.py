@@ -12,92 +12,36 @@ from segdiff_jax.models import layers
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.weights import key_map, pretrained
 
-# name: (cross-attention per level, diffusers options, latent [B, h, w], tokens)
-CASES = {
-    "sd1": (
-        (True, True, False),
-        {"block_out_channels": (16, 32, 32), "norm_num_groups": 8, "attention_head_dim": 8},
-        (1, 8, 8),
-        7,
-    ),
+# name: (attends, widths, groups, heads, linear projection, layers, latent [B, h, w], tokens, rest)
+_CASES: dict[str, tuple] = {
+    "sd1": ((True, True, False), (16, 32, 32), 8, 8, False, 2, (1, 8, 8), 7, {}),
     "sd2_four_levels_nonsquare": (
-        (True, True, True, False),
-        {
-            "block_out_channels": (8, 16, 24, 24),
-            "norm_num_groups": 4,
-            "attention_head_dim": [1, 2, 3, 4],
-            "use_linear_projection": True,
-            "layers_per_block": 1,
-        },
-        (2, 8, 16),
-        77,
+        *((True, True, True, False), (8, 16, 24, 24), 4, [1, 2, 3, 4], True, 1),
+        *((2, 8, 16), 77, {}),
     ),
-    "odd_channels_and_groups": (
-        (True, True),
-        {
-            "block_out_channels": (15, 35),
-            "norm_num_groups": 5,
-            "attention_head_dim": [3, 7],
-            "use_linear_projection": True,
-            "layers_per_block": 1,
-        },
-        (3, 6, 4),
-        5,
-    ),
-    "three_layers_attention_below_only": (
-        (False, True),
-        {
-            "block_out_channels": (8, 12),
-            "norm_num_groups": 2,
-            "attention_head_dim": 2,
-            "layers_per_block": 3,
-        },
-        (2, 4, 6),
-        3,
-    ),
+    "odd_channels_and_groups": ((True, True), (15, 35), 5, [3, 7], True, 1, (3, 6, 4), 5, {}),
+    "three_layers_attention_below_only": ((False, True), (8, 12), 2, 2, False, 3, (2, 4, 6), 3, {}),
     "attention_in_the_middle_only": (
-        (False,),
-        {
-            "in_channels": 9,
-            "block_out_channels": (10,),
-            "norm_num_groups": 2,
-            "attention_head_dim": 1,
-            "use_linear_projection": True,
-            "layers_per_block": 1,
-        },
-        (3, 2, 5),
-        1,
+        *((False,), (10,), 2, 1, True, 1, (3, 2, 5), 1, {"in_channels": 9}),
     ),
     "odd_latent_eight_channels": (
-        (True, False, True),
-        {
-            "in_channels": 8,
-            "block_out_channels": (8, 8, 16),
-            "norm_num_groups": 4,
-            "attention_head_dim": 2,
-            "layers_per_block": 1,
-        },
-        (2, 7, 5),
-        4,
+        *((True, False, True), (8, 8, 16), 4, 2, False, 1, (2, 7, 5), 4, {"in_channels": 8}),
     ),
     "deep_transformers_other_time_code": (
-        (True,),
-        {
-            "in_channels": 32,
-            "out_channels": 16,
-            "block_out_channels": (16,),
-            "norm_num_groups": 16,
-            "norm_eps": 1e-4,
-            "attention_head_dim": 4,
-            "layers_per_block": 1,
-            "transformer_layers_per_block": 2,
-            "flip_sin_to_cos": False,
-            "freq_shift": 1,
-        },
-        (2, 5, 4),
-        6,
+        *((True,), (16,), 16, 4, False, 1, (2, 5, 4), 6),
+        {"in_channels": 32, "out_channels": 16, "norm_eps": 1e-4, "freq_shift": 1}
+        | {"transformer_layers_per_block": 2, "flip_sin_to_cos": False},
     ),
 }
+CASES = {}  # name: (attends, options of diffusers, latent, tokens)
+for _name, (_attends, _widths, _groups, _heads, _linear, _layers, *_sizes, _rest) in _CASES.items():
+    _options = {
+        "block_out_channels": _widths,
+        "norm_num_groups": _groups,
+        "layers_per_block": _layers,
+    }
+    _options |= {"attention_head_dim": _heads, "use_linear_projection": _linear}
+    CASES[_name] = (_attends, _options | _rest, *_sizes)
 CONTEXT = 12
 # One level, heads of 32 channels: as little to compile as there can be.
 SMALL = UNetConfig(8, 4, (32,), (True,), 1, 1, (1,), CONTEXT, True, 8)
