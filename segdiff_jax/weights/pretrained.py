@@ -43,12 +43,13 @@ _NETWORKS: dict[str, Any] = {
     "tiny_vae": TinyVAE,
     "text_encoder": CLIPText,
 }
-_CONFIGS: dict[str, tuple[str, Callable[[Any, str], Any]]] = {  # the file of each, and its reader
-    "unet": ("config.json", hf_config.read_unet),
-    "vae": ("config.json", hf_config.read_vae),
-    "tiny_vae": ("config.json", hf_config.read_tiny_vae),
-    "text_encoder": ("config.json", hf_config.read_text_encoder),
-    "schedule": ("scheduler_config.json", hf_config.read_schedule),
+# The config file of each, its reader and its writer.
+_CONFIGS: dict[str, tuple[str, Callable[[Any, str], Any], Callable[[Any], dict[str, Any]]]] = {
+    "unet": ("config.json", hf_config.read_unet, hf_config.write_unet),
+    "vae": ("config.json", hf_config.read_vae, hf_config.write_vae),
+    "tiny_vae": ("config.json", hf_config.read_tiny_vae, hf_config.write_tiny_vae),
+    "text_encoder": ("config.json", hf_config.read_text_encoder, hf_config.write_text_encoder),
+    "schedule": ("scheduler_config.json", hf_config.read_schedule, hf_config.write_schedule),
 }
 
 
@@ -180,7 +181,7 @@ def find_tokenizer(file: epath.Path, given: str = "") -> epath.Path:
 
 
 def _read_config(root: epath.Path, component: str) -> Any:
-    name, read = _CONFIGS[component]
+    name, read, _ = _CONFIGS[component]
     path = root / hub.folder_name(component) / name
     return read(stored.read_object(path), os.fspath(path))
 
@@ -312,17 +313,10 @@ def _write(component: str, part: Any, folder: epath.Path, dtype: str) -> None:
     if component == "tokenizer":
         part.save(folder)
         return
-    if component == "schedule":
-        values = hf_config.write_schedule(part)
-    elif component == "unet":
-        values = hf_config.write_unet(part.config)
-    elif component == "vae":
-        values = hf_config.write_vae(part.config)
-    elif component == "tiny_vae":
-        values = hf_config.write_tiny_vae(part.config)
-    else:
-        values = hf_config.write_text_encoder(part.config) | {"torch_dtype": dtype}
-    files.write_json(folder / _CONFIGS[component][0], values)
+    file, _, as_json = _CONFIGS[component]
+    values = as_json(part if component == "schedule" else part.config)
+    values |= {"torch_dtype": dtype} if component == "text_encoder" else {}
+    files.write_json(folder / file, values)
     if component in STEM:
         tensors.write(component, part, folder, dtype)
 

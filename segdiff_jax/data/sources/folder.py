@@ -6,7 +6,7 @@ from etils import epath
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data.images import missing
 from segdiff_jax.data.sources.layouts import IGNORE, IGNORE_16, Layout, existing, lookup_of
-from segdiff_jax.data.sources.pairing import is_image, nearby, pairs
+from segdiff_jax.data.sources.pairing import is_image, nearby, no_folder, pairs
 from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary as vocabularies
 from segdiff_jax.text.vocabulary import Vocabulary
@@ -42,19 +42,13 @@ def _folders_of(root: epath.Path, config: DataConfig, split: str) -> tuple[epath
                 return images, masks
             if suffixed:
                 return images, images
-            raise UserError(
-                f"{masks}: {missing(masks, 'folder')}, check config.data.root and the split's name"
-                f"{_other_names(masks)}{nearby(masks.parent, 'folder')}"
-            )
+            raise no_folder(masks, _other_names(masks) + nearby(masks.parent, "folder"))
     if suffixed:
         beside = root / split if (root / split).is_dir() else root
         if beside != root or not any((root / s).is_dir() for s in splits):
             return beside, beside
     images = choices[-1][0] if len(choices) == 2 and nested[1].is_dir() else choices[0][0]
-    raise UserError(
-        f"{images}: {missing(images, 'folder')}, check config.data.root and the split's name"
-        f"{nearby(root, 'folder')}"
-    )
+    raise no_folder(images, nearby(root, "folder"))
 
 
 def _other_names(masks: epath.Path) -> str:

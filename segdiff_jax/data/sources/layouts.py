@@ -17,6 +17,7 @@ from segdiff_jax.data.sources.pairing import (
     is_image,
     listing,
     nearby,
+    no_folder,
     pairs,
     pairs_by_mask,
 )
@@ -65,10 +66,7 @@ def ade20k(config: DataConfig, split: str) -> Layout:
     part = {"train": "training", "val": "validation"}.get(split, split)
     images, masks = root / "images" / part, root / "annotations" / part
     if not images.is_dir():
-        raise UserError(
-            f"{images}: {missing(images, 'folder')}, check config.data.root and the split's name"
-            f"{nearby(root, 'ade20k')}"
-        )
+        raise no_folder(images, nearby(root, "ade20k"))
     vocabulary = vocabularies.load(config.vocabulary or "ade20k_150")
     return Layout(pairs(images, masks), vocabulary, shifted_lookup())
 
@@ -113,10 +111,8 @@ def _prepared(root: epath.Path, images: str, masks: str) -> Pairs:
     """Pair what detectron2's preparation scripts have written; the masks are the split."""
     for folder in (images, masks):
         if not (root / folder).is_dir():
-            raise UserError(
-                f"{root / folder}: {missing(root / folder, 'folder')}, check config.data.root and "
-                "the split's name, or prepare the data set for detectron2 first (docs/data.md)"
-            )
+            advice = ", or prepare the data set for detectron2 first (docs/data.md)"
+            raise no_folder(root / folder, advice)
     return pairs_by_mask(root / images, root / masks)
 
 
@@ -248,10 +244,7 @@ def cityscapes(config: DataConfig, split: str) -> Layout:
             beside = place.parent.iterdir() if place.parent.is_dir() else ()
             splits = sorted(path.name for path in beside if path.is_dir())
             found = f"; found {', '.join(splits)}" if splits else nearby(root, "cityscapes")
-            raise UserError(
-                f"{place}: {missing(place, 'folder')}, "
-                f"check config.data.root and the split's name{found}"
-            )
+            raise no_folder(place, found)
     vocabulary = vocabularies.load(config.vocabulary or "cityscapes_19")
     count = _count(images, "_leftImg8bit")
     trained = _count(masks, "_gtFine_labelTrainIds")

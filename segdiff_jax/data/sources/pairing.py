@@ -108,9 +108,7 @@ def suffix_hint(images: Collection[str], masks: Iterable[str]) -> str:
 def _by_name(folder: epath.Path, suffix: str = "", without: str = "") -> dict[str, str]:
     """Map image files below `folder` whose stem ends with `suffix`, not `without`, by name."""
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: {missing(folder, 'folder')}, check config.data.root and the split's name"
-        )
+        raise no_folder(folder)
     found: dict[str, str] = {}
     folded: dict[str, str] = {}
     for name in listing(folder):
@@ -125,6 +123,12 @@ def _by_name(folder: epath.Path, suffix: str = "", without: str = "") -> dict[st
             raise UserError(f"{one}: has {same} as {other}: rename or remove one")
         found[key] = path
     return found
+
+
+def no_folder(folder: epath.Path, found: str = "") -> UserError:
+    """Word the error for a folder of a split that is not there; `found` says what there is."""
+    absent = missing(folder, "folder")
+    return UserError(f"{folder}: {absent}, check config.data.root and the split's name{found}")
 
 
 def _folded(name: str) -> str:
