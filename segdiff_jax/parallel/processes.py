@@ -1,7 +1,7 @@
-"""Several processes that do one job: joining, waiting, agreeing, and going down together.
+"""Processes of one run: joining, barriers, agreement, and a common end after a failure.
 
-Barriers and messages go through the service that process 0 runs for JAX, not through devices: a
-device collective that one process never enters is waited for without end on a TPU.
+Barriers and messages go through the coordination service that process 0 runs for JAX, not through
+devices: on a TPU, a collective that one process never enters blocks the others for ever.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def join() -> None:
     JAX_PROCESS_ID. Without either this process is alone. Raises `UserError` for half of them, and
     when the others do not come.
     """
-    # JAX's own service would take SIGTERM, also before the loop can act on it.
+    # JAX's preemption service would catch SIGTERM, also before the loop can act on it.
     jax.config.update("jax_enable_preemption_service", False)
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if len(given) == len(VARIABLES):

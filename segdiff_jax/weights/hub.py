@@ -144,9 +144,10 @@ def _fetch(repository: str, revision: str | None, patterns: list[str]) -> epath.
 def find_weights(folder: epath.Path, component: str, variant: str | None) -> list[epath.Path]:
     """Return the files that hold the weights of a component, in order: see `_NAMES`.
 
-    Without a variant the plain files are preferred, then whichever single variant is there: all of
-    them end up as float32. With one the plain files are taken where it is missing, for many are of
-    the UNet alone; the log says so. Raises `UserError` when there are none, or only pickles.
+    Without `variant` the plain files are preferred, then the only variant: parameters become
+    float32 in any case. With it, a component that lacks the variant falls back on its plain files,
+    since many repositories have it for the UNet alone; the log says so. Raises `UserError` when
+    there are no weights, or only pickles.
     """
     with files.reading(folder):
         names = sorted(path.name for path in folder.iterdir())

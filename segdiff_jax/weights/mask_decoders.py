@@ -1,4 +1,4 @@
-"""What may stand in for the VAE's decoder, in the folder of a model.
+"""Files of decoders that take the place of the VAE's, in the folder of a model.
 
 linear_decoder.safetensors            fitted when a training ends
 tiny_vae/ (of a workdir: pretrained/) an AutoencoderTiny of the same latent space, put there by hand

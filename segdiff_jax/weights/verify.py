@@ -1,4 +1,4 @@
-"""An exported folder in PyTorch against the same folder here: `export --verify`."""
+"""Comparison of an exported folder in diffusers with the same folder here: `export --verify`."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
