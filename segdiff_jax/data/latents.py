@@ -4,12 +4,12 @@ cache.json                  what the latents were made from, their shape, the nu
 classes-00000.json          of each pair: the classes in each view, or why it could not be read
 latents-00000.array_record  float32 latents; a shard per process that wrote, pairs in order
 
-The first record is the latent of an empty mask. Then each pair has, for each of its views
-(data.augment.views of them; otherwise as it is, then mirrored where the config flips), the image
-latent with its valid mask and its labels, and one latent per mask: of each class that the view
-shows, or one of all classes where one pass paints them all; with each, which latent pixels show the
-class.
-A folder without `cache.json` is no cache. `data/latent_cache.py` writes all this.
+The first record is the latent of an empty mask. Then follow, for each view of each pair, the image
+latent with its valid mask and its labels, and a latent for each mask with the latent pixels that
+show its class. There is one mask for each class in the view, or one for all classes where one pass
+paints them all. A pair has data.augment.views views, or without these itself and, where the config
+flips, its mirror image. A folder without `cache.json` is no cache. `data/latent_cache.py` writes
+these files.
 """
 
 import atexit
@@ -40,10 +40,9 @@ def train_batches(
     seed: int,
     start: int = 0,
     rows: Sequence[int] | None = None,
-    batch_size: int | None = None,
     preference: Preference | None = None,
 ) -> pipeline.TrainBatches:
-    """The batches of `pipeline.train_batches`, example for example, with latents for pixels.
+    """Return the batches of `pipeline.train_batches`, example for example, with latents for pixels.
 
     Each is {"image_latents": float32 [b, h, w, c], "mask_latents": float32 [b, h, w, c],
     "shown": bool [b, h, w], "valid": bool [b, h, w], "class_ids": int32 [b, G]}. Where classes
@@ -51,7 +50,7 @@ def train_batches(
     [b, C, h, w, c], "shown" [b, C, h, w], "class_ids" [b, C].
     """
     example = _Example(latents, config, seed, preference)
-    return pipeline.batches(latents, example, config, seed, start, rows, batch_size)
+    return pipeline.batches(latents, example, config, seed, start, rows)
 
 
 class Latents:
@@ -92,17 +91,17 @@ class Latents:
         return {"pair": pair}
 
     def classes(self, pair: int, view: int) -> np.ndarray:
-        """The ids [n] of trained classes that a view of a pair shows."""
+        """Return the ids [n] of trained classes that a view of a pair shows."""
         return np.array(self._contents[pair][view], np.int32)
 
     def image(self, pair: int, view: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Image latent [h, w, c], valid mask bool [h, w] and labels [H, W]."""
+        """Read image latent [h, w, c], valid mask bool [h, w] and labels [H, W]."""
         size = int(np.prod(self._image_size)) * np.dtype(self._label_type).itemsize
         latent, valid, rest = self._read(self._record(pair, view), size)
         return latent, valid, np.frombuffer(rest, self._label_type).reshape(self._image_size)
 
     def mask(self, pair: int, view: int, class_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """Mask latent [h, w, c] of a class, or of all that share an image; shown bool [h, w]."""
+        """Read the mask latent [h, w, c] of a class, or of all in one image; shown bool [h, w]."""
         slots = [0] if self._in_one_image else np.flatnonzero(self.classes(pair, view) == class_id)
         if not len(slots):
             return self._empty
@@ -112,7 +111,7 @@ class Latents:
         return int(self._start[self._first_view[pair] + view])
 
     def _read(self, record: int, more: int = 0) -> tuple[np.ndarray, np.ndarray, bytes]:
-        """A record: a latent [h, w, c], a bit for each of its positions, bool [h, w], more bytes."""
+        """Read a record: a latent [h, w, c], a bit for each position, bool [h, w], `more` bytes."""
         height, width, _ = self.shape
         floats = int(np.prod(self.shape))
         error, data = None, b""
@@ -164,7 +163,7 @@ class _Example:
 
 
 def _local_copy(root: epath.Path) -> str:
-    """array_record reads local files only: those of a store are copied for this process."""
+    """Copy a store's files for this process: array_record reads local files only."""
     folder = tempfile.mkdtemp(prefix="segdiff_latents_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for path in root.glob("*.array_record"):

@@ -1,7 +1,11 @@
 """DDIM sampling as one `lax.scan`, and ensembles of it.
 
+    key ─► member_keys ─► initial_noise: x_T ─► for t, t_prev of the schedule:
+                                                  predict(x_t, t) ─► ddim_step ─► x_{t_prev}
+                                            ─► x_0
+
 The sampler knows no network: `predict(sample, t)` is any function from x_t and a scalar int32 t
-to a prediction of the schedule's type. Conditioning is closed over by the caller.
+to a prediction of the schedule's type. The caller closes it over contexts and image latents.
 """
 
 from collections.abc import Callable
@@ -28,7 +32,7 @@ def sample(
     eta: float = 0.0,
     key: jax.Array | None = None,
 ) -> Sample:
-    """Runs the reverse process from `latents` (x_T, any shape) to x_0 of the same shape.
+    """Run the reverse process from `latents` (x_T, any shape) to x_0 of the same shape.
 
     `steps` and `eta` are static. `key` is needed only for eta > 0; step i then adds
     `step_noise(key, i, latents.shape)`. Raises `UserError` for `steps` outside 1 ... T.
@@ -54,13 +58,13 @@ def sample(
 def step_noise(
     key: jax.Array | None, index: jax.typing.ArrayLike, shape: tuple[int, ...]
 ) -> jax.Array:
-    """The Gaussian noise that `sample` adds at step `index` when eta > 0."""
+    """Draw the Gaussian noise that `sample` adds at step `index` when eta > 0."""
     assert key is not None
     return jax.random.normal(jax.random.fold_in(key, index), shape)
 
 
 def member_keys(key: jax.Array, count: int, start: int | jax.Array = 0) -> Keys:
-    """Keys [count] of the members start ... start + count - 1.
+    """Return keys [count] of the members start ... start + count - 1.
 
     Member k's key is fold_in(key, k): it depends neither on how many members there are nor on
     the batch in which k is drawn.
@@ -71,7 +75,7 @@ def member_keys(key: jax.Array, count: int, start: int | jax.Array = 0) -> Keys:
 def initial_noise(
     member_key: jax.Array, shape: tuple[int, ...], kind: str = "gaussian"
 ) -> jax.Array:
-    """x_T of one member: plain Gaussian noise, or zeros for a `kind` of "zero"."""
+    """Draw x_T of one member: plain Gaussian noise, or zeros for a `kind` of "zero"."""
     if kind == "zero":
         return jnp.zeros(shape)
     return jax.random.normal(jax.random.split(member_key)[0], shape)
@@ -86,7 +90,7 @@ def sample_member(
     eta: float = 0.0,
     start: str = "gaussian",
 ) -> jax.Array:
-    """One member of an ensemble: x_0 of `shape`, all its noise drawn from `member_key`.
+    """Sample one member of an ensemble: x_0 of `shape`, all its noise drawn from `member_key`.
 
     start: the kind of its `initial_noise`. An ensemble is `vmap` of this over `member_keys`, or
     over slices of them to bound memory.

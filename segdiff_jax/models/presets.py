@@ -54,7 +54,7 @@ def _small(
 
 
 def unet_between(name: str, latent_channels: int, text_width: int) -> UNetConfig:
-    """The UNet of the preset called `name`, fitted to the networks at its two ends."""
+    """Return the UNet of the preset `name`, fitted to a VAE's latent channels and a text width."""
     return dataclasses.replace(
         architecture(name).unet,
         in_channels=2 * latent_channels,
@@ -84,7 +84,7 @@ PRESETS = {
 
 
 def architecture(name: str) -> Architecture:
-    """The preset called `name`; `UserError` if there is none."""
+    """Return the preset called `name`. Raise `UserError` if there is none."""
     if name not in PRESETS:
         raise UserError(f"config.model.preset={name!r}: choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

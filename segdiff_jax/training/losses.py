@@ -30,8 +30,8 @@ class Frozen(NamedTuple):
 
     vae: Any  # its parameters; the network itself for a loss
     schedule: schedule_lib.Schedule
-    table: conditioning.PromptTable
-    decoder: LinearDecoder | None = None  # of masks, where the single-step stage trains through it
+    table: conditioning.PromptTable  # encoded prompts of all classes
+    decoder: LinearDecoder | None = None  # of masks, where a loss on labels goes through it
 
 
 class Corruption(NamedTuple):
