@@ -32,6 +32,7 @@ PATHS = ("data.root", "data.vocabulary", "init_from", "init_tokenizer")  # name 
 SOURCES = (
     *("scenes", "folder", "ade20k", "ade20k_847", "coco_stuff", "pascal_voc", "pascal_voc_20b"),
     *("pascal_context_59", "pascal_context_459", "cityscapes", "tfds"),
+    *("coco_instances", "coco_panoptic"),
 )
 FITS = ("pad", "stretch")  # a photo keeps its aspect ratio, or is as wide and high as the view
 USES = ("model", "evaluate", "train")  # of a config, from what asks least of it
