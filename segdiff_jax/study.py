@@ -2,9 +2,11 @@
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +43,22 @@ def main(argv: list[str]) -> None:
         raise UserError(f"name a study, {', '.join(NAMES)}, and its --output")
     if not args.config and not _DEMO.exists():
         raise UserError("--config is missing: name a file with get_config()")
+    if args.name != "panels" and not importlib.util.find_spec("matplotlib"):
+        raise UserError("studies draw with matplotlib: pip install 'segdiff_jax[study]'")
     config = cli.load_config(args.config or str(_DEMO), overrides)
 
     from segdiff_jax.parallel import runtime
+    from segdiff_jax.training.stop import Stopped
 
     runtime.start()
     runtime.start_logging(times=True)
     if args.name == "panels":
         _panels(args, config)
-    else:
+        return
+    try:
         _study(args, config, f"segdiff study {shlex.join(argv)}")
+    except Stopped as stopped:
+        print(f"{stopped}; run the same command to continue", file=sys.stderr)
 
 
 def _study(args: argparse.Namespace, config: Config, command: str) -> None:

@@ -1,6 +1,7 @@
 """`python -m segdiff_jax.study`: trains, measures, goes on, and says what it found."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from segdiff_jax.data import scenes
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import studies, tables
 from segdiff_jax.training import run
+from segdiff_jax.weights import workdir as workdirs
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -22,54 +24,82 @@ def quiet(monkeypatch):
 
 @pytest.fixture(scope="session")
 def config_file(micro_config, tmp_path_factory):
-    values = config.to_dict(micro_config())
-    values["train"] |= {"steps": 2, "eval_every": 0}
     path = tmp_path_factory.mktemp("study") / "micro.py"
+    values = json.dumps(_short(micro_config))
     path.write_text(
         "import json\nfrom segdiff_jax.config import from_dict\n"
-        f"def get_config():\n    return from_dict(json.loads({json.dumps(values)!r}))\n"
+        f"def get_config():\n    return from_dict(json.loads({values!r}))\n"
     )
     return str(path)
 
 
-def test_a_study_trains_measures_and_goes_on(config_file, tmp_path, monkeypatch, capsys):
-    argv = ["start", "--output", str(tmp_path), "--config", config_file, "--limit", "2"]
+def _short(micro_config):
+    values = config.to_dict(micro_config())
+    values["train"] |= {"steps": 2, "eval_every": 0}
+    return values
+
+
+@pytest.fixture
+def finished(trained, micro_config, tmp_path):
+    """An --output in which the trainings of the study "start" are done."""
+    short = config.from_dict(_short(micro_config))
+    for timesteps in ("uniform", "terminal"):
+        workdir = tmp_path / "runs" / f"annealed-{timesteps}-seed0"
+        shutil.copytree(trained, workdir)
+        changes = studies.training(short, timesteps).changes
+        workdirs.write_config(str(workdir), studies.changed(short, changes))
+    shutil.copytree(f"{trained}/vae", tmp_path / "runs" / "vae-seed0")
+    return tmp_path
+
+
+def test_a_study_measures_goes_on_and_says_what_it_found(
+    config_file, finished, monkeypatch, capsys
+):
+    monkeypatch.setattr(run, "train", lambda *_: pytest.fail("it is trained already"))
+    argv = ["start", "--output", str(finished), "--config", config_file, "--limit", "1"]
     study.main(argv)
-    result = json.loads((tmp_path / "start.json").read_text())
+    result = json.loads((finished / "start.json").read_text())
     assert [m["setting"]["start"] for m in result["measurements"]] == ["gaussian", "multires"] * 4
     assert {m["setting"]["timesteps"] for m in result["measurements"]} == {"uniform", "terminal"}
-    text = (tmp_path / "start.md").read_text()
+    text = (finished / "start.md").read_text()
     assert "Sampling from Gaussian noise is better" in text and text.count("| uniform |") == 4
     assert text in capsys.readouterr().out
-    assert "data:image/png" in (tmp_path / "start.html").read_text()
-    assert Image.open(tmp_path / "start.png").width > 300
-    runs = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert runs == ["annealed-terminal-seed0", "annealed-uniform-seed0", "vae-seed0"]
+    assert "data:image/png" in (finished / "start.html").read_text()
+    assert Image.open(finished / "start.png").width > 300
 
-    # A stopped study: what it has measured stays, what it has trained is found again.
+    # A stopped study: what it has measured stays.
     kept = result["measurements"][:-1]
     kept[0]["figures"]["miou_present"] = 0.123
-    (tmp_path / "start.json").write_text(json.dumps(result | {"measurements": kept}))
-    monkeypatch.setattr(run, "train", lambda *_: pytest.fail("it is trained already"))
+    (finished / "start.json").write_text(json.dumps(result | {"measurements": kept}))
     study.main(argv)
-    again = json.loads((tmp_path / "start.json").read_text())
+    again = json.loads((finished / "start.json").read_text())
     assert again["measurements"][-1] == result["measurements"][-1]
     assert again["measurements"][0]["figures"]["miou_present"] == 0.123
 
-    other = [*argv, "--config.train.balance=0.7"]
-    (tmp_path / "start.json").unlink()
+    (finished / "start.json").unlink()
     with pytest.raises(UserError, match=r"config\.train\.balance=0\.0, now it is 0\.7"):
-        study.main(other)
+        study.main([*argv, "--config.train.balance=0.7"])
+    _check_tables(finished, again)
 
-    rewritten = tmp_path / "results.md"
-    rewritten.write_text("a\n<!-- table: start.json -->\nold\n<!-- end of table -->\nb\n")
-    (tmp_path / "start.json").write_text(json.dumps(again))
-    study.main(["--tables", str(rewritten)])
-    shown = rewritten.read_text()
+
+def _check_tables(folder, result):
+    document = folder / "results.md"
+    document.write_text("a\n<!-- table: start.json -->\nold\n<!-- end of table -->\nb\n")
+    (folder / "start.json").write_text(json.dumps(result))
+    study.main(["--tables", str(document)])
+    shown = document.read_text()
     assert "old" not in shown and shown.startswith("a\n") and shown.endswith("\nb\n")
-    assert tables.section(again) in shown
-    study.main(["--tables", str(rewritten)])
-    assert rewritten.read_text() == shown
+    assert tables.section(result) in shown
+    study.main(["--tables", str(document)])
+    assert document.read_text() == shown
+
+
+@pytest.mark.slow
+def test_a_study_trains_what_it_needs(config_file, tmp_path):
+    study.main(["start", "--output", str(tmp_path), "--config", config_file, "--limit", "1"])
+    runs = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert runs == ["annealed-terminal-seed0", "annealed-uniform-seed0", "vae-seed0"]
+    assert json.loads((tmp_path / "start.json").read_text())["verdict"]
 
 
 def test_members_are_sampled_once(trained, micro_config):

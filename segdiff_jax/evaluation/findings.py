@@ -149,7 +149,7 @@ def _elbow(claim: Elbow, measurements: Sequence[Measurement]) -> str:
     said, votes = [], []
     for context in _contexts({claim.key: 0}, measurements):
         curve = {}
-        for value in sorted({m.setting[claim.key] for m in measurements}):
+        for value in sorted({int(m.setting[claim.key]) for m in measurements}):
             of_seeds = _by_seed(claim.figure, {**context, claim.key: value}, measurements)
             if of_seeds:
                 curve[value] = estimate(list(of_seeds.values()))

@@ -241,7 +241,7 @@ def on_budget(config: Config, budget: str) -> Config:
     """`config` as it is ("full"), or with half of its data of scenes and of its steps ("small")."""
     if budget == "full":
         return config
-    halved = ("train.steps", "optimizer.decay_steps")
+    halved: tuple[str, ...] = ("train.steps", "optimizer.decay_steps")
     halved += ("data.scenes.train_examples", "data.scenes.val_examples")
     changes = {key: max(1, configs.get(config, key) // 2) for key in halved}
     return changed(config, changes | {"vae.steps": config.vae.steps * 2 // 3})
@@ -277,7 +277,7 @@ def _train(config: Config, workdir: Path) -> None:
 
 
 # What a workdir must have been trained with, for its name to mean what it says.
-_OF_BOTH_STAGES = (
+_OF_BOTH_STAGES: tuple[str, ...] = (
     "seed",
     "data.source",
     "data.root",
@@ -285,7 +285,7 @@ _OF_BOTH_STAGES = (
     "data.fit",
     "model.preset",
 )
-_OF_DIFFUSION = ("noise", "codec", "optimizer.learning_rate", "train.batch_size")
+_OF_DIFFUSION: tuple[str, ...] = ("noise", "codec", "optimizer.learning_rate", "train.batch_size")
 _OF_DIFFUSION += ("train.terminal_share", "train.balance", "train.hard_negatives")
 
 
