@@ -116,7 +116,7 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     from segdiff_jax import ownership
     from segdiff_jax.data import label_summary
     from segdiff_jax.data.sources.source import open_source
-    from segdiff_jax.evaluation import parts, report, suite
+    from segdiff_jax.evaluation import asked, parts, report, suite
     from segdiff_jax.evaluation.evaluator import evaluate
     from segdiff_jax.inference.segmenter import Segmenter
     from segdiff_jax.parallel import processes
@@ -145,11 +145,11 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     trained = workdir.read_classes(args.checkpoint)
     segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, trained=trained)
     segmenter.add_decoders(*workdir.load_decoders(args.checkpoint, vae))
-    asked = len(getattr(source, "asked", None) or source.vocabulary)
+    classes = len(asked.of(source, args.synonyms).vocabulary)
     tokens = tokenizer.model_max_length
     data = {"source": config.data.source, "root": config.data.root, "split": split}
     read = {"checkpoint": args.checkpoint, "checkpoint_step": step, "data": data}
-    cost = suite.cost(unet.config, vae.config, config, asked, tokens)
+    cost = suite.cost(unet.config, vae.config, config, classes, tokens)
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(ownership.claimed(args.output, _KIND, _OUTPUTS))
@@ -161,6 +161,7 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
             examples=args.rows,
             ceiling=args.ceiling,
             open_vocabulary=args.open,
+            synonyms=args.synonyms,
             progress=reporter("evaluate", enabled=first),
             keep=(parts.folder_of(args.output), read | {"vocabulary": source.vocabulary.names}),
         )
@@ -228,6 +229,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also write per_image.csv: for each image and class the pixels of truth, prediction "
         "and both, of whole masks and of boundaries, so that another metric needs no second run",
+    )
+    add(
+        "--synonyms",
+        choices=("mean", "max", "first"),
+        default="mean",
+        help="of a class with several names: mean of their prompts (default), the highest of their "
+        "scores, each name being asked for by itself, or the first name alone",
     )
     add(
         "--open",

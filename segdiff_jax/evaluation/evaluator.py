@@ -14,14 +14,15 @@ from segdiff_jax import codec
 from segdiff_jax.config import SamplerConfig
 from segdiff_jax.data import geometry, label_summary
 from segdiff_jax.data.sources.source import Source, count_ids
+from segdiff_jax.evaluation import asked as asking
 from segdiff_jax.evaluation import metrics, reconstruction
+from segdiff_jax.evaluation.asked import Asked
 from segdiff_jax.evaluation.parts import Part, Parts
 from segdiff_jax.inference.result import Segmentation
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.parallel import processes
 from segdiff_jax.parallel.placement import equal_parts, multiple
 from segdiff_jax.progress import Progress
-from segdiff_jax.text.vocabulary import Vocabulary
 
 
 class Example(NamedTuple):
@@ -51,6 +52,7 @@ def evaluate(
     examples: int = 0,
     ceiling: bool = False,
     open_vocabulary: bool = False,
+    synonyms: str = "mean",
     progress: Progress | None = None,
     keep: tuple[str, Mapping[str, Any]] | None = None,
 ) -> Result:
@@ -72,6 +74,7 @@ def evaluate(
       ceiling: the ground truth through codec and VAE and back, in place of a prediction: what a
         perfect UNet would score. The summary then also says what the VAE leaves of the photos.
       open_vocabulary: pixels below `config.codec.threshold` are *other* and count as wrong.
+      synonyms: one of `asked.SYNONYMS`.
       progress: called with (done, total) images.
       keep: a folder for what is done until all is done, and what tells this model and data from
         others, as JSON values. A stopped evaluation goes on from there.
@@ -86,11 +89,11 @@ def evaluate(
     sampler = sampler or segmenter.config.sampler
     if ceiling:
         sampler = dataclasses.replace(sampler, ensemble=1, shortlist=0)
-    asked = _asked(source)
-    classes, num_classes = asked.classes, len(source.vocabulary)
+    asked = asking.of(source, "mean" if ceiling else synonyms)
+    classes, num_classes = asked.vocabulary.classes, len(source.vocabulary)
     decoding = dataclasses.replace(segmenter.config.codec, closed=not open_vocabulary)
-    decide = functools.partial(segmenter.segmentation, classes=asked, decoding=decoding)
-    scored = functools.partial(_scored, decide, source)
+    decide = functools.partial(segmenter.segmentation, classes=asked.vocabulary, decoding=decoding)
+    scored = functools.partial(_scored, decide, source, asked)
     total = len(source) if limit is None else min(limit, len(source))
     chosen = _spread(total, len(source))
     shown = set(_spread(min(examples, total), total))
@@ -105,7 +108,8 @@ def evaluate(
     read = functools.partial(_read, source, segmenter.config.data.shortest)
     stored = None
     if keep and total and not ceiling:
-        about = _settings(segmenter, sampler, seed, ceiling) | {"open": open_vocabulary, **keep[1]}
+        about = _settings(segmenter, sampler, seed, ceiling) | dict(keep[1])
+        about |= {"open": open_vocabulary, "synonyms": synonyms}
         about |= {"threshold": decoding.threshold, "images": chosen, "shown": sorted(shown)}
         stored = Parts(keep[0], about, range(0, total, size))
     if progress:
@@ -150,8 +154,8 @@ def evaluate(
     sums = metrics.Sums(*map(_summed, sums))
     summary = _summary(sums, segmenter, source, sampler, total, seed, ceiling)
     summary["settings"] |= {"closed": not open_vocabulary}
-    if asked is not source.vocabulary:
-        summary["settings"]["classes_asked"] = len(asked)
+    if asked.vocabulary is not source.vocabulary:
+        summary["settings"] |= {"classes_asked": len(classes), "synonyms": synonyms}
     if open_vocabulary:
         summary["settings"]["threshold"] = decoding.threshold
     summary["labels"] = label_summary.figures(source, _summed_ids(ids), total)
@@ -231,6 +235,7 @@ def _count(
 def _scored(
     decide: Callable[..., Segmentation],
     source: Source,
+    asked: Asked,
     gray: np.ndarray,
     spread: np.ndarray | None,
     record: Mapping[str, Any],
@@ -240,18 +245,11 @@ def _scored(
     that adds to the sums."""
     found, truth = decide(gray, spread, record["image"]), record["labels"]
     names = source.vocabulary.names
-    labels, highest = found.labels, found.network_scores.max((0, 1))  # [H, W], [classes asked]
-    if _asked(source) is not source.vocabulary:  # all that is none of the others, *other* too
-        last = len(names) - 1
-        labels = np.minimum(labels, last)
-        highest = np.append(highest[:last], highest[last:].max())
+    labels = asked.labels(found.labels)
+    highest = asked.highest(found.network_scores.max((0, 1)), len(names))
     part = metrics.count(truth, labels, highest, found.confidence, found.uncertainty, held_out)
     rows = metrics.of_image(record["name"], part, highest, names)
     return labels, found.uncertainty, part, rows
-
-
-def _asked(source: Source) -> Vocabulary:
-    return getattr(source, "asked", None) or source.vocabulary
 
 
 def _together(rows: list[tuple[int, metrics.OfImage]]) -> list[metrics.OfImage]:
