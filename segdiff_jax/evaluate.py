@@ -2,10 +2,8 @@
 
 import argparse
 import contextlib
-import datetime
 import logging
 import os
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,7 +57,7 @@ def main(argv: list[str]) -> None:
     with processes.together():
         trained = workdir.read_config(args.checkpoint)
         if args.suite:
-            _suite(args, overrides, trained, f"segdiff evaluate {shlex.join(argv)}")
+            _suite(args, overrides, trained, argv)
         else:
             _evaluate(args, _config_of(args.config, overrides, trained, args.checkpoint))
 
@@ -82,12 +80,13 @@ def _config_of(path: str | None, overrides: Sequence[str], trained: Config, wher
     return config
 
 
-def _suite(args: argparse.Namespace, overrides: list[str], trained: Config, command: str) -> None:
+def _suite(
+    args: argparse.Namespace, overrides: list[str], trained: Config, argv: Sequence[str]
+) -> None:
     """Every benchmark of configs/eval that has data below --data, and a table of them all."""
     from segdiff_jax import ownership
-    from segdiff_jax.evaluation import suite
+    from segdiff_jax.evaluation import parts, suite, tables
     from segdiff_jax.parallel import processes
-    from segdiff_jax.training.run import code_version
 
     found, missing = {}, {}
     for name in suite.COLUMNS:
@@ -105,10 +104,13 @@ def _suite(args: argparse.Namespace, overrides: list[str], trained: Config, comm
                 logging.error("%s: %s", name, error)
     if not processes.is_first():
         return
-    about = {"title": "Open-vocabulary segmentation", "command": command}
-    about |= {"commit": code_version(), "date": datetime.date.today().isoformat()}
+    places = {args.output: "O", args.checkpoint: "W", args.data: "SETS"}
+    about = tables.origin("segdiff evaluate", argv, places)
+    about["title"] = "Open-vocabulary segmentation"
     with ownership.claimed(args.output, "suite", suite.OUTPUTS):
         print(suite.write(args.output, about, found, missing))
+    for name in found:
+        parts.remove(parts.folder_of(os.path.join(args.output, name)))
 
 
 def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
@@ -170,6 +172,8 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
             return summary
         stack.enter_context(processes.at_work("writes the page"))
         report.write(args.output, summary, result, source, args.per_image)
+    if not args.suite:
+        parts.remove(parts.folder_of(args.output))
     print(report.text_table(summary))
     print(f"written: {os.path.join(args.output, 'metrics.json')} and index.html")
     return summary

@@ -1,12 +1,11 @@
 """The paper's experiments: `python -m segdiff_jax.study NAME --output O`."""
 
 import argparse
-import datetime
 import importlib.util
 import json
 import os
-import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,21 +55,20 @@ def main(argv: list[str]) -> None:
         _panels(args, config)
         return
     try:
-        _study(args, config, f"segdiff study {shlex.join(argv)}")
+        _study(args, config, argv)
     except Stopped as stopped:
         print(f"{stopped}; run the same command to continue", file=sys.stderr)
 
 
-def _study(args: argparse.Namespace, config: Config, command: str) -> None:
-    from segdiff_jax.evaluation import studies
+def _study(args: argparse.Namespace, config: Config, argv: Sequence[str]) -> None:
+    from segdiff_jax.evaluation import studies, tables
     from segdiff_jax.evaluation.findings import Measurement
-    from segdiff_jax.training.run import code_version
 
     study, config = studies.STUDIES[args.name], studies.on_budget(config, args.budget)
     names = [f"{args.name}.{suffix}" for suffix in ("json", "md", "png", "html")]
     runs, path = Path(args.output) / "runs", Path(args.output) / names[0]
-    about = {"study": args.name, "command": command, "commit": code_version()}
-    about |= {"date": datetime.date.today().isoformat(), "images": args.limit}
+    about = tables.origin("segdiff study", argv, {args.output: "O"})
+    about |= {"study": args.name, "images": args.limit}
     with ownership.claimed(args.output, _KIND, names):
         known = _earlier(path, args.limit)
         done: list[Measurement] = []

@@ -464,6 +464,7 @@ def test_suite_scores_what_there_is_and_leaves_the_rest_empty(files, capsys):
     assert "A-150 has no figure: no folder" in text
     assert "Cityscapes has no figure" in text and "leftImg8bit" in text
     assert text in output.out
+    assert not (files / "o" / "camvid_11" / "parts").exists()
 
 
 def test_flags_of_the_suite(files, capsys):

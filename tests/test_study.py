@@ -61,6 +61,7 @@ def test_a_study_measures_goes_on_and_says_what_it_found(
     result = json.loads((finished / "start.json").read_text())
     assert [m["setting"]["start"] for m in result["measurements"]] == ["gaussian", "multires"] * 4
     assert {m["setting"]["timesteps"] for m in result["measurements"]} == {"uniform", "terminal"}
+    assert "--output O --config" in result["command"], "no folder of this machine"
     text = (finished / "start.md").read_text()
     assert "Sampling from Gaussian noise is better" in text and text.count("| uniform |") == 4
     assert text in capsys.readouterr().out

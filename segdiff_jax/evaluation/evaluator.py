@@ -76,8 +76,8 @@ def evaluate(
       open_vocabulary: pixels below `config.codec.threshold` are *other* and count as wrong.
       synonyms: one of `asked.SYNONYMS`.
       progress: called with (done, total) images.
-      keep: a folder for what is done until all is done, and what tells this model and data from
-        others, as JSON values. A stopped evaluation goes on from there.
+      keep: a folder for what is done, and what tells this model and data from others, as JSON
+        values. A stopped evaluation goes on from there; `parts.remove` when it is not needed.
 
     Returns:
       `Result`. Where the source names novel classes, the summary has the trained / novel split.
@@ -149,8 +149,6 @@ def evaluate(
             kept.append(Example(*shown_as, labels, uncertainty))
         if progress:
             progress(numbers[-1] + 1, total)
-    if stored:
-        stored.remove()
     sums = metrics.Sums(*map(_summed, sums))
     summary = _summary(sums, segmenter, source, sampler, total, seed, ceiling)
     summary["settings"] |= {"closed": not open_vocabulary}

@@ -59,16 +59,18 @@ class Parts:
         path = self._folder / self._name.format(start, processes.index())
         files.write_bytes(path, _to_bytes(part))
 
-    def remove(self) -> None:
-        """Removes the parts, and the folder if nothing else is in it: the evaluation is done."""
-        processes.barrier()
-        if not processes.is_first():
-            return
-        for name in self._names:
-            (self._folder / name).unlink(missing_ok=True)
-        ownership.settle(self._folder, _KIND, self._names)
-        if not any(self._folder.iterdir()):
-            self._folder.rmdir()
+
+def remove(folder: str) -> None:
+    """Removes the parts in `folder`, and that if nothing else is in it: the evaluation is done."""
+    place = epath.Path(folder)
+    if not processes.is_first() or not place.is_dir():
+        return
+    names = ownership.owned(folder).get(_KIND, frozenset())
+    for name in names:
+        (place / name).unlink(missing_ok=True)
+    ownership.settle(folder, _KIND, names)
+    if not any(place.iterdir()):
+        place.rmdir()
 
 
 def _to_bytes(part: Part) -> bytes:

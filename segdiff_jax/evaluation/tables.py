@@ -1,23 +1,38 @@
 """Results kept as JSON, shown as tables of a Markdown file: what a document says was measured."""
 
+import datetime
 import json
 import os
 import re
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from segdiff_jax import files
 from segdiff_jax.errors import UserError
+from segdiff_jax.training.run import code_version
 
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def origin(command: str, argv: Sequence[str], places: Mapping[str | None, str]) -> dict[str, str]:
+    """Command, commit and date of a result. Folders of this machine go by the names in `places`."""
+    words = [places.get(word, word) for word in argv]
+    today = datetime.date.today().isoformat()
+    return {
+        "command": shlex.join([*command.split(), *words]),
+        "commit": code_version(),
+        "date": today,
+    }
 
 
 def section(about: dict[str, Any]) -> str:
     """Markdown of a result: its table, its verdict, and where its figures come from."""
     lines = [about["columns"], ["---"] * len(about["columns"]), *about["cells"]]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    origin = f"`{about['command']}`, commit `{about['commit']}`, {about['date']}."
-    return "\n\n".join(part for part in (table, about.get("verdict"), origin) if part) + "\n"
+    source = f"`{about['command']}`, commit `{about['commit']}`, {about['date']}."
+    return "\n\n".join(part for part in (table, about.get("verdict"), source) if part) + "\n"
 
 
 def rewrite(document: str | os.PathLike[str]) -> list[str]:

@@ -8,6 +8,7 @@ from test_evaluator import MemorySource
 
 from segdiff_jax import ownership
 from segdiff_jax.errors import UserError
+from segdiff_jax.evaluation import parts
 from segdiff_jax.evaluation.evaluator import evaluate
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -46,7 +47,11 @@ def test_a_stopped_evaluation_goes_on(make_segmenter, tmp_path, monkeypatch):
     for one, other in zip(again.examples, whole.examples, strict=True):
         assert one.name == other.name and (one.prediction == other.prediction).all()
         assert (one.labels == other.labels).all() and (one.image == other.image).all()
-    assert not (tmp_path / "parts").exists(), "it is done"
+    sampled.clear()
+    assert evaluate(model, source, **options, keep=keep).summary == again.summary
+    assert not sampled, "all is there"
+    parts.remove(keep[0])
+    assert not (tmp_path / "parts").exists()
 
 
 def test_parts_of_another_evaluation_are_not_used(make_segmenter, tmp_path):
