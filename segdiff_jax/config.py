@@ -26,12 +26,13 @@ OPTIMIZERS = ("adamw", "muon")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 PREDICTIONS = ("v_prediction", "epsilon", "sample")
 DECODERS = ("vae", "linear", "tiny")
-STARTS = ("gaussian", "zero")  # of the sampler: x_T
+STARTS = ("gaussian", "zero", "multires")  # of the sampler: x_T
 SPACINGS = ("trailing", "leading", "linspace")
 PATHS = ("data.root", "data.vocabulary", "init_from", "init_tokenizer")  # name files or folders
 SOURCES = (
     *("scenes", "folder", "ade20k", "ade20k_847", "coco_stuff", "pascal_voc", "pascal_voc_20b"),
     *("pascal_context_59", "pascal_context_459", "cityscapes", "tfds"),
+    *("coco_instances", "coco_panoptic"),
 )
 FITS = ("pad", "stretch")  # a photo keeps its aspect ratio, or is as wide and high as the view
 USES = ("model", "evaluate", "train")  # of a config, from what asks least of it
@@ -74,6 +75,7 @@ class DataConfig:
     max_pixels: int = number(89_478_485, 1)  # larger images are not read
     image_size: tuple[int, int] = number((96, 128), 8, 16384)  # (height, width) the networks see
     fit: str = choice("pad", FITS)  # how a photo of another shape gets there: data/geometry.py
+    shortest: int = number(0, 0, 65535)  # side to which evaluation shrinks larger pairs; 0 = never
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     cache_images: bool = False  # keep decoded pairs in memory: for datasets that fit
@@ -190,7 +192,8 @@ class E2EConfig:
     """
 
     classes: int = number(4, 1, 255)  # that compete for a photo's pixels; a pass of the UNet each
-    noise: str = choice("zero", STARTS)  # where its one step starts, and where sampling then does
+    # Where its one step starts, and where sampling then does.
+    noise: str = choice("zero", ("gaussian", "zero"))
     decoder: str = choice("vae", ("vae", "linear"))  # that the gradient comes through
 
 

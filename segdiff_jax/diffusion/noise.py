@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from segdiff_jax.shapes import Latents, NoiseGrid, Timesteps
 
 MIN_RATIO, MAX_RATIO = 2.0, 4.0
+STRENGTH = 0.9  # of the reference
 
 
 def level_sizes(height: int, width: int) -> list[tuple[int, int]]:
@@ -102,7 +103,7 @@ def training_noise(
     timesteps: Timesteps,
     num_train_timesteps: int,
     kind: str = "annealed",
-    strength: ArrayLike = 0.9,
+    strength: ArrayLike = STRENGTH,
 ) -> Latents:
     """Draw a batch of training noise [B, h, w, c] = `shape`; every sample has its own scales.
 

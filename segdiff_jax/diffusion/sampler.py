@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from segdiff_jax.diffusion.noise import STRENGTH, multires_noise
 from segdiff_jax.diffusion.schedule import (
     Schedule,
     ddim_step,
@@ -75,10 +76,17 @@ def member_keys(key: jax.Array, count: int, start: int | jax.Array = 0) -> Keys:
 def initial_noise(
     member_key: jax.Array, shape: tuple[int, ...], kind: str = "gaussian"
 ) -> jax.Array:
-    """Draw x_T of one member: plain Gaussian noise, or zeros for a `kind` of "zero"."""
+    """Draw x_T of one member, by the names of `config.STARTS`.
+
+    "multires" is the noise of training at its usual strength, for a `shape` of [h, w, c].
+    """
     if kind == "zero":
         return jnp.zeros(shape)
-    return jax.random.normal(jax.random.split(member_key)[0], shape)
+    key = jax.random.split(member_key)[0]
+    if kind == "multires":
+        height, width, channels = shape
+        return multires_noise(key, (height, width, channels), STRENGTH)
+    return jax.random.normal(key, shape)
 
 
 def sample_member(

@@ -7,6 +7,7 @@ from segdiff_jax.config import Config
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
 
+_STARTS = {"gaussian": "Gaussian noise", "zero": "zeros", "multires": "multi-resolution noise"}
 _CARD = """\
 ---
 library_name: diffusers
@@ -72,7 +73,7 @@ def model_card(config: Config, unet: UNetConfig, vae: VAEConfig) -> str:
         scaling=vae.scaling_factor,
         settings="\n".join(f"| {name} | {value} |" for name, value in _settings(config)),
         context=_context(config),
-        start="zeros" if config.sampler.initial_noise == "zero" else "Gaussian noise",
+        start=_STARTS[config.sampler.initial_noise],
         scores=_scores(config),
     )
 

@@ -156,3 +156,17 @@ def test_bad_arguments():
         P.sample(predict, schedule, jnp.zeros(SHAPE), 0)
     with pytest.raises(ValueError, match="key"):
         P.sample(predict, schedule, jnp.zeros(SHAPE), 4, eta=1.0)
+
+
+def test_members_may_start_from_multi_resolution_noise():
+    """Unit variance as Gaussian noise has, but neighbours agree."""
+    keys, shape = P.member_keys(jax.random.key(0), 40), (16, 16, 3)
+    starts = {
+        kind: np.asarray(jax.vmap(lambda k, kind=kind: P.initial_noise(k, shape, kind))(keys))
+        for kind in ("gaussian", "multires")
+    }
+    for noise in starts.values():
+        np.testing.assert_allclose(noise.std(axis=(1, 2, 3)).mean(), 1.0, atol=0.05)
+    alike = {k: (n[:, 1:] * n[:, :-1]).mean() for k, n in starts.items()}
+    assert abs(alike["gaussian"]) < 0.05 and alike["multires"] > 0.15
+    assert not np.allclose(starts["multires"][0], starts["multires"][1])

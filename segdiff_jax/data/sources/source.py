@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from etils import epath
 
-from segdiff_jax.config import DataConfig
+from segdiff_jax.config import SOURCES, DataConfig
 from segdiff_jax.data import images
 from segdiff_jax.data.sources import folder, layouts, scenes
 from segdiff_jax.data.sources.layouts import (
@@ -53,6 +53,10 @@ def open_source(config: DataConfig, split: str, seed: int) -> Source:
         from segdiff_jax.data.sources.tfds import TfdsSource
 
         return TfdsSource(config.root, split)
+    if config.source in ("coco_instances", "coco_panoptic"):
+        from segdiff_jax.data.sources.coco import CocoSource
+
+        return CocoSource(config, split)
     readers: dict[str, Callable[[DataConfig, str], Layout]] = {
         "folder": folder.folder,
         "ade20k": layouts.ade20k,
@@ -65,7 +69,7 @@ def open_source(config: DataConfig, split: str, seed: int) -> Source:
         "cityscapes": layouts.cityscapes,
     }
     if config.source not in readers:
-        choices = ", ".join(("scenes", *readers, "tfds"))
+        choices = ", ".join(SOURCES)
         raise UserError(f"config.data.source={config.source!r}: choose one of {choices}")
     source = PairSource(readers[config.source](config, split), config)
     if not len(source):
