@@ -117,6 +117,7 @@ class Settings(TypedDict, total=False):
     steps: int | None  # of denoising, from 1 on
     ensemble: int | None  # samples to merge, from 1 on; their spread is the uncertainty
     shortlist: int | None  # classes that get the full budget; 0 = all
+    tiles: int | None  # windows along the longer side of a large image; 0 = it is seen as a whole
     threshold: float | None  # 0…1: pixels whose best score is below are *other*
     closed: bool | None  # every pixel gets a class
 
@@ -126,7 +127,7 @@ def chosen(config: Config, settings: Settings) -> tuple[SamplerConfig, CodecConf
 
     Raises `TypeError` for another name, `ValueError` for a value out of range.
     """
-    lowest = {"steps": 1, "ensemble": 1, "shortlist": 0}
+    lowest = {"steps": 1, "ensemble": 1, "shortlist": 0, "tiles": 0}
     given: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
     for name, value in given.items():
         if name in lowest:

@@ -18,11 +18,12 @@ from segdiff_jax.config import CodecConfig
 from segdiff_jax.data import geometry
 from segdiff_jax.data.images import read_image
 from segdiff_jax.errors import UserError
+from segdiff_jax.inference import networks as networks_lib
 from segdiff_jax.inference import sampling
 from segdiff_jax.inference import segmenter as segmenter_lib
 from segdiff_jax.inference.result import from_maps
 from segdiff_jax.models.unet import UNet
-from segdiff_jax.text import vocabulary
+from segdiff_jax.text import conditioning, vocabulary
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 CLASSES = ("sky", "building, edifice", "road")
@@ -89,7 +90,9 @@ def test_member_is_the_same_whatever_the_ensemble_and_the_chunks(model, image):
     second, third = 2 * pair - alone, 3 * maps(3, 4) - 2 * pair
     jobs = np.array([(i, p, m) for m in (2, 1) for i in (0, 1) for p in (0, 1)])
     latents = np.stack([model.encode(i).latent for i in images])
-    run = model._run(latents, model.table(classes), np.array([[0], [1]]), jobs, sampler, 1)
+    table, groups = model.table(classes), np.array([[0], [1]])
+    contexts = lambda passes: conditioning.context(table, groups[passes], "mean")  # noqa: E731
+    run = model.networks.maps(latents, contexts, jobs, sampler, 1)
     run = run.clip(-1, 1)  # as members are before they are merged
     np.testing.assert_allclose(run[:4].reshape(third.shape), third, atol=1e-4)
     np.testing.assert_allclose(run[4:].reshape(second.shape), second, atol=1e-4)
@@ -315,7 +318,7 @@ def test_maps_lie_on_the_photo_that_they_are_of(make_segmenter, tiny_config, fit
     config.data.fit = fit
     model = make_segmenter(config)
 
-    def bright(images, classes, sampler, seed):
+    def bright(images, classes, sampler, seed, **_):
         shown = [geometry.fit(image, config.data.image_size, fit) for image in images]
         maps = np.stack(shown).mean(-1, dtype=np.float32)[:, None] / 127.5 - 1
         return maps, np.zeros_like(maps)
@@ -504,15 +507,15 @@ def test_too_many_classes_for_one_gray_image(make_segmenter, tiny_config, image)
 def test_kernels_are_kept_as_the_network_multiplies_them(tiny_networks, tiny_config, monkeypatch):
     unet, *rest = tiny_networks
     graph, params = nnx.split(UNet(unet.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    gathered, for_use = [], segmenter_lib.for_use
+    gathered, for_use = [], networks_lib.for_use
 
     def watched(params, mesh):
         gathered.append({leaf.dtype.name for leaf in jax.tree.leaves(params)})
         return for_use(params, mesh)
 
-    monkeypatch.setattr(segmenter_lib, "for_use", watched)
+    monkeypatch.setattr(networks_lib, "for_use", watched)
     model = segmenter_lib.Segmenter(nnx.merge(graph, params), *rest, tiny_config())
-    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(model._unet_params)}
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(model.networks.unet_params)}
     assert dtypes == {"float32", "bfloat16"}
     assert gathered == [{"float32", "bfloat16"}], "rounded before they are sent"
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}, "not the caller's"
@@ -523,7 +526,8 @@ MERGED = """
     import jax
     jax.config.update("jax_num_cpu_devices", 8)
     import numpy as np
-    from segdiff_jax.inference import sampling
+    from segdiff_jax.inference import networks as networks_lib
+from segdiff_jax.inference import sampling
     from segdiff_jax.config import MeshConfig, SamplerConfig
     from segdiff_jax.parallel import mesh as meshes
 
@@ -603,7 +607,7 @@ ON_MESHES = """
         cut = jax.device_put(cut, rules.state_sharding(cut, mesh))["params"]
         model = segmenter.Segmenter(nnx.merge(graph, cut), *rest, config, mesh)
         whole = [[leaf.is_fully_replicated for leaf in jax.tree.leaves(params)]
-                 for params in (cut, model._unet_params)]
+                 for params in (cut, model.networks.unet_params)]
         parts.clear()
         result = evaluate(model, source, limit=2, seed=1, examples=2)
         gray, spread = model.maps([source[0]["image"]], source.vocabulary.classes,
