@@ -4,6 +4,7 @@ They know neither words nor photos. Each device works by itself; all of them are
 """
 
 import logging
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -170,6 +171,13 @@ class Networks:
         if running is not None:
             finish(running)
         return np.concatenate(found)[: len(jobs)]
+
+    def checksum(self) -> str:
+        """CRC-32 of the UNet's weights, eight digits: tells one model from another."""
+        found = 0
+        for leaf in jax.tree.leaves(self.unet_params):
+            found = zlib.crc32(np.asarray(leaf.addressable_data(0)).tobytes(), found)
+        return f"{found:08x}"
 
     def why_not_finite(self) -> str:
         """The likely reason, and what to do."""

@@ -97,9 +97,13 @@ class Segmentation:
 
         Raises `UserError` for another suffix and where it cannot be written.
         """
+        files.write_bytes(path, self.encoded(os.fspath(path)))
+
+    def encoded(self, name: str) -> bytes:
+        """The contents of a file of this name, as of `save`."""
         from segdiff_jax.inference.writers import by_suffix
 
-        files.write_bytes(path, by_suffix(os.fspath(path))(self))
+        return by_suffix(name)(self)
 
     def __repr__(self) -> str:
         height, width = self.labels.shape
