@@ -44,13 +44,14 @@ def main(argv: list[str]) -> None:
         config = of_stage(cli.load_config(args.config, overrides, "evaluate"))
 
     from segdiff_jax.parallel import processes, runtime
-    from segdiff_jax.weights import workdir
+    from segdiff_jax.weights import hub, workdir
 
     runtime.start()
     processes.join()
     runtime.start_logging()
     with processes.together():
-        trained = workdir.read_config(args.checkpoint)
+        args.checkpoint_folder = hub.local(args.checkpoint)
+        trained = workdir.read_config(args.checkpoint_folder)
         if not args.config:
             config = cli.override_config(trained, overrides, "evaluate")
         _check_trained_for(args.checkpoint, config, trained)
@@ -60,6 +61,11 @@ def main(argv: list[str]) -> None:
                 "otherwise than in its training",
                 *(config.data.fit, args.checkpoint, trained.data.fit),
             )
+        if config.sampler.tiles and processes.is_first():
+            logging.warning(
+                "config.sampler.tiles=%d: evaluation sees whole images", config.sampler.tiles
+            )
+        config.sampler.tiles = 0
         _evaluate(args, config)
 
 
@@ -89,14 +95,14 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
     if first:
         ownership.check(args.output, _KIND, _OUTPUTS)
         print(source.vocabulary.summary())
-    networks, step = workdir.load_with_step(args.checkpoint, which=args.which)
+    networks, step = workdir.load_with_step(args.checkpoint_folder, which=args.which)
     unet, vae, text_encoder, tokenizer, _ = networks
     check_image_size(config, vae.config.downsampling, f"the VAE of {args.checkpoint}")
     if first:
         label_summary.report(source, config.data, split)
-    trained = workdir.read_classes(args.checkpoint)
+    trained = workdir.read_classes(args.checkpoint_folder)
     segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, trained=trained)
-    segmenter.add_decoders(*workdir.load_decoders(args.checkpoint, vae))
+    segmenter.add_decoders(*workdir.load_decoders(args.checkpoint_folder, vae))
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(ownership.claimed(args.output, _KIND, _OUTPUTS))

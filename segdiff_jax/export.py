@@ -54,14 +54,15 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax: "directory is read only"
     from segdiff_jax.parallel import runtime
-    from segdiff_jax.weights import workdir
+    from segdiff_jax.weights import hub, workdir
 
     runtime.start()
-    _check_output(args, workdir.read_config(args.checkpoint))
-    networks = workdir.load_networks(args.checkpoint, args.weights, args.which)
-    trained = workdir.read_classes(args.checkpoint)
+    folder = hub.local(args.checkpoint)
+    _check_output(args, folder, workdir.read_config(folder))
+    networks = workdir.load_networks(folder, args.weights, args.which)
+    trained = workdir.read_classes(folder)
     if args.format == "diffusers":
-        decoders = workdir.load_decoders(args.checkpoint, networks[1])
+        decoders = workdir.load_decoders(folder, networks[1])
         write_folder(*networks, args.output, args.dtype, trained, decoders)
     else:
         from segdiff_jax.inference import stablehlo
@@ -141,12 +142,12 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--verify: only for a local folder of --format diffusers: leave it out")
 
 
-def _check_output(args: argparse.Namespace, config: Config) -> None:
+def _check_output(args: argparse.Namespace, folder: str, config: Config) -> None:
     """Raises `UserError`, before minutes of work, if the output would replace what is not its own.
 
     Never replaced: what the export is made from, whoever wrote it.
     """
-    ownership.check_apart(args.output, "--checkpoint", args.checkpoint)
+    ownership.check_apart(args.output, "--checkpoint", folder)
     if config.init_from:
         ownership.check_apart(args.output, "the run's init_from", config.init_from)
     ownership.check_whole(args.output, args.format)

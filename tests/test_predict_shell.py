@@ -109,7 +109,7 @@ def test_a_photo_from_stdin_and_its_labels_to_stdout(place, capsysbinary, monkey
         return caught.value.code, capsysbinary.readouterr()
 
     code, output = piped()
-    assert code == 0 and b"3 classes" in output.err
+    assert code == 0 and b"3 classes" in output.err, output.err
     labels = Image.open(io.BytesIO(output.out))
     assert labels.mode == "P" and labels.size == (28, 20)
     code, output = piped("--format", "coco")
@@ -141,11 +141,18 @@ def test_equal_names_in_two_folders_keep_their_folders(place, capsys):  # noqa: 
 def test_addresses_that_give_no_photo_are_counted(place, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setenv("SEGDIFF_NETWORK_TIMEOUT", "5")
     dead = "http://127.0.0.1:9/x.png"
-    flags = ["--images", dead, str(place / "in" / "a.png")]
-    code, output = _run(place, capsys, *flags)
+    monkeypatch.chdir(place)
+
+    def run(*flags):
+        argv = ["--checkpoint", "w", "--output", "o", "--classes", CLASSES, *flags]
+        with pytest.raises(SystemExit) as caught:
+            cli.run(predict.main, [*argv, "--images", dead, "in/a.png"])
+        return caught.value.code, capsys.readouterr()
+
+    code, output = run()
     assert code == 2 and f"1 of 2 images cannot be read: {dead}: cannot be fetched" in output.err
     assert output.err.count("\n") == 1 and not (place / "o").exists()
-    code, output = _run(place, capsys, *flags, "--skip-unreadable")
+    code, output = run("--skip-unreadable")
     assert code == 0 and "1 images segmented, 1 unreadable left out" in output.out
 
 

@@ -60,7 +60,7 @@ def overlay(
         picture = Image.composite(picture, below, Image.fromarray(covered))
     if not legend:
         return picture
-    return _with_legend(picture, [(names[i], tuple(palette[i])) for i in present(labels, palette)])
+    return with_legend(picture, [(names[i], tuple(palette[i])) for i in present(labels, palette)])
 
 
 def present(labels: np.ndarray, palette: np.ndarray) -> list[int]:
@@ -125,7 +125,8 @@ def _known(labels: np.ndarray, count: int) -> np.ndarray:
     return np.minimum(np.asarray(labels).astype(np.int32).view(np.uint32), np.uint32(count))
 
 
-def _with_legend(picture: Image.Image, entries: Sequence[tuple[str, Any]]) -> Image.Image:
+def with_legend(picture: Image.Image, entries: Sequence[tuple[str, Any]]) -> Image.Image:
+    """The picture with a legend of (name, colour) in lines below it."""
     if not entries:
         return picture
     size = max(10, min(picture.width, picture.height) // 24)
