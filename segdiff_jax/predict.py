@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from segdiff_jax.inference.segmenter import Segmenter
 
 _STDOUT = "-"
-_SUFFIXES = {"labels": ".png", "scores": ".npz", "coco": ".json"}  # of formats of one file
+_ONE_FILE = {"labels": "x.png", "scores": "x.npz", "coco": "x.json"}  # formats for stdout
 
 
 def main(argv: list[str]) -> None:
@@ -67,9 +67,9 @@ def _check_streams(args: argparse.Namespace, paths: Sequence[str]) -> None:
         raise UserError("--images -: only one process has stdin: write the photo to a file")
     if args.output != _STDOUT:
         return
-    if len(paths) > 1 or len(args.format) > 1 or args.format[0] not in _SUFFIXES:
+    if len(paths) > 1 or len(args.format) > 1 or args.format[0] not in _ONE_FILE:
         raise UserError(
-            f"--output -: for one image and one --format of {', '.join(_SUFFIXES)}: "
+            f"--output -: for one image and one --format of {', '.join(_ONE_FILE)}: "
             "name a folder for more"
         )
     if args.json_lines or sys.stdout.isatty():
@@ -134,7 +134,7 @@ def _predict(args: argparse.Namespace, paths: list[str], folder: str) -> None:
     if not to_folder:
         (found,) = _stream(ask, segmenter, read, paths, progress("predict"))
         if first:
-            sys.stdout.buffer.write(found.encoded(_SUFFIXES[args.format[0]]))
+            sys.stdout.buffer.write(found.encoded(_ONE_FILE[args.format[0]]))
             sys.stdout.buffer.flush()
         return
     done = _done_before(ask, read, paths, had, formats)
@@ -278,10 +278,14 @@ def _segment_clip(
         if ask.first:
             data = Path(place, "clip.mp4").read_bytes()
             files.write_bytes(f"{ask.target(path)}_overlay.mp4", data)
-            said = {"image": path, "frames_per_second": float(length.rate)} | summary.figures()
-            said |= {"files": {"overlay": f"{name}_overlay.mp4"}, "settings": own}
-            of_frames = [f"{frame}.json" for frame in frames]
-            said["files"] |= {kind: of_frames for kind in args.format if args.frames}
+            of_frames = {kind: [f"{frame}.json" for frame in frames] for kind in args.format}
+            said = {
+                "image": path,
+                "frames_per_second": float(length.rate),
+                **summary.figures(),
+                "files": {"overlay": f"{name}_overlay.mp4", **(of_frames if frames else {})},
+                "settings": own,
+            }
             files.write_json(f"{ask.target(path)}.json", said)
             _json_line(args, ask.target(path), False)
 

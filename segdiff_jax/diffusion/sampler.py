@@ -48,6 +48,13 @@ def sample(
     return final
 
 
+def one_step(predict: Predict, schedule: Schedule, latents: Sample) -> Sample:
+    """`sample` with one step, without a loop: for what cannot hold one."""
+    t, t_prev = (int(f(schedule, 1)[0]) for f in (sampling_timesteps, previous_timesteps))
+    at, before = jnp.int32(t), jnp.int32(t_prev)
+    return ddim_step(schedule, predict(latents, at), latents, at, before)
+
+
 def step_noise(
     key: jax.Array | None, index: jax.typing.ArrayLike, shape: tuple[int, ...]
 ) -> jax.Array:

@@ -93,7 +93,8 @@ def writer(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray], None]]
         def append(picture: np.ndarray) -> None:
             even = [(0, n % 2) for n in picture.shape[:2]]  # colours are stored for 2 × 2 pixels
             picture = np.pad(picture, (*even, (0, 0)), mode="edge")
-            stream.height, stream.width = picture.shape[:2]
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = picture.shape[:2]
             for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
                 container.mux(packet)
 

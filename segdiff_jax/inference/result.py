@@ -59,6 +59,10 @@ class Segmentation:
 
     def shares(self) -> dict[str, float]:
         """The share of pixels of each class that is present, largest first."""
+        return dict(self._shares)
+
+    @functools.cached_property
+    def _shares(self) -> dict[str, float]:
         pixels = np.bincount(self.labels.ravel(), minlength=len(self.classes))[: len(self.classes)]
         order = [i for i in np.argsort(-pixels, kind="stable") if pixels[i]]
         return {self.classes[i]: float(pixels[i] / self.labels.size) for i in order}

@@ -3,6 +3,7 @@
 import json
 import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_what_is_written_is_read_back(clip):
 
 
 def test_what_is_no_clip_is_one_line(tmp_path, clip, monkeypatch):
-    data = open(clip, "rb").read()
+    data = Path(clip).read_bytes()
     for name, content in (("a.mp4", b""), ("b.mp4", b"hello"), ("c.mp4", data[: len(data) // 3])):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UnreadableError, match=name) as caught:
