@@ -98,7 +98,7 @@ def _predict(args: argparse.Namespace, paths: list[str], folder: str) -> None:
 
     first, to_folder = processes.is_first(), args.output != _STDOUT
     with working("loading libraries", first):
-        from segdiff_jax.inference import resuming, writers
+        from segdiff_jax.inference import formats, resuming, writers
         from segdiff_jax.inference.segmenter import Segmenter
         from segdiff_jax.weights import hub, workdir
 
@@ -110,9 +110,10 @@ def _predict(args: argparse.Namespace, paths: list[str], folder: str) -> None:
     read = photos.Photos(config.data, args.max_pixels, folder)
     progress = functools.partial(reporter, enabled=first and not args.quiet)
     of_clips = _only_clips(paths)
-    formats = [] if of_clips and not args.frames else args.format
+    kinds = [] if of_clips and not args.frames else args.format
     if first and to_folder:
-        written = writers.outputs(names.values(), formats, len(classes))
+        formats.check(args.format, classes)
+        written = writers.outputs(names.values(), kinds, len(classes))
         writers.check_output(args.output, names, written)
     _say(args, classes.summary())
     had = resuming.earlier(args.output, names) if to_folder else {}
@@ -137,7 +138,7 @@ def _predict(args: argparse.Namespace, paths: list[str], folder: str) -> None:
             sys.stdout.buffer.write(found.encoded(_ONE_FILE[args.format[0]]))
             sys.stdout.buffer.flush()
         return
-    done = _done_before(ask, read, paths, had, formats)
+    done = _done_before(ask, read, paths, had, kinds)
     if of_clips:
         for path in paths:
             if path not in done:
@@ -159,7 +160,7 @@ def _done_before(
     read: photos.Photos,
     paths: Sequence[str],
     had: Mapping[str, Mapping[str, Any]],
-    formats: Sequence[str],
+    kinds: Sequence[str],
 ) -> dict[str, Mapping[str, Any]]:
     """Of the descriptions `had` of an earlier run those that are as asked; says what is not."""
     from segdiff_jax.inference import resuming
@@ -168,7 +169,7 @@ def _done_before(
     changes = {}
     for path in filter(had.__contains__, paths):
         settings = ask.used | {resuming.DIGEST: read.digest(path)}
-        changes[path] = resuming.changes(had[path], settings, ask.classes, formats)
+        changes[path] = resuming.changes(had[path], settings, ask.classes, kinds)
     # The first process, which writes, decides: others need not see its folder.
     same = processes.stacked(np.array([changes.get(path) == [] for path in paths]))[0]
     again = Counter(change for found in changes.values() for change in found)
@@ -213,6 +214,8 @@ def _segment_photos(
                 _json_line(args, ask.target(path), path in done)
         if ask.first:
             note = f"{args.checkpoint}: " + ", ".join(f"{k} {v}" for k, v in ask.settings.items())
+            with processes.at_work("writes its results"):
+                writers.write_summaries(args.output, names, ask.classes, args.format)
             writers.write_page(args.output, rows, ask.classes, note, unreadable)
 
 

@@ -73,11 +73,14 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--format",
         nargs="+",
-        choices=("labels", "scores", "masks", "coco"),
+        choices=("labels", "scores", "scoremaps", "masks", "cutouts", "coco", "yolo", "cvat"),
         default=["labels"],
         metavar="FORMAT",
         help="labels (default): class ids as O/<name>_labels.png; scores: O/<name>_scores.npz; "
-        "masks: O/<name>_mask_<id>.png; coco: O/<name>_coco.json with run-length encoded masks",
+        "of each class, scoremaps: O/<name>_score_<id>.png, 16 bits; masks: O/<name>_mask_<id>.png;"
+        " cutouts: O/<name>_cutout_<id>.png, with alpha; to be imported elsewhere, "
+        "coco: O/coco.json and O/<name>_coco.json; yolo: polygons in O/yolo/ with data.yaml; "
+        "cvat: O/cvat.zip, segmentation mask 1.1",
     )
     add(
         "--skip-unreadable",

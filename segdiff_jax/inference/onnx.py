@@ -116,7 +116,7 @@ def segment_with(model: Segmenter, sampler: SamplerConfig) -> Any:
             both = jnp.concatenate([seen, noisy], axis=-1)
             return unet(both, jnp.reshape(t, (1,)), context, None)
 
-        mask = samplers.one_step(predict, schedule, noise)
+        mask = samplers.sample(predict, schedule, noise, 1)
         return ((codec.to_gray(decode_latents(vae, mask))[0] + 1.0) / 2.0).clip(0.0, 1.0)
 
     return segment

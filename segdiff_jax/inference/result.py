@@ -105,7 +105,7 @@ class Segmentation:
 
     def encoded(self, name: str) -> bytes:
         """The contents of a file of this name, as of `save`."""
-        from segdiff_jax.inference.writers import by_suffix
+        from segdiff_jax.inference.formats import by_suffix
 
         return by_suffix(name)(self)
 
