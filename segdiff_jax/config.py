@@ -209,6 +209,7 @@ class SamplerConfig:
     decoder: str = choice("vae", DECODERS)  # of mask latents; a linear one is fitted by a training
     shortlist: int = number(0, 0)  # M; 0 = every class gets the full budget
     batch_size: int = number(32, 1, 1_000_000)  # UNet passes in one compiled call, over all devices
+    tiles: int = number(0, 0, 1000)  # windows along a large photo, of predict; 0 = none
 
 
 @dataclass
