@@ -103,16 +103,24 @@ def write(
     Returns the image's row for `page.page`. Raises `UserError` if a file cannot be written.
     """
     output, name = os.path.split(target)
-    contents = pictured(name, path, found, kinds)
-    description = {"image": path} | _describe(name, found, settings)
-    description["files"] = _by_kind(name, found, kinds, contents)
-    contents[f"{name}.json"] = files.to_json(description).encode("utf-8")  # last: it names them
+    contents, written = contents_of(name, path, found, settings, kinds)
     _write_set(output, contents)
     _remove_stale(output, name, contents)
-    return _row(path, found, description["files"])
+    return _row(path, found, written)
 
 
-def pictured(name: str, path: str, found: Segmentation, kinds: Sequence[str]) -> dict[str, bytes]:
+def contents_of(
+    name: str, path: str, found: Segmentation, settings: Mapping[str, Any], kinds: Sequence[str]
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """(the files of one image, its description last; the names of those of each format)."""
+    contents = _pictured(name, path, found, kinds)
+    description = {"image": path} | _describe(name, found, settings)
+    description["files"] = _by_kind(name, found, kinds, contents)
+    contents[f"{name}.json"] = files.to_json(description).encode("utf-8")
+    return contents, description["files"]
+
+
+def _pictured(name: str, path: str, found: Segmentation, kinds: Sequence[str]) -> dict[str, bytes]:
     """The files of one image but its description, made side by side: zlib lets threads run."""
     source = files.shown(PurePath(path).name)
     makers: dict[str, Callable[[], bytes | None]] = {}
