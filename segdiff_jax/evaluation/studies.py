@@ -22,7 +22,7 @@ from segdiff_jax.config import Config, of_stage, validate
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation.evaluator import evaluate
-from segdiff_jax.evaluation.findings import Claim, Elbow, Setting
+from segdiff_jax.evaluation.findings import NAMES, Claim, Elbow, Setting
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.progress import reporter
 from segdiff_jax.training import origin, run
@@ -363,8 +363,8 @@ def measure(case: Case, config: Config, workdir: str, limit: int | None) -> dict
     ]
     figures = {
         name: float(np.mean([result.summary[name] for result in results]))
-        for name, value in results[0].summary.items()
-        if isinstance(value, float)
+        for name in NAMES
+        if isinstance(results[0].summary.get(name), float)
     }
     if case.noises > 1:
         every = [np.stack([r.examples[i].prediction for r in results]) for i in range(count)]
