@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
 
 def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> None:
     """Every process segments, the first one writes."""
-    from segdiff_jax.inference import writers
+    from segdiff_jax.inference import formats, writers
     from segdiff_jax.inference.segmenter import Segmenter
     from segdiff_jax.parallel import processes
     from segdiff_jax.weights import hub, workdir
@@ -68,6 +68,7 @@ def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> Non
     )
     progress = functools.partial(reporter, enabled=first)
     if first:
+        formats.check(args.format, classes)
         written = writers.outputs(names.values(), args.format, len(classes))
         writers.check_output(args.output, names, written)
         print(classes.summary(), flush=True)
@@ -100,6 +101,9 @@ def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> Non
             step(done, len(paths))
         if first:
             note = f"{args.checkpoint}: " + ", ".join(f"{k} {v}" for k, v in settings.items())
+            with processes.at_work("writes its results"):
+                written = [names[path] for path in paths]
+                writers.write_summaries(args.output, written, classes, args.format)
             writers.write_page(args.output, rows, classes, note, unreadable)
     if first:
         skipped = f", {len(unreadable)} unreadable left out" if unreadable else ""
@@ -152,11 +156,14 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--format",
         nargs="+",
-        choices=("labels", "scores", "masks", "coco"),
+        choices=("labels", "scores", "scoremaps", "masks", "cutouts", "coco", "yolo", "cvat"),
         default=["labels"],
         metavar="FORMAT",
         help="labels (default): class ids as O/<name>_labels.png; scores: O/<name>_scores.npz; "
-        "masks: O/<name>_mask_<id>.png; coco: O/<name>_coco.json with run-length encoded masks",
+        "of each class, scoremaps: O/<name>_score_<id>.png, 16 bits; masks: O/<name>_mask_<id>.png;"
+        " cutouts: O/<name>_cutout_<id>.png, with alpha; to be imported elsewhere, "
+        "coco: O/coco.json and O/<name>_coco.json; yolo: polygons in O/yolo/ with data.yaml; "
+        "cvat: O/cvat.zip, segmentation mask 1.1",
     )
     add(
         "--skip-unreadable",

@@ -259,15 +259,9 @@ def test_open_counts_other_as_wrong_and_the_threshold_acts(files, capsys):
     ("text", "says"),
     [
         ('{"diffusion": {"prediction_type": "zzz"}}', "config.diffusion.prediction_type='zzz'"),
-        ('{"codec": {"threshold": 5}}', "config.codec.threshold=5.0"),
-        ('{"diffusion": {"beta_start": -0.1}}', "config.diffusion.beta_start=-0.1"),
-        ('{"sampler": {"steps": "ten"}}', "config.sampler.steps='ten'"),
-        ('{"data": {"image_size": [16]}}', "config.data.image_size=(16,)"),
-        ('{"data": 3}', "config.data=3: must be an object"),
         ('{"sampler": {"eta": NaN}}', "not valid JSON (NaN"),
         ("[]", "holds no JSON object"),
         ("[" * 10_000, "nested too deeply"),
-        ('{"a":' * 10_000, "nested too deeply"),
         ('{"seed": ' + "9" * 5000 + "}", "not valid JSON"),
         ("", "an empty file"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer"),
@@ -326,20 +320,6 @@ def test_a_name_that_is_no_utf8(files, capsys):
     code, output = _run(files, capsys)
     assert code == 0, output.err
     assert "caf\\xe9" in (files / "o" / "index.html").read_text("utf-8")
-
-
-@pytest.mark.parametrize("flag", ["--output", "--checkpoint", "--config", "--config.data.root"])
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (" ", "an empty path: is a shell variable"),
-        ("s3://b/x", "s3:// is not supported, only local paths and gs://"),
-    ],
-)
-def test_paths_that_are_none(files, capsys, flag, value, message):
-    code, output = _run(files, capsys, f"{flag}={value}", config=flag != "--config")
-    assert code == 2 and message in output.err and flag.lstrip("-") in output.err
-    assert output.err.count("\n") == 1 and not (files / "o").exists()
 
 
 def _masks(files, values, names="sky\nbuilding\nroad\n"):

@@ -3,6 +3,8 @@
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
+from scipy.spatial import cKDTree
 
 
 def rle(mask: np.ndarray) -> dict[str, Any]:
@@ -69,3 +71,58 @@ def _edges(padded: np.ndarray) -> dict[tuple[int, int], list[tuple[int, int]]]:
     add(np.pad(left & ~right, ((0, 0), (0, 1))), (1, 0), (0, 1))  # right edges, downwards
     add(np.pad(right & ~left, ((0, 0), (1, 0))), (0, 1), (0, -1))  # left edges, upwards
     return following
+
+
+def parts(mask: np.ndarray, tolerance: float) -> list[np.ndarray]:
+    """One ring int [n, 2] of (x, y) for each connected part of a mask bool [H, W].
+
+    A hole is joined to its outer ring by a seam there and back, which encloses nothing: formats
+    without holes hold them so. Corners within `tolerance` pixels of the rest are left out.
+    """
+    labels, _ = ndimage.label(mask)
+    found = []
+    for number, window in enumerate(ndimage.find_objects(labels), 1):
+        rings = sorted(polygons(labels[window] == number), key=lambda ring: -ring[:, 0].max())
+        outer, *holes = [simplified(ring, tolerance) for ring in rings]  # which reaches further
+        found.append(_joined(outer, holes) + [window[1].start, window[0].start])
+    return found
+
+
+def _joined(outer: np.ndarray, holes: list[np.ndarray]) -> np.ndarray:
+    """One ring: at the corner that is the nearest to each hole, there and around it and back."""
+    detours: dict[int, list[np.ndarray]] = {}
+    tree = cKDTree(outer)
+    for hole in holes:
+        distances, nearest = tree.query(hole)
+        start = int(distances.argmin())
+        turned = np.roll(hole, -start, axis=0)
+        corner = int(nearest[start])
+        detours.setdefault(corner, []).append(
+            np.concatenate([turned, turned[:1], outer[corner : corner + 1]])
+        )
+    pieces = [[outer[i : i + 1], *detours.get(i, [])] for i in range(len(outer))]
+    return np.concatenate(sum(pieces, []))
+
+
+def simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
+    """A ring [n, 2] with fewer corners (Douglas and Peucker, 1973), of three at least."""
+    closed = np.concatenate([ring, ring[:1]]).astype(np.float64)
+    far = int(np.hypot(*(closed - closed[0]).T).argmax())
+    keep = {0, far, len(ring)}
+    spans = [(0, far), (far, len(ring))]
+    while spans:
+        first, last = spans.pop()
+        if last - first < 2:
+            continue
+        between, (dx, dy) = closed[first + 1 : last] - closed[first], closed[last] - closed[first]
+        length = np.hypot(dx, dy)
+        away = (
+            np.abs(between[:, 0] * dy - between[:, 1] * dx) / length
+            if length
+            else np.hypot(*between.T)
+        )
+        middle = first + 1 + int(away.argmax())
+        if away.max() > tolerance:
+            keep.add(middle)
+            spans += [(first, middle), (middle, last)]
+    return ring[sorted(keep)[:-1]] if len(keep) > 3 else ring

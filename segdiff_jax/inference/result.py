@@ -98,7 +98,7 @@ class Segmentation:
 
         Raises `UserError` for another suffix and where it cannot be written.
         """
-        from segdiff_jax.inference.writers import by_suffix
+        from segdiff_jax.inference.formats import by_suffix
 
         files.write_bytes(path, by_suffix(os.fspath(path))(self))
 

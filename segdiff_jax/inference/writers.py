@@ -1,15 +1,12 @@
 """The files of one predicted image: in the formats asked for, a picture, and a description."""
 
 import collections
-import functools
-import io
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -17,9 +14,8 @@ from PIL import Image
 
 from segdiff_jax import files, ownership
 from segdiff_jax.config import Config
-from segdiff_jax.data import geometry
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import page, pictures, regions
+from segdiff_jax.inference import formats, page, pictures
 from segdiff_jax.inference.requests import identity
 from segdiff_jax.inference.result import Segmentation, other_label
 from segdiff_jax.text.vocabulary import Vocabulary
@@ -30,70 +26,6 @@ _ALWAYS = ("_overlay.png", "_uncertainty.png", ".json")
 
 KIND = "prediction"  # of a folder's marker (`ownership`)
 PAGE = "index.html"
-
-
-def labels_png(found: Segmentation) -> bytes:
-    """Class ids as pixel values, with a palette."""
-    return pictures.label_png(found.labels, found.vocabulary.palette())
-
-
-def scores_npz(found: Segmentation) -> bytes:
-    """`scores` float16 [K, H, W], `classes` [K] and, of an ensemble, `uncertainty` [H, W]."""
-    scores = np.empty((len(found.classes), *found.labels.shape), np.float16)
-    for row, one in zip(scores, np.moveaxis(found.network_scores, -1, 0), strict=True):
-        row[...] = geometry.enlarge(one, found.labels.shape)  # not all of them in float32
-    arrays: dict[str, Any] = {"scores": scores, "classes": np.array(found.classes)}
-    if found.uncertainty is not None:
-        arrays["uncertainty"] = found.uncertainty
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def coco_json(found: Segmentation) -> bytes:
-    """COCO's annotations of one image: a mask in run-length encoding for each class present."""
-    height, width = found.labels.shape
-    annotations: list[dict[str, Any]] = []
-    for number in np.unique(found.labels[found.labels < len(found.classes)]).tolist():
-        mask = found.labels == number
-        rows, columns = (np.flatnonzero(mask.any(axis)).tolist() for axis in (1, 0))
-        size = [columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
-        annotations.append(
-            {"id": len(annotations) + 1, "image_id": 1, "category_id": number, "iscrowd": 0}
-            | {"bbox": [columns[0], rows[0], *size]}
-            | {"area": int(mask.sum()), "segmentation": regions.rle(mask)}
-        )
-    categories = [{"id": i, "name": name} for i, name in enumerate(found.classes)]
-    image = {"id": 1, "width": width, "height": height}
-    whole = {"images": [image], "categories": categories, "annotations": annotations}
-    return json.dumps(whole, ensure_ascii=False).encode("utf-8")
-
-
-class Format(NamedTuple):
-    """The suffixes of its files for K classes; what makes one of them, by its number."""
-
-    suffixes: Callable[[int], Sequence[str]]
-    encode: Callable[[Segmentation, int], bytes]
-
-
-FORMATS = {
-    "labels": Format(lambda count: ["_labels.png"], lambda found, _: labels_png(found)),
-    "scores": Format(lambda count: ["_scores.npz"], lambda found, _: scores_npz(found)),
-    "masks": Format(
-        lambda count: [f"_mask_{number}.png" for number in range(count)],
-        lambda found, number: pictures.encode(Image.fromarray(found.labels == number)),
-    ),
-    "coco": Format(lambda count: ["_coco.json"], lambda found, _: coco_json(found)),
-}
-_BY_SUFFIX = {".png": labels_png, ".npz": scores_npz, ".json": coco_json}
-
-
-def by_suffix(path: str) -> Callable[[Segmentation], bytes]:
-    """What makes the contents of a file of this name. Raises `UserError` for another suffix."""
-    suffix = PurePath(path).suffix.lower()
-    if suffix not in _BY_SUFFIX:
-        raise UserError(f"{path}: end the name with one of {', '.join(_BY_SUFFIX)}")
-    return _BY_SUFFIX[suffix]
 
 
 def names(paths: Sequence[str]) -> dict[str, str]:
@@ -118,10 +50,13 @@ def names(paths: Sequence[str]) -> dict[str, str]:
     return {path: name for name, path in owners.items()}
 
 
-def outputs(names: Iterable[str], formats: Sequence[str], count: int) -> list[str]:
+def outputs(names: Iterable[str], kinds: Sequence[str], count: int) -> list[str]:
     """All files that may be written for images of these `names` and `count` classes."""
-    ends = [end for kind in formats for end in FORMATS[kind].suffixes(count)]
-    return [*(f"{name}{end}" for name in names for end in (*ends, *_ALWAYS)), PAGE]
+    found = [end for kind in kinds for end in formats.SUMMARIES.get(kind, ())]
+    for name in names:
+        found += [path for kind in kinds for path in formats.names_of(name, kind, count)]
+        found += [f"{name}{end}" for end in _ALWAYS]
+    return [*found, PAGE]
 
 
 def check_output(output: str, names: Mapping[str, str], written: Sequence[str]) -> None:
@@ -159,7 +94,7 @@ def write(
     path: str,
     found: Segmentation,
     settings: Mapping[str, Any],
-    formats: Sequence[str] = ("labels",),
+    kinds: Sequence[str] = ("labels",),
 ) -> page.Row:
     """Writes the files of the image at `path`, all or none of them.
 
@@ -168,17 +103,32 @@ def write(
     Returns the image's row for `page.page`. Raises `UserError` if a file cannot be written.
     """
     output, name = os.path.split(target)
-    description = {"image": path} | _describe(name, found, settings, formats)
-    contents = _contents(name, found, formats)
+    contents = pictured(name, path, found, kinds)
+    description = {"image": path} | _describe(name, found, settings)
+    description["files"] = _by_kind(name, found, kinds, contents)
     contents[f"{name}.json"] = files.to_json(description).encode("utf-8")  # last: it names them
     _write_set(output, contents)
     _remove_stale(output, name, contents)
     return _row(path, found, description["files"])
 
 
-def _describe(
-    name: str, found: Segmentation, settings: Mapping[str, Any], formats: Sequence[str]
-) -> dict[str, Any]:
+def pictured(name: str, path: str, found: Segmentation, kinds: Sequence[str]) -> dict[str, bytes]:
+    """The files of one image but its description, made side by side: zlib lets threads run."""
+    source = files.shown(PurePath(path).name)
+    makers: dict[str, Callable[[], bytes | None]] = {}
+    for kind in kinds:
+        makers |= formats.makers(name, kind, found, source)
+    makers[f"{name}_overlay.png"] = lambda: pictures.encode(found.overlay(), level=1)
+    spread = found.uncertainty
+    if spread is not None:
+        colored = lambda: pictures.encode(pictures.uncertainty_map(spread), level=1)  # noqa: E731
+        makers[f"{name}_uncertainty.png"] = colored
+    with ThreadPoolExecutor(2) as pool:
+        made = zip(makers, pool.map(lambda make: make(), makers.values()), strict=True)
+        return {file: data for file, data in made if data is not None}
+
+
+def _describe(name: str, found: Segmentation, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What O/<name>.json says of one image. Shares are of the image's pixels and sum to 1."""
     other, spread = other_label(len(found.classes)), found.uncertainty
     height, width = found.labels.shape
@@ -187,10 +137,6 @@ def _describe(
     def count(label: int) -> dict[str, Any]:
         return {"pixels": int(pixels[label]), "share": float(pixels[label] / found.labels.size)}
 
-    written: dict[str, Any] = {}
-    for kind in formats:
-        names = [f"{name}{end}" for end in FORMATS[kind].suffixes(len(found.classes))]
-        written[kind] = names if kind == "masks" else names[0]
     return {
         "width": width,
         "height": height,
@@ -202,29 +148,23 @@ def _describe(
         "uncertainty": None
         if spread is None
         else {"mean": float(spread.mean()), "max": float(spread.max())},
-        "files": written
-        | {
-            "overlay": f"{name}_overlay.png",
-            "uncertainty": None if spread is None else f"{name}_uncertainty.png",
-        },
         "settings": dict(settings),
     }
 
 
-def _contents(name: str, found: Segmentation, formats: Sequence[str]) -> dict[str, bytes]:
-    """File names and contents of one image's files, made side by side: zlib lets threads run."""
-    makers: dict[str, Callable[[], bytes]] = {}
-    for kind in formats:
-        suffixes, encode = FORMATS[kind]
-        for number, end in enumerate(suffixes(len(found.classes))):
-            makers[f"{name}{end}"] = functools.partial(encode, found, number)
-    makers[f"{name}_overlay.png"] = lambda: pictures.encode(found.overlay(), level=1)
-    spread = found.uncertainty
-    if spread is not None:
-        colored = lambda: pictures.encode(pictures.uncertainty_map(spread), level=1)  # noqa: E731
-        makers[f"{name}_uncertainty.png"] = colored
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(makers, pool.map(lambda make: make(), makers.values()), strict=True))
+def _by_kind(
+    name: str, found: Segmentation, kinds: Sequence[str], contents: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """Which files there are of each format, a list where a format has several; and the pictures."""
+    written: dict[str, Any] = {}
+    for kind in kinds:
+        named = formats.names_of(name, kind, len(found.classes))
+        several = len(formats.FORMATS[kind]) > 1 or formats.FORMATS[kind][0].per_class
+        written[kind] = [file for file in named if file in contents] if several else named[0]
+    for kind in ("overlay", "uncertainty"):
+        picture = f"{name}_{kind}.png"
+        written[kind] = picture if picture in contents else None
+    return written
 
 
 def _write_set(output: str, contents: Mapping[str, bytes]) -> None:
@@ -242,10 +182,29 @@ def _write_set(output: str, contents: Mapping[str, bytes]) -> None:
 
 def _remove_stale(output: str, name: str, written: Mapping[str, bytes]) -> None:
     """Removes what an earlier run with other settings wrote of an image: it would be wrong here."""
-    ends = r"_labels\.png|_scores\.npz|_mask_\d+\.png|_coco\.json|_uncertainty\.png"
-    for ours in ownership.owned(output).get(KIND, ()):
-        if re.fullmatch(rf"{re.escape(name)}({ends})", ours) and ours not in written:
-            epath.Path(output, ours).unlink(missing_ok=True)
+    patterns = [file.name for kind in formats.FORMATS.values() for file in kind]
+    named = [re.escape(p).replace(r"\{name\}", re.escape(name)) for p in patterns]
+    ours = re.compile("|".join(p.replace(r"\{number\}", r"\d+") for p in named))
+    for file in ownership.owned(output).get(KIND, ()):
+        stale = ours.fullmatch(file) or file == f"{name}_uncertainty.png"
+        if stale and file not in written:
+            epath.Path(output, file).unlink(missing_ok=True)
+
+
+def write_summaries(
+    output: str, names: Sequence[str], classes: Vocabulary, kinds: Sequence[str]
+) -> None:
+    """Writes what formats of whole sets need beside the files of the images of these `names`.
+
+    What an earlier run wrote of a format that is not asked for now is removed.
+    """
+    listed = ownership.owned(output).get(KIND, ())
+    for kind in formats.SUMMARIES:
+        if kind in kinds:
+            _write_set(output, formats.summary(kind, formats.read_in(output), names, classes))
+            continue
+        for stale in set(formats.SUMMARIES[kind]) & set(listed):
+            epath.Path(output, stale).unlink(missing_ok=True)
 
 
 def _row(path: str, found: Segmentation, written: Mapping[str, Any]) -> page.Row:

@@ -57,7 +57,7 @@ those that they started from{licence}, and the terms of the training data apply.
 
 
 def model_card(config: Config, unet: UNetConfig, vae: VAEConfig) -> str:
-    """Markdown with the YAML header that the Hugging Face hub reads."""
+    """Return Markdown with the YAML header that the Hugging Face hub reads."""
     height, width = config.data.image_size
     base = config.init_from.partition("@")[0]  # a repository, or nothing: see export.portable
     vocabulary = f" ({config.data.vocabulary})" if config.data.vocabulary else ""

@@ -1,0 +1,237 @@
+"""Formats of whole sets, read back by the libraries whose formats they are."""
+
+import io
+import json
+import zipfile
+
+import datumaro
+import numpy as np
+import pytest
+import supervision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from PIL import Image
+from pycocotools.coco import COCO
+from scipy import ndimage
+
+from segdiff_jax.config import CodecConfig
+from segdiff_jax.errors import UserError
+from segdiff_jax.inference import formats, regions, writers
+from segdiff_jax.inference.result import from_maps
+from segdiff_jax.text import vocabulary
+from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
+
+# Two of one colour and one that is black: no two of CVAT's may be either.
+CLASSES = Vocabulary(
+    "test",
+    (
+        ClassEntry("sky, with 'quotes' & ü", (), (10, 20, 30)),
+        ClassEntry("road", (), (10, 20, 30)),
+        ClassEntry("car", (), (0, 0, 0)),
+        ClassEntry("never seen"),
+    ),
+)
+
+
+def _result(seed, size=(60, 84), classes=CLASSES):
+    """Blobs: classes with holes and several parts, some pixels *other*, of the last class none."""
+    rng = np.random.default_rng(seed)
+    gray = np.stack([ndimage.gaussian_filter(rng.normal(0, 6, size), 3.0) for _ in classes.names])
+    gray[-1] = -1.0
+    gray[1, :20, :20], gray[0, 6:14, 6:14] = 1.5, 3.0  # a square with a hole, which is a class
+    gray[1, 6:14, 6:14] = -1.0
+    photo = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    codec = CodecConfig(threshold=0.5)
+    return from_maps(gray.astype(np.float32), None, photo, classes, codec, "stretch")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """(folder, results by name): two photos of different sizes in every format."""
+    folder, kinds = tmp_path_factory.mktemp("o"), list(formats.FORMATS)
+    found = {"a": _result(0), "b c.png": _result(1, (40, 30))}
+    for name, result in found.items():
+        writers.write(str(folder / name), f"/photos/{name}.jpg", result, {}, kinds)
+    writers.write_summaries(str(folder), list(found), CLASSES, kinds)
+    return folder, found
+
+
+def test_coco_is_read_by_its_own_api(written):
+    folder, found = written
+    coco = COCO(folder / "coco.json")
+    assert [c["name"] for c in coco.loadCats(range(4))] == list(CLASSES.names)
+    kinds = set()
+    for image, (name, result) in zip(coco.loadImgs([1, 2]), found.items(), strict=True):
+        assert image["file_name"] == f"{name}.jpg"
+        labels = np.full(result.labels.shape, 255)
+        for annotation in coco.loadAnns(coco.getAnnIds(image["id"])):
+            mask = coco.annToMask(annotation).astype(bool)
+            labels[mask] = annotation["category_id"]
+            left, top, width, height = annotation["bbox"]
+            assert annotation["area"] == mask.sum()
+            assert mask[top : top + height, left : left + width].sum() == mask.sum()
+            kinds.add(type(annotation["segmentation"]))
+        np.testing.assert_array_equal(labels, result.labels)
+    assert dict in kinds
+
+
+def test_a_mask_of_one_ring_is_a_polygon_and_still_exact():
+    """As `supervision` has it: run lengths where there are holes or parts."""
+    labels = np.full((12, 16), -1.0, np.float32)
+    labels[3:9, 4:11] = labels[9, 4:6] = 1.0
+    photo = np.zeros((12, 16, 3), np.uint8)
+    classes = Vocabulary("one", (ClassEntry("step"),))
+    found = from_maps(labels[None], None, photo, classes, CodecConfig(threshold=0.5), "stretch")
+    coco = COCO()
+    coco.dataset = json.loads(formats.coco_json(found, "a.png"))
+    coco.createIndex()
+    (annotation,) = coco.loadAnns(coco.getAnnIds())
+    assert annotation["segmentation"] == [[4, 3, 11, 3, 11, 9, 6, 9, 6, 10, 4, 10]]
+    np.testing.assert_array_equal(coco.annToMask(annotation), found.labels == 0)
+
+
+def test_coco_is_read_by_supervision(written):
+    folder, found = written
+    read = supervision.DetectionDataset.from_coco(
+        str(folder / "yolo" / "images"), str(folder / "coco.json"), force_masks=True
+    )
+    assert read.classes == list(CLASSES.names)
+    for path, detections in read.annotations.items():
+        result = found[path.rsplit("/", 1)[1].removesuffix(".jpg")]
+        for mask, label in zip(detections.mask, detections.class_id, strict=True):
+            np.testing.assert_array_equal(mask, result.labels == label)
+
+
+def test_yolo_is_read_by_supervision(written):
+    folder, found = written
+    read = supervision.DetectionDataset.from_yolo(
+        str(folder / "yolo" / "images"),
+        str(folder / "yolo" / "labels"),
+        str(folder / "yolo" / "data.yaml"),
+        force_masks=True,
+    )
+    assert read.classes == list(CLASSES.names) and len(read) == 2
+    for path, photo, detections in read:
+        result = found[path.rsplit("/", 1)[1].removesuffix(".jpg")]
+        assert photo.shape == result.photo.shape
+        for label in range(3):
+            mask = detections.mask[detections.class_id == label].any(0)
+            expected = result.labels == label
+            # A pixel for the polygon, one for the whole numbers that it is filled between.
+            square = np.ones((5, 5))
+            grown = ndimage.binary_dilation(expected, square)
+            inner = ndimage.binary_erosion(expected, square)
+            assert not (mask & ~grown).any() and not (inner & ~mask).any()
+    hole = read.annotations[next(p for p in read.annotations if p.endswith("a.jpg"))]
+    road = hole.mask[hole.class_id == 1].any(0)
+    assert road[3, 3] and not road[9:11, 9:11].any(), "a hole stays one"
+
+
+def test_cvat_is_read_by_datumaro(written):
+    folder, found = written
+    read = datumaro.Dataset.import_from(str(folder / "cvat"), "voc_segmentation")
+    names = [label.name for label in read.categories()[datumaro.AnnotationType.label]]
+    assert names == ["background", *CLASSES.names]
+    assert sorted(item.id for item in read) == sorted(found)
+    for item in read:
+        labels = np.full(found[item.id].labels.shape, 255)
+        for mask in item.annotations:
+            labels[np.asarray(mask.image, bool)] = mask.label - 1 if mask.label else 255
+        np.testing.assert_array_equal(labels, found[item.id].labels)
+
+
+def test_cvat_zip_is_as_its_documentation_says(written):
+    """labelmap.txt, ImageSets/Segmentation/default.txt and SegmentationClass/ at its top."""
+    folder, found = written
+    packed = zipfile.ZipFile(folder / "cvat.zip")
+    assert packed.testzip() is None
+    assert packed.read("ImageSets/Segmentation/default.txt").decode().split("\n")[:-1] == list(
+        found
+    )
+    lines = packed.read("labelmap.txt").decode().splitlines()
+    colors = {line.split(":")[0]: line.split(":")[1] for line in lines if line[0] != "#"}
+    assert len(set(colors.values())) == 5 and colors["background"] == "0,0,0"
+    for name in found:
+        data = packed.read(f"SegmentationClass/{name}.png")
+        picture = np.asarray(Image.open(io.BytesIO(data)))
+        known = {tuple(map(int, color.split(","))) for color in colors.values()}
+        assert {tuple(c) for c in np.unique(picture.reshape(-1, 3), axis=0).tolist()} <= known
+
+
+def test_a_class_named_background_is_black_in_cvat():
+    classes = vocabulary.from_names(["Background", "ring"])
+    lines = formats.summary("cvat", lambda name: b"", [], classes)["cvat/labelmap.txt"]
+    assert lines.decode().splitlines()[1] == "Background:0,0,0::" and lines.count(b"\n") == 3
+
+
+@pytest.mark.parametrize("name", ["a: b", "#1 sign"])
+def test_names_that_a_label_map_cannot_hold(name):
+    formats.check(["yolo", "coco"], vocabulary.from_names([name]))
+    with pytest.raises(UserError, match="--format cvat: the class name .* rename the class"):
+        formats.check(["labels", "cvat"], vocabulary.from_names(["road", name]))
+
+
+def test_all_colours_of_a_large_vocabulary_differ():
+    classes = vocabulary.from_names([f"class {i}" for i in range(900)])
+    colors = formats.cvat_colors(classes)
+    assert len(np.unique(colors, axis=0)) == 900 and colors.any(1).all()
+
+
+def test_score_maps_and_cut_outs(written):
+    folder, found = written
+    for name, result in found.items():
+        for number in range(4):
+            score = Image.open(folder / f"{name}_score_{number}.png")
+            assert score.mode == "I;16"
+            expected = result.scores[..., number]
+            np.testing.assert_allclose(np.asarray(score) / 65535, expected, atol=1e-5)
+            cutout = folder / f"{name}_cutout_{number}.png"
+            mask = result.labels == number
+            assert cutout.exists() == mask.any()
+            if mask.any():
+                pixels = np.asarray(Image.open(cutout))
+                np.testing.assert_array_equal(pixels[..., 3], 255 * mask)
+                np.testing.assert_array_equal(pixels[mask][:, :3], result.photo[mask])
+                assert not pixels[~mask].any(), "nothing of the rest is hidden in it"
+    said = json.loads((folder / "a.json").read_text())["files"]
+    assert said["cutouts"] == [f"a_cutout_{number}.png" for number in range(3)]
+    assert said["yolo"] == ["yolo/labels/a.txt", "yolo/images/a.jpg"]
+
+
+def _even_odd(ring, shape):
+    """Whether a ray to the right of each pixel's centre crosses the ring an odd number of times."""
+    y, x = np.indices(shape) + 0.5
+    odd = np.zeros(shape, bool)
+    for (x0, y0), (x1, y1) in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+        if y0 != y1:
+            odd ^= ((y0 > y) != (y1 > y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+    return odd
+
+
+@given(arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=9)))
+@settings(deadline=None)
+def test_parts_with_their_holes_are_one_ring_each(mask):
+    rings = regions.parts(mask, 0.0)
+    assert len(rings) == ndimage.label(mask)[1]
+    filled = [_even_odd(ring, mask.shape) for ring in rings]
+    np.testing.assert_array_equal(np.sum([*filled, np.zeros(mask.shape)], 0), mask)
+
+
+@given(seed=st.integers(0, 20), tolerance=st.sampled_from([0.5, 1.0, 3.0]))
+@settings(deadline=None, max_examples=20)
+def test_simplified_rings_stay_near(seed, tolerance):
+    rng = np.random.default_rng(seed)
+    mask = ndimage.gaussian_filter(rng.normal(size=(40, 50)), 4) > 0
+    for ring in regions.polygons(mask):
+        fewer = regions.simplified(ring, tolerance)
+        assert 3 <= len(fewer) <= len(ring)
+        starts, ends = fewer.astype(float), np.roll(fewer, -1, axis=0).astype(float)
+        for point in ring:
+            along = np.clip(
+                ((point - starts) * (ends - starts)).sum(1) / ((ends - starts) ** 2).sum(1), 0, 1
+            )
+            nearest = starts + along[:, None] * (ends - starts)
+            assert np.hypot(*(nearest - point).T).min() <= tolerance + 1e-9 or len(fewer) == len(
+                ring
+            )
