@@ -22,7 +22,7 @@ from segdiff_jax.config import Config, of_stage, validate
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation.evaluator import evaluate
-from segdiff_jax.evaluation.findings import Claim, Elbow, Setting
+from segdiff_jax.evaluation.findings import NAMES, Claim, Elbow, Setting
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.progress import reporter
 from segdiff_jax.training import origin, run
@@ -62,9 +62,13 @@ class Study(NamedTuple):
 def training(
     config: Config, timesteps: str, kind: str = "annealed", group: int = -1, context: str = "mean"
 ) -> Training:
-    """timesteps "uniform", as in the paper, or "terminal": a share of them is the last one."""
+    """timesteps "uniform", as in the paper, or "terminal": a share of them is the last one.
+
+    All train on the diffusion loss alone, also where `config` has a loss on labels beside it.
+    """
     share = {"uniform": 0.0, "terminal": config.train.terminal_share or TERMINAL_SHARE}[timesteps]
     changes: dict[str, Any] = {"noise.kind": kind, "train.terminal_share": share}
+    changes |= {"train.label_weight": 0.0, "train.classes": 1}
     name = f"{kind}-{timesteps}"
     if group >= 0 and (group, context) != (config.codec.classes_per_pass, config.codec.context):
         name += f"-g{group or 'all'}-{context}"
@@ -287,6 +291,7 @@ _OF_BOTH_STAGES: tuple[str, ...] = (
 )
 _OF_DIFFUSION: tuple[str, ...] = ("noise", "codec", "optimizer.learning_rate", "train.batch_size")
 _OF_DIFFUSION += ("train.terminal_share", "train.balance", "train.hard_negatives")
+_OF_DIFFUSION += ("train.label_weight", "train.classes")
 
 
 def _check_same(config: Config, workdir: Path) -> None:
@@ -363,8 +368,8 @@ def measure(case: Case, config: Config, workdir: str, limit: int | None) -> dict
     ]
     figures = {
         name: float(np.mean([result.summary[name] for result in results]))
-        for name, value in results[0].summary.items()
-        if isinstance(value, float)
+        for name in NAMES
+        if isinstance(results[0].summary.get(name), float)
     }
     if case.noises > 1:
         every = [np.stack([r.examples[i].prediction for r in results]) for i in range(count)]
