@@ -63,13 +63,9 @@ class Study(NamedTuple):
 def training(
     config: Config, timesteps: str, kind: str = "annealed", group: int = -1, context: str = "mean"
 ) -> Training:
-    """timesteps "uniform", as in the paper, or "terminal": a share of them is the last one.
-
-    All train on the diffusion loss alone, also where `config` has a loss on labels beside it.
-    """
+    """timesteps "uniform", as in the paper, or "terminal": a share of them is the last one."""
     share = {"uniform": 0.0, "terminal": config.train.terminal_share or TERMINAL_SHARE}[timesteps]
     changes: dict[str, Any] = {"noise.kind": kind, "train.terminal_share": share}
-    changes |= {"train.label_weight": 0.0, "train.classes": 1}
     name = f"{kind}-{timesteps}"
     if group >= 0 and (group, context) != (config.codec.classes_per_pass, config.codec.context):
         name += f"-g{group or 'all'}-{context}"
@@ -292,7 +288,6 @@ _OF_BOTH_STAGES: tuple[str, ...] = (
 )
 _OF_DIFFUSION: tuple[str, ...] = ("noise", "codec", "optimizer.learning_rate", "train.batch_size")
 _OF_DIFFUSION += ("train.terminal_share", "train.balance", "train.hard_negatives")
-_OF_DIFFUSION += ("train.label_weight", "train.classes")
 
 
 def _check_same(config: Config, workdir: Path) -> None:
