@@ -8,6 +8,7 @@ study ─► trainings × seeds   workdirs that all studies share: found again, 
 import copy
 import dataclasses
 import functools
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation.evaluator import evaluate
 from segdiff_jax.evaluation.findings import Claim, Elbow, Setting
+from segdiff_jax.inference.networks import Networks
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.progress import reporter
 from segdiff_jax.training import origin, run
@@ -312,31 +314,37 @@ def _copy_latents(config: Config, workdir: Path) -> None:
             return
 
 
-class Remembering(Segmenter):
+class Remembering(Networks):
     """Samples each member of each map once, in however many ensembles it is."""
 
-    def __init__(self, *networks: Any, **options: Any):
-        super().__init__(*networks, **options)
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
         self._known: dict[tuple[Any, ...], np.ndarray] = {}
 
-    def _run(self, image_latents, table, groups, jobs, sampler, seed) -> np.ndarray:
+    def maps(self, latents, contexts, jobs, sampler, seed, done=None) -> np.ndarray:
         used = sampler.steps, sampler.eta, sampler.initial_noise, sampler.decoder, seed
-        keys = [
-            (image_latents[i].tobytes(), groups[p].tobytes(), int(m), *used) for i, p, m in jobs
-        ]
+        keys = []
+        for (image, _, member), *context in zip(jobs, *_rows(contexts(jobs[:, 1])), strict=True):
+            inputs = b"".join(array.tobytes() for array in (latents[image], *context))
+            keys.append((hashlib.sha256(inputs).digest(), int(member), *used))
         new = [n for n, key in enumerate(keys) if key not in self._known]
         if new:
-            maps = super()._run(image_latents, table, groups, jobs[new], sampler, seed)
+            maps = super().maps(latents, contexts, jobs[new], sampler, seed, done)
             self._known |= {keys[n]: one for n, one in zip(new, maps, strict=True)}
         return np.stack([self._known[key] for key in keys])
+
+
+def _rows(arrays: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+    return [array for array in arrays if array is not None]
 
 
 @functools.lru_cache(maxsize=1)  # the cases of a training follow one another
 def _model(workdir: str, spacing: str, remembering: bool) -> Segmenter:
     networks, _ = workdirs.load_with_step(workdir)
     config = changed(networks[-1], {"diffusion.timestep_spacing": spacing}, "model")
-    kind = Remembering if remembering else Segmenter
-    model = kind(*networks[:-1], config, trained=workdirs.read_classes(workdir))
+    model = Segmenter(*networks[:-1], config, trained=workdirs.read_classes(workdir))
+    if remembering:
+        model.networks = Remembering(*networks[:2], config, model.mesh)
     model.add_decoders(*workdirs.load_decoders(workdir, networks[1]))
     return model
 
