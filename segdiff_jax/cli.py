@@ -96,7 +96,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         type=path,
         metavar="DIR",
         help="workdir of a training run, or an exported folder: local, gs://, or OWNER/NAME of "
-        "Hugging Face",
+        "Hugging Face; or demo, the model of drawn scenes that comes with this package",
     )
     parser.add_argument(
         "--which",

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Collection
+from pathlib import Path
 
 import huggingface_hub
 from etils import epath
@@ -31,6 +32,8 @@ _NAMES = (  # how weights are published, best first; the last three are indices 
     r"{stem}\.safetensors{variant}\.index\.json",  # older diffusers
     r"{stem}{variant}\.safetensors\.index\.json",  # huggingface_hub's own
 )
+
+DEMO = "demo"  # the folder of the model that comes with the package
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +71,12 @@ def locate_configs(source: str) -> epath.Path:
 
 
 def local(checkpoint: str) -> str:
-    """Return the folder of a workdir or export; download one on Hugging Face, OWNER/NAME."""
+    """Return the folder of a workdir or export; download one on Hugging Face, OWNER/NAME.
+
+    "demo" is the model that comes with the package, unless there is a folder of that name.
+    """
+    if checkpoint == DEMO and not os.path.exists(checkpoint):
+        return os.fspath(Path(__file__).with_name(DEMO))
     repository = _repository(checkpoint)
     if repository is None or os.path.exists(os.path.dirname(checkpoint)):
         return checkpoint  # where the folder above it exists, its name is wrong
