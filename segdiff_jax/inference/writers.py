@@ -118,13 +118,21 @@ def write(
     Returns the image's row for `page.page`. Raises `UserError` if a file cannot be written.
     """
     output, name = os.path.split(target)
+    contents, written = contents_of(name, path, found, settings, kinds)
+    _write_set(output, contents)
+    _remove_stale(output, name, contents)
+    return row(path, found.photo, found.legend(), written)
+
+
+def contents_of(
+    name: str, path: str, found: Segmentation, settings: Mapping[str, Any], kinds: Sequence[str]
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """(the files of one image, its description last; the names of those of each format)."""
     contents = pictured(name, path, found, kinds)
     description = {"image": path} | _describe(name, found, settings)
     description["files"] = _by_kind(name, found, kinds, contents)
-    contents[f"{name}.json"] = files.to_json(description).encode("utf-8")  # last: it names them
-    _write_set(output, contents)
-    _remove_stale(output, name, contents)
-    return row(path, found.photo, found.legend(), description["files"])
+    contents[f"{name}.json"] = files.to_json(description).encode("utf-8")
+    return contents, description["files"]
 
 
 def pictured(name: str, path: str, found: Segmentation, kinds: Sequence[str]) -> dict[str, bytes]:
