@@ -32,8 +32,6 @@ and for --checkpoint of predict, evaluate and export, with a model card and the 
 stablehlo: the sampler (image, prompt embeddings, key -> map) as one file for jax.export, weights
 included up to 2 GiB and beside it from there on, which runs on CPU, CUDA and TPU without this
 package; sampler.json describes it.
-onnx: one class in one step (image, prompt embedding -> score) and the text encoder, for onnxruntime
-(docs/onnx.md). Of models in float32, one class per pass, below 2 GiB.
 
 """
     + waiting.HELP
@@ -64,15 +62,12 @@ def main(argv: list[str]) -> None:
         decoders = workdir.load_decoders(folder, networks[1])
         write_folder(networks, args.output, args.dtype, trained, decoders)
     else:
-        from segdiff_jax.inference import onnx, stablehlo
+        from segdiff_jax.inference import stablehlo
         from segdiff_jax.inference.segmenter import Segmenter
 
         sampler = _sampler(args, networks[-1])
         model = Segmenter(*networks, trained=trained)
-        if args.format == "onnx":
-            onnx.write(model, args.output, sampler)
-        else:
-            stablehlo.write(model, args.output, sampler, args.dtype)
+        stablehlo.write(model, args.output, sampler, args.dtype)
     print(f"exported: {args.output}")
     if args.verify:
         found = verify.differences(args.output, networks[-1].data.image_size)
@@ -97,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the folder to make, local or gs://; an export that this command wrote there is "
         "replaced, any other file left alone",
     )
-    add("--format", required=True, choices=("diffusers", "stablehlo", "onnx"), help="see above")
+    add("--format", required=True, choices=("diffusers", "stablehlo"), help="see above")
     add(
         "--weights",
         choices=("ema", "raw"),
@@ -139,11 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 def _check_arguments(args: argparse.Namespace) -> None:
     for name in ("steps", "ensemble"):
         if getattr(args, name) and args.format == "diffusers":
-            raise UserError(
-                f"--{name}: only --format stablehlo or onnx fixes the sampler: leave it out"
-            )
-    if args.format == "onnx" and args.dtype != "float32":
-        raise UserError("--dtype: --format onnx is in float32: leave it out")
+            raise UserError(f"--{name}: only --format stablehlo fixes the sampler: leave it out")
     if args.verify and (args.format != "diffusers" or files.is_remote(args.output)):
         raise UserError("--verify: only for a local folder of --format diffusers: leave it out")
 

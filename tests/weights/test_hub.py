@@ -15,7 +15,7 @@ from fake_hub import TOKEN, FakeHub
 from flax import nnx
 from huggingface_hub import constants
 
-from segdiff_jax import export, ownership
+from segdiff_jax import evaluate, export, ownership
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.weights import pretrained
@@ -240,6 +240,19 @@ def test_a_push_that_breaks_leaves_the_repository_as_it_was(hub, exported, tmp_p
         export.main([*argv, "--push-to-hub", "me/model"])
     assert "\n" not in str(error.value)
     assert hub.branches["me/model"] == {"main": before}
+
+
+def test_export_and_evaluate_take_a_model_from_the_hub(
+    hub, contents, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("segdiff_jax.parallel.runtime.start", lambda: None)
+    hub.commit("someone/model", contents)
+    argv = ["--checkpoint", "someone/model", "--output"]
+    export.main([*argv, str(tmp_path / "again"), "--format=diffusers"])
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == contents[WEIGHTS]
+    evaluate.main([*argv, str(tmp_path / "o"), "--limit=1"])
+    said = json.loads((tmp_path / "o" / "metrics.json").read_text())
+    assert said["checkpoint"] == "someone/model" and said["images"] == 1
 
 
 def test_an_export_on_the_hub_is_a_checkpoint(hub, contents, exported):
