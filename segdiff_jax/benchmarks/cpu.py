@@ -1,8 +1,6 @@
 """Suite `cpu`: Stable Diffusion 2's networks on two cores in float32, against diffusers."""
 
-import contextlib
 import functools
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,11 +9,10 @@ from flax import nnx
 
 from segdiff_jax.benchmarks import steps, twins
 from segdiff_jax.benchmarks.timing import Result, side_by_side
-from segdiff_jax.errors import UserError
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE, VAEConfig
 
-_CORES, _TOKENS, _TOLERANCE = 2, 77, 1e-3
+_TOKENS, _TOLERANCE = 77, 1e-3
 NARROW = UNetConfig(
     block_out_channels=(16, 32),
     cross_attention=(True, False),
@@ -32,30 +29,15 @@ _QUARTER = UNetConfig(block_out_channels=(80, 160, 320, 320), heads=(1, 2, 5, 5)
 def run(small: bool) -> Iterator[Result]:
     """UNet forward, VAE both ways, a training step. About 10 GB of memory at full size."""
     size, rounds = (8, 2) if small else (48, 5)
-    with _two_cores(), torch.no_grad():
+    with twins.cores(small), torch.no_grad():
         yield from _unet(NARROW if small else UNetConfig(), size, rounds)
         yield from _vae(NARROW_VAE if small else VAEConfig(), 8 * size, rounds)
-    with _two_cores():
+    with twins.cores(small):
         config, batch = (NARROW, 2) if small else (_QUARTER, 2)
         ours, theirs = steps.pair(config, size, batch, "float32", rounds)
         yield side_by_side(
             f"training step, quarter width, batch {batch}", ours, theirs, rounds, _TOLERANCE, 1.0
         )
-
-
-@contextlib.contextmanager
-def _two_cores() -> Iterator[None]:
-    """Keep both sides on the same two cores; XLA looks which it may use when it starts."""
-    if not hasattr(os, "sched_setaffinity"):
-        raise UserError("bench cpu: only Linux lets a process choose its cores")
-    allowed, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    os.sched_setaffinity(0, sorted(allowed)[:_CORES])
-    torch.set_num_threads(min(_CORES, len(allowed)))
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, allowed)
-        torch.set_num_threads(threads)
 
 
 def _unet(config: UNetConfig, size: int, rounds: int) -> Iterator[Result]:

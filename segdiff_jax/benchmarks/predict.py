@@ -16,7 +16,7 @@ from flax import nnx
 from PIL import Image
 
 from segdiff_jax import files
-from segdiff_jax.benchmarks import paper, twins
+from segdiff_jax.benchmarks import cpu, paper, twins
 from segdiff_jax.benchmarks.timing import (
     Figure,
     Result,
@@ -39,18 +39,25 @@ from segdiff_jax.weights.workdir import EXPORT_SETTINGS
 
 _NAMES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car"]
 _NAMES += ["pedestrian", "cyclist"]
+_NARROW = presets.Architecture(
+    cpu.NARROW,
+    cpu.NARROW_VAE,
+    dataclasses.replace(
+        presets.architecture("small").text_encoder, hidden_size=32, intermediate_size=32
+    ),
+)
 _TOLERANCE = 1e-3
 _IMPORTS = "import jax, flax.nnx"
 
 
 def run(small: bool) -> Iterator[Result]:
     """The pipeline of the paper, start-up, many photos, a large photo, many classes."""
-    with tempfile.TemporaryDirectory() as temporary:
+    with twins.cores(small), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        in_one = _model(CodecConfig(classes_per_pass=0), folder / "in-one-image")
+        in_one = _model(CodecConfig(classes_per_pass=0), folder / "in-one-image", small)
         for steps in (2,) if small else (10, 50):
             yield from _paper(in_one, folder / "in-one-image", steps, small)
-        model = _model(CodecConfig(), folder / "by-class")
+        model = _model(CodecConfig(), folder / "by-class", small)
         if not small:
             yield from _first_mask(model, folder)
         yield from _many_photos(model, folder / "photos", 3 if small else 60)
@@ -58,14 +65,14 @@ def run(small: bool) -> Iterator[Result]:
         yield from _shortlist(model, 12 if small else 150)
 
 
-def _model(decoding: CodecConfig, folder: Path) -> Segmenter:
+def _model(decoding: CodecConfig, folder: Path, small: bool) -> Segmenter:
     """A segmenter with random weights, which are written to `folder` too, as an export."""
-    preset = presets.architecture("small")
+    preset = _NARROW if small else presets.architecture("small")
     words = ["a photo of a", *_NAMES, *(f"thing {i}" for i in range(10))]
     tokenizer = train_tokenizer(words, 1024, preset.text_encoder.max_position_embeddings)
     text = dataclasses.replace(preset.text_encoder, vocab_size=tokenizer.vocab_size)
     config = Config(
-        data=DataConfig(source="scenes", image_size=(96, 128)),
+        data=DataConfig(source="scenes", image_size=(32, 48) if small else (96, 128)),
         codec=decoding,
         prompts=PromptsConfig(("a photo of a {class}",)),
         sampler=SamplerConfig(steps=10),
@@ -97,7 +104,7 @@ def _paper(model: Segmenter, folder: Path, steps: int, small: bool) -> Iterator[
     classes = vocabulary.from_names(_NAMES).classes
     plain = dataclasses.replace(model.config.sampler, steps=steps, ensemble=count)
     aligning = dataclasses.replace(plain, align="affine")
-    shape = _latent_shape(model)
+    shape = model.encode(photo).latent.shape
     keys = member_keys(jax.random.key(0), count)
     noise = np.asarray(jax.vmap(lambda key: initial_noise(key, shape))(keys))
     theirs = paper.Pipeline(folder)
@@ -114,12 +121,6 @@ def _paper(model: Segmenter, folder: Path, steps: int, small: bool) -> Iterator[
         rounds,
         0.6,
     )
-
-
-def _latent_shape(model: Segmenter) -> tuple[int, int, int]:
-    vae = presets.architecture("small").vae
-    height, width = (size // vae.downsampling for size in model.config.data.image_size)
-    return height, width, vae.latent_channels
 
 
 def _first_mask(model: Segmenter, folder: Path) -> Iterator[Result]:

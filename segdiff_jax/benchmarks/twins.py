@@ -1,6 +1,8 @@
 """Networks with random weights, and diffusers' networks with the same ones."""
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import diffusers
@@ -10,11 +12,33 @@ import numpy as np
 import torch
 from flax import nnx
 
+from segdiff_jax.errors import UserError
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.weights import hf_config, key_map
 
 M = TypeVar("M", bound=nnx.Module)
+_CORES = 2
+
+
+@contextlib.contextmanager
+def cores(small: bool) -> Iterator[None]:
+    """Keep both sides on the same two cores; XLA looks which it may use when it starts.
+
+    small: one thread for torch, and no more: on a busy machine its threads wait for each other.
+    """
+    if not small and not hasattr(os, "sched_setaffinity"):
+        raise UserError("bench: only on Linux can a process choose its cores: try --small")
+    allowed, threads = set() if small else os.sched_getaffinity(0), torch.get_num_threads()
+    torch.set_num_threads(1 if small else min(_CORES, len(allowed)))
+    if allowed:
+        os.sched_setaffinity(0, sorted(allowed)[:_CORES])
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if allowed:
+            os.sched_setaffinity(0, allowed)
 
 
 def filled(make: Callable[[], M]) -> M:
