@@ -9,7 +9,7 @@ WORKDIR := $(DEMO)/workdir-$(SEED)
 
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo smoke test test-slow lint clean
+.PHONY: demo smoke test test-slow lint bench clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -m segdiff_jax.train --config configs/demo.py --workdir $(WORKDIR) \
@@ -48,6 +48,15 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What this machine can: the TPU compiler needs no TPU, but some 15 GB of memory and 10 minutes.
+bench: $(VENV)/.test
+	for suite in cpu predict input tpu; do \
+	  $(BIN)/python -m segdiff_jax.bench $$suite --json runs/bench/$$suite.json || exit 1; \
+	done
+	if nvidia-smi > /dev/null 2>&1; then \
+	  JAX_PLATFORMS=cuda,cpu $(BIN)/python -m segdiff_jax.bench gpu --json runs/bench/gpu.json; \
+	fi
 
 clean:
 	rm -rf $(VENV) runs

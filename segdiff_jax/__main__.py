@@ -13,6 +13,7 @@ COMMANDS = {
     "export": "write a model for diffusers, or as StableHLO",
     "data": "data check: say what a data set holds and what is wrong with it",
     "study": "run an experiment of the paper, and say what it shows",
+    "bench": "time this package side by side with what people use instead",
     "aot": "ask the TPU compiler what a training needs, without a TPU",
 }
 
