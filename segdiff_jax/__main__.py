@@ -11,6 +11,8 @@ COMMANDS = {
     "evaluate": "score a model on a labelled data set",
     "predict": "paint masks for photos and class names",
     "export": "write a model for diffusers, or as StableHLO",
+    "data": "data check: say what a data set holds and what is wrong with it",
+    "study": "run an experiment of the paper, and say what it shows",
     "aot": "ask the TPU compiler what a training needs, without a TPU",
 }
 
@@ -29,7 +31,8 @@ def _dispatch(argv: list[str]) -> None:
         print(f"segdiff {__version__}")
     elif name in COMMANDS:
         # The command is imported by name: each brings libraries that the others do not need.
-        importlib.import_module(f"segdiff_jax.{name}").main(rest)
+        module = "check" if name == "data" else name  # the package `data` is no command
+        importlib.import_module(f"segdiff_jax.{module}").main(rest)
     else:
         raise UserError(f"{name}: no such command: choose one of {', '.join(COMMANDS)}")
 

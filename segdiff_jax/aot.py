@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from segdiff_jax import cli, codec, files
 from segdiff_jax.combinations import check_image_size
-from segdiff_jax.config import Config, of_stage, to_dict
+from segdiff_jax.config import Config, competing, of_stage, through_linear, to_dict
 from segdiff_jax.data.sources import scenes
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
@@ -174,6 +174,11 @@ def _floats(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+def _linear_decoder(nets: _Networks) -> LinearDecoder:
+    channels, pixels = nets.latent[-1], nets.vae.config.downsampling**2
+    return LinearDecoder(_floats(3, 3, channels, pixels), _floats(pixels))
+
+
 def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
     """The step of config.stage, as `training.run` compiles it."""
     count, size, vae_only = config.train.batch_size, config.data.image_size, config.stage == "vae"
@@ -181,14 +186,15 @@ def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
     whole = meshes.replicated(mesh)
     (unet, unet_params), (vae, vae_params) = nnx.split(nets.unet), nnx.split(nets.vae)
     schedule = jax.eval_shape(lambda: make_schedule(config.diffusion))
-    frozen = None if vae_only else Frozen(vae_params, schedule, nets.table)
+    linear = _linear_decoder(nets) if through_linear(config) else None
+    frozen = None if vae_only else Frozen(vae_params, schedule, nets.table, linear)
     make = {"diffusion": diffusion_step, "e2e": e2e_step}
     step = vae_step(vae, config, mesh) if vae_only else make[config.stage](unet, vae, config, mesh)
     params = vae_params if vae_only else unet_params
     state = jax.eval_shape(lambda p: init_state(p, config), params)
     state = meshes.abstract(state, rules.state_sharding(state, mesh))
     cached = config.data.cache_latents and not vae_only
-    asked = config.e2e.classes if config.stage == "e2e" else 0
+    asked = competing(config)
     shapes: dict[str, Any] = {"class_ids": ((count, asked or nets.group), jnp.int32)}
     if cached:
         latents = ((count, *nets.latent), jnp.float32)
@@ -239,9 +245,7 @@ def _sampler(config: Config, nets: _Networks, mesh: Mesh, jobs: int) -> tuple[An
     decoder: Any = nnx.graphdef(vae)
     decoder_params: Any = nnx.state(vae)
     if config.sampler.decoder == "linear":
-        channels, pixels = nets.latent[-1], nets.vae.config.downsampling**2
-        decoder = None
-        decoder_params = LinearDecoder(_floats(3, 3, channels, pixels), _floats(pixels))
+        decoder, decoder_params = None, _linear_decoder(nets)
     schedule, key = jax.eval_shape(lambda: (make_schedule(config.diffusion), jax.random.key(0)))
     kind, ids = config.codec.context, jax.ShapeDtypeStruct((jobs, nets.group), jnp.int32)
     contexts, mask = jax.eval_shape(lambda table, ids: context(table, ids, kind), nets.table, ids)

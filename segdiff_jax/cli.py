@@ -1,8 +1,10 @@
 """What all entry points share: exit codes, the config file, its overrides and its help text."""
 
 import argparse
+import copy
 import dataclasses
 import errno
+import functools
 import inspect
 import io
 import os
@@ -188,7 +190,12 @@ def split_config_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, rest
 
 
-def load_config(path_or_spec: str, overrides: Sequence[str] = (), use: str = "train") -> Config:
+def load_config(
+    path_or_spec: str,
+    overrides: Sequence[str] = (),
+    use: str = "train",
+    trained: Config | None = None,
+) -> Config:
     """The config that a file's `get_config()` returns, overridden and validated.
 
     Args:
@@ -196,12 +203,13 @@ def load_config(path_or_spec: str, overrides: Sequence[str] = (), use: str = "tr
       overrides: `--config.a.b=v` strings, as from `split_config_flags`. A tuple is written
         `96,128`. A tuple of strings takes one string per flag; repeat the flag for several.
       use: what for, one of `config.USES`.
+      trained: of a checkpoint, for a `get_config(trained)` that says only what differs from it.
 
     Raises:
       UserError: the file or its result is no config; a key does not exist (with the nearest one
         that does); a value has the wrong type (with an example); `validate` finds a bad value.
     """
-    config = _read_config_file(path_or_spec)
+    config = _read_config_file(path_or_spec, trained)
     _check_fields(config, "", path_or_spec)
     return override_config(config, overrides, use)
 
@@ -245,7 +253,7 @@ def _override(config: Config, key: str, texts: list[str]) -> Config:
     return holder.value
 
 
-def _read_config_file(spec: str) -> Config:
+def _read_config_file(spec: str, trained: Config | None) -> Config:
     path, *arguments = [spec] if Path(spec).is_file() else spec.split(":", 1)
     if not Path(path).is_file():
         raise UserError(f"--config {path}: no such file: give one of configs/*.py")
@@ -253,6 +261,8 @@ def _read_config_file(spec: str) -> Config:
         get_config = runpy.run_path(path, run_name="segdiff_jax_config").get("get_config")
         if not callable(get_config):
             raise UserError(f"{path}: has no get_config(): define one that returns a Config")
+        if trained is not None and "trained" in inspect.signature(get_config).parameters:
+            get_config = functools.partial(get_config, trained=copy.deepcopy(trained))
         config = get_config(*arguments)
     except UserError:
         raise

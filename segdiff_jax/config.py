@@ -26,12 +26,13 @@ OPTIMIZERS = ("adamw", "muon")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 PREDICTIONS = ("v_prediction", "epsilon", "sample")
 DECODERS = ("vae", "linear", "tiny")
-STARTS = ("gaussian", "zero")  # of the sampler: x_T
+STARTS = ("gaussian", "zero", "multires")  # of the sampler: x_T
 SPACINGS = ("trailing", "leading", "linspace")
 PATHS = ("data.root", "data.vocabulary", "init_from", "init_tokenizer")  # name files or folders
 SOURCES = (
     *("scenes", "folder", "ade20k", "ade20k_847", "coco_stuff", "pascal_voc", "pascal_voc_20b"),
     *("pascal_context_59", "pascal_context_459", "cityscapes", "tfds"),
+    *("coco_instances", "coco_panoptic"),
 )
 FITS = ("pad", "stretch")  # a photo keeps its aspect ratio, or is as wide and high as the view
 USES = ("model", "evaluate", "train")  # of a config, from what asks least of it
@@ -42,9 +43,9 @@ VERSION_KEY = "segdiff_jax_version"  # beside a stored config: the package that 
 class AugmentConfig:
     """Training augmentation. Image and labels always move together."""
 
-    flip: bool = True
+    flip: bool = True  # mirror half of the views
     min_scale: float = number(1.0, 0.1, 10.0)  # of the scale that fits; 1.0 to 1.0 = no crop
-    max_scale: float = number(1.0, 0.1, 10.0)
+    max_scale: float = number(1.0, 0.1, 10.0)  # at least min_scale
     color_jitter: float = number(0.0, 0.0, 0.99)  # brightness, contrast, saturation in 1 ± this
     views: int = number(0, 0)  # n: one of n fixed views of each pair; 0: new for every example
 
@@ -53,17 +54,17 @@ class AugmentConfig:
 class ScenesConfig:
     """The procedural dataset: how many scenes, and how crowded."""
 
-    train_examples: int = number(4096, 1)
-    val_examples: int = number(64, 1)
-    max_shapes: int = number(4, 1)
+    train_examples: int = number(4096, 1)  # scenes
+    val_examples: int = number(64, 1)  # scenes
+    max_shapes: int = number(4, 1)  # in one scene; at least two where it allows
 
 
 @dataclass
 class DataConfig:
-    source: str = choice("folder", SOURCES)
+    source: str = choice("folder", SOURCES)  # layout of the files: docs/data.md
     root: str = ""  # folder (local or gs://) for every source but "scenes"
-    train_split: str = "train"
-    val_split: str = "val"
+    train_split: str = "train"  # folder or list of that name
+    val_split: str = "val"  # as train_split
     vocabulary: str = ""  # packaged name ("ade20k_150") or a classes.txt; "" = root/classes.txt
     first_id: int = number(0, 0, 65535)  # folder: the first class's id in the masks; below: ignored
     mask_values: tuple[int, ...] = number((), 0, 65535)  # folder: id of each class; () = in order
@@ -74,6 +75,7 @@ class DataConfig:
     max_pixels: int = number(89_478_485, 1)  # larger images are not read
     image_size: tuple[int, int] = number((96, 128), 8, 16384)  # (height, width) the networks see
     fit: str = choice("pad", FITS)  # how a photo of another shape gets there: data/geometry.py
+    shortest: int = number(0, 0, 65535)  # side to which evaluation shrinks larger pairs; 0 = never
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     cache_images: bool = False  # keep decoded pairs in memory: for datasets that fit
@@ -94,7 +96,7 @@ class ModelConfig:
 @dataclass
 class CodecConfig:
     classes_per_pass: int = number(1, 0, 255)  # G; 0 = all K classes in one gray image (the paper)
-    context: str = choice("mean", ("mean", "bound"))
+    context: str = choice("mean", ("mean", "bound"))  # one mean, or a token a class
     negatives: float = number(0.25, 0.0, 1.0)  # share of training slots with an absent class
     threshold: float = number(0.5, 0.0, 1.0)  # scores below it are *other* (255), unless closed
     closed: bool = False  # closed vocabulary: every pixel gets a class
@@ -109,52 +111,54 @@ class PromptsConfig:
 class DiffusionConfig:
     """Fields as in diffusers' scheduler_config.json."""
 
-    num_train_timesteps: int = number(1000, 2, 100_000)
-    beta_start: float = number(0.00085, 1e-6, 0.999)
-    beta_end: float = number(0.012, 1e-6, 0.999)
-    beta_schedule: str = choice("scaled_linear", BETA_SCHEDULES)
-    prediction_type: str = choice("v_prediction", PREDICTIONS)
-    timestep_spacing: str = choice("trailing", SPACINGS)
-    rescale_betas_zero_snr: bool = True
-    set_alpha_to_one: bool = False
-    steps_offset: int = number(1, 0, 100_000)
+    num_train_timesteps: int = number(1000, 2, 100_000)  # T
+    beta_start: float = number(0.00085, 1e-6, 0.999)  # variance of the noise at step 0
+    beta_end: float = number(0.012, 1e-6, 0.999)  # at step T - 1
+    beta_schedule: str = choice("scaled_linear", BETA_SCHEDULES)  # linear in √β, or in β
+    prediction_type: str = choice("v_prediction", PREDICTIONS)  # what the UNet answers
+    timestep_spacing: str = choice("trailing", SPACINGS)  # of the sampler's steps
+    rescale_betas_zero_snr: bool = True  # pure noise at T - 1: arXiv 2305.08891
+    set_alpha_to_one: bool = False  # of the last step; False: that of step 0
+    steps_offset: int = number(1, 0, 100_000)  # timesteps added under leading spacing
     convert_prediction: bool = False  # let the UNet of init_from learn another prediction_type
 
 
 @dataclass
 class NoiseConfig:
     kind: str = choice("annealed", ("annealed", "multires", "gaussian"))
-    strength: float = number(0.9, 0.0, 10.0)
+    strength: float = number(0.9, 0.0, 10.0)  # s: level i weighs sⁱ
 
 
 @dataclass
 class OptimizerConfig:
     method: str = choice("adamw", OPTIMIZERS)  # muon: for matrices and kernels, AdamW for the rest
-    learning_rate: float = number(3e-5, 0.0, 1e3)
-    warmup_steps: int = number(100, 0)
+    learning_rate: float = number(3e-5, 0.0, 1e3)  # after the warm-up
+    warmup_steps: int = number(100, 0)  # linear, from 0
     decay_steps: int = number(25_000, 1)  # the exponential decay reaches final_fraction here
-    final_fraction: float = number(0.01, 0.0, 1.0, above=True)
-    clip_norm: float = number(1.0, 0.0, 1e30, above=True)
-    beta1: float = number(0.9, 0.0, 0.999999)
-    beta2: float = number(0.999, 0.0, 0.999999)
+    final_fraction: float = number(0.01, 0.0, 1.0, above=True)  # of learning_rate; 1 = no decay
+    clip_norm: float = number(1.0, 0.0, 1e30, above=True)  # largest global norm of gradients
+    beta1: float = number(0.9, 0.0, 0.999999)  # decay of the mean of gradients, a step
+    beta2: float = number(0.999, 0.0, 0.999999)  # decay of the mean of their squares
     epsilon: float = number(1e-8, 1e-30, 1.0)  # float32 knows nothing much smaller
-    weight_decay: float = number(1e-2, 0.0, 1e3)
+    weight_decay: float = number(1e-2, 0.0, 1e3)  # times the learning rate, a step
     accumulation: int = number(1, 1)  # micro-batches per optimiser step
     ema_decay: float = number(0.0, 0.0, 0.999999)  # 0 = no EMA
 
 
 @dataclass
 class TrainConfig:
-    steps: int = number(25_000, 1)
+    steps: int = number(25_000, 1)  # of the optimiser
     batch_size: int = number(32, 1, 1_000_000)  # effective: over all devices and micro-batches
     terminal_share: float = number(0.0, 0.0, 1.0)  # of samples at t = T-1, where one step starts
     balance: float = number(0.0, 0.0, 1.0)  # γ: where a pass's classes are weighs (rest / shown)^γ
+    classes: int = number(1, 1, 255)  # asked of a photo, a pass each, where they compete
+    label_weight: float = number(0.0, 0.0, 1e3)  # of their loss on labels, beside that on latents
     hard_negatives: float = number(0.0, 0.0, 1.0)  # of absent classes: by likeness of prompts
-    checkpoint_every: int = number(1000, 1)
-    keep_checkpoints: int = number(3, 1)
-    log_every: int = number(50, 1)
+    checkpoint_every: int = number(1000, 1)  # steps
+    keep_checkpoints: int = number(3, 1)  # newest, and the best
+    log_every: int = number(50, 1)  # steps
     eval_every: int = number(0, 0)  # 0 = never while training
-    eval_examples: int = number(16, 1)
+    eval_examples: int = number(16, 1)  # images of the validation split
     profile_start: int = number(10, 1)  # first step of a profiler trace (TensorBoard, XProf)
     profile_steps: int = number(0, 0)  # its length; 0 = no trace
 
@@ -169,13 +173,13 @@ class VAEConfig:
     """
 
     steps: int = number(0, 0)  # the learning rate's decay ends with them
-    batch_size: int = number(16, 1, 1_000_000)
-    learning_rate: float = number(1e-3, 0.0, 1e3)
+    batch_size: int = number(16, 1, 1_000_000)  # over all devices
+    learning_rate: float = number(1e-3, 0.0, 1e3)  # after the warm-up
     optimizer: str = choice("adamw", OPTIMIZERS)  # as optimizer.method
-    final_fraction: float = number(0.1, 0.0, 1.0, above=True)
-    weight_decay: float = number(0.0, 0.0, 1e3)
+    final_fraction: float = number(0.1, 0.0, 1.0, above=True)  # as optimizer.final_fraction
+    weight_decay: float = number(0.0, 0.0, 1e3)  # as optimizer.weight_decay
     ema_decay: float = number(0.0, 0.0, 0.999999)  # 0 = no EMA
-    kl_weight: float = number(1e-6, 0.0, 1e3)
+    kl_weight: float = number(1e-6, 0.0, 1e3)  # of the KL term, in the loss of a pixel
     mask_share: float = number(0.5, 0.0, 1.0)  # share of the batch that is mask images
     mask_mixing: float = number(0.5, 0.0, 1.0)  # share of those that are mixtures of two
 
@@ -188,18 +192,20 @@ class E2EConfig:
     """
 
     classes: int = number(4, 1, 255)  # that compete for a photo's pixels; a pass of the UNet each
-    noise: str = choice("zero", STARTS)  # where its one step starts, and where sampling then does
+    # Where its one step starts, and where sampling then does.
+    noise: str = choice("zero", ("gaussian", "zero"))
+    decoder: str = choice("vae", ("vae", "linear"))  # that the gradient comes through
 
 
 @dataclass
 class SamplerConfig:
-    steps: int = number(10, 1)
-    ensemble: int = number(1, 1, 10_000)
-    eta: float = number(0.0, 0.0, 1.0)
+    steps: int = number(10, 1)  # T of DDIM: calls of the UNet for a map
+    ensemble: int = number(1, 1, 10_000)  # N: maps that are merged
+    eta: float = number(0.0, 0.0, 1.0)  # 0 = deterministic DDIM, 1 = DDPM
     initial_noise: str = choice("gaussian", STARTS)  # as the UNet was trained: see e2e.noise
-    align: str = choice("none", ("affine", "none"))
-    reduce: str = choice("median", ("median", "mean"))
-    uncertainty: str = choice("mad", ("mad", "std"))
+    align: str = choice("none", ("affine", "none"))  # of members: scale and shift fitted, or not
+    reduce: str = choice("median", ("median", "mean"))  # of members to one map
+    uncertainty: str = choice("mad", ("mad", "std"))  # of members: median or standard deviation
     decoder: str = choice("vae", DECODERS)  # of mask latents; a linear one is fitted by a training
     shortlist: int = number(0, 0)  # M; 0 = every class gets the full budget
     batch_size: int = number(32, 1, 1_000_000)  # UNet passes in one compiled call, over all devices
@@ -210,17 +216,17 @@ class MeshConfig:
     """Sizes of the axes within a TPU slice (over ICI) and, times those, across slices (DCN)."""
 
     data: int = number(-1, -1)  # -1 = all remaining devices of a slice
-    fsdp: int = number(1, -1)
-    tensor: int = number(1, -1)
+    fsdp: int = number(1, -1)  # parts of each array, gathered for use
+    tensor: int = number(1, -1)  # parts of heads and hidden channels
     dcn_data: int = number(-1, -1)  # -1 = all remaining slices
-    dcn_fsdp: int = number(1, -1)
-    dcn_tensor: int = number(1, -1)
+    dcn_fsdp: int = number(1, -1)  # times fsdp
+    dcn_tensor: int = number(1, -1)  # times tensor
 
 
 @dataclass
 class Config:
-    seed: int = number(0, 0, 2**31 - 1)
-    stage: str = choice("diffusion", STAGES)
+    seed: int = number(0, 0, 2**31 - 1)  # of networks, data, noise and sampling
+    stage: str = choice("diffusion", STAGES)  # e2e: single-step, on decoded labels
     init_from: str = ""  # workdir, Hugging Face folder or repo id, or a .safetensors; "" = nothing
     init_tokenizer: str = ""  # where init_from is one file: folder or repo id of its tokenizer
     init_variant: str = ""  # of init_from's weights, such as fp16 or non_ema; "" = the plain files
@@ -254,10 +260,18 @@ _OF_STAGE: dict[str, dict[str, str]] = {
     "e2e": {"sampler.initial_noise": "e2e.noise"},
 }
 _NOT_OF_STAGE: dict[str, dict[str, Any]] = {
-    "vae": {"train.eval_every": 0, "optimizer.accumulation": 1, "data.cache_latents": False},
+    "vae": {
+        "train.label_weight": 0.0,
+        "train.classes": 1,
+        "train.eval_every": 0,
+        "optimizer.accumulation": 1,
+        "data.cache_latents": False,
+    },
     "e2e": {
         "train.terminal_share": 0.0,  # all is trained there
         "train.balance": 0.0,  # the Dice term weighs classes of few pixels
+        "train.label_weight": 0.0,  # this loss is all there is
+        "train.classes": 1,  # e2e.classes
         "data.cache_latents": False,  # the loss is about labels, which a cache of latents lacks
         "sampler.steps": 1,
         "sampler.ensemble": 1,
@@ -279,6 +293,18 @@ def of_stage(config: Config) -> Config:
     for key, value in _NOT_OF_STAGE[config.stage].items():
         _put(changed, key, value)
     return changed
+
+
+def competing(config: Config) -> int:
+    """Classes of a photo that compete for its pixels, a pass each; 0 where none do."""
+    if config.stage == "e2e":
+        return config.e2e.classes
+    return config.train.classes if config.train.label_weight and config.stage != "vae" else 0
+
+
+def through_linear(config: Config) -> bool:
+    """Whether the loss on labels is of what the linear decoder makes of latents."""
+    return config.e2e.decoder == "linear" if config.stage == "e2e" else competing(config) > 0
 
 
 def check_overridden(config: Config, overridden: list[str]) -> None:

@@ -5,6 +5,9 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
 
 from segdiff_jax import cli
 from segdiff_jax.combinations import check_image_size
@@ -16,6 +19,7 @@ _DESCRIPTION = (
 
 The config names data, sampler and codec; networks come from the checkpoint. Predictions are scored
 at the labels' own resolution, and every pixel gets a class (closed vocabulary) unless --open.
+The same command again goes on where it was stopped.
 
 """
     + cli.SEVERAL_PROCESSES
@@ -40,8 +44,9 @@ def main(argv: list[str]) -> None:
     overrides, rest = cli.split_config_flags(argv)
     args = _parser().parse_args(rest)
     _check_open(args.open, overrides)
+    _check_suite(args)
     if args.config:
-        config = of_stage(cli.load_config(args.config, overrides, "evaluate"))
+        cli.load_config(args.config, overrides, "evaluate")
 
     from segdiff_jax.parallel import processes, runtime
     from segdiff_jax.weights import workdir
@@ -51,24 +56,69 @@ def main(argv: list[str]) -> None:
     runtime.start_logging()
     with processes.together():
         trained = workdir.read_config(args.checkpoint)
-        if not args.config:
-            config = cli.override_config(trained, overrides, "evaluate")
-        _check_trained_for(args.checkpoint, config, trained)
-        if config.data.fit != trained.data.fit and processes.is_first():
-            logging.warning(
-                "config.data.fit=%s, but %s was trained with %s: photos of another shape look "
-                "otherwise than in its training",
-                *(config.data.fit, args.checkpoint, trained.data.fit),
-            )
-        _evaluate(args, config)
+        if args.suite:
+            _suite(args, overrides, trained, argv)
+        else:
+            _evaluate(args, _config_of(args.config, overrides, trained, args.checkpoint))
 
 
-def _evaluate(args: argparse.Namespace, config: Config) -> None:
-    """Every process evaluates, the first one writes."""
+def _config_of(path: str | None, overrides: Sequence[str], trained: Config, where: str) -> Config:
+    """What a config file, or the checkpoint's own config, asks of the model."""
+    from segdiff_jax.parallel import processes
+
+    if path:
+        config = of_stage(cli.load_config(path, overrides, "evaluate", trained))
+    else:
+        config = cli.override_config(trained, overrides, "evaluate")
+    _check_trained_for(where, config, trained)
+    if config.data.fit != trained.data.fit and processes.is_first():
+        logging.warning(
+            "config.data.fit=%s, but %s was trained with %s: photos of another shape look "
+            "otherwise than in its training",
+            *(config.data.fit, where, trained.data.fit),
+        )
+    return config
+
+
+def _suite(
+    args: argparse.Namespace, overrides: list[str], trained: Config, argv: Sequence[str]
+) -> None:
+    """Every benchmark of configs/eval that has data below --data, and a table of them all."""
+    from segdiff_jax import ownership
+    from segdiff_jax.evaluation import parts, suite, tables
+    from segdiff_jax.parallel import processes
+
+    found, missing = {}, {}
+    for name in suite.COLUMNS:
+        config = _config_of(str(suite.CONFIGS / f"{name}.py"), overrides, trained, args.checkpoint)
+        config.data.root = os.path.join(args.data, config.data.root)
+        own = argparse.Namespace(**vars(args) | {"output": os.path.join(args.output, name)})
+        if not epath.Path(config.data.root).is_dir():
+            missing[name] = f"no folder {config.data.root}"
+            continue
+        try:
+            found[name] = _evaluate(own, config)
+        except UserError as error:
+            missing[name] = str(error)
+            if processes.is_first():
+                logging.error("%s: %s", name, error)
+    if not processes.is_first():
+        return
+    places = {args.output: "O", args.checkpoint: "W", args.data: "SETS"}
+    about = tables.origin("segdiff evaluate", argv, places)
+    about["title"] = "Open-vocabulary segmentation"
+    with ownership.claimed(args.output, "suite", suite.OUTPUTS):
+        print(suite.write(args.output, about, found, missing))
+    for name in found:
+        parts.remove(parts.folder_of(os.path.join(args.output, name)))
+
+
+def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """Every process evaluates, the first one writes. What metrics.json says."""
     from segdiff_jax import ownership
     from segdiff_jax.data import label_summary
     from segdiff_jax.data.sources.source import open_source
-    from segdiff_jax.evaluation import report
+    from segdiff_jax.evaluation import asked, parts, report, suite
     from segdiff_jax.evaluation.evaluator import evaluate
     from segdiff_jax.inference.segmenter import Segmenter
     from segdiff_jax.parallel import processes
@@ -97,6 +147,11 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
     trained = workdir.read_classes(args.checkpoint)
     segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, trained=trained)
     segmenter.add_decoders(*workdir.load_decoders(args.checkpoint, vae))
+    classes = len(asked.of(source, args.synonyms).vocabulary)
+    tokens = tokenizer.model_max_length
+    data = {"source": config.data.source, "root": config.data.root, "split": split}
+    read = {"checkpoint": args.checkpoint, "checkpoint_step": step, "data": data}
+    cost = suite.cost(unet.config, vae.config, config, classes, tokens)
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(ownership.claimed(args.output, _KIND, _OUTPUTS))
@@ -108,17 +163,20 @@ def _evaluate(args: argparse.Namespace, config: Config) -> None:
             examples=args.rows,
             ceiling=args.ceiling,
             open_vocabulary=args.open,
+            synonyms=args.synonyms,
             progress=reporter("evaluate", enabled=first),
+            keep=(parts.folder_of(args.output), read | {"vocabulary": source.vocabulary.names}),
         )
+        summary = result.summary | read | ({} if args.ceiling or not cost else cost._asdict())
         if not first:
-            return
+            return summary
         stack.enter_context(processes.at_work("writes the page"))
-        data = {"source": config.data.source, "root": config.data.root, "split": split}
-        read = {"checkpoint": args.checkpoint, "checkpoint_step": step, "data": data}
-        summary = result.summary | read
         report.write(args.output, summary, result, source, args.per_image)
+    if not args.suite:
+        parts.remove(parts.folder_of(args.output))
     print(report.text_table(summary))
     print(f"written: {os.path.join(args.output, 'metrics.json')} and index.html")
+    return summary
 
 
 _KIND = "evaluation"  # of a folder's marker (`ownership`)
@@ -135,6 +193,12 @@ def _parser() -> argparse.ArgumentParser:
         help="Python file with get_config(): data, sampler and codec; "
         "default: the config that the checkpoint was trained with",
     )
+    add(
+        "--suite",
+        choices=("open_vocabulary",),
+        help="all of configs/eval that has data below --data, in one table beside published rows",
+    )
+    add("--data", type=cli.path, metavar="DIR", help="--suite: the folder that holds the data sets")
     cli.add_checkpoint(parser)
     add(
         "--output",
@@ -171,6 +235,13 @@ def _parser() -> argparse.ArgumentParser:
         "and both, of whole masks and of boundaries, so that another metric needs no second run",
     )
     add(
+        "--synonyms",
+        choices=("mean", "max", "first"),
+        default="mean",
+        help="of a class with several names: mean of their prompts (default), the highest of their "
+        "scores, each name being asked for by itself, or the first name alone",
+    )
+    add(
         "--open",
         action="store_true",
         help="pixels whose best score is below config.codec.threshold become *other*, which is "
@@ -179,11 +250,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_suite(args: argparse.Namespace) -> None:
+    if bool(args.suite) != bool(args.data):
+        missing, given = ("--data", "--suite") if args.suite else ("--suite", "--data")
+        raise UserError(f"{given}: has no meaning without {missing}: give both")
+    if args.suite and (args.config or args.split):
+        raise UserError("--suite: has configs and splits of its own: leave --config, --split out")
+
+
 def _check_trained_for(checkpoint: str, config: Config, trained: Config) -> None:
     for key in _TRAINED_FOR:
         group, name = key.split(".")
         wanted, had = (getattr(getattr(c, group), name) for c in (config, trained))
-        if wanted != had:
+        if wanted != had and (name != "initial_noise" or "zero" in (wanted, had)):
             raise UserError(
                 f"{checkpoint}: was trained with config.{key}={had!r}, but the config says "
                 f"{wanted!r}: use the config of the training, or another --checkpoint"

@@ -20,12 +20,9 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary
 
 if TYPE_CHECKING:
-    from segdiff_jax.models.clip_text import CLIPText
     from segdiff_jax.models.linear_decoder import LinearDecoder
     from segdiff_jax.models.tiny_vae import TinyVAE
-    from segdiff_jax.models.unet import UNet
-    from segdiff_jax.models.vae import VAE
-    from segdiff_jax.text.tokenizer import Tokenizer
+    from segdiff_jax.weights.workdir import Networks
 
 _DESCRIPTION = (
     """Export a trained model. The output appears whole or not at all.
@@ -62,7 +59,7 @@ def main(argv: list[str]) -> None:
     trained = workdir.read_classes(args.checkpoint)
     if args.format == "diffusers":
         decoders = workdir.load_decoders(args.checkpoint, networks[1])
-        write_folder(*networks, args.output, args.dtype, trained, decoders)
+        write_folder(networks, args.output, args.dtype, trained, decoders)
     else:
         from segdiff_jax.inference import stablehlo
         from segdiff_jax.inference.segmenter import Segmenter
@@ -166,11 +163,7 @@ def _sampler(args: argparse.Namespace, config: Config) -> SamplerConfig:
 
 
 def write_folder(
-    unet: "UNet",
-    vae: "VAE",
-    text_encoder: "CLIPText",
-    tokenizer: "Tokenizer",
-    config: Config,
+    networks: "Networks",
     directory: os.PathLike[str] | str,
     dtype: str = "float32",
     trained: vocabulary.Vocabulary | None = None,
@@ -185,6 +178,7 @@ def write_folder(
     from segdiff_jax.weights import mask_decoders, pretrained, workdir
     from segdiff_jax.weights.model_card import model_card
 
+    unet, vae, text_encoder, tokenizer, config = networks
     config = portable(config)
     settings = json.dumps(stored(config), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     card = model_card(config, unet.config, vae.config)

@@ -7,6 +7,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import filelock
 import pytest
 from jaxtyping import install_import_hook
 
@@ -192,6 +193,11 @@ def train_optimized():
 def trained(micro_config, train_optimized, tmp_path_factory):
     """The workdir of a finished training with `micro_config`. Not to be written to."""
     # What libraries take for patterns, escapes or the end of a name is part of this one.
-    workdir = str(tmp_path_factory.mktemp("trained [x] 10%20*?#é") / "run")
-    train_optimized(micro_config(), workdir)
-    return workdir
+    folder = tmp_path_factory.getbasetemp() / "trained [x] 10%20*?#é"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one training for all processes of the tests
+        folder = tmp_path_factory.getbasetemp().parent / folder.name
+    with filelock.FileLock(folder.with_suffix(".lock")):
+        if not (folder / "done").exists():
+            train_optimized(micro_config(), str(folder / "run"))
+            (folder / "done").touch()
+    return str(folder / "run")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from segdiff_jax import cli
+from segdiff_jax import cli, evaluate, export, predict, train
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
 
@@ -357,15 +357,32 @@ def test_a_path_flag(tmp_path, monkeypatch):
     assert cli.path(" a/") == " a/" and cli.path("gs://b/x") == "gs://b/x"
 
 
-@pytest.mark.parametrize("flag", ["--workdir", "--config"])
-@pytest.mark.parametrize(
-    ("value", "says"), [("", "an empty path"), ("s3://b/x", "s3:// is not supported")]
-)
-def test_training_takes_no_other_places(path, tmp_path, monkeypatch, flag, value, says):
-    from segdiff_jax import train
+FLAGS = [
+    *((predict, flag) for flag in ("--images", "--output", "--checkpoint")),
+    *((evaluate, flag) for flag in ("--output", "--checkpoint", "--config")),
+    *((export, flag) for flag in ("--output", "--checkpoint")),
+    *((train, flag) for flag in ("--workdir", "--config")),
+]
 
+
+@pytest.mark.parametrize(("command", "flag"), FLAGS)
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("", "an empty path: is a shell variable"),
+        (" \t", "an empty path: is a shell variable"),
+        ("s3://bucket/x", "s3:// is not supported, only local paths and gs://"),
+        ("http://host/x.png", "http:// is not supported, only local paths and gs://"),
+        ("file:///tmp/x", "leave file:// out"),
+        ("gs://", "gs://BUCKET/PATH"),
+        ("gs:/bucket/x", "gs://BUCKET/PATH"),
+        ("GS://bucket/x", "gs://BUCKET/PATH"),
+    ],
+)
+def test_places_that_are_none(command, flag, value, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = os.listdir(tmp_path)
-    with pytest.raises(UserError, match=f"argument {flag}: .*{says}") as caught:
-        train.main(["--config", path, "--workdir", str(tmp_path / "w"), flag, value])
-    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == before
+    with pytest.raises(UserError) as caught:
+        command.main([flag, value])
+    message = str(caught.value)
+    assert f"argument {flag}: " in message and says in message and "\n" not in message
+    assert not os.listdir(tmp_path)

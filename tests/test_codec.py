@@ -72,19 +72,6 @@ def test_scores_follow_the_definition(size, seed):
     assert (total <= 1 + 1e-4).all()
 
 
-def test_one_class_per_pass_scores_the_gray_level_itself():
-    gray = jnp.linspace(-1, 1, 9)
-    np.testing.assert_allclose(codec.scores(gray, 1)[:, 0], (gray + 1) / 2, atol=1e-7)
-
-
-def test_levels_are_spread_over_the_open_range():
-    for size in (1, 2, 11, 255):
-        levels = np.asarray(codec.levels(size))
-        assert levels.dtype == np.float32 and levels.shape == (size,)
-        np.testing.assert_allclose(np.diff(np.append(-1, levels)), 2 / size, rtol=1e-4)
-        assert levels[-1] == 1
-
-
 def test_encode_follows_the_order_of_the_group():
     labels = jnp.array([[0, 1, 2, 3, 255]], jnp.uint8)
     gray = codec.encode(labels, jnp.array([3, codec.PAD, 1, codec.PAD]))
@@ -112,29 +99,17 @@ def test_in_labels_of_16_bits_255_is_a_class():
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 2, 4, 8]), st.integers(0, 2**31))
-def test_latent_pixel_is_valid_if_none_of_its_pixels_is_ignored(h, w, factor, seed):
+@given(st.sampled_from([1, 2, 4]), st.integers(0, 2**31))
+def test_latent_pixels_are_valid_and_shown_by_their_blocks_of_pixels(factor, seed):
     rng = np.random.default_rng(seed)
-    ignored = rng.random((h * factor, w * factor)) < 0.1
-    labels = np.where(ignored, 255, 3)
-    found = codec.latent_valid(jnp.asarray(labels), factor)
-    assert found.shape == (h, w) and found.dtype == bool
-    for y in range(h):
-        for x in range(w):
-            block = ignored[y * factor : (y + 1) * factor, x * factor : (x + 1) * factor]
-            assert found[y, x] == (not block.any())
-
-
-@settings(deadline=None, max_examples=20)
-@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.integers(0, 2**31))
-def test_latent_pixel_shows_the_group_if_one_of_its_pixels_does(h, w, factor, seed):
-    rng = np.random.default_rng(seed)
-    labels = rng.choice([0, 1, 2, 3, 255], (h * factor, w * factor), p=[0.7, 0.1, 0.1, 0.05, 0.05])
-    found = codec.latent_shown(jnp.asarray(labels), jnp.array([2, 1, -1]), factor)
-    for y in range(h):
-        for x in range(w):
-            block = labels[y * factor : (y + 1) * factor, x * factor : (x + 1) * factor]
-            assert found[y, x] == np.isin(block, (1, 2)).any()
+    labels = rng.choice([0, 1, 2, 3, 255], (8, 12), p=[0.7, 0.1, 0.1, 0.05, 0.05])
+    valid = codec.latent_valid(jnp.asarray(labels), factor)
+    shown = codec.latent_shown(jnp.asarray(labels), jnp.array([2, 1, -1]), factor)
+    assert valid.shape == shown.shape == (8 // factor, 12 // factor) and valid.dtype == bool
+    for y, x in np.ndindex(valid.shape):
+        block = labels[y * factor : (y + 1) * factor, x * factor : (x + 1) * factor]
+        assert valid[y, x] == (block != 255).all()
+        assert shown[y, x] == np.isin(block, (1, 2)).any()
 
 
 def test_latent_valid_rejects_sizes_that_do_not_divide():
@@ -167,22 +142,6 @@ def test_group_size_zero_means_all_and_too_many_is_one_line():
     with pytest.raises(UserError, match="classes_per_pass=0: 256 classes do not fit") as error:
         codec.group_size(256, 0)
     assert "\n" not in str(error.value)
-
-
-def test_batches_under_jit_and_vmap():
-    rng = np.random.default_rng(0)
-    labels = jnp.asarray(rng.integers(0, 6, (3, 8, 8)).astype(np.uint8))
-    ids = jnp.array([[0, 1, 2, -1], [5, 3, -1, 1], [4, 0, 2, 5]])
-    gray = jax.jit(jax.vmap(codec.encode))(labels, ids)
-    scores = jax.jit(jax.vmap(lambda g: codec.scores(g, 4)))(gray)
-    valid = jax.jit(jax.vmap(lambda x: codec.latent_valid(x, 4)))(labels)
-    for b in range(3):
-        np.testing.assert_array_equal(gray[b], codec.encode(labels[b], ids[b]))
-        np.testing.assert_allclose(scores[b], codec.scores(gray[b], 4), atol=1e-6)
-        np.testing.assert_array_equal(valid[b], codec.latent_valid(labels[b], 4))
-        for j, k in enumerate(ids[b].tolist()):
-            painted = np.asarray(scores[b, ..., j]) > 0.99
-            np.testing.assert_array_equal(painted, np.asarray(labels[b]) == k)
 
 
 @pytest.mark.parametrize("dim", [8, 64, 65])

@@ -32,7 +32,7 @@ def blocks():
 def compare(blocks, networks, tmp_path, ensemble=1, classes=CLASSES):
     """Exports `networks`, runs the document on it and returns both sides' labels and scores."""
     *modules, config = networks
-    export.write_folder(*modules, config, tmp_path / "model")
+    export.write_folder((*modules, config), tmp_path / "model")
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 26, 3), np.uint8))
     photo.save(tmp_path / "photo.png")
     names: dict = {}

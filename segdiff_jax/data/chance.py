@@ -6,7 +6,7 @@ import numpy as np
 
 
 def generator(seed: int, purpose: str, *indices: int) -> np.random.Generator:
-    """The stream of `purpose` at `indices`, such as ("view", record, view).
+    """Return the stream of `purpose` at `indices`, such as ("view", record, view).
 
     numpy takes (seed, i) and (seed, i, 0) for the same seed: the purpose keeps streams of different
     numbers of indices apart.

@@ -25,13 +25,13 @@ Box = tuple[float, float, float, float]  # (left, top, right, bottom) in pixels,
 
 
 def scales(native: Size, size: Size, rule: str) -> tuple[float, float]:
-    """How much larger a photo of `native` size is shown at `size`: (down, across)."""
+    """Return how much larger a photo of `native` size is shown at `size`: (down, across)."""
     down, across = size[0] / native[0], size[1] / native[1]
     return (down, across) if rule == "stretch" else (min(down, across),) * 2
 
 
 def filled(native: Size, size: Size, rule: str) -> Size:
-    """The part of `size`, from its top left corner on, that the photo fills."""
+    """Return the part of `size`, from its top left corner on, that the photo fills."""
     return tuple(
         min(whole, max(1, round(length * scale)))
         for whole, length, scale in zip(size, native, scales(native, size, rule), strict=True)
@@ -39,7 +39,7 @@ def filled(native: Size, size: Size, rule: str) -> Size:
 
 
 def fit(pixels: np.ndarray, size: Size, rule: str) -> np.ndarray:
-    """A photo uint8 [H, W, 3] or labels uint8 or uint16 [H, W] at `size`."""
+    """Fit a photo uint8 [H, W, 3] or labels uint8 or uint16 [H, W] to `size`."""
     height, width = filled(pixels.shape[:2], size, rule)
     resized = resize(pixels, (height, width))
     if (height, width) == tuple(size):
@@ -50,13 +50,13 @@ def fit(pixels: np.ndarray, size: Size, rule: str) -> np.ndarray:
 
 
 def unfit(maps: np.ndarray, native: Size, rule: str) -> np.ndarray:
-    """Maps float32 [h, w] or [h, w, C] of a photo of `native` size, without padding: [H, W, …]."""
+    """Bring maps float32 [h, w] or [h, w, C] back to `native` size, without padding: [H, W, …]."""
     height, width = filled(native, maps.shape[:2], rule)
     return enlarge(maps[:height, :width], native)
 
 
 def enlarge(maps: np.ndarray, size: Size) -> np.ndarray:
-    """Bilinear resize of float32 [h, w] or [h, w, C] to `size`, half-pixel centres."""
+    """Resize float32 [h, w] or [h, w, C] bilinearly to `size`, with half-pixel centres."""
     if maps.ndim == 2:
         picture = Image.fromarray(np.ascontiguousarray(maps, np.float32))
         return np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR))
@@ -67,7 +67,7 @@ def enlarge(maps: np.ndarray, size: Size) -> np.ndarray:
 
 
 def resize(pixels: np.ndarray, size: Size, box: Box | None = None) -> np.ndarray:
-    """A photo (bilinear, antialiased) or labels (nearest), or their `box`, at `size`."""
+    """Resize a photo (bilinear, antialiased) or labels (nearest), or their `box`, to `size`."""
     if box is None and pixels.shape[:2] == tuple(size):
         return pixels
     nearest = pixels.ndim == 2
@@ -77,5 +77,5 @@ def resize(pixels: np.ndarray, size: Size, box: Box | None = None) -> np.ndarray
 
 
 def padding_of(pixels: np.ndarray) -> int:
-    """What surrounds a photo [H, W, 3] or labels [H, W]: *ignore*, the largest of their type."""
+    """Return the padding of a photo [H, W, 3] or labels [H, W]: gray, or *ignore*."""
     return np.iinfo(pixels.dtype).max if pixels.ndim == 2 else GRAY

@@ -57,7 +57,7 @@ def read_image(
     exif: str = "apply",
     max_value: int = 0,
 ) -> np.ndarray:
-    """uint8 [H, W, 3], sRGB, turned upright as its EXIF orientation says.
+    """Read a photo as uint8 [H, W, 3], sRGB, turned upright as its EXIF orientation says.
 
     Transparency is composited over white, as a page shows it. 16-bit gray is scaled to 8 bits.
     Cameras and scanners store 10, 12 or 14 bits in such files: the range is the smallest of 8, 10,
@@ -82,21 +82,21 @@ def read_photo(
     exif: str = "apply",
     max_value: int = 0,
 ) -> Photo:
-    """`read_image`, with what is not sure about the file."""
+    """Do what `read_image` does, and return what is not sure about the file."""
     image, orientation = _open(path, max_pixels, exif)
     pixels, guessed = _eight_bit_rgb(path, image, max_value)
     return Photo(pixels, orientation, guessed)
 
 
 def from_pil(image: Image.Image, max_value: int = 0) -> np.ndarray:
-    """uint8 [H, W, 3] of a PIL image, as `read_image` of its file would give it."""
+    """Convert a PIL image to uint8 [H, W, 3], as `read_image` of its file would."""
     return _eight_bit_rgb("image", _upright(image), max_value)[0]
 
 
 def _eight_bit_rgb(
     path: epath.PathLike, image: Image.Image, max_value: int
 ) -> tuple[np.ndarray, int]:
-    """uint8 [H, W, 3], and the range by which 16-bit pixels were read if it was guessed, else 0."""
+    """Return uint8 [H, W, 3], and the range of 16-bit pixels if it was guessed, else 0."""
     if image.mode in _SIXTEEN_BIT:
         gray, guessed = _eight_bits(path, image, max_value)
         return np.repeat(gray[..., None], 3, axis=-1), guessed
@@ -119,7 +119,7 @@ def _eight_bit_rgb(
 def read_labels(
     path: epath.PathLike, max_pixels: int = MAX_PIXELS, *, exif: str = "apply"
 ) -> np.ndarray:
-    """Class ids [H, W]: uint8, or int32 when an id is above 255.
+    """Read class ids [H, W]: uint8, or int32 when an id is above 255.
 
     The indices of a palette image are the ids, not its colours; colours that are all gray are ids
     too. Raises `UnreadableError` as `read_image` does, and `UserError` for images that hold no ids
@@ -149,14 +149,14 @@ class Look(NamedTuple):
 
     size: tuple[int, int]  # (H, W) as it is read
     stored_size: tuple[int, int]  # (H, W) without the turn of EXIF
-    orientation: int
+    orientation: int  # of EXIF, 1 to 8; 1 = upright
     guessed_max: int  # as of `Photo`
 
 
 def look_at(
     path: epath.PathLike, max_pixels: int = MAX_PIXELS, *, exif: str = "apply", max_value: int = 0
 ) -> Look:
-    """Size and doubts of a photo. Raises as `read_image` does, but finds less damage."""
+    """Return size and doubts of a photo. Raise as `read_image` does, but find less damage."""
     image = _opened(path, max_pixels)
     orientation = _orientation(image)
     size = stored = (image.height, image.width)
@@ -171,7 +171,7 @@ def look_at(
 
 
 def guessed_range(guessed: Mapping[int, int], photos: int) -> str:
-    """A warning about photos of 16 bits; `guessed`: how many were read by which range."""
+    """Word a warning about photos of 16 bits; `guessed`: how many were read by which range."""
     ranges = " and ".join(f"0…{white}" for white in sorted(guessed))
     return (
         f"{sum(guessed.values())} of {photos} photos have 16-bit files whose pixels use less, and "
@@ -181,7 +181,7 @@ def guessed_range(guessed: Mapping[int, int], photos: int) -> str:
 
 
 def missing(path: epath.PathLike, kind: str = "file") -> str:
-    """Why there is no `path`: "no such file", or that it is a link to nothing."""
+    """Say why there is no `path`: "no such file", or that it is a link to nothing."""
     text = os.fspath(path)
     if not files.is_remote(text) and os.path.islink(text):
         return f"a link to {os.readlink(text)}, which does not exist"
@@ -189,7 +189,7 @@ def missing(path: epath.PathLike, kind: str = "file") -> str:
 
 
 def _eight_bits(path: epath.PathLike, image: Image.Image, max_value: int) -> tuple[np.ndarray, int]:
-    """Gray uint8 [H, W] of 16-bit pixels, and the range if it was guessed, else 0."""
+    """Return gray uint8 [H, W] of 16-bit pixels, and the range if it was guessed, else 0."""
     values = np.asarray(image).astype(np.int64)
     highest = int(values.max())
     if values.min() < 0 or highest > FULL_RANGE:
@@ -205,7 +205,7 @@ def _eight_bits(path: epath.PathLike, image: Image.Image, max_value: int) -> tup
 
 
 def _open(path: epath.PathLike, max_pixels: int, exif: str) -> tuple[Image.Image, int]:
-    """The decoded image, upright unless exif = "ignore", and its EXIF orientation.
+    """Return the decoded image, upright unless exif = "ignore", and its EXIF orientation.
 
     `format` survives; `info` says what the header does of the range: "declared_max" of gray,
     "deep_colour".
@@ -230,7 +230,7 @@ def _open(path: epath.PathLike, max_pixels: int, exif: str) -> tuple[Image.Image
 
 
 def _opened(path: epath.PathLike, max_pixels: int) -> Image.Image:
-    """The image, its header read and its pixels not yet."""
+    """Open an image: its header is read and its pixels not yet."""
     try:
         with files.reading(path):
             # A pipe would be waited for, a device such as /dev/zero never ends.
@@ -274,7 +274,7 @@ def _too_large(path: epath.PathLike, max_pixels: int) -> str:
 
 
 def _said_of_range(image: Image.Image) -> dict[str, object]:
-    """What the header says of 16-bit pixels, as far as PIL tells before they are decoded."""
+    """Return what the header says of 16-bit pixels, as far as PIL tells before they are decoded."""
     tiles = getattr(image, "tile", [])
     codec, *_, arguments = tiles[0] if tiles else ("", "")
     if image.format == "PPM" and codec != "raw":  # PIL spreads these over 16 bits

@@ -1,4 +1,4 @@
-"""What the labels of a data set hold, said in a line before hours are spent on them."""
+"""One line on what the labels of a data set hold, logged before a training or an evaluation."""
 
 import logging
 import os
@@ -18,8 +18,8 @@ from segdiff_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_SECONDS = 2.0  # then what was seen so far must do
-_AT_ONCE = 32  # pairs; at least so many are seen
+_SECONDS = 2.0  # after which no more pairs are read
+_AT_ONCE = 32  # pairs read together, and at least
 _NAMES_SHOWN = 5
 _BACKGROUND_WORDS = {
     *("background", "bg", "other", "others", "void", "unlabeled", "unlabelled", "unknown"),
@@ -30,16 +30,16 @@ _BACKGROUND_WORDS = {
 class Survey(NamedTuple):
     """Some pairs of a data set, or all."""
 
-    seen: int
-    total: int
+    seen: int  # pairs
+    total: int  # pairs
     ids: Counter[int]  # id in the mask files: pixels
-    unreadable: int
-    turn_unsure: int  # photos turned by EXIF, of which nothing tells whether the mask wants that
+    unreadable: int  # pairs
+    turn_unsure: int  # photos turned by EXIF whose masks may or may not be turned
     guessed: Counter[int]  # range by which a 16-bit photo was read: photos
 
 
 def report(source: Source, config: DataConfig, split: str) -> None:
-    """Logs the labels of up to two seconds' worth of pairs, spread over `source`, in a line.
+    """Log the labels of up to two seconds' worth of pairs, spread over `source`, in a line.
 
     What is nearly always a mistake gets a warning of its own. Drawn and packed data sets, whose
     labels are as they must be, are passed over. Raises `UserError` for a wrong mask, and if no
@@ -60,7 +60,7 @@ def report(source: Source, config: DataConfig, split: str) -> None:
 
 
 def figures(source: Source, ids: Mapping[int, int], pairs: int) -> dict[str, Any]:
-    """What metrics.json says of the labels; `ids`: pixels of each id of the mask files."""
+    """Return what metrics.json says of the labels; `ids`: pixels of each id of the mask files."""
     total, lookup = sum(ids.values()), getattr(source, "lookup", None)
     pixels: Counter[int] = Counter()
     for value, count in ids.items():
@@ -92,7 +92,7 @@ def _survey(source: PairSource) -> Survey:
 
 
 def _looks(source: PairSource) -> Iterator[Look | None]:
-    """Pairs in an order that is spread over the source, until the time is up; None: unreadable."""
+    """Yield pairs spread over the source until the time is up; None for unreadable ones."""
 
     def look(index: int) -> Look | None:
         try:
@@ -177,7 +177,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _ranges(ids: Sequence[int]) -> str:
-    """ "0–10, 255" of sorted ids."""
+    """Write sorted ids as "0–10, 255"."""
     runs: list[list[int]] = []
     for value in ids:
         if runs and value == runs[-1][1] + 1:

@@ -1,6 +1,6 @@
-"""Encodes the training pairs once, so that the VAE leaves the training step.
+"""Encode the training pairs once, so that the training step needs no VAE.
 
-`data/latents.py` reads what this writes and says what the files hold.
+`data/latents.py` reads the cache and documents the contents of its files.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from segdiff_jax.progress import reporter
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 4
+_FORMAT = 5
 _OWN = re.compile(r"cache\.json|classes-\d{5}\.json|latents-\d{5}\.array_record")  # its files
 _PAIRS_AT_ONCE = 16  # read, encoded and written together
 _ENCODED_AT_ONCE = 8  # images in one call of the VAE, per device
@@ -48,7 +48,7 @@ View = tuple[np.ndarray, np.ndarray]  # uint8 [H, W, 3] and [H, W]
 
 
 def open_or_build(source: Source, vae: VAE, config: Config, folder: str) -> Latents:
-    """The cache in `folder`, built first if there is none or it was made from something else.
+    """Open the cache in `folder`; build it first if there is none or it does not fit.
 
     `config` is one that `config.validate` accepts with data.cache_latents. All processes call
     this, and see the same folder. Raises `UserError` for a full disk or unwritable folder and for
@@ -59,7 +59,7 @@ def open_or_build(source: Source, vae: VAE, config: Config, folder: str) -> Late
     if reason is None:
         try:
             latents = Latents(folder, source)
-        except waiting.NoAnswer:  # which says nothing about the files
+        except waiting.NoAnswer:  # this says nothing about the files
             raise
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, UserError) as error:
             reason = f"cannot be read ({str(error).splitlines()[0]})"
@@ -79,7 +79,7 @@ def build(
     process_index: int = 0,
     process_count: int = 1,
 ) -> None:
-    """Encodes all of `source` into `folder`, of which nothing is visible before all is written."""
+    """Encode all of `source` into `folder`, of which nothing is visible before all is written."""
     target = epath.Path(folder)
     # A store of objects cannot rename: there cache.json, written last, makes the folder a cache.
     partial = target if is_remote(folder) else target.parent / f".{target.name}.partial"
@@ -117,7 +117,7 @@ def build(
 
 
 def _check_own(folder: epath.Path) -> None:
-    """Raises `UserError` if a folder that is to be replaced holds what no cache has."""
+    """Raise `UserError` if a folder that is to be replaced holds what no cache has."""
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     foreign = [name for name in names if not _OWN.fullmatch(name)]
     if foreign:
@@ -128,7 +128,7 @@ def _check_own(folder: epath.Path) -> None:
 
 
 def fingerprint(source: Source, vae: VAE, config: Config) -> dict[str, Any]:
-    """Everything that the latents depend on, as JSON values."""
+    """Return everything that the latents depend on, as JSON values."""
     data = config.data
     seeded = data.source == "scenes" or data.augment.views > 0
     digest = hashlib.sha256()
@@ -153,7 +153,7 @@ def fingerprint(source: Source, vae: VAE, config: Config) -> dict[str, Any]:
 
 
 def _files(source: Source) -> str:
-    """A digest of names, sizes and times of local files: a corrected mask makes a cache stale."""
+    """Digest names, sizes and times of local files: a corrected mask makes a cache stale."""
     digest = hashlib.sha256()
     for path in (path for pair in getattr(source, "pairs", ()) for path in pair):
         status = None if is_remote(path) else os.stat(path)
@@ -162,7 +162,7 @@ def _files(source: Source) -> str:
 
 
 def _outdated(folder: str, wanted: dict[str, Any]) -> str | None:
-    """Why the cache in `folder` cannot be used; None if it can."""
+    """Say why the cache in `folder` cannot be used; None if it can."""
     try:
         made_from = json.loads((epath.Path(folder) / "cache.json").read_text())["made_from"]
         changed = [key for key in wanted if made_from.get(key) != wanted[key]]
@@ -176,7 +176,7 @@ def _outdated(folder: str, wanted: dict[str, Any]) -> str | None:
 def _write_shard(
     source: Source, vae: VAE, config: Config, folder: epath.Path, process: int, count: int
 ) -> None:
-    """Encodes this process's share of the pairs, a contiguous one."""
+    """Encode this process's share of the pairs, a contiguous one."""
     first, last = (len(source) * part // count for part in (process, process + 1))
     encoder = _Encoder(vae, config, len(source.vocabulary))
     trained = pipeline.Draws(source, config, config.seed).trained
@@ -218,7 +218,7 @@ def _write_shard(
 def _read(
     source: Source, config: Config, indices: range
 ) -> Iterator[tuple[int, list[list[View] | str]]]:
-    """(first index, the views of each pair) of each chunk; a message for an unreadable pair."""
+    """Yield (first index, views of each pair) of each chunk; a message for an unreadable pair."""
     draws = pipeline.Draws(source, config, config.seed)
 
     def read(index: int) -> list[View] | str:
@@ -264,13 +264,13 @@ class _Encoder:
         self._all = np.arange(num_classes)[None] if _in_one_image(config) else None  # [1, K]
 
     def empty(self) -> bytes:
-        """The record of a mask image that shows nothing."""
+        """Return the record of a mask image that shows nothing."""
         nothing = np.full((1, *(self._factor * n for n in self._latent[:2])), codec.IGNORE)
         latent = self._all_of(self._masks, nothing.astype(np.uint8), np.zeros((1, 1), int))[0]
         return _record(latent, np.zeros(self._latent[:2], bool))
 
     def views(self, views: list[View], classes: list[np.ndarray]) -> Iterator[bytes]:
-        """The records of `views` in order, with a mask latent for each of `classes` [n]."""
+        """Return the records of `views` in order, with a mask latent for each of `classes` [n]."""
         if not views:
             return
         images, labels = zip(*views, strict=True)
@@ -282,13 +282,13 @@ class _Encoder:
         masks = zip(
             self._all_of(self._masks, *shown), self._all_of(self._shown, *shown), strict=True
         )
-        for photo, positions, group in zip(photos, valid, groups, strict=True):
-            yield _record(photo, positions)
+        for photo, positions, group, view in zip(photos, valid, groups, labels, strict=True):
+            yield _record(photo, positions) + view.tobytes()
             for _ in group:
                 yield _record(*next(masks))
 
     def _all_of(self, function: Callable, *arrays: np.ndarray) -> np.ndarray:
-        """`function` of the rows of `arrays` [n, ...] in calls of one size: [n, ...]."""
+        """Apply `function` to the rows of `arrays` [n, ...] in calls of one size: [n, ...]."""
         results = []
         for parts in zip(*(equal_parts(array, self._size) for array in arrays), strict=True):
             placed = (spread_rows(part, self._mesh) for part in parts)
@@ -297,14 +297,14 @@ class _Encoder:
 
 
 def _record(latent: np.ndarray, positions: np.ndarray) -> bytes:
-    """A latent [h, w, c] with a bit for each of its positions, bool [h, w]."""
+    """Pack a latent [h, w, c] with a bit for each of its positions, bool [h, w]."""
     return latent.tobytes() + np.packbits(positions).tobytes()
 
 
 def _views(
     image: np.ndarray, labels: np.ndarray, index: int, draws: pipeline.Draws, config: Config
 ) -> list[View]:
-    """All that training can show of pair `index`, at the network's size."""
+    """Return all that training can show of pair `index`, at the network's size."""
     data = config.data
     if data.augment.views:
         chances = (draws.view_generator(index, view) for view in range(data.augment.views))

@@ -4,11 +4,12 @@ cache.json                  what the latents were made from, their shape, the nu
 classes-00000.json          of each pair: the classes in each view, or why it could not be read
 latents-00000.array_record  float32 latents; a shard per process that wrote, pairs in order
 
-The first record is the latent of an empty mask. Then each pair has, for each of its views
-(data.augment.views of them; otherwise as it is, then mirrored where the config flips), the image
-latent with its valid mask and one latent per mask: of each class that the view shows, or one of all
-classes where one pass paints them all; with each, which latent pixels show the class.
-A folder without `cache.json` is no cache. `data/latent_cache.py` writes all this.
+The first record is the latent of an empty mask. Then follow, for each view of each pair, the image
+latent with its valid mask and its labels, and a latent for each mask with the latent pixels that
+show its class. There is one mask for each class in the view, or one for all classes where one pass
+paints them all. A pair has data.augment.views views, or without these itself and, where the config
+flips, its mirror image. A folder without `cache.json` is no cache. `data/latent_cache.py` writes
+these files.
 """
 
 import atexit
@@ -23,7 +24,8 @@ import grain
 import numpy as np
 from etils import epath
 
-from segdiff_jax.config import Config
+from segdiff_jax import codec
+from segdiff_jax.config import Config, competing
 from segdiff_jax.data import pipeline, transforms
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.preference import Preference
@@ -38,16 +40,17 @@ def train_batches(
     seed: int,
     start: int = 0,
     rows: Sequence[int] | None = None,
-    batch_size: int | None = None,
     preference: Preference | None = None,
 ) -> pipeline.TrainBatches:
-    """The batches of `pipeline.train_batches`, example for example, with latents for pixels.
+    """Return the batches of `pipeline.train_batches`, example for example, with latents for pixels.
 
     Each is {"image_latents": float32 [b, h, w, c], "mask_latents": float32 [b, h, w, c],
-    "shown": bool [b, h, w], "valid": bool [b, h, w], "class_ids": int32 [b, G]}.
+    "shown": bool [b, h, w], "valid": bool [b, h, w], "class_ids": int32 [b, G]}. Where classes
+    compete for a photo, there are "labels" [b, H, W] too, and C masks: "mask_latents"
+    [b, C, h, w, c], "shown" [b, C, h, w], "class_ids" [b, C].
     """
     example = _Example(latents, config, seed, preference)
-    return pipeline.batches(latents, example, config, seed, start, rows, batch_size)
+    return pipeline.batches(latents, example, config, seed, start, rows)
 
 
 class Latents:
@@ -60,6 +63,8 @@ class Latents:
         self.folder, root = folder, epath.Path(folder)
         description = json.loads((root / "cache.json").read_text())
         self.shape = tuple(description["latent"])  # (h, w, c)
+        self._image_size = tuple(description["made_from"]["image_size"])  # (H, W)
+        self._label_type = codec.label_type(len(source.vocabulary))
         self.vocabulary, self.novel = source.vocabulary, source.novel
         self._in_one_image = description["made_from"]["all_in_one_image"]
         shards = range(description["shards"])
@@ -75,7 +80,7 @@ class Latents:
         self._records = grain.sources.ArrayRecordDataSource(paths)
         if len(self._records) != self._start[-1]:
             raise ValueError(f"{len(self._records)} records, not {self._start[-1]}")
-        self._empty = self._read(0)
+        self._empty = self._read(0)[:2]
 
     def __len__(self) -> int:
         return len(self._contents)
@@ -86,25 +91,27 @@ class Latents:
         return {"pair": pair}
 
     def classes(self, pair: int, view: int) -> np.ndarray:
-        """The ids [n] of trained classes that a view of a pair shows."""
+        """Return the ids [n] of trained classes that a view of a pair shows."""
         return np.array(self._contents[pair][view], np.int32)
 
-    def image(self, pair: int, view: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image latent [h, w, c] and valid mask bool [h, w]."""
-        return self._read(self._record(pair, view))
+    def image(self, pair: int, view: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Read image latent [h, w, c], valid mask bool [h, w] and labels [H, W]."""
+        size = int(np.prod(self._image_size)) * np.dtype(self._label_type).itemsize
+        latent, valid, rest = self._read(self._record(pair, view), size)
+        return latent, valid, np.frombuffer(rest, self._label_type).reshape(self._image_size)
 
     def mask(self, pair: int, view: int, class_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """Mask latent [h, w, c] of a class, or of all that share an image; shown bool [h, w]."""
+        """Read the mask latent [h, w, c] of a class, or of all in one image; shown bool [h, w]."""
         slots = [0] if self._in_one_image else np.flatnonzero(self.classes(pair, view) == class_id)
         if not len(slots):
             return self._empty
-        return self._read(self._record(pair, view) + 1 + int(slots[0]))
+        return self._read(self._record(pair, view) + 1 + int(slots[0]))[:2]
 
     def _record(self, pair: int, view: int) -> int:
         return int(self._start[self._first_view[pair] + view])
 
-    def _read(self, record: int) -> tuple[np.ndarray, np.ndarray]:
-        """A record: a latent [h, w, c], and a bit for each of its positions, bool [h, w]."""
+    def _read(self, record: int, more: int = 0) -> tuple[np.ndarray, np.ndarray, bytes]:
+        """Read a record: a latent [h, w, c], a bit for each position, bool [h, w], `more` bytes."""
         height, width, _ = self.shape
         floats = int(np.prod(self.shape))
         error, data = None, b""
@@ -112,13 +119,14 @@ class Latents:
             data = self._records[record]  # empty where the file was cut off
         except RuntimeError as caught:  # its chunks have checksums
             error = caught
-        if len(data) != 4 * floats + -(-height * width // 8):
+        end = 4 * floats + -(-height * width // 8)
+        if len(data) != end + more:
             raise UserError(
                 f"{self.folder}: damaged latent cache: remove it and run again"
             ) from error
         latent = np.frombuffer(data, np.float32, floats).reshape(self.shape)
         bits = np.unpackbits(np.frombuffer(data, np.uint8, offset=4 * floats), count=height * width)
-        return latent, bits.astype(bool).reshape(height, width)
+        return latent, bits.astype(bool).reshape(height, width), data[end:]
 
 
 class _Example:
@@ -128,6 +136,7 @@ class _Example:
         self, latents: Latents, config: Config, seed: int, preference: Preference | None = None
     ):
         self.latents, self.augment = latents, config.data.augment
+        self.competing = competing(config) > 0
         self.draws = pipeline.Draws(latents, config, seed, preference)
 
     def __call__(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
@@ -135,20 +144,26 @@ class _Example:
         fixed = self.draws.views > 0
         view = self.draws.view(rng) if fixed else int(transforms.draw_flip(rng, self.augment))
         class_ids = self.draws.class_ids(self.latents.classes(pair, view), rng)
-        image, valid = self.latents.image(pair, view)
-        mask, shown = self.latents.mask(pair, view, class_ids[0])
-        return {
+        image, valid, labels = self.latents.image(pair, view)
+        example = {
             "image_latents": image,
-            "mask_latents": mask,
-            "shown": shown,
             "valid": valid,
             "class_ids": class_ids,
             "unreadable": record["unreadable"],
         }
+        if not self.competing:
+            mask, shown = self.latents.mask(pair, view, class_ids[0])
+            return example | {"mask_latents": mask, "shown": shown}
+        masks, shown = zip(*(self.latents.mask(pair, view, i) for i in class_ids), strict=True)
+        return example | {
+            "mask_latents": np.stack(masks),
+            "shown": np.stack(shown),
+            "labels": labels,
+        }
 
 
 def _local_copy(root: epath.Path) -> str:
-    """array_record reads local files only: those of a store are copied for this process."""
+    """Copy a store's files for this process: array_record reads local files only."""
     folder = tempfile.mkdtemp(prefix="segdiff_latents_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for path in root.glob("*.array_record"):

@@ -5,6 +5,7 @@ augmented and which classes are asked of it. Batches hold B successive examples,
 on from any example on any process count sees the same batches as an uninterrupted run on one.
 """
 
+import dataclasses
 import logging
 import os
 import zlib
@@ -37,19 +38,17 @@ def train_batches(
     seed: int,
     start: int = 0,
     rows: Sequence[int] | None = None,
-    batch_size: int | None = None,
     preference: Preference | None = None,
 ) -> "TrainBatches":
-    """Endless batches from example `start` on.
+    """Return an endless iterator over batches from example `start` on.
 
-    Each is {"image": uint8 [b, H, W, 3], "labels": [b, H, W], "class_ids": int32 [b, G]},
-    the b `rows` of the global batch that this process feeds, by default all; G is
-    config.codec.classes_per_pass, or all K classes when that is 0. class_ids of -1 are empty
-    slots. `batch_size`, of the global batch, is config.train.batch_size unless given. `preference`:
-    which classes are asked for more often.
+    Each batch is {"image": uint8 [b, H, W, 3], "labels": [b, H, W], "class_ids": int32 [b, G]}.
+    Its b `rows` are those of the global batch (config.train.batch_size) that this process feeds,
+    by default all. G is config.codec.classes_per_pass, or all K classes when that is 0; class_ids
+    of -1 are empty slots. `preference` says which classes are asked for more often.
     """
     example = _Example(source, config, seed, preference)
-    return batches(source, example, config, seed, start, rows, batch_size)
+    return batches(source, example, config, seed, start, rows)
 
 
 def batches(
@@ -59,19 +58,17 @@ def batches(
     seed: int,
     start: int = 0,
     rows: Sequence[int] | None = None,
-    batch_size: int | None = None,
 ) -> "TrainBatches":
-    """`train_batches` of other records: the same order, epochs, processes and resumption.
+    """Do what `train_batches` does with other records, in the same order and the same epochs.
 
     `example(i, record)` makes row i from the record that falls to it, which also has the keys
     "record", its index, and "unreadable", to be handed on. Both arguments must be picklable for
     data.workers > 0.
     """
-    size = batch_size or config.train.batch_size
+    size = config.train.batch_size
     rows = range(size) if rows is None else rows
-    salted = zlib.crc32(
-        f"segdiff {seed}".encode()
-    )  # Grain adds epochs to its seed: keep runs apart
+    # Grain adds the epoch to its seed: without the hash, runs of neighbouring seeds would overlap.
+    salted = zlib.crc32(f"segdiff {seed}".encode())
     examples = (
         grain.MapDataset.source(_Substituting(records, config.data.max_unreadable))
         .shuffle(salted)
@@ -92,6 +89,11 @@ def batches(
         iterable = iterable.mp_prefetch(workers)
     shared = config.data.workers > 0
     return TrainBatches(iter(iterable), len(records), config.data.max_unreadable, shared)
+
+
+def with_batch_size(config: Config, size: int) -> Config:
+    """Return `config` with a global batch of `size` examples."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=size))
 
 
 class TrainBatches:
@@ -123,7 +125,7 @@ class TrainBatches:
         return self
 
     def close(self) -> None:
-        """Ends the worker processes. There are no batches after it."""
+        """End the worker processes. There are no batches after it."""
         close = getattr(self._batches, "close", None)
         if close is not None:
             close()
@@ -145,7 +147,7 @@ class TrainBatches:
 
 
 def too_many_unreadable(unreadable: dict[int, str], length: int, share: float) -> UserError:
-    """The error for skipping more than config.data.max_unreadable = `share` of `length` pairs."""
+    """Word the error for skipping more than `share` of `length` pairs."""
     first = next(iter(unreadable.values()))
     return UserError(
         f"{first} ({len(unreadable)} of {length} pairs unreadable, more than "
@@ -205,19 +207,19 @@ class Draws:
         self.seed = seed
 
     def generator(self, index: int) -> np.random.Generator:
-        """The source of all that is random in example `index`: first augmentation, then classes."""
+        """Return the generator of example `index`, for its augmentation, then its classes."""
         return chance.generator(self.seed, "example", index)
 
     def view(self, rng: np.random.Generator) -> int:
-        """Which of the `views` fixed views an example shows."""
+        """Draw which of the `views` fixed views an example shows."""
         return int(rng.integers(self.views))
 
     def view_generator(self, record: int, view: int) -> np.random.Generator:
-        """The source of the augmentation of a fixed view."""
+        """Return the source of the augmentation of a fixed view."""
         return chance.generator(self.seed, "view", record, view)
 
     def class_ids(self, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """int32 [G]: the classes to ask of `labels`, as `draw_classes` takes them."""
+        """Draw the classes to ask of `labels`, int32 [G], as `draw_classes` does."""
         if not self.classes_per_pass:
             return np.arange(self.num_classes, dtype=np.int32)
         count, share = self.classes_per_pass, self.negatives
@@ -254,7 +256,7 @@ def draw_classes(
     rng: np.random.Generator,
     preference: Preference = Preference(),
 ) -> np.ndarray:
-    """int32 [count]: which classes to ask of unsigned `labels` [...], in random order.
+    """Draw which classes to ask of unsigned `labels` [...], int32 [count], in random order.
 
     Of the labels it only matters which ids occur.
     Each slot shows an absent class with probability `negatives`, else a present one; where one

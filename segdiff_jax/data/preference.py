@@ -24,13 +24,13 @@ class Preference(NamedTuple):
     hard: float = 0.0  # share of the absent classes that are drawn by likeness
 
     def of_present(self, present: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-        """`count` of the ids `present`, the rarer the likelier."""
+        """Draw `count` of the ids `present`, the rarer the likelier."""
         return _draw(present, count, self.rarity, rng)
 
     def of_absent(
         self, absent: np.ndarray, present: np.ndarray, count: int, rng: np.random.Generator
     ) -> np.ndarray:
-        """`count` of the ids `absent`, the share `hard` of them by likeness to one `present`."""
+        """Draw `count` of the ids `absent`, a share `hard` of them by likeness to one `present`."""
         if self.likeness is None or not len(present):
             return _draw(absent, count, None, rng)
         hard_count = int((rng.random(count) < self.hard).sum())
@@ -41,7 +41,7 @@ class Preference(NamedTuple):
 
 
 def of_training(source: Source, config: Config, pooled: np.ndarray) -> Preference:
-    """What `config` prefers; pooled [K, D]: the prompts of the classes of `source`."""
+    """Return what `config` prefers; pooled [K, D]: the prompts of the classes of `source`."""
     hard, balanced = config.train.hard_negatives, config.data.class_balance
     return Preference(
         rarity(source, config.seed) if balanced else None,
@@ -51,7 +51,7 @@ def of_training(source: Source, config: Config, pooled: np.ndarray) -> Preferenc
 
 
 def rarity(source: Source, seed: int) -> np.ndarray:
-    """[K] inverse of the share of pairs that show each class; of up to a thousand pairs.
+    """Return the inverse of the share of pairs that show each class [K]; of up to a thousand pairs.
 
     A class that none of them shows counts as shown by half a pair. Unreadable pairs are passed over
     here: training counts them.
@@ -68,7 +68,7 @@ def rarity(source: Source, seed: int) -> np.ndarray:
 
 
 def likeness(pooled: np.ndarray) -> np.ndarray:
-    """Cosines [K, K] between the pooled prompts [K, D] of classes.
+    """Return the cosines [K, K] between the pooled prompts [K, D] of classes.
 
     Without their mean, which text encoders give to every text: it would make all classes alike.
     """

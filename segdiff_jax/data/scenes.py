@@ -12,7 +12,7 @@ from segdiff_jax.files import write_bytes, write_text
 
 
 def main(argv: list[str]) -> None:
-    """Writes validation scenes as a folder dataset: images/, masks/, classes.txt."""
+    """Write validation scenes as a folder dataset: images/, masks/, classes.txt."""
     parser = cli.parser("segdiff_jax.data.scenes", "Write procedural scenes as image files.")
     parser.add_argument(
         "--output", required=True, type=cli.path, metavar="DIR", help="folder to write"

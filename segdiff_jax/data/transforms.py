@@ -11,7 +11,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 def augment(
     image: np.ndarray, labels: np.ndarray, rng: np.random.Generator, data: DataConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A random view, at data.image_size, of a photo and its labels. What is not photo is ignored.
+    """Draw a view, at data.image_size, of a photo and its labels. What is not photo is ignored.
 
     With min_scale = max_scale = 1 it is the view of `geometry.fit`. Otherwise the photo is scaled,
     at its own aspect ratio, by a factor from [min_scale, max_scale] of what fits it (by the rule
@@ -31,7 +31,7 @@ def augment(
 
 
 def draw_flip(rng: np.random.Generator, config: AugmentConfig) -> bool:
-    """Whether a view is mirrored. Without scale-crop it is the first draw from `rng`."""
+    """Draw whether a view is mirrored. Without scale-crop it is the first draw from `rng`."""
     return config.flip and rng.random() < 0.5
 
 
@@ -56,7 +56,7 @@ def _scale_crop(
 def _span(
     native: int, target: int, scale: float, rng: np.random.Generator
 ) -> tuple[tuple[float, float], slice]:
-    """Along one axis: which part of the input is seen, and where it lands in the output."""
+    """Return, along one axis, which part of the input is seen, and where it lands in the output."""
     scaled = native * scale
     if scaled >= target:
         start = rng.uniform(0, scaled - target) / scale
@@ -68,7 +68,7 @@ def _span(
 
 
 def _color_jitter(image: np.ndarray, rng: np.random.Generator, amount: float) -> np.ndarray:
-    """Brightness, contrast and saturation in 1 ± amount, as one affine map of the colour."""
+    """Jitter brightness, contrast and saturation in 1 ± amount, as one affine map of the colour."""
     brightness, contrast, saturation = rng.uniform(1 - amount, 1 + amount, 3).astype(np.float32)
     flat = image.reshape(-1, 3).astype(np.float32)
     gray = flat.mean(axis=0) @ _LUMA

@@ -25,7 +25,7 @@ STEP, DESCENT = 0.03, 300  # first step and number of steps of the descent after
 def merge(
     maps: jax.Array, reduce: str = "median", uncertainty: str = "mad"
 ) -> tuple[jax.Array, jax.Array]:
-    """Members [N, ...] -> (merged [...], uncertainty [...]), per pixel.
+    """Merge members [N, ...] into (merged [...], uncertainty [...]), pixel by pixel.
 
     reduce "median" | "mean". uncertainty "mad" (median absolute deviation from the merged map)
     | "std" (population standard deviation), in the units of `maps`; zero for N = 1.
@@ -39,7 +39,7 @@ def merge(
 def ensemble(
     maps: Members, align: str = "none", reduce: str = "median", uncertainty: str = "mad"
 ) -> tuple[MergedMap, MergedMap]:
-    """Members [N, H, W] in [0, 1] -> (merged [H, W], uncertainty [H, W]).
+    """Merge members [N, H, W] in [0, 1] into (merged [H, W], uncertainty [H, W]).
 
     align "none": `merge` as it is. "affine": aligned first, and the result stretched to fill
     [0, 1] (uncertainty in the same units), as Marigold does.
@@ -60,7 +60,7 @@ def _align_and_merge(maps: Members, reduce: str, uncertainty: str) -> tuple[Merg
 def objective(
     maps: Members, scale: PerMember, shift: PerMember, reduce: str = "median"
 ) -> jax.Array:
-    """Mean pairwise RMS of the aligned maps + 0.02 (|min| + |1 - max|) of the merged one."""
+    """Compute mean pairwise RMS of aligned maps + 0.02 (|min| + |1 - max|) of the merged one."""
     aligned = maps * scale[:, None, None] + shift[:, None, None]
     first, second = jnp.triu_indices(maps.shape[0], 1)
     rms = jnp.sqrt(jnp.mean((aligned[first] - aligned[second]) ** 2, axis=(1, 2)))
@@ -71,7 +71,7 @@ def objective(
 
 @functools.partial(jax.jit, static_argnames="reduce")
 def align(maps: Members, reduce: str = "median") -> tuple[PerMember, PerMember]:
-    """(scale [N], shift [N]) that minimise `objective` for maps [N, H, W] in [0, 1].
+    """Find (scale [N], shift [N]) that minimise `objective` for maps [N, H, W] in [0, 1].
 
     Starts where Marigold does, every map stretched to [0, 1]. The objective as written is hard on
     an optimiser: its optimum lies on the kinks of |min| and |1 - max|. But shrinking aligned maps
@@ -112,7 +112,7 @@ def align(maps: Members, reduce: str = "median") -> tuple[PerMember, PerMember]:
 
 
 def _descend(function: Callable[[jax.Array], jax.Array], start: jax.Array) -> jax.Array:
-    """The best point on an Adam path from `start`, whose step shrinks to nothing.
+    """Return the best point on an Adam path from `start`, whose step shrinks to nothing.
 
     Median, min and max make kinks at which the line search of BFGS finds no descent; the moving
     average of Adam mixes the gradients of both sides and slides along them.
@@ -132,7 +132,7 @@ def _descend(function: Callable[[jax.Array], jax.Array], start: jax.Array) -> ja
 
 
 def _pairwise_rms(flat: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """A function of [scale, shift] [2N]: the mean pairwise RMS of the aligned maps `flat` [N, P].
+    """Return a function of [scale, shift] [2N]: mean pairwise RMS of the aligned `flat` [N, P].
 
     The maps are replaced by their coordinates in the N-dimensional space they span (QR), where
     distances are the same: an evaluation costs N^3 instead of N^2 P, and nothing cancels as it

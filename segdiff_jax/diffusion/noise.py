@@ -17,10 +17,11 @@ from jax.typing import ArrayLike
 from segdiff_jax.shapes import Latents, NoiseGrid, Timesteps
 
 MIN_RATIO, MAX_RATIO = 2.0, 4.0
+STRENGTH = 0.9  # of the reference
 
 
 def level_sizes(height: int, width: int) -> list[tuple[int, int]]:
-    """The largest (h_i, w_i) of each level, ending at the first that must contain a 1."""
+    """Return the largest (h_i, w_i) of each level, ending at the first that must contain a 1."""
     sizes = []
     level = 0
     while True:
@@ -33,7 +34,7 @@ def level_sizes(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def bilinear_matrix(out_size: int, in_size: ArrayLike, max_in: int) -> jax.Array:
-    """Weights [out_size, max_in] that upsample the first `in_size` (traced) of `max_in` samples.
+    """Return weights [out_size, max_in] that upsample the first `in_size` (traced) samples.
 
     Half-pixel centres and clamped edges, as `torch.nn.Upsample(mode="bilinear")`.
     """
@@ -47,7 +48,7 @@ def bilinear_matrix(out_size: int, in_size: ArrayLike, max_in: int) -> jax.Array
 def _upsample(
     grid: jax.Array, size: tuple[jax.Array, jax.Array], shape: tuple[int, ...]
 ) -> jax.Array:
-    """grid [max_h, max_w, c], of which the top-left `size` counts -> [h, w, c]."""
+    """Upsample the top-left `size` of grid [max_h, max_w, c] to [h, w, c]."""
     rows = bilinear_matrix(shape[0], size[0], grid.shape[0])
     columns = bilinear_matrix(shape[1], size[1], grid.shape[1])
     return jnp.einsum("hi,ijc,wj->hwc", rows, grid, columns, precision=jax.lax.Precision.HIGHEST)
@@ -59,7 +60,7 @@ def pyramid(
     ratios: jax.Array,
     strength: ArrayLike,
 ) -> NoiseGrid:
-    """The deterministic part: the noise that given Gaussian draws and ratios make.
+    """Combine given Gaussian draws and ratios into noise: the deterministic part of the process.
 
     base [h, w, c]; grids, one [max_h, max_w, c] per entry of `level_sizes(h, w)`; ratios [levels]
     in [2, 4); strength in [0, 1]. Returns [h, w, c] of unit sample variance.
@@ -80,7 +81,7 @@ def pyramid(
 
 
 def multires_noise(key: jax.Array, shape: tuple[int, int, int], strength: ArrayLike) -> NoiseGrid:
-    """One sample of multi-resolution noise, [h, w, c] = `shape`, of unit sample variance.
+    """Draw one sample of multi-resolution noise, [h, w, c] = `shape`, of unit sample variance.
 
     `strength` may be traced. At 0 the sum is base + level 0, divided by its standard deviation:
     plain Gaussian noise, as in the reference, which normalises there too.
@@ -102,9 +103,9 @@ def training_noise(
     timesteps: Timesteps,
     num_train_timesteps: int,
     kind: str = "annealed",
-    strength: ArrayLike = 0.9,
+    strength: ArrayLike = STRENGTH,
 ) -> Latents:
-    """A batch of training noise [B, h, w, c] = `shape`; every sample has its own scales.
+    """Draw a batch of training noise [B, h, w, c] = `shape`; every sample has its own scales.
 
     timesteps int [B]. kind "annealed": sample b has strength * t_b / T, so noise is plain Gaussian
     at t = 0; "multires": constant strength; "gaussian": N(0, I) without normalisation.

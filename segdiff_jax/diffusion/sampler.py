@@ -1,7 +1,11 @@
 """DDIM sampling as one `lax.scan`, and ensembles of it.
 
+    key ─► member_keys ─► initial_noise: x_T ─► for t, t_prev of the schedule:
+                                                  predict(x_t, t) ─► ddim_step ─► x_{t_prev}
+                                            ─► x_0
+
 The sampler knows no network: `predict(sample, t)` is any function from x_t and a scalar int32 t
-to a prediction of the schedule's type. Conditioning is closed over by the caller.
+to a prediction of the schedule's type. The caller closes it over contexts and image latents.
 """
 
 from collections.abc import Callable
@@ -9,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from segdiff_jax.diffusion.noise import STRENGTH, multires_noise
 from segdiff_jax.diffusion.schedule import (
     Schedule,
     ddim_step,
@@ -28,7 +33,7 @@ def sample(
     eta: float = 0.0,
     key: jax.Array | None = None,
 ) -> Sample:
-    """Runs the reverse process from `latents` (x_T, any shape) to x_0 of the same shape.
+    """Run the reverse process from `latents` (x_T, any shape) to x_0 of the same shape.
 
     `steps` and `eta` are static. `key` is needed only for eta > 0; step i then adds
     `step_noise(key, i, latents.shape)`. Raises `UserError` for `steps` outside 1 ... T.
@@ -44,20 +49,23 @@ def sample(
         x_prev = ddim_step(schedule, predict(x, t), x, t, t_prev, eta, noise)
         return x_prev.astype(x.dtype), None
 
-    final, _ = jax.lax.scan(step, latents, (jnp.arange(steps), timesteps, previous))
-    return final
+    inputs = jnp.arange(steps), timesteps, previous
+    if steps == 1:
+        # Not as a loop: on CPUs, XLA differentiates convolutions in one 25 times as slowly.
+        return step(latents, tuple(x[0] for x in inputs))[0]
+    return jax.lax.scan(step, latents, inputs)[0]
 
 
 def step_noise(
     key: jax.Array | None, index: jax.typing.ArrayLike, shape: tuple[int, ...]
 ) -> jax.Array:
-    """The Gaussian noise that `sample` adds at step `index` when eta > 0."""
+    """Draw the Gaussian noise that `sample` adds at step `index` when eta > 0."""
     assert key is not None
     return jax.random.normal(jax.random.fold_in(key, index), shape)
 
 
 def member_keys(key: jax.Array, count: int, start: int | jax.Array = 0) -> Keys:
-    """Keys [count] of the members start ... start + count - 1.
+    """Return keys [count] of the members start ... start + count - 1.
 
     Member k's key is fold_in(key, k): it depends neither on how many members there are nor on
     the batch in which k is drawn.
@@ -68,10 +76,17 @@ def member_keys(key: jax.Array, count: int, start: int | jax.Array = 0) -> Keys:
 def initial_noise(
     member_key: jax.Array, shape: tuple[int, ...], kind: str = "gaussian"
 ) -> jax.Array:
-    """x_T of one member: plain Gaussian noise, or zeros for a `kind` of "zero"."""
+    """Draw x_T of one member, by the names of `config.STARTS`.
+
+    "multires" is the noise of training at its usual strength, for a `shape` of [h, w, c].
+    """
     if kind == "zero":
         return jnp.zeros(shape)
-    return jax.random.normal(jax.random.split(member_key)[0], shape)
+    key = jax.random.split(member_key)[0]
+    if kind == "multires":
+        height, width, channels = shape
+        return multires_noise(key, (height, width, channels), STRENGTH)
+    return jax.random.normal(key, shape)
 
 
 def sample_member(
@@ -83,7 +98,7 @@ def sample_member(
     eta: float = 0.0,
     start: str = "gaussian",
 ) -> jax.Array:
-    """One member of an ensemble: x_0 of `shape`, all its noise drawn from `member_key`.
+    """Sample one member of an ensemble: x_0 of `shape`, all its noise drawn from `member_key`.
 
     start: the kind of its `initial_noise`. An ensemble is `vmap` of this over `member_keys`, or
     over slices of them to bound memory.

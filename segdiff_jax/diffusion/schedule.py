@@ -29,7 +29,7 @@ class Schedule:
 
     alphas_cumprod: Leaf  # [T] float32, a_t
     final_alpha_cumprod: Leaf  # [] float32, stands for a_t at t < 0
-    prediction_type: str
+    prediction_type: str  # as in `DiffusionConfig`, like the next two
     timestep_spacing: str
     steps_offset: int
 
@@ -39,7 +39,7 @@ class Schedule:
 
 
 def make_schedule(config: DiffusionConfig) -> Schedule:
-    """The schedule that `config` describes, float32. `UserError` if float32 cannot hold it.
+    """Build the float32 schedule of `config`. Raise `UserError` if float32 cannot hold it.
 
     Rounded to float32 where diffusers rounds: 1 - a_t is small at early timesteps, and dividing
     by it turns the last bit of a_t into a difference of 1e-5 between the two.
@@ -77,7 +77,7 @@ def _betas(config: DiffusionConfig) -> np.ndarray:
 
 
 def _rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """arXiv 2305.08891, algorithm 1: shift sqrt(a_t) to end at 0, scale it to start as before."""
+    """Shift sqrt(a_t) to end at 0, scale it to start as before (arXiv 2305.08891, algorithm 1)."""
     root = np.sqrt(_cumprod(np.float32(1.0) - betas))
     first, last = root[0], root[-1]
     alphas_cumprod = ((root - last) * (first / (first - last))) ** 2
@@ -86,26 +86,26 @@ def _rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
 
 def _coefficients(schedule: Schedule, t: ArrayLike, ndim: int) -> tuple[jax.Array, jax.Array]:
-    """sqrt(a_t) and sqrt(1 - a_t), shaped to broadcast against an array of `ndim` dimensions."""
+    """Return sqrt(a_t) and sqrt(1 - a_t), shaped to broadcast against `ndim` dimensions."""
     alpha = schedule.alphas_cumprod[jnp.asarray(t)]
     alpha = alpha.reshape(alpha.shape + (1,) * (ndim - alpha.ndim))
     return jnp.sqrt(alpha), jnp.sqrt(1.0 - alpha)
 
 
 def add_noise(schedule: Schedule, x0: Sample, noise: Sample, t: ArrayLike) -> Sample:
-    """x_t. `x0` and `noise` are [B, ...] with `t` int [B], or any shape with a scalar `t`."""
+    """Return x_t. `x0` and `noise` are [B, ...] with `t` int [B], or any shape with scalar `t`."""
     signal, sigma = _coefficients(schedule, t, x0.ndim)
     return signal * x0 + sigma * noise
 
 
 def velocity(schedule: Schedule, x0: Sample, noise: Sample, t: ArrayLike) -> Sample:
-    """v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (arXiv 2202.00512). Shapes as in `add_noise`."""
+    """Return v = sqrt(a_t) eps - sqrt(1 - a_t) x_0 (arXiv 2202.00512). Shapes: `add_noise`."""
     signal, sigma = _coefficients(schedule, t, x0.ndim)
     return signal * noise - sigma * x0
 
 
 def target(schedule: Schedule, x0: Sample, noise: Sample, t: ArrayLike) -> Sample:
-    """What the network is trained to predict. Shapes as in `add_noise`."""
+    """Return what the network is trained to predict. Shapes: `add_noise`."""
     if schedule.prediction_type == "epsilon":
         return noise
     if schedule.prediction_type == "sample":
@@ -116,7 +116,7 @@ def target(schedule: Schedule, x0: Sample, noise: Sample, t: ArrayLike) -> Sampl
 def to_x0_and_noise(
     schedule: Schedule, prediction: Sample, sample: Sample, t: ArrayLike
 ) -> tuple[Sample, Sample]:
-    """The (x_0, eps) that a prediction at x_t = `sample` implies. Shapes as in `add_noise`.
+    """Return the (x_0, eps) that a prediction at x_t = `sample` implies. Shapes: `add_noise`.
 
     Epsilon prediction divides by sqrt(a_t), so it is not finite at zero SNR; `config.validate`
     rejects that combination.
@@ -130,7 +130,7 @@ def to_x0_and_noise(
 
 
 def sampling_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
-    """The timesteps of a `steps`-step sampler, descending, int32 [steps].
+    """Return the timesteps of a `steps`-step sampler, descending, int32 [steps].
 
     Table 2 of arXiv 2305.08891, rounded as diffusers does, but for one step: that is taken from
     T - 1 whatever the spacing. `leading` and `linspace` would ask for it at the end of the process,
@@ -163,7 +163,7 @@ def sampling_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
 
 
 def previous_timesteps(schedule: Schedule, steps: int) -> np.ndarray:
-    """Where each step of `sampling_timesteps` lands, int32 [steps]; negative means x_0.
+    """Return where each step of `sampling_timesteps` lands, int32 [steps]; negative is x_0.
 
     That is the next sampling timestep, at which the network is asked next. In diffusers it is
     t - T // steps: the same where steps divides T and the spacing is trailing or leading, elsewhere
@@ -182,7 +182,7 @@ def ddim_step(
     eta: float | jax.Array = 0.0,
     noise: Sample | None = None,
 ) -> Sample:
-    """x at `t_prev` from x at `t` (arXiv 2010.02502, equations 12 and 16).
+    """Step from x at `t` to x at `t_prev` (arXiv 2010.02502, equations 12 and 16).
 
     `t_prev` < 0 means the final a_t. `eta` scales the standard deviation of the fresh `noise`
     (0: deterministic DDIM, 1: DDPM); without `noise` none is added. Shapes as in `add_noise`.

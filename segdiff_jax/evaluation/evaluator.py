@@ -14,13 +14,15 @@ from segdiff_jax import codec
 from segdiff_jax.config import SamplerConfig
 from segdiff_jax.data import geometry, label_summary
 from segdiff_jax.data.sources.source import Source, count_ids
+from segdiff_jax.evaluation import asked as asking
 from segdiff_jax.evaluation import metrics, reconstruction
+from segdiff_jax.evaluation.asked import Asked
+from segdiff_jax.evaluation.parts import Part, Parts
 from segdiff_jax.inference.result import Segmentation
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.parallel import processes
 from segdiff_jax.parallel.placement import equal_parts, multiple
 from segdiff_jax.progress import Progress
-from segdiff_jax.text.vocabulary import Vocabulary
 
 
 class Example(NamedTuple):
@@ -50,7 +52,9 @@ def evaluate(
     examples: int = 0,
     ceiling: bool = False,
     open_vocabulary: bool = False,
+    synonyms: str = "mean",
     progress: Progress | None = None,
+    keep: tuple[str, Mapping[str, Any]] | None = None,
 ) -> Result:
     """Segments the images of `source` into its own vocabulary and counts what is right.
 
@@ -70,7 +74,10 @@ def evaluate(
       ceiling: the ground truth through codec and VAE and back, in place of a prediction: what a
         perfect UNet would score. The summary then also says what the VAE leaves of the photos.
       open_vocabulary: pixels below `config.codec.threshold` are *other* and count as wrong.
+      synonyms: one of `asked.SYNONYMS`.
       progress: called with (done, total) images.
+      keep: a folder for what is done, and what tells this model and data from others, as JSON
+        values. A stopped evaluation goes on from there; `parts.remove` when it is not needed.
 
     Returns:
       `Result`. Where the source names novel classes, the summary has the trained / novel split.
@@ -82,11 +89,11 @@ def evaluate(
     sampler = sampler or segmenter.config.sampler
     if ceiling:
         sampler = dataclasses.replace(sampler, ensemble=1, shortlist=0)
-    asked = _asked(source)
-    classes, num_classes = asked.classes, len(source.vocabulary)
+    asked = asking.of(source, "mean" if ceiling else synonyms)
+    classes, num_classes = asked.vocabulary.classes, len(source.vocabulary)
     decoding = dataclasses.replace(segmenter.config.codec, closed=not open_vocabulary)
-    decide = functools.partial(segmenter.segmentation, classes=asked, decoding=decoding)
-    scored = functools.partial(_scored, decide, source)
+    decide = functools.partial(segmenter.segmentation, classes=asked.vocabulary, decoding=decoding)
+    scored = functools.partial(_scored, decide, source, asked)
     total = len(source) if limit is None else min(limit, len(source))
     chosen = _spread(total, len(source))
     shown = set(_spread(min(examples, total), total))
@@ -98,41 +105,55 @@ def evaluate(
     photos: list[reconstruction.Sums] = []
     if not ceiling:
         segmenter.table(classes)  # what is wrong with the classes is wrong before the first image
+    read = functools.partial(_read, source, segmenter.config.data.shortest)
+    stored = None
+    if keep and total and not ceiling:
+        about = _settings(segmenter, sampler, seed, ceiling) | dict(keep[1])
+        about |= {"open": open_vocabulary, "synonyms": synonyms}
+        about |= {"threshold": decoding.threshold, "images": chosen, "shown": sorted(shown)}
+        stored = Parts(keep[0], about, range(0, total, size))
     if progress:
         progress(0, total)
     for start in range(0, total, size):
         numbers = range(start, min(start + size, total))
-        owners = [_owner(i, shown) for i in numbers]
-        own = {i: source[chosen[i]] for i in numbers if owners[i - start] == processes.index()}
-        # One shape, one compilation: the last chunk is filled up with its last image.
-        full = [*range(len(numbers)), *[-1] * (size - len(numbers))]
-        images = _fitted(own, owners, "image", np.uint8, segmenter)[full]
-        spread = None
-        if ceiling:
-            kind = codec.label_type(num_classes)
-            labels = _fitted(own, owners, "labels", kind, segmenter)[full]
-            gray = _painted_and_back(segmenter, labels, len(classes), sampler)
-            sizes = _of_all([r["image"].shape[:2] for r in own.values()], owners, np.zeros(2, int))
-            photos += _photos_and_back(segmenter, images, sizes)
-        else:
-            names = [own[i]["name"] if i in own else f"image {chosen[i]}" for i in numbers]
-            names += names[-1:] * (size - len(names))
-            gray, spread = segmenter.unclipped_maps(list(images), classes, sampler, seed, names)
-        for i, record in own.items():
-            spread_i = spread[i - start] if spread is not None and sampler.ensemble > 1 else None
-            example, part, rows = scored(gray[i - start], spread_i, record)
-            sums = metrics.Sums(*map(np.add, sums, part))
-            per_image += [(i, row) for row in rows]
-            ids.update(record.get("ids") or count_ids(record["labels"]))
-            if i in shown:
-                kept.append(example)
+        part = stored.load(start) if stored else None
+        if part is None:
+            owners = [_owner(i, shown) for i in numbers]
+            mine = [i for i in numbers if owners[i - start] == processes.index()]
+            own = {i: read(chosen[i]) for i in mine}
+            # One shape, one compilation: the last chunk is filled up with its last image.
+            full = [*range(len(numbers)), *[-1] * (size - len(numbers))]
+            images = _fitted(own, owners, "image", np.uint8, segmenter)[full]
+            spread = None
+            if ceiling:
+                kind = codec.label_type(num_classes)
+                labels = _fitted(own, owners, "labels", kind, segmenter)[full]
+                gray = _painted_and_back(segmenter, labels, len(classes), sampler)
+                sizes = [record["image"].shape[:2] for record in own.values()]
+                natives = _of_all(sizes, owners, np.zeros(2, int))
+                photos += _photos_and_back(segmenter, images, natives)
+            else:
+                names = [own[i]["name"] if i in own else f"image {chosen[i]}" for i in numbers]
+                names += names[-1:] * (size - len(names))
+                gray, spread = segmenter.unclipped_maps(list(images), classes, sampler, seed, names)
+            uncertain = spread if sampler.ensemble > 1 else None
+            part = _count(scored, own, start, gray, uncertain, shown, metrics.nothing(num_classes))
+            if stored:
+                stored.save(start, part)
+        sums = metrics.Sums(*map(np.add, sums, part.sums))
+        per_image += part.rows
+        ids.update(part.ids)
+        for i, (labels, uncertainty) in part.maps.items():
+            record = read(chosen[i])
+            shown_as = record["name"], record["image"], record["labels"]
+            kept.append(Example(*shown_as, labels, uncertainty))
         if progress:
             progress(numbers[-1] + 1, total)
     sums = metrics.Sums(*map(_summed, sums))
     summary = _summary(sums, segmenter, source, sampler, total, seed, ceiling)
     summary["settings"] |= {"closed": not open_vocabulary}
-    if asked is not source.vocabulary:
-        summary["settings"]["classes_asked"] = len(asked)
+    if asked.vocabulary is not source.vocabulary:
+        summary["settings"] |= {"classes_asked": len(classes), "synonyms": synonyms}
     if open_vocabulary:
         summary["settings"]["threshold"] = decoding.threshold
     summary["labels"] = label_summary.figures(source, _summed_ids(ids), total)
@@ -176,28 +197,57 @@ def _summed_ids(ids: Mapping[int, int]) -> dict[int, int]:
     return {int(i): int(everywhere[i]) for i in np.flatnonzero(everywhere)}
 
 
+def _read(source: Source, shortest: int, index: int) -> dict[str, Any]:
+    """A pair, shrunk to a shorter side of `shortest` pixels where that is set and exceeded."""
+    record = source[index]
+    height, width = record["labels"].shape
+    if not 0 < shortest < min(height, width):
+        return record
+    size = tuple(round(side * shortest / min(height, width)) for side in (height, width))
+    smaller = {name: geometry.resize(record[name], size) for name in ("image", "labels")}
+    return {"ids": count_ids(record["labels"])} | record | smaller
+
+
+def _count(
+    scored: Callable[..., tuple[np.ndarray, np.ndarray | None, metrics.Sums, list[Any]]],
+    own: Mapping[int, Any],
+    start: int,
+    gray: np.ndarray,
+    spread: np.ndarray | None,
+    shown: Collection[int],
+    nothing: metrics.Sums,
+) -> Part:
+    """What the maps of a chunk, which begins with image `start`, add to the sums."""
+    part = Part(nothing, [], Counter(), {})
+    for i, record in own.items():
+        uncertain = None if spread is None else spread[i - start]
+        labels, uncertainty, sums, rows = scored(gray[i - start], uncertain, record, i % 2 == 0)
+        part = part._replace(sums=metrics.Sums(*map(np.add, part.sums, sums)))
+        part.rows.extend((i, row) for row in rows)
+        part.ids.update(record.get("ids") or count_ids(record["labels"]))
+        if i in shown:
+            part.maps[i] = labels, uncertainty
+    return part
+
+
 def _scored(
     decide: Callable[..., Segmentation],
     source: Source,
+    asked: Asked,
     gray: np.ndarray,
     spread: np.ndarray | None,
     record: Mapping[str, Any],
-) -> tuple[Example, metrics.Sums, list[metrics.OfImage]]:
-    """What the maps [P, h, w] of an image say at its own size, and what that adds to the sums."""
+    held_out: bool,
+) -> tuple[np.ndarray, np.ndarray | None, metrics.Sums, list[metrics.OfImage]]:
+    """Labels and uncertainty that the maps [P, h, w] of an image mean at its own size, and what
+    that adds to the sums."""
     found, truth = decide(gray, spread, record["image"]), record["labels"]
     names = source.vocabulary.names
-    labels, highest = found.labels, found.network_scores.max((0, 1))  # [H, W], [classes asked]
-    if _asked(source) is not source.vocabulary:  # all that is none of the others, *other* too
-        last = len(names) - 1
-        labels = np.minimum(labels, last)
-        highest = np.append(highest[:last], highest[last:].max())
-    part = metrics.count(truth, labels, highest, found.confidence, found.uncertainty)
-    example = Example(record["name"], record["image"], truth, labels, found.uncertainty)
-    return example, part, metrics.of_image(record["name"], part, highest, names)
-
-
-def _asked(source: Source) -> Vocabulary:
-    return getattr(source, "asked", None) or source.vocabulary
+    labels = asked.labels(found.labels)
+    highest = asked.highest(found.network_scores.max((0, 1)), len(names))
+    part = metrics.count(truth, labels, highest, found.confidence, found.uncertainty, held_out)
+    rows = metrics.of_image(record["name"], part, highest, names)
+    return labels, found.uncertainty, part, rows
 
 
 def _together(rows: list[tuple[int, metrics.OfImage]]) -> list[metrics.OfImage]:
@@ -276,17 +326,25 @@ def _summary(
     names, novel = source.vocabulary.names, tuple(source.novel)
     trained = tuple(i for i in range(len(names)) if i not in set(novel))
     split = (trained, novel) if novel else (None, None)
-    config = segmenter.config
-    settings = dataclasses.asdict(sampler) | {
-        "seed": seed,
-        "classes_per_pass": config.codec.classes_per_pass,
-        "context": config.codec.context,
-        "image_size": list(config.data.image_size),
-        "fit": config.data.fit,
-        "ceiling": ceiling,
-    }
+    settings = _settings(segmenter, sampler, seed, ceiling)
     figures = metrics.summarize(sums.confusion, names, *split)
     figures |= metrics.summarize_rest(sums, names)
     if reasons := metrics.undefined(figures, sampler.ensemble > 1):
         figures["undefined"] = reasons
     return figures | {"images": images, "settings": settings}
+
+
+def _settings(
+    segmenter: Segmenter, sampler: SamplerConfig, seed: int, ceiling: bool
+) -> dict[str, Any]:
+    config = segmenter.config
+    return dataclasses.asdict(sampler) | {
+        "seed": seed,
+        "classes_per_pass": config.codec.classes_per_pass,
+        "context": config.codec.context,
+        "templates": list(config.prompts.templates),
+        "image_size": list(config.data.image_size),
+        "fit": config.data.fit,
+        "shortest": config.data.shortest,
+        "ceiling": ceiling,
+    }

@@ -31,13 +31,14 @@ class Sums(NamedTuple):
     presence: np.ndarray  # tally: is the class in the image, by the highest of its scores
     confidence: np.ndarray  # tally of pixels: is the label right, by the score of its class
     uncertainty: np.ndarray  # tally of pixels: is the label wrong, by the ensemble's spread
+    held_out: np.ndarray  # tally as `confidence`, of the images that a temperature is fitted on
 
 
 def nothing(num_classes: int) -> Sums:
     """The sums of no image."""
     matrix = np.zeros((num_classes, num_classes + 1), np.int64)
     edges = np.zeros((num_classes, 3), np.int64)
-    return Sums(matrix, edges, tally.nothing(), tally.nothing(), tally.nothing())
+    return Sums(matrix, edges, *(tally.nothing() for _ in range(4)))
 
 
 def count(
@@ -46,6 +47,7 @@ def count(
     highest: np.ndarray,
     confidence: np.ndarray,
     uncertainty: np.ndarray | None,
+    held_out: bool = False,
 ) -> Sums:
     """The sums of one image.
 
@@ -54,6 +56,7 @@ def count(
       highest: [K], the highest score of each class in the image.
       confidence: [H, W], the score of the predicted class, in [0, 1].
       uncertainty: [H, W], 0 or more; None for an ensemble of one.
+      held_out: whether a temperature is fitted on this image, and judged on the others.
     """
     num_classes = len(highest)
     matrix = confusion(labels, prediction, num_classes)
@@ -61,12 +64,14 @@ def count(
     valid = labels != codec.ignore_label(num_classes)
     right = labels[valid] == prediction[valid]
     spread = tally.nothing() if uncertainty is None else tally.count(uncertainty[valid], ~right)
+    certain = tally.count(confidence[valid], right)
     return Sums(
         matrix,
         boundary(labels, prediction, num_classes),
         tally.count(highest, shown) if shown.any() else tally.nothing(),
-        tally.count(confidence[valid], right),
+        certain,
         spread,
+        certain if held_out else tally.nothing(),
     )
 
 
@@ -233,12 +238,17 @@ def summarize_rest(sums: Sums, names: Sequence[str]) -> dict[str, Any]:
     Returns:
       `boundary_miou_present`, `boundary_miou_union` and `per_class_boundary` {name: IoU}: as of
       whole masks. `presence_auroc` and `presence_mcc` (at its best threshold).
-      `calibration_error` of the winning score. `error_auroc` and `error_aurc`: how well the
+      `calibration_error` of the winning score; `temperature`, fitted on the held-out images, and
+      the error on the other ones before and after it, `calibration_error_before` and
+      `calibration_error_after`. `error_auroc` and `error_aurc`: how well the
       uncertainty tells what is wrong. None where there is nothing to tell apart.
     """
     truth, guess, both = sums.boundary.T.astype(np.float64)  # [K] each
     union = truth + guess - both
     iou = np.divide(both, union, out=np.full_like(both, np.nan), where=union > 0)
+    rest = sums.confidence - sums.held_out
+    temperature = tally.temperature(sums.held_out) if rest.any() else None
+    tempered = None if temperature is None else tally.tempered(temperature)
     return {
         "boundary_miou_present": _mean(iou[truth > 0]),
         "boundary_miou_union": _mean(iou[union > 0]),
@@ -246,6 +256,11 @@ def summarize_rest(sums: Sums, names: Sequence[str]) -> dict[str, Any]:
         "presence_auroc": tally.auroc(sums.presence),
         "presence_mcc": tally.best_mcc(sums.presence),
         "calibration_error": tally.calibration_error(sums.confidence),
+        "temperature": temperature,
+        "calibration_error_before": tally.calibration_error(rest),
+        "calibration_error_after": tally.calibration_error(rest, tempered)
+        if tempered is not None
+        else None,
         "error_auroc": tally.auroc(sums.uncertainty),
         "error_aurc": tally.aurc(sums.uncertainty),
     }
@@ -258,6 +273,9 @@ def undefined(figures: dict[str, Any], ensemble: bool = True) -> dict[str, str]:
         "presence_auroc": "no class is in one image and not in another",
         "presence_mcc": "no class is in one image and not in another",
         "calibration_error": "no pixel is annotated",
+        "temperature": "it takes two images with labels: one to fit it on, one to judge it by",
+        "calibration_error_before": "there is only one image",
+        "calibration_error_after": "there is no temperature",
         "error_auroc": "all pixels are right, or all are wrong" if ensemble else certain,
         "error_aurc": "no pixel is annotated" if ensemble else certain,
     }

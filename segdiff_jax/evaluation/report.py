@@ -35,6 +35,9 @@ _FURTHER = {
     "presence_auroc": "which images a class is in: AUROC",
     "presence_mcc": "which images a class is in: best MCC",
     "calibration_error": "calibration error of the winning score",
+    "calibration_error_before": "the same, of the images not held out",
+    "calibration_error_after": "… after a temperature fitted on those held out",
+    "temperature": "this temperature",
     "error_auroc": "errors told by uncertainty: AUROC",
     "error_aurc": "errors told by uncertainty: risk over coverage",
 }

@@ -7,9 +7,12 @@ exact for values of three decimal digits.
 """
 
 import numpy as np
+from scipy import optimize, special
 
 VALUES = np.arange(31_744, dtype=np.uint16).view(np.float16).astype(np.float64)  # [V], ascending
 _BINS = 15  # of the calibration error, as in its definition (arXiv 1706.04599)
+_CERTAIN = 1e-4  # scores have four decimals: 0 and 1 are within this of the ends
+_HOTTEST = 20.0  # temperatures beyond make no difference that scores could show
 
 
 def nothing() -> np.ndarray:
@@ -67,14 +70,35 @@ def aurc(tally: np.ndarray) -> float | None:
     return float(questions @ risk / seen[-1])
 
 
-def calibration_error(tally: np.ndarray) -> float | None:
+def calibration_error(tally: np.ndarray, values: np.ndarray = VALUES) -> float | None:
     """How far values in [0, 1] are from the share of yes, on average: in 15 bins of equal width.
 
-    None without a question.
+    values: float [V], what the values of the tally become. None without a question.
     """
     questions = tally.sum(1)
     if not questions.any():
         return None
-    bins = np.minimum((VALUES * _BINS).astype(np.int64), _BINS - 1)
-    gaps = np.bincount(bins, tally[:, 1] - questions * VALUES, minlength=_BINS)
+    bins = np.minimum((values * _BINS).astype(np.int64), _BINS - 1)
+    gaps = np.bincount(bins, tally[:, 1] - questions * values, minlength=_BINS)
     return float(np.abs(gaps).sum() / questions.sum())
+
+
+def tempered(temperature: float) -> np.ndarray:
+    """The values in [0, 1] after their logits are divided by a temperature: float [V]."""
+    shares = VALUES.clip(_CERTAIN, 1.0 - _CERTAIN)
+    return special.expit(special.logit(shares) / temperature)
+
+
+def temperature(tally: np.ndarray) -> float | None:
+    """The temperature at which values in [0, 1] predict the answers best, by their likelihood
+    (arXiv 1706.04599, section 4.2), between 1/20 and 20. None without a question.
+    """
+    if not tally.any():
+        return None
+
+    def surprise(log_temperature: float) -> float:
+        shares = tempered(float(np.exp(log_temperature))).clip(_CERTAIN, 1.0 - _CERTAIN)
+        return -float(tally[:, 1] @ np.log(shares) + tally[:, 0] @ np.log1p(-shares))
+
+    bounds = -np.log(_HOTTEST), np.log(_HOTTEST)
+    return float(np.exp(optimize.minimize_scalar(surprise, bounds=bounds, method="bounded").x))

@@ -1,6 +1,7 @@
 """Validation while training: figures for TensorBoard and the best checkpoint, and pictures."""
 
 import dataclasses
+import logging
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from segdiff_jax.training.loop import Validate
 from segdiff_jax.training.step import TrainState
 from segdiff_jax.training.telemetry import Telemetry
 from segdiff_jax.weights.pretrained import Pretrained
+
+log = logging.getLogger(__name__)
 
 _SHOWN = 4  # images to look at
 _LONGEST_SIDE = 512  # of their pictures, in pixels
@@ -53,6 +56,8 @@ def validator_of(networks: Pretrained, config: Config, mesh: Mesh, classes: Voca
         )
         figures = {k: v for k, v in result.summary.items() if isinstance(v, float)}
         telemetry.scalars(step, {f"validation/{name}": v for name, v in figures.items()})
+        scored = (figures.get(name, float("nan")) for name in ("miou_present", "pixel_accuracy"))
+        log.info("step %d: validation mIoU %.3f, pixel accuracy %.3f", step, *scored)
         for index, example in enumerate(result.examples):
             telemetry.images(step, f"validation/{index}", _side_by_side(example, palette))
         return figures

@@ -209,5 +209,6 @@ def describe(model: Segmenter, sampler: SamplerConfig, dtype: str) -> dict[str, 
         "templates": list(expanded(config.prompts.templates)),
         "trained_classes": None if model.trained is None else list(model.trained.names),
         "key": f"seed s is [0, s], as jax.random.key(s, impl={_RNG!r})",
-        "other_label": codec.IGNORE,
+        # What stands for *other* depends on how many classes a program asks for.
+        "other_label": {"up to 255 classes": codec.IGNORE, "more": codec.IGNORE_16},
     }

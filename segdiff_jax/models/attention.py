@@ -20,7 +20,7 @@ AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.
 def plain(
     query: HeadQueries, key: HeadKeys, value: HeadKeys, mask: jax.Array | None = None
 ) -> HeadQueries:
-    """softmax(q kᵀ / √D) v (arXiv 1706.03762, eq. 1), the softmax in float32."""
+    """Compute softmax(q kᵀ / √D) v (arXiv 1706.03762, eq. 1), the softmax in float32."""
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))  # [B, N, S or L, D]
     scaled = query / math.sqrt(query.shape[-1])
     logits = jnp.matmul(scaled, key.mT, preferred_element_type=jnp.float32)  # [B, N, S, L]

@@ -27,15 +27,15 @@ class CLIPTextConfig:
     vocab_size: int = number(49408, 1, 10_000_000)  # tokens
     hidden_size: int = number(1024, 1, 65536)  # channels, a multiple of the heads
     intermediate_size: int = number(4096, 1, 1_000_000)  # channels within a feed-forward
-    num_hidden_layers: int = number(23, 1, 1000)
-    num_attention_heads: int = number(16, 1, 65536)
+    num_hidden_layers: int = number(23, 1, 1000)  # blocks
+    num_attention_heads: int = number(16, 1, 65536)  # a divisor of hidden_size
     max_position_embeddings: int = number(77, 1, 65536)  # tokens of the longest text
     hidden_act: str = choice("gelu", tuple(ACTIVATIONS))  # gelu: ViT-H, SD2; quick_gelu: ViT-L, SD1
-    layer_norm_eps: float = number(1e-5, 1e-12, 1.0)
+    layer_norm_eps: float = number(1e-5, 1e-12, 1.0)  # added to the variance
 
 
 class EncoderLayer(nnx.Module):
-    """Tokens attend to each other; then each by itself."""
+    """Self-attention, then a feed-forward network, each with a norm and a residual."""
 
     def __init__(self, config: CLIPTextConfig, *, attention: AttentionFn, **kw: Any):
         width = config.hidden_size
@@ -44,8 +44,8 @@ class EncoderLayer(nnx.Module):
         self.q_proj = nnx.Linear(width, width, **kw)
         self.k_proj = nnx.Linear(width, width, **kw)
         self.v_proj = nnx.Linear(width, width, **kw)
-        # A new encoder stays random: this lets the tokens after a word speak of it as loudly as the
-        # word itself, where a plain start would leave them near copies of the padding.
+        # A new encoder stays random and frozen. With this scale the tokens after a word carry as
+        # much of it as the word itself; by default they would stay near copies of the padding.
         mixing = nnx.initializers.variance_scaling(16.0, "fan_in", "normal")
         self.out_proj = nnx.Linear(width, width, kernel_init=mixing, **kw)
         self.fc1 = nnx.Linear(width, config.intermediate_size, **kw)
@@ -75,8 +75,8 @@ class CLIPText(nnx.Module):
     ):
         width = config.hidden_size
         kw: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
-        # Without pre-trained weights the encoder stays random and frozen. Unit-variance tokens
-        # keep the words apart then; CLIP's own 0.02 would leave only positions to see.
+        # Without pre-trained weights, unit-variance tokens keep the words apart; with CLIP's own
+        # 0.02 the positions would dominate.
         tokens, positions = nnx.initializers.normal(1.0), nnx.initializers.normal(0.3)
         self.config = config
         self.token_embedding = nnx.Embed(config.vocab_size, width, embedding_init=tokens, **kw)

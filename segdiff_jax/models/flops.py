@@ -20,7 +20,6 @@ import math
 from typing import Any, NamedTuple
 
 from segdiff_jax.config import SamplerConfig
-from segdiff_jax.models.tiny_vae import TinyVAEConfig
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
 
@@ -37,12 +36,12 @@ class UNetCount(NamedTuple):
 
     @property
     def train(self) -> float:
-        """Forward, the gradient of every weight, and that of every input that depends on one."""
+        """The forward pass, the gradients of weights, and of inputs that depend on weights."""
         return 2.0 * self.dead_ends + 3.0 * self.others
 
 
 def unet(config: UNetConfig, height: int, width: int, tokens: int) -> UNetCount:
-    """Of one example of height × width latents, with a context of that many tokens."""
+    """Count the UNet's FLOPs for an example of height × width latents and `tokens` of context."""
     widths, last = config.block_out_channels, len(config.block_out_channels) - 1
     time = 4 * widths[0]
     sizes = [(height, width)]
@@ -80,7 +79,7 @@ def unet(config: UNetConfig, height: int, width: int, tokens: int) -> UNetCount:
 
 
 def vae_encode(config: VAEConfig, height: int, width: int) -> float:
-    """Of one image of height × width pixels."""
+    """Count the encoder's FLOPs for one image of height × width pixels."""
     widths = config.block_out_channels
     positions, running = float(height * width), widths[0]
     total = _conv(positions, config.in_channels, running)
@@ -97,7 +96,7 @@ def vae_encode(config: VAEConfig, height: int, width: int) -> float:
 
 
 def vae_decode(config: VAEConfig, height: int, width: int) -> float:
-    """Of one image of height × width pixels."""
+    """Count the decoder's FLOPs for one image of height × width pixels."""
     widths, latent = config.block_out_channels[::-1], config.latent_channels
     positions, running = float(height * width) / config.downsampling**2, widths[0]
     total = _conv(positions, latent, latent, 1) + _conv(positions, latent, running)
@@ -112,25 +111,15 @@ def vae_decode(config: VAEConfig, height: int, width: int) -> float:
     return total + _conv(positions, running, config.out_channels)
 
 
-def tiny_vae_decode(config: TinyVAEConfig, height: int, width: int) -> float:
-    """Of one image of height × width pixels."""
-    positions, channels = float(height * width) / config.downsampling**2, config.width
-    total = _conv(positions, config.latent_channels, channels)
-    for level, blocks in enumerate(config.decoder_blocks):
-        positions *= 4 if level else 1
-        total += (3 * blocks + (level > 0)) * _conv(positions, channels, channels)
-    return total + _conv(positions, channels, config.out_channels)
-
-
 def linear_decode(latent_channels: int, factor: int, height: int, width: int) -> float:
-    """Of one gray map of height × width pixels; the VAE makes latents `factor` times smaller."""
+    """Count the linear decoder's FLOPs for one map of height × width pixels at f = `factor`."""
     return _conv(float(height * width) / factor**2, latent_channels, factor**2)
 
 
 def maps(
     unet_call: float, passes: int, sampler: SamplerConfig, decode: float, rank: float
 ) -> float:
-    """Of all gray maps of one image whose latents are there.
+    """Count the FLOPs of all gray maps of one image whose image latent is given.
 
     Args:
       unet_call: of the UNet on one latent.
@@ -152,7 +141,7 @@ def train_example(
     cached: bool = False,
     decoded: int = 0,
 ) -> float:
-    """Of one training example; recomputation is nothing that the networks need.
+    """Count the FLOPs of one training example, without those of remat.
 
     Args:
       unet_config: None in the VAE stage.
@@ -195,7 +184,7 @@ class Traced(NamedTuple):
 
 
 def traced(jaxpr: Any) -> Traced:
-    """Counts a jaxpr and those inside it: `traced(jax.jit(f).trace(*arguments).jaxpr)`.
+    """Count the FLOPs of a jaxpr and those inside it: `traced(jax.jit(f).trace(*arguments).jaxpr)`.
 
     What no result needs is left out. Of the branches of a condition the costliest counts; a `while`
     of unknown length runs once.

@@ -20,13 +20,13 @@ from segdiff_jax.models.attention import AttentionFn
 Dtype = jax.typing.DTypeLike
 Policy = Callable[..., bool]
 
-# Keeps the variance of what passes through. Torch's default, a third of it, fades a signal that
-# crosses the dozen bare convolutions of the VAE until a new network sees little but its biases.
+# It keeps the variance of a signal. Torch's default, a third of it, lets a signal that crosses the
+# dozen convolutions of the VAE fade until a new network sees little but its biases.
 _kernel_init = nnx.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 PRODUCT = "product"  # the name of a result that a block may keep
-# What a block keeps for its backward pass, which makes the rest again: the results of products
-# (norms and activations are quickly made from them), or nothing but what it was given.
+# Remat policies: what a block saves for its backward pass, which recomputes the rest. Either the
+# results of products, from which norms and activations are cheap, or nothing but its inputs.
 KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(PRODUCT)
 KEEP_INPUTS = jax.checkpoint_policies.nothing_saveable
 
@@ -34,7 +34,7 @@ KEEP_INPUTS = jax.checkpoint_policies.nothing_saveable
 def keeping(
     policy: Policy | None, block: Callable[..., jax.Array], module: nnx.Module, *inputs: Any
 ) -> jax.Array:
-    """`block(module, *inputs)`, which keeps what `policy` says; None: whatever JAX would."""
+    """Call `block(module, *inputs)` under `jax.checkpoint` with `policy`, if there is one."""
     if policy is None:
         return block(module, *inputs)
     # Not `nnx.remat`, which writes to the module: samplers call networks inside `vmap` and `scan`.
@@ -60,7 +60,7 @@ class Conv(nnx.Conv):
 def linear(
     features_in: int, features_out: int, *, bias: bool = True, zero: bool = False, **kw
 ) -> Linear:
-    """A linear layer; with `zero` it starts as the map to zero."""
+    """Build a linear layer; with `zero` it starts as the map to zero."""
     init = nnx.initializers.zeros if zero else _kernel_init
     return Linear(features_in, features_out, use_bias=bias, kernel_init=init, **kw)
 
@@ -75,18 +75,18 @@ def conv(
     zero: bool = False,
     **kw,
 ) -> Conv:
-    """A square convolution. `padding` is (before, after) on both axes; by default it keeps size."""
+    """Build a square convolution; `padding` is (before, after) on both axes, by default same."""
     kw["kernel_init"] = nnx.initializers.zeros if zero else _kernel_init
     kw["padding"] = (padding or (size // 2, size // 2),) * 2  # of tuples: a list has no hash
     return Conv(features_in, features_out, (size, size), (stride, stride), **kw)
 
 
 def kernels_as_multiplied(network: nnx.GraphDef, params: Any) -> Any:
-    """`params` of `network` with each kernel in the dtype in which its layer multiplies.
+    """Return `params` of `network` with each kernel in the dtype in which its layer multiplies.
 
-    Layers round the kernels that they are given: rounded once for many calls, in bfloat16 they are
-    half as large to hold and to send, and what a layer computes stays the same to the last bit.
-    Leaves may be `ShapeDtypeStruct`s; those that stay are not copied.
+    Layers round their kernels at each call. Rounded once for many calls, kernels take half the
+    memory and traffic in bfloat16, and the results are the same to the last bit. Leaves may be
+    `ShapeDtypeStruct`s; those that keep their dtype are not copied.
     """
     own = jax.tree.map(lambda leaf: leaf, params)  # variables of our own, for the same arrays
     module = nnx.merge(network, own)
@@ -114,7 +114,7 @@ class GroupNorm(nnx.Module):
         return centred * (scale * self.scale[...]) + self.bias[...]
 
     def _group_mean(self, x: jax.Array) -> jax.Array:
-        """The mean over positions and the channels of a group: [B, H, W, C] -> [B, 1, 1, C]."""
+        """Average over positions and the channels of a group: [B, H, W, C] -> [B, 1, 1, C]."""
         batch, *_, channels = x.shape
         of_groups = x.mean((1, 2)).reshape(batch, self.groups, -1).mean(-1)
         return jnp.repeat(of_groups, channels // self.groups, axis=-1)[:, None, None]
@@ -134,7 +134,7 @@ class Attention(nnx.Module):
         **kw: Any,
     ):
         source = context_dim or channels
-        # Not kept: what they give is large for the work that makes it.
+        # Plain layers, whose results no policy saves: they are large for the work they cost.
         project: Any = functools.partial(nnx.Linear, kernel_init=_kernel_init, **kw)
         self.to_q = project(channels, channels, use_bias=qkv_bias)
         self.to_k = project(source, channels, use_bias=qkv_bias)
@@ -169,7 +169,7 @@ class ResnetBlock(nnx.Module):
     ):
         self.norm1 = GroupNorm(channels_in, groups, epsilon)
         self.conv1 = conv(channels_in, channels_out, **kw)
-        exact = kw | {"dtype": jnp.float32}  # small, and seen everywhere
+        exact = kw | {"dtype": jnp.float32}  # small, and added at every position
         self.time_emb_proj = linear(time_dim, channels_out, **exact) if time_dim else None
         self.norm2 = GroupNorm(channels_out, groups, epsilon)
         self.conv2 = conv(channels_out, channels_out, zero=zero, **kw)
@@ -207,9 +207,9 @@ class Upsample(nnx.Module):
 
 
 def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Nearest-neighbour resize to `size`; source index ⌊i · in / out⌋, as torch does."""
+    """Resize to `size` by nearest neighbour; source index ⌊i · in / out⌋, as torch does."""
     _, height, width, _ = x.shape
-    if size == (2 * height, 2 * width):  # a broadcast, which XLA fuses; a gather it would not
+    if size == (2 * height, 2 * width):  # a broadcast, which XLA fuses, unlike a gather
         return x.repeat(2, axis=1).repeat(2, axis=2)
     rows = jnp.arange(size[0]) * height // size[0]
     columns = jnp.arange(size[1]) * width // size[1]
@@ -219,7 +219,7 @@ def upsample_nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 def sinusoidal_embedding(
     positions: jax.Array, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
 ) -> jax.Array:
-    """Sinusoidal embedding (arXiv 1706.03762 §3.5) of positions [B] -> float32 [B, dim]."""
+    """Embed positions [B] as sines and cosines, float32 [B, dim] (arXiv 1706.03762 §3.5)."""
     half = dim // 2
     exponent = -math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift)
     angles = positions.astype(jnp.float32)[:, None] * jnp.exp(exponent)  # [B, dim / 2]

@@ -25,7 +25,7 @@ class LinearDecoder(NamedTuple):
 
 
 def fit(batches: Iterable[tuple[Latents, GrayMap]], ridge: float = 1e-4) -> LinearDecoder:
-    """Ridge regression (normal equations) from latents to masks.
+    """Fit a linear map from latents to masks by ridge regression (normal equations).
 
     Batches are summed up one by one, so memory does not grow with their number.
 
@@ -50,7 +50,7 @@ def fit(batches: Iterable[tuple[Latents, GrayMap]], ridge: float = 1e-4) -> Line
 
 
 def decode(decoder: LinearDecoder, latents: Latents) -> GrayMap:
-    """latents [B, h, w, c] → gray maps float32 [B, h·f, w·f], nominally in [-1, 1]."""
+    """Decode latents [B, h, w, c] to gray maps float32 [B, h·f, w·f], nominally in [-1, 1]."""
     dimensions = ("NHWC", "HWIO", "NHWC")
     blocks = jax.lax.conv_general_dilated(
         _padded(latents), decoder.kernel, (1, 1), "VALID", dimension_numbers=dimensions
@@ -63,7 +63,7 @@ def decode(decoder: LinearDecoder, latents: Latents) -> GrayMap:
 
 @jax.jit
 def _moments(latents: Latents, masks: GrayMap) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sums over positions of xᵀx [9c + 1, 9c + 1] and xᵀy [9c + 1, f²], and their number."""
+    """Sum xᵀx [9c + 1, 9c + 1] and xᵀy [9c + 1, f²] over positions, and count the positions."""
     batch, height, width, _ = latents.shape
     padded = _padded(latents)
     around = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
@@ -77,5 +77,5 @@ def _moments(latents: Latents, masks: GrayMap) -> tuple[jax.Array, jax.Array, ja
 
 
 def _padded(latents: Latents) -> jax.Array:
-    """One more position on every side: a mask goes on beyond the border."""
+    """Pad by one position on every side, repeating the edge: a mask goes on beyond the border."""
     return jnp.pad(latents.astype(jnp.float32), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")

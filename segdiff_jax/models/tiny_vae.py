@@ -22,7 +22,7 @@ class TinyVAEConfig:
 
     in_channels: int = number(3, 1, 65536)  # channels of an image
     out_channels: int = number(3, 1, 65536)  # channels of a decoded image
-    latent_channels: int = number(4, 1, 65536)
+    latent_channels: int = number(4, 1, 65536)  # of its own latents
     width: int = number(64, 1, 65536)  # channels of every layer between
     encoder_blocks: tuple[int, ...] = number((1, 3, 3, 3), 0, 64)  # per level, from pixels on
     decoder_blocks: tuple[int, ...] = number((3, 3, 3, 1), 0, 64)  # per level, from latents on
@@ -86,10 +86,10 @@ class TinyVAE(nnx.Module):
         self.decoder = _decoder(config, dtype=dtype, rngs=rngs)
 
     def encode(self, pixels: Pixels) -> Latents:
-        """pixels [B, H, W, 3] in [-1, 1] → latents [B, ⌈H/f⌉, ⌈W/f⌉, 4], unscaled."""
+        """Encode pixels [B, H, W, 3] in [-1, 1] to latents [B, ⌈H/f⌉, ⌈W/f⌉, 4], unscaled."""
         return self.encoder((pixels + 1.0) / 2.0).astype(jnp.float32)
 
     def decode(self, latents: Latents) -> Pixels:
-        """latents [B, h, w, 4], unscaled → pixels [B, h·f, w·f, 3], nominally in [-1, 1]."""
+        """Decode latents [B, h, w, 4], unscaled, to pixels [B, h·f, w·f, 3], about in [-1, 1]."""
         bounded = 3.0 * jnp.tanh(latents / 3.0)
         return self.decoder(bounded).astype(jnp.float32) * 2.0 - 1.0

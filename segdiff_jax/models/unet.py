@@ -144,7 +144,7 @@ class Level(nnx.Module):
         self.upsample = Upsample(channels, **kw) if resample == "up" else None
 
     def layer(self, x, skip, time, context, mask, *, index: int) -> jax.Array:
-        """The resnet at `index` of x ⊕ skip, and the transformer if there is one: [B, H, W, C]."""
+        """Apply the resnet at `index` to x ⊕ skip, and the transformer if any: [B, H, W, C]."""
         x = x if skip is None else jnp.concatenate([x, skip], axis=-1)
         x = self.resnets[index](x, time)
         return self.attentions[index](x, context, mask) if index < len(self.attentions) else x
@@ -153,9 +153,9 @@ class Level(nnx.Module):
 class UNet(nnx.Module):
     """Predicts noise, x0 or velocity from noisy latents, timestep and text.
 
-    attention: of positions to each other and to the text. remat: for the backward pass blocks keep
-    only what they are given; else the results of their products too, and in float32 all. zero_init:
-    every residual branch and the output start at zero, for training from nothing.
+    `attention` serves self- and cross-attention. With `remat`, a block saves only its inputs for
+    the backward pass; without, it also saves the results of its products, and in float32 all. With
+    `zero_init`, every residual branch and the output start at zero, for training from scratch.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class UNet(nnx.Module):
         widths, layers = config.block_out_channels, config.layers_per_block
         last = len(widths) - 1
         self.config, self.dtype = config, dtype
-        # In float32, as on CPUs, time counts more than memory.
+        # Float32 is for CPUs, where time counts more than memory.
         by_default = None if dtype == jnp.float32 else KEEP_PRODUCTS
         self.kept = KEEP_INPUTS if remat else by_default
         # The two ends and the time embedding, which every block adds, are small: float32 there

@@ -25,9 +25,9 @@ _EPSILON = 1e-6
 
 
 def _narrow_posterior(key: jax.Array, shape: tuple[int, ...], dtype: Dtype) -> jax.Array:
-    """Zero for the means, -6 for the log-variances.
+    """Initialise a bias: zero for the means, -6 for the log-variances.
 
-    A new VAE that starts at unit variance first has to learn to whisper louder than its own noise.
+    With unit variance, a new VAE would first have to learn latents that exceed its own noise.
     """
     return jnp.where(jnp.arange(shape[0]) < shape[0] // 2, 0.0, -6.0).astype(dtype)
 
@@ -38,7 +38,7 @@ class VAEConfig:
 
     in_channels: int = number(3, 1, 65536)  # channels of an image
     out_channels: int = number(3, 1, 65536)  # channels of a decoded image
-    latent_channels: int = number(4, 1, 65536)
+    latent_channels: int = number(4, 1, 65536)  # c
     block_out_channels: tuple[int, ...] = number((128, 256, 512, 512), 1, 65536)  # per level
     layers_per_block: int = number(2, 1, 64)  # resnets per level; one more in the decoder
     norm_groups: int = number(32, 1, 65536)  # a divisor of all widths
@@ -63,7 +63,7 @@ class SpatialAttention(nnx.Module):
 
 
 def _resnet(config: VAEConfig, channels_in: int, channels_out: int, **kw: Any) -> ResnetBlock:
-    # A new VAE starts as a linear map, which learns colours first and fast.
+    # With zero residual branches a new VAE is a linear map, which soon learns colours.
     norm: dict[str, Any] = {"groups": config.norm_groups, "epsilon": _EPSILON, "zero": True}
     return ResnetBlock(channels_in, channels_out, **norm, **kw)
 
@@ -104,7 +104,7 @@ class Level(nnx.Module):
 def _levels(
     config: VAEConfig, widths: tuple[int, ...], resnets: int, resample: str, **kw: Any
 ) -> nnx.List:
-    """One `Level` of `resnets` for each of `widths`; all but the last change the resolution."""
+    """Build a `Level` of `resnets` for each of `widths`; all but the last change the resolution."""
     before = (widths[0], *widths[:-1])
     changes = [resample] * (len(widths) - 1) + [None]
     return nnx.List(
@@ -169,21 +169,21 @@ class VAE(nnx.Module):
         self.decoder = Decoder(config, attention=attention, **kw)
 
     def encode(self, pixels: Pixels) -> tuple[Latents, Latents]:
-        """pixels [B, H, W, 3] in [-1, 1] → mean and log-variance, each [B, H/f, W/f, 4]."""
+        """Encode pixels [B, H, W, 3] in [-1, 1] to mean and log-variance, each [B, H/f, W/f, 4]."""
         moments = self.quant_conv(self.encoder(pixels)).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, latents: Latents) -> Pixels:
-        """latents [B, h, w, 4], unscaled → pixels [B, h·f, w·f, 3], nominally in [-1, 1]."""
+        """Decode latents [B, h, w, 4], unscaled, to pixels [B, h·f, w·f, 3], about in [-1, 1]."""
         return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
 
 
 def encode_latents(vae: VAE, pixels: Pixels) -> Latents:
-    """Posterior mean × scaling factor: the latents that diffusion works on."""
+    """Encode pixels to the latents that diffusion works on: posterior mean × scaling factor."""
     return vae.encode(pixels)[0] * vae.config.scaling_factor
 
 
 def decode_latents(vae: VAE, latents: Latents) -> Pixels:
-    """The inverse of `encode_latents`, up to reconstruction error."""
+    """Invert `encode_latents`, up to reconstruction error."""
     return vae.decode(latents / vae.config.scaling_factor)

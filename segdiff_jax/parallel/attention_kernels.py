@@ -24,7 +24,7 @@ N = TypeVar("N", bound=nnx.Module)
 
 
 def with_attention(network: N, attention: AttentionFn) -> N:
-    """`network`, with the same arrays, as if it had been built with another attention function."""
+    """Return `network`, with the same arrays, as if built with another attention function."""
     graph, params = nnx.split(network)
     network = nnx.merge(graph, params)
     for _, layer in nnx.iter_modules(network):
@@ -35,17 +35,17 @@ def with_attention(network: N, attention: AttentionFn) -> N:
 
 @functools.cache
 def on_mesh(mesh: Mesh) -> AttentionFn:
-    """For arrays spread over `mesh`, as a training step has them."""
+    """Return the attention function for arrays sharded over `mesh`, as in a training step."""
     platform = mesh.devices.flat[0].platform
-    # XLA cannot cut up a TPU kernel by itself.
+    # XLA cannot partition a TPU kernel by itself.
     return in_parts(splash, mesh) if platform == "tpu" else on_device(platform)
 
 
 def in_parts(attention: AttentionFn, mesh: Mesh) -> AttentionFn:
-    """`attention` on each device's part: of the batch over data × fsdp, of heads over `tensor`.
+    """Apply `attention` to each device's shard: batch over data × fsdp, heads over `tensor`.
 
-    `tensor` peers that cannot share out the heads attend in all of them. With a mask, and where the
-    batch is not cut into equal parts, it is `plain`.
+    `tensor` peers whose number does not divide the heads compute all of them. With a mask, and for
+    a batch that does not divide, this is `plain`.
     """
 
     def attend(
@@ -68,14 +68,14 @@ def in_parts(attention: AttentionFn, mesh: Mesh) -> AttentionFn:
 
 
 def on_device(platform: str) -> AttentionFn:
-    """For arrays on one device of `platform` ("tpu", "gpu" or "cpu"), as inside a `shard_map`."""
+    """Return the attention function for one device of `platform` ("tpu", "gpu" or "cpu")."""
     return {"tpu": splash, "gpu": cudnn}.get(platform, plain)
 
 
 def cudnn(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
-    """cuDNN's flash attention; XLA cuts it up like any product. Its heads are at most 128 wide."""
+    """Attend with cuDNN's flash attention, which XLA partitions; heads are at most 128 wide."""
     width = query.shape[-1]
     if mask is not None or query.dtype == jnp.float32 or width > 128 or width % 8:
         return plain(query, key, value, mask)
@@ -90,10 +90,10 @@ def splash(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """The TPU's kernel, for attention of positions to each other.
+    """Attend with the TPU's splash kernel: positions to each other.
 
-    With a mask, and to another sequence (a text, which is short), it is `plain`. Arrays as of
-    `AttentionFn`; interpret: on any device, slowly.
+    With a mask, and for another sequence (a text, which is short), this is `plain`. Arrays are as
+    of `AttentionFn`. `interpret` runs the kernel on any device, slowly.
     """
     if mask is not None or query.shape != key.shape:
         return plain(query, key, value, mask)
@@ -110,7 +110,7 @@ def splash(
 
 
 def _kernel(heads: int, length: int, block: int, interpret: bool) -> Any:
-    """For positions that are filled up to whole blocks; no query sees the filling."""
+    """Build the kernel for positions padded to whole blocks; no query sees the padding."""
     filled = length + -length % block
     shape = filled, filled
     seen = np.broadcast_to(np.arange(filled) < length, shape)
@@ -135,7 +135,7 @@ def _kernel(heads: int, length: int, block: int, interpret: bool) -> Any:
 
 
 def _block(length: int, width: int) -> int:
-    """Positions that the kernel takes at a time, in multiples of 128: what leaves least to fill.
+    """Choose the block length, a multiple of 128, that leaves least to pad.
 
     768 fit into a chip's VMEM with the gradients, and 512 where heads are wide.
     """

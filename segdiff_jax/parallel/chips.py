@@ -35,7 +35,7 @@ _QUIET = {
 class Chip:
     """One chip."""
 
-    name: str
+    name: str  # as in a topology: "v5e"
     flops: float  # bfloat16 FLOP/s
     hbm: int  # bytes; the compiler keeps some for itself
     hbm_bandwidth: float  # bytes/s
@@ -53,7 +53,7 @@ CHIPS = {
 
 
 def stand_ins(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:
-    """The chip of `topology`, and devices to compile for that need not be there, in slice order.
+    """Return the chip of `topology` and absent devices to compile for, in slice order.
 
     topology: `v5e:4x4`. Three-dimensional chips take a flat shape too: `v5p:2x2` is `v5p:2x2x1`.
     Raises `UserError` for an unknown chip, for a shape that is none or that libtpu does not know,

@@ -1,6 +1,6 @@
-"""The mesh of a config, and how batches, rows and whole copies lie on it.
+"""The mesh of a config, and the shardings of batches, rows and replicated arrays on it.
 
-The axes are `data` (replicas), `fsdp` and `tensor` (`rules` says what they cut). A batch is spread
+The axes are `data` (replicas), `fsdp` and `tensor` (`rules` says what they cut). A batch is sharded
 over data × fsdp.
 """
 
@@ -22,7 +22,7 @@ BATCH_AXES = ("data", "fsdp")  # `tensor` peers have the same examples
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh with axes ("data", "fsdp", "tensor") over `devices` (all of them by default).
+    """Build the mesh with axes ("data", "fsdp", "tensor") over `devices` (all of them by default).
 
     An axis is as long as its size within a slice (ICI: config.mesh.data, ...) times its size across
     slices (DCN: config.mesh.dcn_data, ...); a machine that is no TPU is one slice. One size of each
@@ -44,7 +44,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _sizes(config: MeshConfig, prefix: str, count: int, things: str) -> tuple[int, ...]:
-    """The sizes of the axes in `config`, -1 replaced, which must multiply to `count` things."""
+    """Return the sizes of the axes in `config`, -1 replaced, which must multiply to `count`."""
     names = [f"{prefix}{axis}" for axis in AXES]
     sizes = {name: getattr(config, name) for name in names}
     for name, size in sizes.items():
@@ -77,22 +77,22 @@ def _sizes(config: MeshConfig, prefix: str, count: int, things: str) -> tuple[in
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """A batch is cut along its leading axis over data × fsdp; `tensor` peers see the same part."""
+    """Return the sharding of a batch: data × fsdp cut its rows, `tensor` peers share them."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def rows_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows that have nothing to do with each other are cut over all devices, `tensor` peers too."""
+    """Return the sharding of independent rows: over all devices, `tensor` peers too."""
     return NamedSharding(mesh, P(mesh.axis_names))
 
 
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts a batch is cut."""
+    """Count the shards into which a batch is cut."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of a global batch that this process feeds to its devices, in ascending order.
+    """List the rows of a global batch that this process feeds to its devices, in ascending order.
 
     Processes whose devices differ only along `tensor` feed the same rows. Raises `UserError` when
     the batch cannot be cut evenly.
@@ -108,7 +108,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, size: int) -> dict[str, jax.Array]:
-    """The rows that this process feeds (`local_rows`) as parts of a global batch of `size`."""
+    """Place the `local_rows` that this process feeds as shards of a global batch of `size`."""
     cut = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(cut, rows, (size, *rows.shape[1:]))
@@ -117,12 +117,12 @@ def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, size: int) -> dict[str
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Return the sharding that puts a whole copy on every device."""
     return NamedSharding(mesh, P())
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process holds whole, as arrays on the devices of all.
+    """Place arrays that every process holds whole on the devices of all processes.
 
     shardings: a tree like `tree`, or one sharding for all of it.
     """
@@ -130,13 +130,13 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def put(array: Any, sharding: NamedSharding) -> jax.Array:
-    """Of an array that every process holds whole, to each device the part that is its own."""
+    """Put an array that every process holds whole on devices, to each device its own shard."""
     whole = np.asarray(array)
     return jax.make_array_from_callback(whole.shape, sharding, lambda cut: whole[cut])
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
-    """The shapes and types of `tree`, to be placed by `shardings` (as of `place`)."""
+    """Return the shapes and types of `tree`, to be placed by `shardings` (as of `place`)."""
     struct = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)  # noqa: E731
     return _map_with(struct, tree, shardings)
 

@@ -1,6 +1,6 @@
-"""Arrays of a process on the mesh: weights from files, whole networks, rows of work.
+"""Placement of a process's arrays on the mesh: weights from files, whole networks, rows of work.
 
-Weights from files go straight to where the mesh wants them: no device ever holds them whole.
+Weights from files are put straight into their shards: no device ever holds them whole.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ Place = Callable[[str, np.ndarray], jax.Array]  # puts the array of a path where
 
 
 def placer(mesh: Mesh) -> Place:
-    """For `weights.pretrained.load(place=...)`: cuts each array by `rules`.
+    """Return a `place` argument for `weights.pretrained.load` that shards each array by `rules`.
 
     Every process reads the files and keeps of each array what its devices hold.
     """
@@ -32,9 +32,9 @@ def placer(mesh: Mesh) -> Place:
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
-    """The arrays of `tree`, whole on each device of `mesh`.
+    """Replicate the arrays of `tree` on each device of `mesh`.
 
-    What is on the mesh already stays as it is cut up, and shapes without arrays stay shapes.
+    Arrays that are on the mesh already keep their sharding, and shapes without arrays stay shapes.
     """
     whole = replicated(mesh)
 
@@ -44,14 +44,14 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
             return leaf
         if isinstance(here, NamedSharding) and here.mesh == mesh:
             return leaf
-        # From device to device where that is possible: not through the host.
+        # With one process, device_put copies from device to device, not through the host.
         return jax.device_put(leaf, whole) if processes.count() == 1 else put(leaf, whole)
 
     return jax.tree.map(place, tree)
 
 
 def for_use(params: Any, mesh: Mesh) -> Any:
-    """The parameters of a training state whole on every device, for the sampler.
+    """Replicate the parameters of a training state on every device, for the sampler.
 
     All processes must call it. Parameters that are whole already, and shapes without arrays, are
     returned as they are.
@@ -65,7 +65,7 @@ def for_use(params: Any, mesh: Mesh) -> Any:
 
 
 def spread_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Rows [N, ...] that every process holds, a part on each device of `mesh`.
+    """Shard rows [N, ...] that every process holds over the devices of `mesh`.
 
     N grows to a multiple of the devices: the first rows come again.
     """
@@ -74,7 +74,7 @@ def spread_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def equal_parts(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Rows [N, ...] in parts [size, ...], one shape for one compilation.
+    """Cut rows [N, ...] into parts [size, ...]: one shape for one compilation.
 
     The last part is filled up with the first rows.
     """
@@ -83,23 +83,19 @@ def equal_parts(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 def rows_of_call(count: int, most: int, devices: int) -> int:
-    """Rows of the compiled calls that `count` rows are worked off in: one of a few numbers.
+    """Choose how many rows each compiled call takes for `count` rows in all: one of a few numbers.
 
     On each device 1, 2, 4, 8, and from there on twice and three times a power of two: 12, 16, 24,
-    32, ..., up to `most` rows over all devices. So a few rows do not pay for many, at worst three
-    for five, and after the first few calls no number of rows compiles anything.
+    32, ..., up to `most` rows over all devices. At worst three rows pay for five, and after the
+    first few calls no number of rows compiles anything.
     """
     largest = multiple(most, devices) // devices
     wanted, size = min(-(-count // devices), largest), 1
     while size < wanted:
-        size = size + size // 2 if size >= 8 and size & (size - 1) == 0 else _next_power(size)
+        size = size + size // 2 if size >= 8 and size & (size - 1) == 0 else 1 << size.bit_length()
     return devices * min(size, largest)
 
 
-def _next_power(size: int) -> int:
-    return 1 << size.bit_length()
-
-
 def multiple(count: int, of: int) -> int:
-    """The smallest multiple of `of` that is at least `count`."""
+    """Return the smallest multiple of `of` that is at least `count`."""
     return -(-count // of) * of

@@ -1,7 +1,7 @@
-"""Several processes that do one job: joining, waiting, agreeing, and going down together.
+"""Processes of one run: joining, barriers, agreement, and a common end after a failure.
 
-Barriers and messages go through the service that process 0 runs for JAX, not through devices: a
-device collective that one process never enters is waited for without end on a TPU.
+Barriers and messages go through the coordination service that process 0 runs for JAX, not through
+devices: on a TPU, a collective that one process never enters blocks the others for ever.
 """
 
 import contextlib
@@ -43,14 +43,14 @@ _numbers = itertools.count()  # barriers are numbered: every process passes them
 
 
 def join() -> None:
-    """Connects this process to the others of its run; before anything asks JAX for devices.
+    """Connect this process to the others of its run; call it before anything asks JAX for devices.
 
     On Cloud TPU (Compute Engine, GKE) JAX finds the others by itself. Elsewhere the environment
     names them: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and
     JAX_PROCESS_ID. Without either this process is alone. Raises `UserError` for half of them, and
     when the others do not come.
     """
-    # JAX's own service would take SIGTERM, also before the loop can act on it.
+    # JAX's preemption service would catch SIGTERM, also before the loop can act on it.
     jax.config.update("jax_enable_preemption_service", False)
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if len(given) == len(VARIABLES):
@@ -77,14 +77,14 @@ def join() -> None:
 
 
 def _initialize(whom: str | Callable[[], str], *arguments: Any, **options: Any) -> None:
-    """`jax.distributed.initialize`, which would end the process with a stack of its own."""
+    """Call `jax.distributed.initialize`, which would end the process with a stack of its own."""
     options |= {"initialization_timeout": LONGEST_WAIT}
     wait = Wait(whom, PROCESS, "start the same command in every process")
     bounded(lambda: jax.distributed.initialize(*arguments, **options), wait)
 
 
 def _not_joined(address: str, size: int, number: int) -> str:
-    """Whom process `number` of `size` waits for, as far as it can know."""
+    """Name whom process `number` of `size` waits for, as far as it can know."""
     if number == 0:
         return "process 1" if size == 2 else f"some of the processes 1 to {size - 1}"
     host, port = address.rsplit(":", 1)
@@ -104,12 +104,12 @@ def index() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """Return whether this process writes what only one may write."""
     return index() == 0
 
 
 def barrier() -> None:
-    """Returns when every process has come here.
+    """Return when every process has come here.
 
     Raises `NoAnswer` for one that neither comes in time nor is `at_work`.
     """
@@ -125,7 +125,7 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def at_work(what: str) -> Iterator[None]:
-    """Lets the others wait on at a barrier, and tell why, while this process does long work.
+    """Let the others wait on at a barrier, and tell why, while this process does long work.
 
     what: "compiles the step", as it goes on after "process 1, which".
     """
@@ -142,7 +142,7 @@ def at_work(what: str) -> Iterator[None]:
 
 
 def _absent(barrier: int) -> dict[int, str]:
-    """The processes that have not come to a barrier yet, and what each is at work with, or ""."""
+    """Map the processes that have not come to a barrier yet to what each is at work with, or ""."""
     at, work = (
         {int(key.rsplit("/", 1)[1]): value for key, value in _client().key_value_dir_get(folder)}
         for folder in (_AT, _WORK)
@@ -151,7 +151,7 @@ def _absent(barrier: int) -> dict[int, str]:
 
 
 def _signs_of_work(barrier: int) -> Callable[[], int]:
-    """A count that grows while all that have not come to `barrier` are at work."""
+    """Return a count that grows while all that have not come to `barrier` are at work."""
     looks = 0
 
     def signs() -> int:
@@ -163,7 +163,7 @@ def _signs_of_work(barrier: int) -> Callable[[], int]:
 
 
 def _described(absent: dict[int, str]) -> str:
-    """For whom one waits: the first few by number."""
+    """Say for whom this process waits: the first few by number."""
     named = [f"process {n}" + (f", which {work}" if work else "") for n, work in absent.items()]
     return "; ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
 
@@ -173,12 +173,12 @@ def _client() -> Any:
 
 
 def all_agree(flag: bool) -> bool:
-    """Whether `flag` is true in every process. All call this."""
+    """Return whether `flag` is true in every process. All of them call this."""
     return bool(stacked(np.array(flag)).all())
 
 
 def any_raised(flag: bool) -> Callable[[], bool]:
-    """Starts asking whether `flag` is true in some process; the function returned gives the answer.
+    """Start asking whether `flag` is true in some process; the function returned gives the answer.
 
     It comes from the devices behind the steps dispatched so far, and all processes get the same.
     """
@@ -198,7 +198,7 @@ def _agreement() -> tuple[NamedSharding, Any]:
 
 
 def check_same(what: str, value: Any) -> None:
-    """Raises `UserError` in every process where `value`, JSON, is not that of process 0.
+    """Raise `UserError` in every process where `value`, JSON, is not that of process 0.
 
     `what` names it for the user. All call this.
     """
@@ -213,7 +213,7 @@ def check_same(what: str, value: Any) -> None:
 
 
 def gathered(tree: Any) -> Any:
-    """The arrays of `tree`, wherever their parts are, whole in the memory of every host."""
+    """Gather the arrays of `tree`, wherever their shards are, whole in the memory of every host."""
     if count() == 1:
         return jax.device_get(tree)
     jax.block_until_ready(tree)
@@ -222,7 +222,7 @@ def gathered(tree: Any) -> Any:
 
 
 def stacked(values: np.ndarray) -> np.ndarray:
-    """The `values` [...] of every process, in their order: [processes, ...]. All call this."""
+    """Stack the `values` [...] of every process: [processes, ...]. All of them call this."""
     if count() == 1:
         return values[None]
     barrier()  # collectives of the CPU wait half a minute only
@@ -231,7 +231,7 @@ def stacked(values: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Ends all processes, with a clear line each, when the block raises in one or one dies.
+    """End all processes, with a clear line each, when the block raises in one or one dies.
 
     The exit code is that of the process that failed: a `UserError`'s, 130 for Ctrl-C, else 1.
     A process that dies without a word is noticed by its broken connections, and where collectives
@@ -255,7 +255,7 @@ def together() -> Iterator[None]:
 
 
 def _leave(error: BaseException) -> None:
-    """Tells the others, prints why and exits at once: atexit would wait for them for minutes."""
+    """Tell the others, print why and exit at once: atexit would wait for them for minutes."""
     notice = None
     if _is_loss(error):
         time.sleep(2 * _SECONDS_BETWEEN_LOOKS)  # the one that failed may be about to say why
@@ -272,7 +272,7 @@ def _leave(error: BaseException) -> None:
 
 
 def _is_loss(error: BaseException | None) -> bool:
-    """Whether the error, or one it came from, says that another process is gone."""
+    """Return whether the error, or one it came from, says that another process is gone."""
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError) and _GONE.search(str(error)):
             return True
@@ -289,7 +289,7 @@ def _lost(error: object) -> str:
 
 
 def _watch(over: threading.Event) -> None:
-    """Looks for the failure of another process while this one may be waiting for it."""
+    """Look for the failure of another process while this one may be waiting for it."""
     unanswered = 0
     while not over.wait(_SECONDS_BETWEEN_LOOKS):
         try:
@@ -304,7 +304,7 @@ def _watch(over: threading.Event) -> None:
 
 
 def _notice() -> tuple[int, str] | None:
-    """Exit code and message of the first failure that some process told of."""
+    """Return exit code and message of the first failure that some process told of."""
     try:
         told = _client().key_value_try_get(_FAILED)
     except jax.errors.JaxRuntimeError as error:

@@ -1,7 +1,7 @@
-"""How arrays are cut over the mesh: one list of rules for networks, optimiser state and EMA alike.
+"""Sharding rules: one list for networks, optimiser state and EMA alike.
 
-The axes are `data` (replicas), `fsdp` (parameters cut up for storage, gathered for use) and
-`tensor` (heads and hidden channels cut up for compute). The same rules place parameters, moments
+The axes are `data` (replicas), `fsdp` (parameters sharded for storage, gathered for use) and
+`tensor` (heads and hidden channels sharded for compute). The same rules place parameters, moments
 and their moving average, because the paths of the latter two end in the path of the parameter.
 
     path of an array ─► RULES: which dimension `tensor` cuts
@@ -38,7 +38,7 @@ _SPREAD = {"params", "ema", "mu", "nu"}  # parts of a training state that are
 
 
 def leaf_path(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """A JAX key path as plain names: `mu/down_blocks/0/conv_in/kernel` in parts.
+    """Split a JAX key path into plain names: `mu/down_blocks/0/conv_in/kernel` in parts.
 
     Dictionary keys, list positions and attributes (optax's named tuples) look alike, and the
     `value` that NNX variables append is dropped.
@@ -48,7 +48,7 @@ def leaf_path(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def partition(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
-    """How an array is cut: the `PartitionSpec` of `path` ("a/b/kernel") on axes of `sizes`.
+    """Return how axes of `sizes` cut the array at `path` ("a/b/kernel").
 
     Under a rule `tensor` goes where it says and `fsdp` to the largest other dimension that divides.
     Without one both go to the largest dimension that divides by their product (the last such), so
@@ -81,20 +81,20 @@ def _tensor_dimension(path: str) -> int | None:
 
 
 def _largest(shape: tuple[int, ...], parts: int, cuts: list[tuple[str, ...]]) -> int | None:
-    """The largest dimension, not yet cut, that divides into `parts`; None if there is none."""
+    """Return the largest dimension, not yet cut, that `parts` divides; None if there is none."""
     fits = [dim for dim, size in enumerate(shape) if size % parts == 0 and not cuts[dim]]
     return max(fits, key=lambda dim: (shape[dim], dim), default=None)
 
 
 def spread(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
-    """`spec` cut along `data` too, for what the optimiser reads and writes.
+    """Cut `spec` along `data` too, for what the optimiser reads and writes.
 
-    ZeRO stage 1 (arXiv 1910.02054): replicas need the same update once, so each makes its part of
-    moments and float32 parameters. What they exchange is what the layers multiply with: the cast
-    to their dtype comes before the gather. The cut goes to the dimension that is cut already, so
-    that arrays keep one; else to the largest. Small arrays stay whole: a message each would cost
-    more than the memory is worth. Of Stable Diffusion's UNet these are as good as none, of a small
-    network most.
+    ZeRO stage 1 (arXiv 1910.02054): each replica updates its own shard of moments and float32
+    parameters. Replicas exchange what the layers multiply with, since the cast to the layers'
+    dtype comes before the gather. `data` joins the dimension that is already cut, so that an array
+    has one cut dimension; else it takes the largest. Small arrays stay whole, because a message
+    for each would cost more than the memory is worth: nearly none of Stable Diffusion's UNet, but
+    most of a small network.
     """
     if sizes["data"] == 1 or len(shape) < 2 or math.prod(shape) < SMALLEST_SPREAD:
         return spec
@@ -115,7 +115,7 @@ def spread(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
 
 
 def state_sharding(tree: Any, mesh: Mesh) -> Any:
-    """The `NamedSharding` of every leaf of parameters, optimiser state, EMA, or all of them.
+    """Return the `NamedSharding` of every leaf of parameters, optimiser state, EMA, or all of them.
 
     `tree` holds arrays or `ShapeDtypeStruct`s; scalars are replicated. In a training state, or a
     part of it under the name it has there ({"params": ...}), large arrays are cut over replicas too
@@ -140,7 +140,7 @@ def _replicas_are_slices(mesh: Mesh) -> bool:
 
 
 def gathered(params: Any, mesh: Mesh) -> Any:
-    """Inside a step: parameters as the layers use them, whole but where a rule has `tensor`.
+    """Inside a step, gather parameters as the layers use them: whole but where a rule has `tensor`.
 
     Said of the parameters, so that the partitioner has no reason to cut activations by channel
     where the kernels are: that would exchange whole batches.
@@ -156,7 +156,7 @@ def gathered(params: Any, mesh: Mesh) -> Any:
 
 
 def scattered(grads: Any, mesh: Mesh) -> Any:
-    """Inside a step: gradients cut as the parameters of a training state."""
+    """Inside a step, scatter gradients as the parameters of a training state are sharded."""
     shardings = state_sharding({"params": grads}, mesh)["params"]
     return jax.lax.with_sharding_constraint(grads, shardings)
 

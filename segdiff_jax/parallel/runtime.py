@@ -15,11 +15,12 @@ log = logging.getLogger(__name__)
 
 
 def start(workdir: str = "") -> None:
-    """Turns on the persistent compilation cache, unless the environment already sets it up.
+    """Turn on the persistent compilation cache, unless the environment already sets it up.
 
-    It is the user's on this machine, or with a remote `workdir` a folder there: the machine that
-    goes on after a preemption is a new one. A cache that cannot be reached, now or later, is a
-    warning, and the run goes on without it. Raises `UserError` for bad limits of `waiting`.
+    The cache is the user's on this machine, or with a remote `workdir` a folder there, because the
+    machine that resumes after a preemption is a new one. A cache that cannot be reached, now or
+    later, is a warning, and the run goes on without it. Raises `UserError` for bad limits of
+    `waiting`.
     """
     waiting.check_limits()
     given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
@@ -35,7 +36,7 @@ def start(workdir: str = "") -> None:
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if not cache or given and not _is_reached(cache):
-        return  # one that is not given is made where the run writes anyway, or at home
+        return  # a default cache lies where the run writes anyway, or at home
     if cache.startswith("gs://"):
         _leave_when_lost(cache)
 
@@ -43,7 +44,7 @@ def start(workdir: str = "") -> None:
 def _is_reached(cache: str) -> bool:
     try:
         epath.Path(cache).mkdir(parents=True, exist_ok=True)  # as JAX does
-        epath.Path(cache).exists()  # a store does nothing for the former
+        epath.Path(cache).exists()  # mkdir asks nothing of a store
     except Exception as error:  # of the system, of a store's client, or for an unknown one
         _go_without(cache, error)
         return False
@@ -51,7 +52,7 @@ def _is_reached(cache: str) -> bool:
 
 
 def _leave_when_lost(cache: str) -> None:
-    """JAX would look for each program anew where nobody answers."""
+    """Give up a compile cache that does not answer: JAX would look there for each program anew."""
     from segdiff_jax.gcs import FileSystem  # half a second
 
     own_bucket = cache.removeprefix("gs://").split("/")[0]
@@ -66,14 +67,14 @@ def _leave_when_lost(cache: str) -> None:
 
 def _go_without(cache: str, error: Exception) -> None:
     jax.config.update("jax_compilation_cache_dir", None)
-    # Not here: whoever waits for the failed request may hold the lock of the cache.
+    # In the background, because the thread of the failed request may hold the cache's lock.
     waiting.in_background(compilation_cache.reset_cache)
     reason = " ".join(str(error).split())[:300] or repr(error)
     log.warning("compile cache %s: cannot be reached, going on without it: %s", cache, reason)
 
 
 def start_logging(times: bool = False, libraries: int = logging.ERROR) -> None:
-    """The first process tells how the run goes, the others only what goes wrong with them.
+    """Let the first process log how the run goes, the others only what goes wrong with them.
 
     times: a clock before each line. libraries: the level of Orbax and Grain, who find it worth a
     warning that a checkpoint is only read. After `processes.join`.

@@ -31,7 +31,7 @@ class PromptTable(NamedTuple):
 
 
 def prompts(entry: ClassEntry, templates: Sequence[str]) -> list[str]:
-    """Every name of the class in every template: name first, then synonyms, each over templates."""
+    """List every name of the class, then its synonyms, each in every template."""
     return [_prompt(name, template) for name in entry.names for template in expanded(templates)]
 
 
@@ -46,7 +46,7 @@ def encode_prompts(
     templates: Sequence[str],
     batch_size: int = 64,
 ) -> PromptTable:
-    """Encodes every prompt of every class; synonyms and templates of a class are averaged.
+    """Encode every prompt of every class; synonyms and templates of a class are averaged.
 
     The table is in numpy, so that nothing is compiled for a new number of classes. Raises
     `UserError` as `prompt_ids` does, and for a text encoder whose weights are not finite.
@@ -84,7 +84,7 @@ def _encode(graph: nnx.GraphDef, params: Any, token_ids: jax.Array) -> jax.Array
 def prompt_ids(
     tokenizer: Tokenizer, classes: Sequence[ClassEntry], templates: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [S, L] of every prompt of every class, and the class [S] that each belongs to.
+    """Return token ids [S, L] of every prompt of every class, and the class [S] each belongs to.
 
     What a prompt loses, because the text encoder reads no more than L tokens, is told in one
     warning. Raises `UserError` where nothing of a class name is left, and for two classes whose
@@ -118,7 +118,7 @@ def prompt_ids(
 
 
 def _check_left(kept: int, name: str, template: str, length: int) -> None:
-    """Raises `UserError` if the first `kept` characters of a prompt hold nothing of the name."""
+    """Raise `UserError` if the first `kept` characters of a prompt hold nothing of the name."""
     before = template[: template.index(PLACEHOLDER)].rstrip()
     if kept <= len(before):
         raise UserError(
@@ -134,7 +134,7 @@ def _check_distinct(
     cut: Mapping[int, str],
     length: int,
 ) -> None:
-    """Raises `UserError` for two classes whose averages are over the same prompts."""
+    """Raise `UserError` for two classes whose averages are over the same prompts."""
     seen: dict[Any, int] = {}
     for index, entry in enumerate(classes):
         rows = [row.tobytes() for row in token_ids[owner == index]]
@@ -154,7 +154,7 @@ def _check_distinct(
 
 
 def context(table: PromptTable, class_ids: Any, kind: str) -> tuple[Any, Any | None]:
-    """The context of groups of classes: class_ids int [B, G], -1 = empty slot.
+    """Return the context of groups of classes: class_ids int [B, G], -1 = empty slot.
 
     kind "mean": ([B, L, D], None). "bound": one token per class that also says its gray level,
     pooled text vector + level code, ([B, G, D], mask bool [B, G]); those of empty slots are zero.

@@ -6,17 +6,17 @@ from segdiff_jax.combinations import PLACEHOLDER
 
 
 def expanded(templates: Sequence[str]) -> tuple[str, ...]:
-    """`templates` with each name of a set replaced by the set."""
+    """Replace each name of a set in `templates` by the set."""
     return tuple(template for one in templates for template in SETS.get(one, (one,)))
 
 
 def _of_either(nouns: Iterable[str]) -> tuple[str, ...]:
-    """ "sketch" → "a sketch of a {class}." and "a sketch of the {class}."."""
+    """Make "a sketch of a {class}." and "a sketch of the {class}." of "sketch"."""
     return tuple(f"{noun} of {article} {{class}}." for noun in nouns for article in ("a", "the"))
 
 
 def _of_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
-    """ "clean" → "a photo of a clean {class}." and "a photo of the clean {class}."."""
+    """Make "a photo of a clean {class}." and "a photo of the clean {class}." of "clean"."""
     articles = ("a", "the")
     return tuple(
         f"a photo of {article} {kind} {{class}}." for kind in kinds for article in articles

@@ -96,7 +96,7 @@ class Tokenizer:
         return self._backend.get_vocab_size()
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns int32 ids [B, model_max_length]: start, text, end, padding.
+        """Return int32 ids [B, model_max_length]: start, text, end, padding.
 
         A text that is too long loses its tail; the end token stays.
         """
@@ -104,7 +104,7 @@ class Tokenizer:
         return np.asarray(ids, np.int32).reshape(len(ids), self.model_max_length)
 
     def kept(self, text: str) -> int:
-        """How many characters of `text` its ids stand for: all, or fewer where it is too long."""
+        """Count the characters of `text` that its ids stand for: not all if it is too long."""
         found = self._backend.encode(text)
         if not found.overflowing:
             return len(text)
@@ -112,7 +112,7 @@ class Tokenizer:
 
     @staticmethod
     def load(directory: os.PathLike[str] | str) -> "Tokenizer":
-        """Reads a `tokenizer/` folder, local or `gs://`.
+        """Read a `tokenizer/` folder, local or `gs://`.
 
         Needs `vocab.json` and `merges.txt`, or the `tokenizer.json` that transformers 5 writes
         instead. Special tokens come from `tokenizer_config.json` and `special_tokens_map.json`.
@@ -135,7 +135,7 @@ class Tokenizer:
             raise UserError(f"{folder}: {error}") from error
 
     def save(self, directory: os.PathLike[str] | str) -> None:
-        """Writes the four files that `load` and `transformers.CLIPTokenizer` read."""
+        """Write the four files that `load` and `transformers.CLIPTokenizer` read."""
         folder = epath.Path(directory)
         vocab = dict(sorted(self._vocab.items(), key=lambda item: item[1]))
         merges = "".join(f"{left} {right}\n" for left, right in self._merges)
@@ -154,7 +154,7 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int = 77) -> Tokenizer:
-    """A tokenizer whose merges are learnt from `texts` (byte pairs, Sennrich et al., 2016).
+    """Train a tokenizer whose merges are learnt from `texts` (byte pairs, Sennrich et al., 2016).
 
     Deterministic. The vocabulary is laid out as CLIP's: 256 bytes, 256 bytes that end a word,
     merges, start, end. It has at most `vocab_size` tokens, and fewer once every word of `texts` is
@@ -239,7 +239,7 @@ def _read_optional(path: epath.Path) -> dict[str, Any]:
 def _special_tokens(
     folder: epath.Path, config: dict[str, Any]
 ) -> tuple[dict[str, str], list[AddedToken]]:
-    """Roles and added tokens, with the precedence of transformers 5.
+    """Return roles and added tokens, with the precedence of transformers 5.
 
     `special_tokens_map.json` beats `tokenizer_config.json`, unless the latter lists
     `added_tokens_decoder`, as transformers 4 wrote it. Version 5 keeps that in `tokenizer.json`.

@@ -31,7 +31,7 @@ class ClassEntry:
     """A class. Raises `TypeError` if a name is no text, or `synonyms` is one text."""
 
     name: str
-    synonyms: tuple[str, ...] = ()
+    synonyms: tuple[str, ...] = ()  # their prompts are averaged with the name's
     color: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class Vocabulary:
         return tuple(entry.name for entry in self.classes)
 
     def summary(self) -> str:
-        """The list as it was understood, in one line: "2 classes, 1 synonym: sky; brick (= wall)".
+        """Describe the list in one line: "2 classes, 1 synonym: sky; brick (= wall)".
 
         What looks like several classes between commas gets a hint. Long lists are cut.
         """
@@ -101,7 +101,7 @@ class Vocabulary:
         return f"{said}: {'; '.join(described)}"
 
     def palette(self) -> np.ndarray:
-        """uint8 [K, 3]: RGB of each id, the class's own or one made up for its id."""
+        """Return RGB of each id, uint8 [K, 3]: the class's own or one made up for its id."""
         colors = [
             _fallback_color(i) if e.color is None else e.color for i, e in enumerate(self.classes)
         ]
@@ -115,18 +115,18 @@ SEPARATE_CLASSES = (
 
 
 def looks_like_several(entry: ClassEntry) -> bool:
-    """Whether the only class of a list was probably meant as a list."""
+    """Return whether the only class of a list was probably meant as a list."""
     return len(entry.synonyms) > 1
 
 
 def same_name(name: str) -> str:
-    """Equal for names that CLIP's tokenizer does not tell apart: it lower-cases its input."""
+    """Return equal keys for names that CLIP's tokenizer, which lower-cases, cannot tell apart."""
     plain = unicodedata.normalize("NFC", name).casefold()
     return " ".join(plain.translate({ord(c): None for c in _JOINERS}).split())
 
 
 def shorten(text: str, letters: int = _SHOWN_LETTERS) -> str:
-    """`text` for a message: cut where it is longer than `letters`."""
+    """Shorten `text` for a message to at most `letters`."""
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
@@ -140,7 +140,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _check_name(name: str, source: str) -> None:
-    """Raises `UserError`, with what is invisible spelt out, for a name that cannot be seen."""
+    """Raise `UserError`, with what is invisible spelt out, for a name that cannot be seen."""
     ends = {name[:1], name[-1:]}
     bad = [c for c in name if _invisible(c) and not (c in _JOINERS and c not in ends)]
     if bad:
@@ -159,7 +159,7 @@ def _invisible(character: str) -> bool:
 
 
 def visible(text: str) -> str:
-    """`text` for a message: what cannot be seen in it, or would upset a terminal, as an escape."""
+    """Escape, for a message, what in `text` cannot be seen or would upset a terminal."""
     return "".join(ascii(c)[1:-1] if _invisible(c) else c for c in shorten(text))
 
 
@@ -172,7 +172,7 @@ def _fallback_color(i: int) -> tuple[int, int, int]:
 
 
 def packaged() -> tuple[str, ...]:
-    """Names of the vocabularies that ship with the package.
+    """List the names of the vocabularies that ship with the package.
 
     Where a benchmark gives several classes one name (ADE20K-847 has three called "bag"), all but
     one are listed there under the first of their synonyms that no class has.
@@ -181,7 +181,7 @@ def packaged() -> tuple[str, ...]:
 
 
 def load(name_or_path: str | epath.PathLike) -> Vocabulary:
-    """A packaged vocabulary by name, or a classes.txt or .json (local or gs://) by path.
+    """Load a packaged vocabulary by name, or a classes.txt or .json (local or gs://) by path.
 
     classes.txt has one class a line, in id order: its name, then its synonyms, between commas.
     A .json is the `classes.json` of a training. Raises `UserError` for what is neither.
@@ -217,14 +217,14 @@ def _from_lines(content: str, path: str) -> Vocabulary:
 
 
 def from_names(names: Iterable[str], name: str = "classes") -> Vocabulary:
-    """Classes from "name, synonym, …" strings; the first comma ends the name."""
+    """Build a vocabulary from "name, synonym, …" strings; the first comma ends the name."""
     if isinstance(names, str):
         names = [names]
     return Vocabulary(name, tuple(entry_from(text, name) for text in names))
 
 
 def entry_from(text: str, source: str = "classes") -> ClassEntry:
-    """The class of "name, synonym, …". Raises `UserError` for ";", which stands between classes."""
+    """Parse "name, synonym, …". Raise `UserError` for ";", which stands between classes."""
     if ";" in text:
         raise UserError(
             f"{source}: '{visible(text.strip())}' holds a semicolon, which stands between classes: "
@@ -235,7 +235,7 @@ def entry_from(text: str, source: str = "classes") -> ClassEntry:
 
 
 def first_difference(classes: Sequence[ClassEntry], others: Sequence[ClassEntry]) -> str:
-    """Where `others` first differs from `classes` in its names: "class 2 is 'sky', not 'road'"."""
+    """Say where the names of `others` first differ: "class 2 is 'sky', not 'road'"."""
     for number, (one, other) in enumerate(zip(classes, others, strict=False)):
         if same_name(one.name) != same_name(other.name):
             return f"class {number} is {shorten(other.name)!r}, not {shorten(one.name)!r}"
@@ -247,7 +247,7 @@ def first_difference(classes: Sequence[ClassEntry], others: Sequence[ClassEntry]
 def check_known(
     classes: Sequence[ClassEntry], trained: Vocabulary | None, classes_per_pass: int
 ) -> None:
-    """Raises `UserError` if a model of one gray image for all classes has not learnt `classes`.
+    """Raise `UserError` if a model of one gray image for all classes has not learnt `classes`.
 
     Its gray levels stand for the classes of the training, whatever the text says. A model with
     another `classes_per_pass` reads names, and takes any. Synonyms may differ.
@@ -270,7 +270,7 @@ def check_known(
 
 
 def to_json(vocabulary: Vocabulary) -> str:
-    """What `load` reads from a `.json` file: names, synonyms and colours in id order."""
+    """Serialise what `load` reads from a `.json` file: names, synonyms and colours in id order."""
     classes = [
         {"name": e.name, "synonyms": list(e.synonyms)}
         | ({} if e.color is None else {"color": [int(c) for c in e.color]})

@@ -1,9 +1,10 @@
-"""One training at a time in a workdir: a file that says which, and what to make of one left behind.
+"""A lock file that lets one training at a time write to a workdir.
 
-The file names process, machine and start. A process of the same machine is looked up: dead, the
-lock is free at once. Of any other machine only the file's beat tells: the holder renews it every
-`BEAT` seconds, and who finds it unchanged for `EXPIRES` takes over. Machines' clocks are not
-compared, but for a file of many minutes ago.
+The file names process, machine and start time of its holder. On the same machine the process is
+looked up, and the lock of a dead one is free at once. On another machine only the heartbeat
+counts: the holder renews the file every `BEAT` seconds, and a process that finds it unchanged for
+`EXPIRES` seconds takes over. The clocks of two machines are compared only for files many minutes
+old.
 """
 
 import contextlib
@@ -28,20 +29,20 @@ log = logging.getLogger(__name__)
 
 NAME = "lock.json"
 BEAT = 10.0  # seconds
-EXPIRES = 60.0
-_LONG_AGO = 900.0  # no two clocks are that far apart
-_LOOK = 1.0
+EXPIRES = 60.0  # seconds without a beat
+_LONG_AGO = 900.0  # seconds; clocks are assumed to differ by less
+_LOOK = 1.0  # seconds between looks at a lock that may be dead
 _BEGINS = b'{"id": "'  # every lock
 
 
 @contextlib.contextmanager
 def held(folder: str) -> Iterator[Callable[[], None]]:
-    """The folder (made where missing) is this process's alone in the block.
+    """Hold the lock of a folder, made where missing, for as long as the block runs.
 
-    Gives a function that raises `UserError` once another process has taken over, as it may while
-    this one is suspended. Raises `UserError` when another training holds the folder, and waits,
-    with a log line, for a lock whose holder may be gone. Removes folders that it made and nobody
-    filled.
+    The block gets a function that raises `UserError` once another process has taken over, which
+    happens when this one was suspended. Raises `UserError` when another training holds the folder.
+    Waits, with a log line, for a lock whose holder may be gone. Removes folders that it made and
+    that are still empty.
     """
     made, path, mine = _make(folder), epath.Path(folder) / NAME, _myself()
     over = threading.Event()
@@ -75,7 +76,7 @@ def _check(path: epath.Path, mine: dict[str, Any]) -> None:
 
 
 def _make(folder: str) -> list[Path]:
-    """Makes a local folder; the folders that were missing, innermost first."""
+    """Make a local folder and return the folders that were missing, innermost first."""
     if is_remote(folder):
         return []
     path = Path(os.path.abspath(folder))
@@ -111,7 +112,7 @@ def _acquire(path: epath.Path, mine: dict[str, Any]) -> None:
 
 
 def _create(path: epath.Path, content: dict[str, Any]) -> bool:
-    """Writes the file unless there is one."""
+    """Write the file unless there is one."""
     with writing(path):
         try:
             if is_remote(path):
@@ -149,7 +150,7 @@ def _beat(path: epath.Path, mine: dict[str, Any], over: threading.Event) -> None
 
 
 def _last_beat(path: epath.Path) -> float | None:
-    """The time of the last beat by the holder's clock; None if there is no lock."""
+    """Return the time of the last beat by the holder's clock; None if there is no lock."""
     if is_remote(path):
         holder = _holder(path)
         return float(holder.get("beat", 0)) if holder else None
@@ -160,7 +161,7 @@ def _last_beat(path: epath.Path) -> float | None:
 
 
 def _holder(path: epath.Path) -> dict[str, Any]:
-    """What the lock says; {} where there is none. Raises `UserError` for a file of another kind."""
+    """Return what the lock says, or {}. Raise `UserError` for a file of another kind."""
     try:
         with reading(path):
             data = path.read_bytes()
@@ -195,7 +196,7 @@ def _who(holder: dict[str, Any]) -> str:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool | None:
-    """Whether the holder is running; None where that cannot be seen from here."""
+    """Return whether the holder is running; None where that cannot be seen from here."""
     machine = _machine()
     if not machine or holder.get("machine") != machine:
         return None
@@ -204,7 +205,7 @@ def _is_alive(holder: dict[str, Any]) -> bool | None:
 
 
 def _machine() -> str:
-    """What tells this start of this machine, and its numbering of processes, from any other."""
+    """Identify this boot of this machine, and its numbering of processes."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -213,7 +214,7 @@ def _machine() -> str:
 
 
 def _started(pid: Any) -> str | None:
-    """When the process was started; None if it has ended. A number is given out again and again."""
+    """Return when the process was started; None if it has ended. Process ids are reused."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

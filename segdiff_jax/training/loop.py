@@ -42,7 +42,7 @@ class Run:
     """One start of a stage in its workdir."""
 
     config: Config  # of the stage: `of_stage`
-    workdir: str
+    workdir: str  # local or gs://
     source: Source
     mesh: Mesh
     startup: StartUp
@@ -67,7 +67,7 @@ class Setup:
 
 
 def loop(setup: Setup) -> TrainState:
-    """Trains to config.train.steps and returns the state; closes what `setup` opened.
+    """Train to config.train.steps and return the state; close what `setup` opened.
 
     Raises `UserError` when the loss stops being finite (no checkpoint of such a state is written)
     and `Stopped` after a signal. All processes then do so at the same step: they see the same loss,
@@ -112,7 +112,7 @@ def loop(setup: Setup) -> TrainState:
 
 
 def _compiled(setup: Setup, batch: Any, key: jax.Array) -> Any:
-    """The step, compiled in all processes before any goes on.
+    """Compile the step in all processes before any goes on.
 
     Their compilations may end minutes apart, and collectives of the CPU do not wait.
     """

@@ -11,6 +11,8 @@ from segdiff_jax.config import CodecConfig, Config, NoiseConfig
 from segdiff_jax.diffusion import noise as noise_lib
 from segdiff_jax.diffusion import sampler as samplers
 from segdiff_jax.diffusion import schedule as schedule_lib
+from segdiff_jax.models import linear_decoder
+from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
 from segdiff_jax.text import conditioning
@@ -28,7 +30,8 @@ class Frozen(NamedTuple):
 
     vae: Any  # its parameters; the network itself for a loss
     schedule: schedule_lib.Schedule
-    table: conditioning.PromptTable
+    table: conditioning.PromptTable  # encoded prompts of all classes
+    decoder: LinearDecoder | None = None  # of masks, where a loss on labels goes through it
 
 
 class Corruption(NamedTuple):
@@ -162,6 +165,69 @@ def label_loss(maps: jax.Array, batch: Batch, weights: LabelWeights) -> jax.Arra
     return (weights.pixels * cross_entropy).sum() + (weights.classes * dice).sum()
 
 
+class JointWeights(NamedTuple):
+    """Of `joint_loss`; each as the function that it is named after gives it."""
+
+    latents: jax.Array  # [B, C, h, w]: `latent_weights` of the passes
+    labels: LabelWeights
+
+
+def by_pass(batch: Batch) -> Batch:
+    """A batch of B photos that are asked for C classes as B·C passes of one class, without photos.
+
+    In an empty slot no pixel is valid, so it counts for nothing.
+    """
+    count, asked = batch["class_ids"].shape
+    ids = jnp.asarray(batch["class_ids"]).reshape(-1, 1)
+    passes = {"class_ids": jnp.maximum(ids, 0)}
+    used = (ids != codec.PAD)[..., None]  # [B·C, 1, 1]
+    if "image_latents" not in batch:
+        labels = jnp.repeat(jnp.asarray(batch["labels"]), asked, axis=0)  # a photo's in a row
+        ignored = jnp.asarray(jnp.iinfo(labels.dtype).max, labels.dtype)
+        return passes | {"labels": jnp.where(used, labels, ignored)}
+    valid = jnp.repeat(jnp.asarray(batch["valid"]), asked, axis=0) & used
+    masks, shown = (
+        jnp.asarray(batch[name]).reshape(count * asked, *batch[name].shape[2:])
+        for name in ("mask_latents", "shown")
+    )
+    return passes | {"valid": valid, "mask_latents": masks, "shown": shown}
+
+
+def joint_loss(
+    unet: UNet,
+    frozen: Frozen,
+    batch: Batch,
+    corruption: Corruption,
+    weights: JointWeights,
+    config: Config,
+) -> jax.Array:
+    """The loss of the diffusion stage + train.label_weight × `label_loss` of what it predicts.
+
+    The C classes of a photo share its timestep and its noise [B, h, w, c], as the sampler has it,
+    and compete for its pixels: the x_0 that each prediction implies is decoded by the linear
+    decoder, which costs next to nothing.
+    """
+    asked, passes = batch["class_ids"].shape[1], by_pass(batch)
+    if "image_latents" in batch:
+        photo, masks = batch["image_latents"], passes["mask_latents"]
+    else:
+        images = codec.mask_images(passes["labels"], passes["class_ids"])
+        photo = encode_latents(frozen.vae, codec.to_pixels(batch["image"]))
+        masks = encode_latents(frozen.vae, images)
+    photo, masks = jax.lax.stop_gradient((photo, masks))
+    shared = (photo, corruption.noise, corruption.timesteps)
+    photos, noise, timesteps = (jnp.repeat(x, asked, axis=0) for x in shared)
+    noisy = schedule_lib.add_noise(frozen.schedule, masks, noise, timesteps)
+    target = schedule_lib.target(frozen.schedule, masks, noise, timesteps)
+    context, mask = conditioning.context(frozen.table, passes["class_ids"], config.codec.context)
+    prediction = unet(jnp.concatenate([photos, noisy], axis=-1), timesteps, context, mask)
+    square = jnp.square(prediction - target).mean(-1)  # [B·C, h, w]
+    error = jnp.sum(weights.latents.reshape(square.shape) * square)
+    x0, _ = schedule_lib.to_x0_and_noise(frozen.schedule, prediction, noisy, timesteps)
+    maps = _decoded(frozen, x0, asked, remat=False)
+    return error + config.train.label_weight * label_loss(maps, batch, weights.labels)
+
+
 def e2e_loss(
     unet: UNet,
     frozen: Frozen,
@@ -173,11 +239,9 @@ def e2e_loss(
     """`label_loss` of the maps that the sampler's single step gives from `noise` [B, h, w, c].
 
     Each of the C classes of a photo is a pass of the UNet; the photo is encoded once. The gradient
-    comes through the decoder. With config.model.remat the classes are decoded one after the
-    other, and once more going back: at full size the decoder's activations are hundreds of times
-    the latents.
+    comes through the decoder.
     """
-    count, asked = batch["class_ids"].shape
+    asked = batch["class_ids"].shape[1]
     ids = jnp.maximum(batch["class_ids"], 0).reshape(-1, 1)  # [B·C, 1]; empty slots do not count
     context, mask = conditioning.context(frozen.table, ids, config.codec.context)
     photo = jax.lax.stop_gradient(encode_latents(frozen.vae, codec.to_pixels(batch["image"])))
@@ -188,13 +252,24 @@ def e2e_loss(
         return unet(sample, jnp.full(len(ids), t), context, mask)
 
     x0 = samplers.sample(predict, frozen.schedule, start, steps=1)
+    return label_loss(_decoded(frozen, x0, asked, config.model.remat), batch, weights)
+
+
+def _decoded(frozen: Frozen, latents: jax.Array, asked: int, remat: bool) -> jax.Array:
+    """Gray maps [B, C, H, W] of latents [B·C, h, w, c], by the linear decoder if there is one.
+
+    With remat the classes are decoded one after the other, and once more going back: at full size
+    the activations of the VAE's decoder are hundreds of times the latents.
+    """
+    if frozen.decoder is not None:
+        maps = linear_decoder.decode(frozen.decoder, latents)
+        return maps.reshape(-1, asked, *maps.shape[1:])
     decode = lambda z: codec.to_gray(decode_latents(frozen.vae, z))  # noqa: E731
-    if config.model.remat:
-        by_class = x0.reshape(count, asked, *x0.shape[1:]).swapaxes(0, 1)
-        maps = jax.lax.map(jax.checkpoint(decode), by_class).swapaxes(0, 1)
-    else:
-        maps = decode(x0).reshape(count, asked, *batch["labels"].shape[1:])
-    return label_loss(maps, batch, weights)
+    if remat:
+        by_class = latents.reshape(-1, asked, *latents.shape[1:]).swapaxes(0, 1)
+        return jax.lax.map(jax.checkpoint(decode), by_class).swapaxes(0, 1)
+    maps = decode(latents)
+    return maps.reshape(-1, asked, *maps.shape[1:])
 
 
 def vae_loss(

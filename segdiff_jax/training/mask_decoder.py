@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def settle(config: Config, workdir: str, source: Source) -> None:
-    """Writes `linear_decoder.safetensors` into a workdir that has none. All processes call this."""
+    """Write `linear_decoder.safetensors` into a workdir that has none. All processes call this."""
     path = epath.Path(workdir) / mask_decoders.LINEAR
     if processes.is_first() and not path.exists():
         start = time.monotonic()
@@ -44,7 +44,7 @@ def settle(config: Config, workdir: str, source: Source) -> None:
 
 
 def fit(vae: VAE, config: Config, source: Source) -> LinearDecoder:
-    """From latents of the training's gray masks, as the codec paints them, to those masks."""
+    """Fit the linear map from latents of the training's gray masks to those masks."""
     height, width = (pixels // vae.config.downsampling for pixels in config.data.image_size)
     least, most = _MASKS
     count = min(max(_POSITIONS // (height * width), least), most)
@@ -57,9 +57,10 @@ def fit(vae: VAE, config: Config, source: Source) -> LinearDecoder:
 
     # An absent class gives an empty mask, of which few are enough.
     shown = dataclasses.replace(config, codec=dataclasses.replace(config.codec, negatives=0.1))
+    shown = pipeline.with_batch_size(shown, _AT_ONCE)
 
     def batches() -> Iterator[tuple[jax.Array, jax.Array]]:
-        drawn = pipeline.train_batches(source, shown, config.seed, batch_size=_AT_ONCE)
+        drawn = pipeline.train_batches(source, shown, config.seed)
         with contextlib.closing(drawn):
             for _ in range(-(-count // _AT_ONCE)):
                 rows = next(drawn)

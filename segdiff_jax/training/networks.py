@@ -38,7 +38,7 @@ Build = Callable[[], nnx.Module]
 
 
 def vae_to_train(config: Config, mesh: Mesh) -> tuple[VAE, Build | None]:
-    """The VAE of `init_from` on the mesh; without one shapes, and what builds the network."""
+    """Return the VAE of `init_from` on the mesh; without one, shapes and what builds it."""
     if config.init_from:
         folder = origin.folder(config.init_from)
         variant = config.init_variant or None
@@ -54,7 +54,7 @@ def vae_to_train(config: Config, mesh: Mesh) -> tuple[VAE, Build | None]:
 def unet_to_train(
     config: Config, mesh: Mesh, start: UNet | UNetConfig
 ) -> tuple[UNet, Build | None]:
-    """`start` as this run uses it; of a config shapes, and what builds the network."""
+    """Return `start` as this run uses it; of a config shapes, and what builds the network."""
 
     def build() -> UNet:
         return UNet(
@@ -73,7 +73,7 @@ def unet_to_train(
 
 
 def start_of_unet(config: Config, workdir: str, mesh: Mesh) -> UNet | UNetConfig | None:
-    """What `init_from` says of the UNet: its weights, or what this run's checkpoints are of.
+    """Return what `init_from` says of the UNet: its weights, or what this run's checkpoints are of.
 
     What these replace is not read. None where `init_from` has no UNet.
     """
@@ -81,7 +81,7 @@ def start_of_unet(config: Config, workdir: str, mesh: Mesh) -> UNet | UNetConfig
 
 
 def _saved_unet_config(config: Config, workdir: str) -> UNetConfig | None:
-    """The architecture in the checkpoints of a run that began from `init_from`, if it has any."""
+    """Read the architecture in the checkpoints of a run with `init_from`, if it has any."""
     folder = epath.Path(workdir) / workdirs.CHECKPOINTS
     if not config.init_from or not processes.all_agree(folder.exists()):
         return None
@@ -93,7 +93,7 @@ def _saved_unet_config(config: Config, workdir: str) -> UNetConfig | None:
 
 
 def _given_unet(config: Config, mesh: Mesh) -> UNet | None:
-    """The UNet of `init_from`, if it has one: a workdir with one, or a pretrained folder.
+    """Load the UNet of `init_from`, if it has one: a workdir with one, or a pretrained folder.
 
     Its arrays are read straight to where the mesh wants them.
     """
@@ -114,7 +114,7 @@ def _given_unet(config: Config, mesh: Mesh) -> UNet | None:
 
 
 def new_text(config: Config, vocabulary: Vocabulary) -> tuple[CLIPText, Tokenizer]:
-    """A tokenizer that knows the vocabulary's words, and a random encoder for it."""
+    """Make a tokenizer that knows the vocabulary's words, and a random encoder for it."""
     tokenizer = _new_tokenizer(config, vocabulary)
     architecture = presets.architecture(config.model.preset).text_encoder
     fitted = dataclasses.replace(architecture, vocab_size=tokenizer.vocab_size)
@@ -130,14 +130,15 @@ def _new_tokenizer(config: Config, vocabulary: Vocabulary) -> Tokenizer:
 
 
 def check_prompts(config: Config, vocabulary: Vocabulary) -> None:
-    """Raises before the VAE's training what would stop the training after it."""
+    """Raise, before the VAE's training, what would stop the training after it."""
     tokenizer = _new_tokenizer(config, vocabulary)
     conditioning.prompt_ids(tokenizer, vocabulary.classes, config.prompts.templates)
 
 
 def with_scaling(vae: VAE, config: Config, source: Source) -> VAE:
-    """`vae` with the scaling factor that gives training latents unit variance."""
-    drawn = pipeline.train_batches(source, config, config.seed, batch_size=_SCALING_EXAMPLES)
+    """Return `vae` with the scaling factor that gives training latents unit variance."""
+    sized = pipeline.with_batch_size(config, _SCALING_EXAMPLES)
+    drawn = pipeline.train_batches(source, sized, config.seed)
     with contextlib.closing(drawn) as batches:
         rows = next(batches)
     batch: dict[str, Any] = {name: jnp.asarray(values) for name, values in rows.items()}

@@ -13,7 +13,7 @@ from optax import contrib
 
 from segdiff_jax.config import OptimizerConfig
 
-# Which axes of an array with so many are summed over where it is applied, and which come out of it.
+# By number of axes: those that are summed over where an array is applied, and those of the result.
 _MATRIX = {
     2: contrib.MuonDimensionNumbers((0,), (1,)),
     4: contrib.MuonDimensionNumbers((0, 1, 2), (3,)),
@@ -21,7 +21,7 @@ _MATRIX = {
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """The learning rate of optimiser step 0, 1, 2, … (a float or a traced integer).
+    """Return the learning rate of optimiser step 0, 1, 2, … (a float or a traced integer).
 
     Linear warm-up, (step + 1) / warmup_steps up to 1, times exponential decay that reaches
     `final_fraction` at `decay_steps` and stays there. `final_fraction=1` is constant.
@@ -37,7 +37,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Global-norm clip, then the optimiser that `config.method` names.
+    """Chain global-norm clipping and the optimiser that `config.method` names.
 
     adamw: Loshchilov & Hutter, arXiv 1711.05101. The update is that of `torch.optim.AdamW` after
     `clip_grad_norm_`: epsilon outside the square root, weight decay scaled by the learning rate and
@@ -61,13 +61,12 @@ def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for matrices and convolution kernels, AdamW with
-    Nesterov momentum for the other arrays.
+    """Build Muon (Jordan et al. 2024) for matrices and kernels, AdamW with Nesterov for the rest.
 
     A kernel [kh, kw, in, out] counts as a matrix [kh·kw·in, out]. Updates have the root mean square
     of AdamW's, 0.2 × learning rate (Liu et al. 2025, arXiv 2502.16982, eq. 4), so that one learning
-    rate serves both. Directions in which the gradient is small move as far as those in which it is
-    large: the faint ones, such as the colours of a grey street, are not learnt last.
+    rate serves both. All singular directions of the gradient move equally far, so that weak ones
+    are not learnt last.
     """
 
     def as_matrices(params: Any) -> Any:
@@ -88,7 +87,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def ema_update(ema: Any, params: Any, decay: float, step: Any) -> Any:
-    """The moving average after optimiser step `step` (0, 1, …; may be traced) made `params`.
+    """Return the moving average after optimiser step `step` (0, 1, …; may be traced) made `params`.
 
     `decay` is approached as (1 + step) / (10 + step), so that the random start is soon forgotten.
     Both trees have the same structure and shapes; `ema` keeps its dtypes.

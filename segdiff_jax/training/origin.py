@@ -55,7 +55,7 @@ _FOLDERS = (
 
 
 def check(config: Config, workdir: str) -> None:
-    """Raises `UserError` for what the networks that `config` names cannot do.
+    """Raise `UserError` for what the networks that `config` names cannot do.
 
     That is the preset, the folder or workdir of `init_from`, or what `workdir` has from an earlier
     start. Only configs are read. The log tells what the run overrides of the folder's schedule.
@@ -73,7 +73,7 @@ def check(config: Config, workdir: str) -> None:
 
 
 def check_start(config: Config, workdir: str) -> None:
-    """Raises `UserError` for what the folders, the config and the devices say against the run."""
+    """Raise `UserError` for what the folders, the config and the devices say against the run."""
     if not workdir.strip():
         raise UserError("--workdir is empty: name a folder (is a variable unset?)")
     workdirs.check_new(workdir, config.data.root)
@@ -96,7 +96,7 @@ def _is_start(folder: str) -> bool:
 
 
 def check_config(stored: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises `UserError` if a run with config `current` cannot continue one with config `stored`.
+    """Raise `UserError` if a run with config `current` cannot continue one with config `stored`.
 
     Both are nested dictionaries of JSON values (`config.to_dict`). Keys of `DEFINES_STATE` must be
     equal; steps, logging, paths, learning rates, data augmentation and so on may differ.
@@ -123,7 +123,7 @@ def check_config(stored: dict[str, Any], current: dict[str, Any]) -> None:
 
 
 def names(config: Config, workdir: str) -> set[str]:
-    """What this run may write at the top of `workdir`, its lock aside, and what earlier starts did.
+    """Return what this run, but for its lock, may write at the top of `workdir`, or has.
 
     Raises `UserError` where one of these names is taken and the folder's marker does not list it.
     A workdir of a version that kept no list owns what lies there under the names of a run. A folder
@@ -152,7 +152,7 @@ def names(config: Config, workdir: str) -> set[str]:
 
 
 def check_balance(config: Config, source: Source) -> None:
-    """Raises `UserError` where `train.balance` cannot do anything: each pass shows every class."""
+    """Raise `UserError` where `train.balance` cannot do anything: each pass shows every class."""
     trained = len(source.vocabulary) - len(source.novel)
     group, balance = config.codec.classes_per_pass, config.train.balance
     if config.stage == "diffusion" and balance and group >= trained > 1:
@@ -163,7 +163,7 @@ def check_balance(config: Config, source: Source) -> None:
 
 
 def folder(init_from: str) -> str:
-    """`init_from` itself, or in a workdir the folder with the frozen networks."""
+    """Return `init_from` itself, or in a workdir the folder with the frozen networks."""
     own = workdirs.is_workdir(init_from)
     return str(epath.Path(init_from) / workdirs.PRETRAINED) if own else init_from
 
@@ -201,7 +201,7 @@ def _check_init_from(config: Config) -> None:
 
 
 def _check_trained(config: Config) -> None:
-    """The single-step stage goes on from a UNet that paints masks, one class a pass."""
+    """Raise `UserError` unless the UNet to go on from paints masks, one class a pass."""
     start = config.init_from
     needs = f"config.init_from={start}: config.stage='e2e' goes on from a diffusion training"
     try:
@@ -218,7 +218,7 @@ def _check_trained(config: Config) -> None:
 
 
 def _check_parts(found: Described, start: str) -> None:
-    """The networks of a folder must fit each other: nothing else would say so but a shape."""
+    """Raise `UserError` for networks of a folder that do not fit each other."""
     unet, vae, text = found.unet, found.vae, found.text_encoder
     if unet and vae and unet.out_channels != vae.latent_channels:
         raise UserError(
@@ -233,7 +233,7 @@ def _check_parts(found: Described, start: str) -> None:
 
 
 def _compare(config: Config, trained: DiffusionConfig | None, start: str) -> None:
-    """What the UNet of `start` was trained on against what this run trains it on."""
+    """Compare what the UNet of `start` was trained on with what this run trains it on."""
     wanted = config.diffusion
     if trained is None:
         log.warning(

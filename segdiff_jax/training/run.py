@@ -23,7 +23,7 @@ from etils import epath
 from flax import nnx
 
 from segdiff_jax import __version__, codec, ownership
-from segdiff_jax.config import Config, of_stage
+from segdiff_jax.config import Config, competing, of_stage, through_linear
 from segdiff_jax.data import label_summary, latent_cache, latents, pipeline, preference
 from segdiff_jax.data.preference import Preference
 from segdiff_jax.data.sources.source import open_source
@@ -48,7 +48,7 @@ from segdiff_jax.training.step import (
     vae_step,
 )
 from segdiff_jax.training.timing import StartUp
-from segdiff_jax.weights import pretrained
+from segdiff_jax.weights import mask_decoders, pretrained
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.checkpoint import Checkpoints
 from segdiff_jax.weights.pretrained import Pretrained
@@ -61,9 +61,9 @@ class Stage:
     """What a stage trains, and on what."""
 
     network: nnx.Module  # arrays on the mesh, or shapes that `build` fills
-    build: networks.Build | None
+    build: networks.Build | None  # makes the arrays; None: `network` has them
     step: StepFunction
-    frozen: Frozen | None
+    frozen: Frozen | None  # None in the VAE stage
     flops: float  # of one example
     encoder: VAE | None = None  # of the latent cache that takes the place of pixels
     preferred: Preference | None = None  # which absent and which rare classes are asked for
@@ -77,7 +77,7 @@ def train(
     make_validator: MakeValidator | None = None,
     nested: bool = False,
 ) -> None:
-    """Runs `config.stage` in `workdir`, the VAE stage before it where it is needed.
+    """Run `config.stage` in `workdir`, the VAE stage before it where it is needed.
 
     Continues from the newest checkpoint in `workdir`. Every process of the run calls this, and all
     see the same `workdir`, which is locked meanwhile (`lock.held`). Nothing is written there before
@@ -114,7 +114,7 @@ def train(
 
 
 def _begin(run: Run) -> None:
-    """Marks the folder as the workdir of this run, unless it is that already.
+    """Mark the folder as the workdir of this run, unless it is that already.
 
     The marker that lists what is ours there comes first.
     """
@@ -139,7 +139,7 @@ def _write_config(run: Run) -> None:
 
 
 def _train_vae(run: Run) -> None:
-    """Trains the VAE and writes `pretrained/`, from which the next stage begins."""
+    """Train the VAE and write `pretrained/`, from which the next stage begins."""
     config, finished = run.config, epath.Path(run.workdir) / workdirs.PRETRAINED
     if pretrained.is_whole(finished):
         done = _newest_step(run.workdir) or config.train.steps  # whose checkpoints are gone is done
@@ -165,7 +165,7 @@ def _train_vae(run: Run) -> None:
 
 
 def _unet_stage(run: Run) -> Stage:
-    """Of "diffusion" and "e2e"."""
+    """Prepare the "diffusion" or "e2e" stage."""
     config, workdir, classes = run.config, run.workdir, run.source.vocabulary
     start = networks.start_of_unet(config, workdir, run.mesh)
     vae, text_encoder, tokenizer = _frozen_networks(run)
@@ -188,13 +188,17 @@ def _unet_stage(run: Run) -> Stage:
     tokens = group if config.codec.context == "bound" else table.hidden.shape[1]
     size, cached = config.data.image_size, config.data.cache_latents
     single = config.stage == "e2e"
-    make_step, decoded = (e2e_step, config.e2e.classes) if single else (diffusion_step, 0)
+    asked = competing(config)
+    decoder = None
+    if through_linear(config):
+        mask_decoder.settle(config, workdir, run.source)
+        decoder = mask_decoders.read_linear(workdir, vae.config)
     return Stage(
         network=unet,
         build=build,
-        step=make_step(graph, vae_graph, config, run.mesh),
-        frozen=Frozen(vae_params, make_schedule(config.diffusion), table),
-        flops=flops.train_example(unet.config, vae.config, size, tokens, cached, decoded),
+        step=(e2e_step if single else diffusion_step)(graph, vae_graph, config, run.mesh),
+        frozen=Frozen(vae_params, make_schedule(config.diffusion), table, decoder),
+        flops=flops.train_example(unet.config, vae.config, size, tokens, cached, asked),
         encoder=vae if cached else None,
         preferred=preference.of_training(run.source, config, np.asarray(table.pooled)),
         validate=validate,
@@ -202,7 +206,7 @@ def _unet_stage(run: Run) -> Stage:
 
 
 def _frozen_networks(run: Run) -> tuple[VAE, CLIPText, Any]:
-    """The networks that are not trained; copied into the workdir first where they are not yet."""
+    """Load the networks that are not trained; copy them into the workdir first."""
     dtype, folder = jnp.dtype(run.config.model.dtype), epath.Path(run.workdir) / workdirs.PRETRAINED
     missing = not pretrained.is_whole(folder)
     processes.barrier()  # all have looked
@@ -224,7 +228,7 @@ def _frozen_networks(run: Run) -> tuple[VAE, CLIPText, Any]:
 
 
 def _starting_point(run: Run) -> str:
-    """The folder with the frozen networks: given, or made by the VAE stage first."""
+    """Return the folder with the frozen networks: given, or made by the VAE stage first."""
     config = run.config
     if config.init_from:
         return origin.folder(config.init_from)
@@ -253,7 +257,7 @@ def _newest_step(workdir: str) -> int | None:
 
 
 def _train(run: Run, stage: Stage) -> TrainState:
-    """Trains a stage from its newest checkpoint to its end; the state there."""
+    """Train a stage from its newest checkpoint to its end and return the state there."""
     run.startup.done("weights")
     with Checkpoints(
         epath.Path(run.workdir) / workdirs.CHECKPOINTS,
@@ -277,7 +281,7 @@ def _train(run: Run, stage: Stage) -> TrainState:
 def _newest_state(
     run: Run, stage: Stage, checkpoints: Checkpoints
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state on the mesh and its metadata: of the newest checkpoint, or at step 0 and {}."""
+    """Return the state on the mesh and its metadata: of the newest checkpoint, or new and {}."""
     params, build, config = nnx.state(stage.network), stage.build, run.config
     shapes = jax.eval_shape(lambda p: init_state(p, config), params)
     shardings = rules.state_sharding(shapes, run.mesh)
@@ -298,18 +302,16 @@ def _set_up(
         # Without one, it is a checkpoint of the first version.
         position = stored.get("next_example", done * size)
         log.info("%s: resuming at step %d, example %d", run.workdir, done, position)
-        if stored.get("code", "unknown") != code:
-            written_by = stored.get("code", "unknown")
+        written_by = stored.get("code", "unknown")
+        if written_by != code:
             log.info("the checkpoint is of code %s, this is %s", written_by, code)
     _write_config(run)  # what may change in a run, its steps for one, may have changed
-    count = workdirs.parameter_count(state.params)
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     log.info("%s: %.2f M parameters", config.stage, count / 1e6)
     run.startup.done("restore" if done else "state")
     unet = stage.network.config if isinstance(stage.network, UNet) else None
     described = workdirs.checkpoint_metadata(config, unet)
-    frozen = stage.frozen
-    if frozen is not None:
-        frozen = mesh.place(frozen, mesh.replicated(run.mesh))
+    frozen = stage.frozen and mesh.place(stage.frozen, mesh.replicated(run.mesh))
     return Setup(
         run=run,
         step=compile_step(stage.step, state, run.mesh),
@@ -324,10 +326,10 @@ def _set_up(
 
 
 def _batches(run: Run, stage: Stage, example: int) -> pipeline.TrainBatches:
-    """From `example` on, the rows that this process feeds; of the latent cache if it is used."""
+    """Return the rows that this process feeds from `example` on, cached latents or pixels."""
     config, rows = run.config, mesh.local_rows(run.mesh, run.config.train.batch_size)
-    if config.stage == "e2e":  # the classes that compete are drawn as those of a pass are
-        group = dataclasses.replace(config.codec, classes_per_pass=config.e2e.classes)
+    if asked := competing(config):  # drawn as those of a pass of several are
+        group = dataclasses.replace(config.codec, classes_per_pass=asked)
         config = dataclasses.replace(config, codec=group)
     if stage.encoder is None:
         return pipeline.train_batches(
@@ -341,7 +343,7 @@ def _batches(run: Run, stage: Stage, example: int) -> pipeline.TrainBatches:
 
 
 def code_version() -> str:
-    """The package's version, and its commit where it runs from a checkout."""
+    """Return the package's version, and its commit where it runs from a checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return __version__

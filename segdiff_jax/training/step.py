@@ -1,4 +1,12 @@
-"""The training step of each stage: a pure function of state, batch, key and frozen constants."""
+"""The training step of each stage: a pure function of state, batch, key and frozen constants.
+
+    batch ─► weights of positions, timesteps and noise for the global batch   (by key and step)
+          ─► micro-batches ─► loss, gradient ─► their sum
+    gradient ─► clip, optimiser ─► parameters ─► EMA ─► the next state, metrics
+
+Parameters are float32 and sharded. Each step rounds them to the dtype of their layer, gathers
+them over replicas, and scatters the gradient as the state is sharded.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -26,9 +34,9 @@ class TrainState(NamedTuple):
     """Everything a checkpoint holds. `ema` is empty when `optimizer.ema_decay` is 0."""
 
     step: jax.Array  # int32, optimiser steps done
-    params: Any
-    opt_state: Any
-    ema: Any
+    params: Any  # float32
+    opt_state: Any  # moments, float32
+    ema: Any  # float32, like params
 
 
 # (state, `losses.Frozen` or None, batch, key) -> (state, metrics)
@@ -36,7 +44,7 @@ StepFunction = Callable[[TrainState, Any, losses.Batch, jax.Array], Any]
 
 
 def init_state(params: Any, config: Config) -> TrainState:
-    """The state at step 0; works on arrays and, under `jax.eval_shape`, on their shapes."""
+    """Return the state at step 0; works on arrays and, under `jax.eval_shape`, on their shapes."""
     # Copies: the step donates its buffers, and EMA may not share them with the parameters.
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else {}
     opt_state = make_optimizer(config.optimizer).init(params)
@@ -44,7 +52,7 @@ def init_state(params: Any, config: Config) -> TrainState:
 
 
 def compile_step(step: StepFunction, state: TrainState, mesh: Mesh) -> Any:
-    """`step` under `jit`: the state keeps its sharding and its buffers are reused."""
+    """Put `step` under `jit`: the state keeps its sharding and its buffers are donated."""
     shardings = rules.state_sharding(state, mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
@@ -52,34 +60,44 @@ def compile_step(step: StepFunction, state: TrainState, mesh: Mesh) -> Any:
 def diffusion_step(
     unet: nnx.GraphDef[UNet], vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None
 ) -> StepFunction:
-    """`step(state, frozen, batch, key) -> (state, metrics)` for the diffusion stage.
+    """Return `step(state, frozen, batch, key) -> (state, metrics)` of the diffusion stage.
 
-    `mesh`: what state and batch are spread over; None for one device. `key` is the run's; the
-    step's own is folded from it and `state.step`, so a resumed run draws what an uninterrupted one
-    would have drawn.
+    State and batch are sharded over `mesh`; None stands for one device. `key` is the run's; the
+    step folds `state.step` into it, so a resumed run draws what an uninterrupted one would draw.
     """
-    micro_batches = config.optimizer.accumulation
+    settings = config.train
+
+    def weights_of(batch: losses.Batch, factor: int) -> Any:
+        if not settings.label_weight:
+            return losses.latent_weights(batch, factor, settings.balance)  # [B, h, w]
+        passes = losses.latent_weights(losses.by_pass(batch), factor, settings.balance)
+        asked = batch["class_ids"].shape[1]
+        by_photo = passes.reshape(-1, asked, *passes.shape[1:])  # micro-batches are of photos
+        return losses.JointWeights(by_photo, losses.label_weights(batch))
 
     def step(state: TrainState, frozen: losses.Frozen, batch: losses.Batch, key: jax.Array):
         frozen = frozen._replace(vae=nnx.merge(vae, frozen.vae))
         factor, channels = frozen.vae.config.downsampling, frozen.vae.config.latent_channels
-        weights = losses.latent_weights(batch, factor, config.train.balance)  # [B, h, w]
-        count, height, width = weights.shape
+        weights = weights_of(batch, factor)
+        height, width = jax.tree.leaves(weights)[0].shape[-2:]
         corruption = losses.corrupt(
             jax.random.fold_in(key, state.step),
-            (count, height, width, channels),
+            (len(batch["class_ids"]), height, width, channels),
             frozen.schedule,
             config.noise,
-            config.train.terminal_share,
+            settings.terminal_share,
         )
 
         def loss_fn(params, micro):
             module, (rows, drawn, row_weights) = nnx.merge(unet, params), micro
+            if settings.label_weight:
+                return losses.joint_loss(module, frozen, rows, drawn, row_weights, config)
             return losses.diffusion_loss(module, frozen, rows, drawn, row_weights, config.codec)
 
         everything = (batch, corruption, weights)
         params = _for_use(unet, state.params, mesh)
-        loss, grads = _accumulate(_grad_fn(loss_fn, mesh), params, everything, micro_batches)
+        grad_fn = _grad_fn(loss_fn, mesh)
+        loss, grads = _accumulate(grad_fn, params, everything, config.optimizer.accumulation)
         return _update(state, grads, {"loss": loss}, config)
 
     return step
@@ -88,14 +106,14 @@ def diffusion_step(
 def e2e_step(
     unet: nnx.GraphDef[UNet], vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None
 ) -> StepFunction:
-    """`step` of the single-step stage; the rest as of `diffusion_step`."""
+    """Return `step` of the single-step stage; the rest is as of `diffusion_step`."""
 
     def step(state: TrainState, frozen: losses.Frozen, batch: losses.Batch, key: jax.Array):
         frozen = frozen._replace(vae=nnx.merge(vae, frozen.vae))
         factor, channels = frozen.vae.config.downsampling, frozen.vae.config.latent_channels
         count, height, width = batch["labels"].shape
         shape = (count, height // factor, width // factor, channels)
-        # One for all classes of a photo, as the sampler has it.
+        # All classes of a photo start from the same noise, as in the sampler.
         noise = samplers.initial_noise(jax.random.fold_in(key, state.step), shape, config.e2e.noise)
 
         def loss_fn(params, micro):
@@ -112,7 +130,7 @@ def e2e_step(
 
 
 def vae_step(vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None) -> StepFunction:
-    """`step(state, None, batch, key) -> (state, metrics)` for the VAE stage."""
+    """Return `step(state, None, batch, key) -> (state, metrics)` of the VAE stage."""
 
     def step(state: TrainState, frozen: None, batch: losses.Batch, key: jax.Array):
         def loss_fn(params):
@@ -138,15 +156,15 @@ def vae_step(vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None) -
 
 
 def _for_use(network: nnx.GraphDef, params: Any, mesh: Mesh | None) -> Any:
-    """What the layers multiply with: rounded to their dtype, then gathered from the replicas."""
+    """Round parameters to the dtype of their layer, then gather them from the replicas."""
     params = kernels_as_multiplied(network, params)
     return params if mesh is None else rules.gathered(params, mesh)
 
 
 def _grad_fn(loss_fn: Callable, mesh: Mesh | None, has_aux: bool = False) -> Callable:
-    """Loss and gradient, which is in float32 and cut as the state is: each chip has its own part.
+    """Return loss and gradient, in float32 and sharded as the state is.
 
-    So what sums it over replicas may scatter the sum, and no chip holds the whole of it.
+    The sum over replicas may then be a reduce-scatter, so that no chip holds the whole gradient.
     """
 
     def value_and_grad(params: Any, *inputs: Any) -> tuple[Any, Any]:
@@ -158,10 +176,10 @@ def _grad_fn(loss_fn: Callable, mesh: Mesh | None, has_aux: bool = False) -> Cal
 
 
 def _accumulate(grad_fn: Callable, params: Any, batch: Any, count: int) -> tuple[jax.Array, Any]:
-    """Loss and gradient of the whole batch as the sum over `count` slices of it."""
+    """Return loss and gradient of the whole batch as the sum over `count` slices of it."""
     if count == 1:
         return grad_fn(params, batch)
-    # Every count-th row, so that a slice has rows of every chip.
+    # A slice takes every count-th row, so that it has rows of every chip.
     slices = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, micro):
@@ -179,7 +197,7 @@ def _update(
     params = optax.apply_updates(state.params, updates)
     decay = config.optimizer.ema_decay
     ema = ema_update(state.ema, params, decay, state.step) if decay else state.ema
-    # Not of `updates`: with them XLA makes two passes over the state, with this one.
+    # The norm is not of `updates`: with them XLA makes two passes over the state, with this one.
     applied = jax.tree.map(jnp.subtract, params, state.params)
     metrics = {
         **metrics,

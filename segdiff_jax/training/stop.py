@@ -1,4 +1,4 @@
-"""How a run is asked to end."""
+"""Signals that ask a run to end after its current step."""
 
 import contextlib
 import os

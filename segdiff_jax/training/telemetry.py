@@ -1,4 +1,4 @@
-"""What a run reports: TensorBoard events, a progress bar or log lines, rates.
+"""Reports of a run: TensorBoard events, a progress bar or log lines, rates.
 
 Reading a metric waits for the device. So the metrics of a step are read one step later, when they
 are ready and the next step is already queued: the device never waits for the host.
@@ -73,7 +73,7 @@ class Telemetry:
         self._waited = 0.0  # seconds of the interval
         self._events: _Events | None = None
         self._bar: tqdm | None = None
-        # A folder per stage: where one starts over, TensorBoard drops only what that one reported.
+        # A folder per stage: when a stage restarts, TensorBoard drops only that stage's events.
         self.folder = epath.Path(workdir) / "tensorboard" / self.stage
         if processes.is_first():
             self._events = _Events(self.folder, first_step)
@@ -83,7 +83,7 @@ class Telemetry:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the request for a batch: time in which the host can queue no step."""
+        """Time the request for a batch, in which the host can queue no step."""
         started = time.perf_counter()
         try:
             yield
@@ -91,7 +91,7 @@ class Telemetry:
             self._waited += time.perf_counter() - started
 
     def step(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float] | None:
-        """Takes the device scalars of the training step that was just dispatched.
+        """Take the device scalars of the training step that was just dispatched.
 
         `step` counts steps done (1 … config.train.steps), as checkpoints are numbered.
         Returns the values of the step before, with its number as "step", for the loop to check
@@ -105,7 +105,7 @@ class Telemetry:
         return values
 
     def fetch(self) -> dict[str, float] | None:
-        """The values not yet returned, waiting for their step: before a checkpoint or the end."""
+        """Wait for the step and return its values: before a checkpoint or the end."""
         if self._pending is None:
             return None
         step, metrics = self._pending
@@ -122,7 +122,7 @@ class Telemetry:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Work that is not training, such as evaluation: its time does not count in the rates."""
+        """Leave the time of work that is not training, such as evaluation, out of the rates."""
         started = time.perf_counter()
         try:
             yield
@@ -132,7 +132,7 @@ class Telemetry:
                 self._interval = (step, since + time.perf_counter() - started)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Writes values under their own tags, e.g. {"validation/miou_present": 0.41}.
+        """Write values under their own tags, e.g. {"validation/miou_present": 0.41}.
 
         Those that are not finite are left out: the loop stops at them and says so.
         """
@@ -143,7 +143,7 @@ class Telemetry:
             self._events.add(step, [summary.scalar(tag, v) for tag, v in finite.items()])
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """Writes uint8 images, [H, W, 3] or [N, H, W, 3] side by side, under the tag `name`."""
+        """Write uint8 images, [H, W, 3] or [N, H, W, 3] side by side, under the tag `name`."""
         if self._events is not None:
             from tensorboardX import summary
 
@@ -153,7 +153,7 @@ class Telemetry:
             self._events.add(step, [summary.image(name, row, dataformats="HWC")])
 
     def close(self) -> None:
-        """Writes what is pending and waits for the last upload."""
+        """Write what is pending and wait for the last upload."""
         try:
             self.fetch()
         finally:
@@ -181,7 +181,7 @@ class Telemetry:
         log.info("%s step %d/%d  %s", self.stage, step, total, line)
 
     def _rates(self, step: int) -> dict[str, float]:
-        """Of the interval that ends with `step`; begins the next one."""
+        """Return the rates of the interval that ends with `step`; begin the next one."""
         assert self._interval is not None
         now, (since_step, since) = time.perf_counter(), self._interval
         steps, seconds = step - since_step, max(now - since, 1e-9)
@@ -196,7 +196,7 @@ class Telemetry:
 
 
 def device_rates(rate: float, devices: Sequence[jax.Device]) -> dict[str, float]:
-    """How well `devices` are used that make `rate` FLOP/s together.
+    """Return how well `devices` are used that make `rate` FLOP/s together.
 
     tflops_per_chip; on a TPU also mfu, of the chip's bfloat16 peak (arXiv 2204.02311, appendix B);
     and, where devices tell, hbm_peak_gib and hbm_share of the fullest one of this process.
@@ -216,8 +216,8 @@ def device_rates(rate: float, devices: Sequence[jax.Device]) -> dict[str, float]
 class _Events:
     """One TensorBoard event file, on local disk or on an object store.
 
-    Objects cannot be appended to: their file grows in a local folder and a thread copies it over
-    now and then. What cannot be written is a warning: losing a curve must not lose a run.
+    Objects cannot be appended to: the file grows in a local folder, and a thread copies it to the
+    store every `UPLOAD_SECONDS`. A failed write is a warning: losing a curve must not end a run.
     """
 
     def __init__(self, directory: epath.Path, first_step: int):
@@ -247,7 +247,7 @@ class _Events:
         self._write(session_log=SessionLog(status=SessionLog.START), step=first_step + 1)
 
     def add(self, step: int, summaries: Iterable[Any]) -> None:
-        """Appends protocol buffers and starts a copy when the last one is done and old enough."""
+        """Append protocol buffers and start a copy when the last one is done and old enough."""
         for summary in summaries:
             self._write(step=step, summary=summary)
         self._attempt(self._records.flush)

@@ -1,4 +1,4 @@
-"""Where time goes: the parts of a start, and a profiler trace of some steps."""
+"""Measure where time goes: the parts of a start-up, and a profiler trace of some steps."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ class StartUp:
         self._since = time.perf_counter() - running
 
     def restart(self) -> None:
-        """Before the next stage of the same process: what ran until now was no start."""
+        """Restart the clock before the next stage of the same process."""
         self.seconds.clear()
         self._since = time.perf_counter()
 
@@ -41,7 +41,7 @@ class StartUp:
 
 
 def process_age() -> float:
-    """Seconds since this process began, imports included; 0 where the system does not tell."""
+    """Return the seconds since this process began, imports included; 0 if unknown."""
     try:
         after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         started = int(after_name[19]) / os.sysconf("SC_CLK_TCK")  # field 22, since boot

@@ -92,17 +92,17 @@ class Checkpoints:
             self.close()
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first, without those found damaged."""
+        """List the steps of the complete checkpoints, oldest first, without those found damaged."""
         if not self.directory.exists():
             return []
         return sorted(set(self._manager.all_steps()) - set(self._damaged))
 
     def latest_step(self) -> int | None:
-        """The newest of `steps()`, or None."""
+        """Return the newest of `steps()`, or None."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The step with the highest `best_metric`, the newer of two; None if none was measured."""
+        """Return the step with the highest `best_metric`, the newer of two, or None."""
         metric = self._best_metric
         found = step_folders.scores(self.directory, self.steps(), metric) if metric else {}
         return max(found, key=lambda step: (found[step], step), default=None)
@@ -115,7 +115,7 @@ class Checkpoints:
         metadata: dict[str, Any],
         metrics: dict[str, float] | None = None,
     ) -> None:
-        """Starts saving `state` (a tree of arrays) and `metadata` (JSON values) as `step`.
+        """Start saving `state` (a tree of arrays) and `metadata` (JSON values) as `step`.
 
         Returns when the arrays are copied off the device, which may then reuse them; files are
         written in the background. A step that is already saved is left as it is. Raises `UserError`
@@ -146,7 +146,7 @@ class Checkpoints:
 
     @seen
     def restore(self, abstract: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """The state and metadata of `step`, or of the newest readable checkpoint.
+        """Restore the state and metadata of `step`, or of the newest readable checkpoint.
 
         `abstract` is a tree of `ShapeDtypeStruct`s with the shardings wanted (one local device
         where there is none); top-level entries that it leaves out are not read. Without `step`, a
@@ -157,18 +157,18 @@ class Checkpoints:
 
     @seen
     def metadata(self, step: int | None = None) -> dict[str, Any]:
-        """The metadata alone, found as by `restore`: enough to rebuild the config."""
+        """Restore the metadata alone, found as by `restore`: enough to rebuild the config."""
         return self._newest_readable(self._read_metadata, step)
 
     @seen
     def wait(self) -> None:
-        """Returns when the save under way is complete; raises `UserError` if it failed."""
+        """Return when the save under way is complete. Raise `UserError` if it failed."""
         with self._writing():
             self._finish()
 
     @seen
     def close(self) -> None:
-        """`wait`, then release threads. No call may follow."""
+        """Call `wait`, then release threads. No call may follow."""
         with self._writing():
             self._finish()
             self._manager.close()
@@ -242,7 +242,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns a full disk and a forbidden place, however they surface, into a `UserError`."""
+        """Turn a full disk and a forbidden place, however they surface, into a `UserError`."""
         try:
             yield
         except jax.errors.JaxRuntimeError:
@@ -264,7 +264,7 @@ class Checkpoints:
 
 
 def _in_all(read: Callable[[], Any]) -> Any:
-    """`read()`; raises in every process where it raises in one, so that all try the same step."""
+    """Call `read()`; where it raises in one process, raise in all: they try the same step."""
     result, damage = None, None
     try:
         with processes.at_work("reads a checkpoint"):
@@ -309,7 +309,7 @@ def _options(
 
 
 def _drop_damaged_metrics(directory: epath.Path) -> None:
-    """Orbax reads every metrics file when it opens the folder to write, and would not open it."""
+    """Remove unreadable metrics: Orbax reads all of them when it opens the folder to write."""
     for path in directory.glob("*/metrics/metrics"):
         try:
             json.loads(path.read_text())

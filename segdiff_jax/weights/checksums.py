@@ -1,6 +1,6 @@
-"""What a checkpoint holds, array by array: plain names, checksums, no NaN.
+"""Plain names, checksums and finiteness of the arrays in a checkpoint.
 
-Orbax's chunks carry no checksum: a flipped bit in one would be restored as it is.
+Orbax's chunks carry no checksum, so a flipped bit would be restored unnoticed.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from segdiff_jax.weights.tensors import all_finite
 
 
 def by_name(tree: Any) -> dict[str, Any]:
-    """`tree` as nested dictionaries with string keys, one level per part of `leaf_path`."""
+    """Return `tree` as nested dictionaries with string keys, one level per part of `leaf_path`."""
     nested: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         *parents, name = leaf_path(path)
@@ -27,7 +27,7 @@ def by_name(tree: Any) -> dict[str, Any]:
 
 
 def flat(nested: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """The inverse view: (part, part, …) → leaf, in the order of `nested`."""
+    """Flatten nested dictionaries: (part, part, …) → leaf, in the order of `nested`."""
     leaves: dict[tuple[str, ...], Any] = {}
     for key, value in nested.items():
         path = (*prefix, str(key))
@@ -37,14 +37,14 @@ def flat(nested: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str
 
 @jax.jit
 def _checksum(array: jax.Array) -> jax.Array:
-    """The sum of the bit patterns modulo 2³²: exact, and the same however the array is cut."""
+    """Sum the bit patterns modulo 2³²: exact, and the same however the array is sharded."""
     if array.dtype != jnp.bool_:
         array = jax.lax.bitcast_convert_type(array, f"uint{array.dtype.itemsize * 8}")
     return jnp.sum(array, dtype=jnp.uint32)
 
 
 def of(tree: dict[str, Any]) -> dict[str, int]:
-    """The checksum of each array of `by_name`'s tree under its path, "a/b/kernel"."""
+    """Return the checksum of each array of `by_name`'s tree under its path, "a/b/kernel"."""
     leaves = {"/".join(path): leaf for path, leaf in flat(tree).items()}
     spread = [name for name, leaf in leaves.items() if len(leaf.sharding.device_set) > 1]
     sums = {name: _checksum(leaf) for name, leaf in leaves.items() if name not in set(spread)}
@@ -58,7 +58,7 @@ def of(tree: dict[str, Any]) -> dict[str, int]:
 
 
 def _local_checksum(array: jax.Array) -> int:
-    """`_checksum` of the parts held here, each counted by one of the devices that hold it."""
+    """Sum the shards held here, each counted by one of the devices that hold it."""
     total = 0
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
@@ -70,7 +70,7 @@ def _local_checksum(array: jax.Array) -> int:
 
 
 def verify(tree: dict[str, Any], expected: dict[str, int], stored: Any) -> None:
-    """Raises `ValueError` unless arrays that kept their type have the sums that were stored."""
+    """Raise `ValueError` unless arrays that kept their type have the sums that were stored."""
     dtypes = {"/".join(path): leaf.dtype for path, leaf in flat(stored).items()}
     same = {path: x for path, x in flat(tree).items() if x.dtype == dtypes["/".join(path)]}
     for name, value in of({"/".join(path): x for path, x in same.items()}).items():
@@ -79,9 +79,9 @@ def verify(tree: dict[str, Any], expected: dict[str, int], stored: Any) -> None:
 
 
 def check_finite(tree: dict[str, Any]) -> None:
-    """Raises `ValueError` for NaN or infinity, in every process.
+    """Raise `ValueError` for NaN or infinity, in every process.
 
-    They pass a checksum, and whoever goes on from them would blame the data or the learning rate.
+    Both pass a checksum, and a run that resumed from them would blame data or learning rate.
     """
     bad = None
     for path, array in flat(tree).items():

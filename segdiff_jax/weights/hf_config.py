@@ -74,7 +74,7 @@ _SCHEDULE_FIXED: dict[str, tuple[Any, ...]] = {
 
 
 def _is_off(value: Any) -> bool:
-    """Nothing, or nothing for each level."""
+    """Return whether an option is nothing, or nothing for each level."""
     return value in _OFF or (isinstance(value, list) and all(part in _OFF for part in value))
 
 
@@ -99,7 +99,7 @@ def _check_unknown(values: Json, known: set[str], file: str) -> None:
 
 
 def _read(cls: type, values: Json, renamed: dict[str, str], file: str, **defaults: Any) -> Any:
-    """A `cls` of the entries with its fields' names, or those `renamed`, each checked as declared.
+    """Build a `cls` of entries named as its fields, or `renamed`, each checked as declared.
 
     defaults: what missing entries mean, where it is not what they mean to `cls`.
     """
@@ -113,13 +113,13 @@ def _read(cls: type, values: Json, renamed: dict[str, str], file: str, **default
 
 
 def _write(config: Any, renamed: dict[str, str]) -> Json:
-    """The inverse of `_read`."""
+    """Invert `_read`."""
     values = dataclasses.asdict(config).items()
     return {renamed.get(k, k): list(v) if isinstance(v, tuple) else v for k, v in values}
 
 
 def _same_everywhere(values: Json, keys: tuple[str, ...]) -> Json:
-    """`values` with one number where the file has a list with the same for each level."""
+    """Return `values` with one number where the file has a list with the same for each level."""
     changed = dict(values)
     for key in keys:
         value = values.get(key)
@@ -134,8 +134,13 @@ def _divides(groups: int, widths: tuple[int, ...], key: str, file: str) -> None:
         raise UserError(f"{file}: {key}={groups} does not divide {bad[0]} channels")
 
 
+def _check_levels(count: int, file: str) -> None:
+    if count > 16:
+        raise UserError(f"{file}: {count} levels halve the image to nothing: at most 16")
+
+
 def _cross_attention(values: Json, levels: int, file: str) -> tuple[bool, ...]:
-    """Which levels attend to the text, going down; the way up must mirror it."""
+    """Return which levels attend to the text, going down; the way up must mirror it."""
     defaults = {"down_block_types": [True, True, True, False]}
     defaults["up_block_types"] = defaults["down_block_types"][::-1]
     attends = {}
@@ -166,13 +171,12 @@ _UNET_NAMES = {
 
 
 def check_unet(config: UNetConfig, file: str, keys: Mapping[str, str]) -> None:
-    """Raises `UserError` if no network can be built of `config`.
+    """Raise `UserError` if no network can be built of `config`.
 
     keys: what `file` calls those fields that do not have their own names there.
     """
     levels = len(config.block_out_channels)
-    if levels > 16:
-        raise UserError(f"{file}: {levels} levels halve the image to nothing: at most 16")
+    _check_levels(levels, file)
     for field in ("cross_attention", "heads"):
         found = len(getattr(config, field))
         if found != levels:
@@ -185,7 +189,7 @@ def check_unet(config: UNetConfig, file: str, keys: Mapping[str, str]) -> None:
 
 
 def read_unet(values: Json, file: str) -> UNetConfig:
-    """`unet/config.json` → `UNetConfig`. Missing keys mean what they mean to diffusers."""
+    """Read `unet/config.json` as `UNetConfig`. Missing keys mean what they mean to diffusers."""
     _check(values, {"_class_name": ("UNet2DConditionModel",)} | _UNET_FIXED, file)
     single = ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim")
     values, names = _same_everywhere(values, single), dict(_UNET_NAMES)
@@ -213,7 +217,7 @@ def read_unet(values: Json, file: str) -> UNetConfig:
 
 
 def write_unet(config: UNetConfig) -> Json:
-    """The inverse of `read_unet`, for `diffusers.UNet2DConditionModel`."""
+    """Invert `read_unet`, for `diffusers.UNet2DConditionModel`."""
     values = _write(config, _UNET_NAMES)
     attends, shift = values.pop("cross_attention"), config.freq_shift
     return values | {
@@ -229,19 +233,12 @@ _VAE_NAMES = {"norm_groups": "norm_num_groups", "mid_attention": "mid_block_add_
 
 
 def read_vae(values: Json, file: str) -> VAEConfig:
-    """`vae/config.json` → `VAEConfig`. Missing keys mean what they mean to diffusers."""
+    """Read `vae/config.json` as `VAEConfig`. Missing keys mean what they mean to diffusers."""
     _check(values, {"_class_name": ("AutoencoderKL",)} | _VAE_FIXED, file)
-    config = _read(
-        VAEConfig,
-        values,
-        _VAE_NAMES,
-        file,
-        block_out_channels=(64,),
-        layers_per_block=1,
-    )
+    absent = {"block_out_channels": (64,), "layers_per_block": 1}
+    config = _read(VAEConfig, values, _VAE_NAMES, file, **absent)
     widths = config.block_out_channels
-    if len(widths) > 16:
-        raise UserError(f"{file}: {len(widths)} levels halve the image to nothing: at most 16")
+    _check_levels(len(widths), file)
     _divides(config.norm_groups, widths, "norm_num_groups", file)
     kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
     for key, kind in kinds.items():
@@ -252,7 +249,7 @@ def read_vae(values: Json, file: str) -> VAEConfig:
 
 
 def write_vae(config: VAEConfig) -> Json:
-    """The inverse of `read_vae`, for `diffusers.AutoencoderKL`."""
+    """Invert `read_vae`, for `diffusers.AutoencoderKL`."""
     levels = len(config.block_out_channels)
     return _write(config, _VAE_NAMES) | {
         "_class_name": "AutoencoderKL",
@@ -270,7 +267,7 @@ _TINY_VAE_NAMES = {
 
 
 def read_tiny_vae(values: Json, file: str) -> TinyVAEConfig:
-    """The `config.json` of an `AutoencoderTiny` → `TinyVAEConfig`."""
+    """Read the `config.json` of an `AutoencoderTiny` as `TinyVAEConfig`."""
     _check(values, {"_class_name": ("AutoencoderTiny",)} | _TINY_VAE_FIXED, file)
     widths = ("encoder_block_out_channels", "decoder_block_out_channels")
     values = _same_everywhere(values, widths)
@@ -278,8 +275,7 @@ def read_tiny_vae(values: Json, file: str) -> TinyVAEConfig:
     if values.get(widths[1], config.width) != config.width:
         raise UserError(f"{file}: {widths[1]} must be as {widths[0]}: use another model")
     levels = len(config.encoder_blocks)
-    if levels > 16:
-        raise UserError(f"{file}: {levels} levels halve the image to nothing: at most 16")
+    _check_levels(levels, file)
     if len(config.decoder_blocks) != levels:
         raise UserError(f"{file}: num_decoder_blocks must have {levels} levels: use another model")
     known = set(write_tiny_vae(config)) | set(_TINY_VAE_FIXED) | _TINY_VAE_IGNORED
@@ -288,7 +284,7 @@ def read_tiny_vae(values: Json, file: str) -> TinyVAEConfig:
 
 
 def write_tiny_vae(config: TinyVAEConfig) -> Json:
-    """The inverse of `read_tiny_vae`, for `diffusers.AutoencoderTiny`."""
+    """Invert `read_tiny_vae`, for `diffusers.AutoencoderTiny`."""
     widths = [config.width] * len(config.encoder_blocks)
     return _write(config, _TINY_VAE_NAMES) | {
         "_class_name": "AutoencoderTiny",
@@ -299,7 +295,7 @@ def write_tiny_vae(config: TinyVAEConfig) -> Json:
 
 
 def read_text_encoder(values: Json, file: str) -> CLIPTextConfig:
-    """`text_encoder/config.json` → `CLIPTextConfig`; other keys of transformers are not ours."""
+    """Read `text_encoder/config.json` as `CLIPTextConfig`; ignore other keys of transformers."""
     _check(values, _TEXT_FIXED, file)
     config = _read(
         CLIPTextConfig,
@@ -317,7 +313,7 @@ def read_text_encoder(values: Json, file: str) -> CLIPTextConfig:
 
 
 def write_text_encoder(config: CLIPTextConfig) -> Json:
-    """The inverse of `read_text_encoder`, for `transformers.CLIPTextModel`."""
+    """Invert `read_text_encoder`, for `transformers.CLIPTextModel`."""
     return _write(config, {}) | {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
@@ -331,7 +327,7 @@ def write_text_encoder(config: CLIPTextConfig) -> Json:
 
 
 def read_schedule(values: Json, file: str) -> DiffusionConfig:
-    """`scheduler/scheduler_config.json` → `DiffusionConfig`: the noise the weights were trained on.
+    """Read `scheduler/scheduler_config.json` as `DiffusionConfig`.
 
     Any scheduler of Stable Diffusion's training (DDIM, PNDM, DDPM, ...) tells the same things.
     Missing keys mean what they mean to `diffusers.DDIMScheduler`, but `set_alpha_to_one` is true
@@ -356,7 +352,7 @@ def read_schedule(values: Json, file: str) -> DiffusionConfig:
 
 
 def write_schedule(config: DiffusionConfig) -> Json:
-    """The inverse of `read_schedule`, for `diffusers.DDIMScheduler`."""
+    """Invert `read_schedule`, for `diffusers.DDIMScheduler`."""
     values = _write(config, {})
     del values["convert_prediction"]  # what a training may do, not what the weights are
     fixed = {"clip_sample": False, "thresholding": False, "trained_betas": None}

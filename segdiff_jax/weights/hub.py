@@ -36,26 +36,24 @@ log = logging.getLogger(__name__)
 
 
 def folder_name(component: str) -> str:
-    """The folder of a component inside a Stable Diffusion folder."""
+    """Return the name of a component's folder inside a Stable Diffusion folder."""
     return "scheduler" if component == "schedule" else component
 
 
-def locate(
-    source: str, components: Collection[str], revision: str | None, variant: str | None
-) -> epath.Path:
-    """The folder that `source` means; a repository is downloaded, as far as `components` need it.
+def locate(source: str, components: Collection[str], variant: str | None) -> epath.Path:
+    """Return the folder that `source` means; download a repository as far as `components` need it.
 
     Raises `UserError` when there is no such folder or repository, or it lacks a component.
     """
     networks = [name for name in components if name in STEM]
     wanted = _small(components) + [p for n in networks for p in _patterns(n, variant)]
     with files.reading(source):
-        root = _root(source, revision, wanted)
+        root = _root(source, wanted)
         bare = [name for name in networks if not _has_weights(root / name, name, variant)]
         if bare and _repository(source):
             # Only now: variants double the bytes or more. A variant may be of the UNet alone.
             more = [p for n in bare for p in _patterns(n, None if variant else "*")]
-            root = _root(source, revision, wanted + more)
+            root = _root(source, wanted + more)
         for name in components:
             folder = root / folder_name(name)
             if not folder.exists():
@@ -64,13 +62,13 @@ def locate(
 
 
 def locate_configs(source: str) -> epath.Path:
-    """The folder that `source` means; of a repository only the small files are downloaded."""
+    """Return the folder that `source` means; of a repository, download only the small files."""
     with files.reading(source):
-        return _root(source, None, _small([*STEM, "tokenizer", "schedule"]))
+        return _root(source, _small([*STEM, "tokenizer", "schedule"]))
 
 
 def local(checkpoint: str) -> str:
-    """The folder of a workdir or export; one on Hugging Face, OWNER/NAME, is downloaded whole."""
+    """Return the folder of a workdir or export; download one on Hugging Face, OWNER/NAME."""
     repository = _repository(checkpoint)
     if repository is None or os.path.exists(os.path.dirname(checkpoint)):
         return checkpoint  # where the folder above it exists, its name is wrong
@@ -78,14 +76,12 @@ def local(checkpoint: str) -> str:
     return os.fspath(_fetch(repository[1], repository[2], patterns))
 
 
-def _root(source: str, revision: str | None, patterns: list[str]) -> epath.Path:
-    """The folder `source`, or where the files of the repository that match `patterns` are."""
+def _root(source: str, patterns: list[str]) -> epath.Path:
+    """Return the folder `source`, or where a repository's files that match `patterns` are."""
     repository = _repository(source)
     root = epath.Path(source)
     if repository:
-        root = _fetch(repository[1], repository[2] or revision, patterns)
-    elif revision and root.exists():
-        raise UserError(f"{source}: a folder has no revision {revision!r}: leave it out")
+        root = _fetch(repository[1], repository[2], patterns)
     elif not files.is_remote(source) and not root.exists():
         raise UserError(f"{source}: no such folder, nor a Hugging Face repository: check the name")
     if not (root / INDEX).exists():
@@ -94,7 +90,7 @@ def _root(source: str, revision: str | None, patterns: list[str]) -> epath.Path:
 
 
 def _repository(source: str) -> re.Match[str] | None:
-    """(owner/name, revision) of a source that is no folder here."""
+    """Match (owner/name, revision) of a source that is no folder here."""
     if files.is_remote(source) or epath.Path(source).exists():
         return None
     return re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", source)
@@ -106,7 +102,7 @@ def _small(components: Collection[str]) -> list[str]:
 
 
 def _patterns(component: str, variant: str | None) -> list[str]:
-    """Shell patterns of the files that may hold its weights, but for indices; "*": any variant.
+    """Return shell patterns of the files that may hold its weights; "*" is any variant.
 
     Without a variant they match the plain files alone.
     """
@@ -146,11 +142,12 @@ def _fetch(repository: str, revision: str | None, patterns: list[str]) -> epath.
 
 
 def find_weights(folder: epath.Path, component: str, variant: str | None) -> list[epath.Path]:
-    """The files that hold the weights of a component, in order: see `_NAMES`.
+    """Return the files that hold the weights of a component, in order: see `_NAMES`.
 
-    Without a variant the plain files are preferred, then whichever single variant is there: all of
-    them end up as float32. With one the plain files are taken where it is missing, for many are of
-    the UNet alone; the log says so. Raises `UserError` when there are none, or only pickles.
+    Without `variant` the plain files are preferred, then the only variant: parameters become
+    float32 in any case. With it, a component that lacks the variant falls back on its plain files,
+    since many repositories have it for the UNet alone; the log says so. Raises `UserError` when
+    there are no weights, or only pickles.
     """
     with files.reading(folder):
         names = sorted(path.name for path in folder.iterdir())
@@ -176,7 +173,7 @@ def find_weights(folder: epath.Path, component: str, variant: str | None) -> lis
 
 
 def _has_weights(folder: epath.Path, component: str, variant: str | None) -> bool:
-    """Whether the weights are there as `variant`, or as whichever is found without one."""
+    """Return whether the weights are there as `variant`, or as whichever is found without one."""
     try:
         return (not variant or variant in variants(folder, component)) and bool(
             find_weights(folder, component, variant)
@@ -186,14 +183,14 @@ def _has_weights(folder: epath.Path, component: str, variant: str | None) -> boo
 
 
 def variants(folder: epath.Path, component: str) -> list[str]:
-    """The variants that `find_weights` can choose from, "" for the plain files."""
+    """Return the variants that `find_weights` can choose from, "" for the plain files."""
     with files.reading(folder):
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
     return sorted(_indices(component, names))
 
 
 def _indices(component: str, names: Collection[str]) -> dict[str, str]:
-    """Variant ("" for none) → the file among `names` to start from."""
+    """Map each variant ("" for none) to the file among `names` to start from."""
     found: dict[str, str] = {}
     for pattern in _NAMES:
         compiled = re.compile(pattern.format(stem=STEM[component], variant=r"(?:\.(\w+))?"))

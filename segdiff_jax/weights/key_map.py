@@ -46,7 +46,7 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def tensor_name(component: str, path: str) -> str:
-    """Our path "down_blocks/0/resnets/0/conv1/kernel" → the name in a published file."""
+    """Return the name in a published file of our path "down_blocks/0/resnets/0/conv1/kernel"."""
     module, leaf = path.replace("/", ".").rsplit(".", 1)
     for pattern, replacement in _RENAME[component]:
         module = re.sub(pattern, replacement, module)
@@ -54,7 +54,7 @@ def tensor_name(component: str, path: str) -> str:
 
 
 def canonical_name(component: str, name: str) -> str | None:
-    """A name found in a file, as `tensor_name` spells it; None for buffers that hold no weights."""
+    """Spell a name found in a file as `tensor_name` does; None for buffers that hold no weights."""
     if component == "text_encoder":
         if name.endswith("position_ids"):
             return None
@@ -66,21 +66,21 @@ def canonical_name(component: str, name: str) -> str | None:
 
 
 def file_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape a published file has for our array of `shape` at `path`."""
+    """Return the shape a published file has for our array of `shape` at `path`."""
     if not path.endswith("/kernel"):
         return shape
     return shape[::-1] if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
 
 
 def from_file(path: str, array: np.ndarray) -> np.ndarray:
-    """A tensor of a file → our layout (a view)."""
+    """Lay a tensor of a file out as ours (a view)."""
     if not path.endswith("/kernel"):
         return array
     return array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
 
 
 def to_file(path: str, array: np.ndarray) -> np.ndarray:
-    """The inverse of `from_file`."""
+    """Invert `from_file`."""
     if not path.endswith("/kernel"):
         return array
     return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)

@@ -70,7 +70,7 @@ _OPEN_CLIP = (
 
 
 def read(entries: list[Entry], component: str, file: str) -> tuple[Config, list[Entry]]:
-    """The config of a component of `file` and its tensors, named as in a folder's files.
+    """Return the config of a component of `file` and its tensors, named as in a folder's files.
 
     Raises `UserError` if the file has no such component.
     """
@@ -100,13 +100,13 @@ def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 
 def _count(tensors: Tensors, pattern: str) -> int:
-    """How many numbers stand in the place of `(\\d+)` in names that begin with `pattern`."""
+    """Count the numbers that stand in the place of `(\d+)` in names that begin with `pattern`."""
     found = (re.match(pattern, name) for name in tensors)
     return len({match[1] for match in found if match})
 
 
 def _layers(tensors: Tensors) -> int:
-    """Resnets per level of the way down: after them there is a convolution that halves, if any."""
+    """Count the resnets per level going down: after them there is a strided convolution, if any."""
     halving = (re.match(r"input_blocks\.(\d+)\.0\.op\.", name) for name in tensors)
     blocks = _count(tensors, r"input_blocks\.(\d+)\.")
     return min((int(match[1]) for match in halving if match), default=blocks) - 1
@@ -203,7 +203,7 @@ def _open_clip_config(tensors: Tensors) -> CLIPTextConfig:
 
 
 def _open_clip_layers(tensors: Tensors) -> int:
-    """SD 2 reads what comes out before the last layer."""
+    """Drop the last layer: SD 2 reads what comes out before it."""
     return _count(tensors, r"transformer\.resblocks\.(\d+)\.") - 1
 
 

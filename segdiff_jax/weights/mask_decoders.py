@@ -1,4 +1,4 @@
-"""What may stand in for the VAE's decoder, in the folder of a model.
+"""Files of decoders that take the place of the VAE's, in the folder of a model.
 
 linear_decoder.safetensors            fitted when a training ends
 tiny_vae/ (of a workdir: pretrained/) an AutoencoderTiny of the same latent space, put there by hand
@@ -23,12 +23,12 @@ LINEAR, TINY = "linear_decoder.safetensors", "tiny_vae"
 
 
 def linear_to_bytes(decoder: LinearDecoder) -> bytes:
-    """The contents of `linear_decoder.safetensors`."""
+    """Serialise the contents of `linear_decoder.safetensors`."""
     return safetensors.numpy.save({k: np.asarray(v) for k, v in decoder._asdict().items()})
 
 
 def read_linear(folder: os.PathLike[str] | str, vae: VAEConfig) -> LinearDecoder | None:
-    """The linear decoder in the folder of a model; None if there is none.
+    """Read the linear decoder in the folder of a model; None if there is none.
 
     Raises `UserError` for a damaged file, and for one that was not fitted to such a VAE.
     """
@@ -48,7 +48,7 @@ def read_linear(folder: os.PathLike[str] | str, vae: VAEConfig) -> LinearDecoder
 def read_tiny(
     folder: os.PathLike[str] | str, vae: VAEConfig, dtype: Dtype = jnp.float32
 ) -> TinyVAE | None:
-    """The tiny autoencoder in a Stable Diffusion folder; None if there is none.
+    """Read the tiny autoencoder in a Stable Diffusion folder; None if there is none.
 
     Raises `UserError` as `pretrained.load` does, and for one with another latent space's shape.
     """

@@ -7,6 +7,7 @@ from segdiff_jax.config import Config
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
 
+_STARTS = {"gaussian": "Gaussian noise", "zero": "zeros", "multires": "multi-resolution noise"}
 _CARD = """\
 ---
 library_name: diffusers
@@ -56,7 +57,7 @@ those that they started from{licence}, and the terms of the training data apply.
 
 
 def model_card(config: Config, unet: UNetConfig, vae: VAEConfig) -> str:
-    """Markdown with the YAML header that the Hugging Face hub reads."""
+    """Return Markdown with the YAML header that the Hugging Face hub reads."""
     height, width = config.data.image_size
     base = config.init_from.partition("@")[0]  # a repository, or nothing: see export.portable
     vocabulary = f" ({config.data.vocabulary})" if config.data.vocabulary else ""
@@ -72,7 +73,7 @@ def model_card(config: Config, unet: UNetConfig, vae: VAEConfig) -> str:
         scaling=vae.scaling_factor,
         settings="\n".join(f"| {name} | {value} |" for name, value in _settings(config)),
         context=_context(config),
-        start="zeros" if config.sampler.initial_noise == "zero" else "Gaussian noise",
+        start=_STARTS[config.sampler.initial_noise],
         scores=_scores(config),
     )
 

@@ -1,9 +1,9 @@
-"""What Orbax and TensorStore do where a disk or a store fails: wait without end, and shout.
+"""Bound the waits and silence the tracebacks of Orbax and TensorStore when a disk or store fails.
 
-TensorStore's own client asks a store that does not answer 33 times, up to half a minute apart, in
-threads that nobody can end; so calls that may wait run in a thread that can be left behind. Of a
-write that fails both tell for every array, hundreds of times, some of it when the interpreter ends;
-the caller gets the error as well and says it once, in one sentence.
+TensorStore's client retries a store that does not answer 33 times, up to half a minute apart, in
+threads that cannot be ended; so calls that may wait run in a thread that can be left behind. Both
+libraries report a failed write for every array, hundreds of times, partly at interpreter exit. The
+caller gets the error as well and reports it once, in one sentence.
 """
 
 import functools
@@ -19,7 +19,7 @@ from segdiff_jax import waiting
 from segdiff_jax.files import is_remote
 from segdiff_jax.parallel import processes
 
-# With these libcurl ends a transfer that stands still; TensorStore counts that and tries again.
+# With these, libcurl ends a stalled transfer; TensorStore counts it as a failure and retries.
 _STANDSTILL = "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS"
 _SLOW = "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES"
 _CONNECT = "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS"
@@ -27,7 +27,7 @@ _COUNTERS = "/tensorstore/http/"
 
 
 def seen(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a method of `Checkpoints` that may wait say so, and end when a store is silent."""
+    """Make a method of `Checkpoints` that may wait say so, and end when a store is silent."""
 
     @functools.wraps(method)
     def waited(self: Any, *arguments: Any, **options: Any) -> Any:
@@ -49,10 +49,10 @@ def seen(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _traffic() -> Callable[[], int]:
-    """A count that grows while TensorStore gets on.
+    """Return a count that grows while TensorStore makes progress.
 
-    It counts answers, and bytes only when an object is done, which may be a gigabyte. So it also
-    gets on while nothing has failed since the last answer: what stands still fails.
+    TensorStore counts answers, and bytes only when an object is complete, which may be a gigabyte.
+    So the count also grows while nothing has failed since the last answer: stalled transfers fail.
     """
     count, before = 0, _answers_and_failures()
 
@@ -68,7 +68,7 @@ def _traffic() -> Callable[[], int]:
 
 
 def _answers_and_failures() -> tuple[float, float]:
-    import tensorstore  # only a store needs it this early
+    import tensorstore  # slow to import, and not needed for local disks
 
     found = tensorstore.experimental_collect_matching_metrics(_COUNTERS)
     totals = {
@@ -81,7 +81,7 @@ def _answers_and_failures() -> tuple[float, float]:
 
 @functools.cache
 def silence_failed_writes() -> None:
-    """Drops those tracebacks, and no others, from now on. May be called again."""
+    """Drop the tracebacks of failed writes, and no others, from now on."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_news)
     sys.unraisablehook = functools.partial(_unless_loop_is_closed, sys.unraisablehook)
@@ -98,7 +98,7 @@ def _passed_orbax(trace: TracebackType | None) -> bool:
 
 
 def _unless_loop_is_closed(otherwise: Callable[[Any], None], found: Any) -> None:
-    """TensorStore reports to event loops that Orbax has closed after the first failure."""
+    """Ignore reports to event loops that Orbax has closed after the first failure."""
     if not (
         isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
     ):

@@ -43,12 +43,13 @@ _NETWORKS: dict[str, Any] = {
     "tiny_vae": TinyVAE,
     "text_encoder": CLIPText,
 }
-_CONFIGS: dict[str, tuple[str, Callable[[Any, str], Any]]] = {  # the file of each, and its reader
-    "unet": ("config.json", hf_config.read_unet),
-    "vae": ("config.json", hf_config.read_vae),
-    "tiny_vae": ("config.json", hf_config.read_tiny_vae),
-    "text_encoder": ("config.json", hf_config.read_text_encoder),
-    "schedule": ("scheduler_config.json", hf_config.read_schedule),
+# The config file of each, its reader and its writer.
+_CONFIGS: dict[str, tuple[str, Callable[[Any, str], Any], Callable[[Any], dict[str, Any]]]] = {
+    "unet": ("config.json", hf_config.read_unet, hf_config.write_unet),
+    "vae": ("config.json", hf_config.read_vae, hf_config.write_vae),
+    "tiny_vae": ("config.json", hf_config.read_tiny_vae, hf_config.write_tiny_vae),
+    "text_encoder": ("config.json", hf_config.read_text_encoder, hf_config.write_text_encoder),
+    "schedule": ("scheduler_config.json", hf_config.read_schedule, hf_config.write_schedule),
 }
 
 
@@ -67,26 +68,22 @@ def load(
     source: os.PathLike[str] | str,
     components: Collection[str] = COMPONENTS,
     *,
-    revision: str | None = None,
     variant: str | None = None,
     dtype: Dtype = jnp.float32,
-    remat: bool = False,
     widen_conv_in: bool = False,
     tokenizer: str = "",
     place: Place | None = None,
 ) -> Pretrained:
-    """Reads the `components` of a Stable Diffusion folder or file; safetensors only.
+    """Read the `components` of a Stable Diffusion folder or file; safetensors only.
 
     Args:
       source: a folder, local or in `gs://`, a Hugging Face repository `owner/name` or
-        `owner/name@revision`, or one `.safetensors` file in the original layout. Downloads go to
-        the usual cache (`HF_HOME`); `HF_HUB_OFFLINE=1` reads only that.
+        `owner/name@revision` (branch, tag or commit), or one `.safetensors` file in the original
+        layout. Downloads go to the usual cache (`HF_HOME`); `HF_HUB_OFFLINE=1` reads only that.
       components: which fields of `Pretrained` to read; the others need not exist.
-      revision: branch, tag or commit of a repository.
       variant: "fp16" reads `*.fp16.safetensors` where there are any, else the plain files. By
         default the plain files, or the only variant.
       dtype: of activations. Parameters become float32 whatever the file holds.
-      remat: recompute the UNet's blocks in the backward pass.
       widen_conv_in: make the UNet take image latent ⊕ noisy latent: an input one latent wide is
         doubled by duplicating and halving `conv_in`, which keeps the scale of activations.
       tokenizer: for one file, which has none: as of `find_tokenizer`.
@@ -111,7 +108,7 @@ def load(
             if "tokenizer" in components:
                 parts["tokenizer"] = Tokenizer.load(find_tokenizer(file, tokenizer))
         else:
-            root = hub.locate(os.fspath(source), components, revision, variant)
+            root = hub.locate(os.fspath(source), components, variant)
             found = {name: _in_folder(root, name, variant, stack) for name in networks}
             if "tokenizer" in components:
                 parts["tokenizer"] = Tokenizer.load(root / "tokenizer")
@@ -123,8 +120,7 @@ def load(
             found["unet"] = _two_latents(found["unet"])
         plans = {}
         for name, (where, config, entries, widened) in found.items():
-            options: dict[str, Any] = {"remat": remat} if name == "unet" else {}
-            make = functools.partial(_NETWORKS[name], config, dtype=dtype, **options)
+            make = functools.partial(_NETWORKS[name], config, dtype=dtype)
             plans[name] = tensors.plan(name, make, where, entries, widened)
         tensors.check(plans.values())  # all of them before the first array of any
         for name, plan in plans.items():
@@ -161,12 +157,12 @@ def _in_file(
 
 
 def is_single_file(source: os.PathLike[str] | str) -> bool:
-    """Whether a source is one file in Stable Diffusion's original layout, by its name."""
+    """Return whether a source is one file in Stable Diffusion's original layout, by its name."""
     return os.fspath(source).endswith(".safetensors")
 
 
 def find_tokenizer(file: epath.Path, given: str = "") -> epath.Path:
-    """The tokenizer's folder for a model in one `file`: `tokenizer/` beside it, unless `given`.
+    """Return the tokenizer's folder for a model in one `file`: `given`, or beside it.
 
     given: a tokenizer's folder, or the folder or repository of a model that has one.
     """
@@ -175,7 +171,7 @@ def find_tokenizer(file: epath.Path, given: str = "") -> epath.Path:
         if given and any((epath.Path(given) / name).exists() for name in tokenizers.FILES):
             return epath.Path(given)
         if given:
-            return hub.locate(given, ("tokenizer",), None, None) / "tokenizer"
+            return hub.locate(given, ("tokenizer",), None) / "tokenizer"
         if beside.exists():
             return beside
     raise UserError(
@@ -185,7 +181,7 @@ def find_tokenizer(file: epath.Path, given: str = "") -> epath.Path:
 
 
 def _read_config(root: epath.Path, component: str) -> Any:
-    name, read = _CONFIGS[component]
+    name, read, _ = _CONFIGS[component]
     path = root / hub.folder_name(component) / name
     return read(stored.read_object(path), os.fspath(path))
 
@@ -207,7 +203,7 @@ def describe(
     components: Collection[str] = ("unet", "vae", "text_encoder", "schedule"),
     variant: str | None = None,
 ) -> Described:
-    """The configs of `components`, checked as `load` checks them; no weight is read.
+    """Return the configs of `components`, checked as `load` checks them; no weight is read.
 
     A tokenizer, which is not described, has to be there. Raises `UserError` for what `load` would
     refuse of them, and for a `variant` of the weights that no part of a local folder has.
@@ -247,7 +243,7 @@ def _check_length(tokenizer: Tokenizer, encoder: _Found) -> None:
 
 
 def _two_latents(unet: _Found) -> _Found:
-    """With room for image latent ⊕ noisy latent, where it has room for one."""
+    """Widen the input to image latent ⊕ noisy latent, where it takes one latent."""
     config: UNetConfig = unet.config
     if config.in_channels == 2 * config.out_channels:
         return unet
@@ -261,7 +257,7 @@ def _two_latents(unet: _Found) -> _Found:
 
 
 def is_whole(directory: os.PathLike[str] | str) -> bool:
-    """Whether `save` finished there. In `gs://` a killed one leaves a folder without its index."""
+    """Return whether `save` finished there: in `gs://` a killed one leaves no index."""
     with files.reading(directory):
         return (epath.Path(directory) / INDEX).exists()
 
@@ -274,7 +270,7 @@ def save(
     extra_files: Mapping[str, str | bytes] | None = None,
     kind: str = "pretrained",
 ) -> None:
-    """Writes the parts that are not None as a folder that diffusers, transformers and `load` read.
+    """Write the parts that are not None as a folder that diffusers, transformers and `load` read.
 
     The folder appears whole or not at all: locally it is renamed into place, in `gs://` (which
     cannot rename) `model_index.json`, without which `load` refuses a folder, comes last. An earlier
@@ -306,7 +302,7 @@ def save(
 
 
 def _file_names(component: str) -> tuple[str, ...]:
-    """What `_write` writes."""
+    """Return the names of the files that `_write` writes."""
     if component == "tokenizer":
         return tokenizers.FILES
     weights = [f"{STEM[component]}.safetensors"] if component in STEM else []
@@ -317,17 +313,10 @@ def _write(component: str, part: Any, folder: epath.Path, dtype: str) -> None:
     if component == "tokenizer":
         part.save(folder)
         return
-    if component == "schedule":
-        values = hf_config.write_schedule(part)
-    elif component == "unet":
-        values = hf_config.write_unet(part.config)
-    elif component == "vae":
-        values = hf_config.write_vae(part.config)
-    elif component == "tiny_vae":
-        values = hf_config.write_tiny_vae(part.config)
-    else:
-        values = hf_config.write_text_encoder(part.config) | {"torch_dtype": dtype}
-    files.write_json(folder / _CONFIGS[component][0], values)
+    file, _, as_json = _CONFIGS[component]
+    values = as_json(part if component == "schedule" else part.config)
+    values |= {"torch_dtype": dtype} if component == "text_encoder" else {}
+    files.write_json(folder / file, values)
     if component in STEM:
         tensors.write(component, part, folder, dtype)
 

@@ -33,7 +33,7 @@ _PART = 16 << 20  # bytes of a copy in memory
 
 @contextlib.contextmanager
 def opened(paths: Sequence[epath.Path]) -> Iterator[list[Any]]:
-    """Each of `paths` as the library's `safe_open` gives it, its header checked.
+    """Open each of `paths` as the library's `safe_open` does, its header checked.
 
     Raises `UserError` that names a file that is damaged, cut short or something else.
     """
@@ -55,7 +55,7 @@ def _open(path: epath.Path, local: str, stack: contextlib.ExitStack) -> Any:
 
 @contextlib.contextmanager
 def _on_disk(path: epath.Path) -> Iterator[str]:
-    """A local file with the contents of `path`, for as long as the block runs."""
+    """Provide a local file with the contents of `path`, for as long as the block runs."""
     if not files.is_remote(path):
         yield os.fspath(path)
         return
@@ -74,7 +74,7 @@ def write(
     tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]],
     dtype: str,
 ) -> None:
-    """Writes tensors (name → shape, function that makes the array) as `dtype`, one at a time.
+    """Write tensors (name → shape, function that makes the array) as `dtype`, one at a time.
 
     The bytes depend on names and values only. Not atomic: the caller writes into a folder that
     appears as a whole. Raises `UserError` when a finite value overflows `dtype`.
@@ -93,12 +93,9 @@ def write(
     with files.writing(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            shape, make = tensors[name]
-            array = make()
+            array = tensors[name][1]()
             with np.errstate(over="ignore"):
                 stored_array = np.ascontiguousarray(array, kind)
-            if stored_array.shape != shape:
-                raise ValueError(f"{name}: shape {stored_array.shape}, announced as {shape}")
             if code == "F16" and not np.isfinite(stored_array).all() and np.isfinite(array).all():
                 raise UserError(f"{path.name}: {name} overflows float16: write bfloat16 or float32")
             file.write(stored_array.tobytes())

@@ -1,8 +1,8 @@
-"""The folders of checkpoints as they lie on a disk or in a bucket: which are whole, and whose.
+"""The numbered folders of checkpoints on a disk or in a bucket: which are complete, and whose.
 
 On a local disk Orbax writes into `N.orbax-checkpoint-tmp` and renames it to `N`. A bucket cannot
-rename: there it writes into `N` and puts the file `MARKER` last. A copy may lack that file, so its
-absence proves nothing: a folder `N` is taken for the rest of a killed run only beside our own note
+rename: there Orbax writes into `N` and puts the file `MARKER` last. A copy may lack that file, so
+its absence proves nothing. A folder `N` counts as left by a killed run only beside our own note
 `N.writing`, or where Orbax's own file says that the write began and does not say that it ended.
 """
 
@@ -27,13 +27,13 @@ _TIMES = "_CHECKPOINT_METADATA"
 _ITEMS = ("state", "metadata")  # what each of our checkpoints holds
 _NOTE = ".writing"
 
-# In the names of objects gcsfs takes some of these for patterns, also when it deletes, and Orbax
-# the others for the end of the name.
+# gcsfs takes some of these for patterns in the names of objects, also when it deletes, and Orbax
+# takes the others for the end of the name.
 _NOT_IN_BUCKETS = "*?[]#;"
 
 
 def check_path(path: os.PathLike[str] | str) -> None:
-    """Raises `UserError` for a path under which checkpoints could not be written or read back."""
+    """Raise `UserError` for a path under which checkpoints could not be written or read back."""
     text = os.fspath(path)
     where, forbidden = ("in a bucket", _NOT_IN_BUCKETS) if is_remote(text) else ("on a disk", "\\")
     bad = sorted(
@@ -49,7 +49,7 @@ def check_path(path: os.PathLike[str] | str) -> None:
 
 
 def settle(directory: epath.Path) -> None:
-    """Removes what a killed run left unfinished in a bucket, and only that.
+    """Remove what a killed run left unfinished in a bucket, and only that.
 
     On a local disk Orbax does so itself. Raises `UserError`, with nothing changed, where numbered
     folders hold something else than a complete checkpoint.
@@ -66,7 +66,7 @@ def settle(directory: epath.Path) -> None:
 
 
 def explain(directory: epath.Path, unknown: list[epath.Path]) -> str:
-    """One line on numbered folders that are no complete checkpoints."""
+    """Describe, in one line, numbered folders that are no complete checkpoints."""
     names = ", ".join(folder.name for folder in unknown)
     if not is_remote(directory):
         return (
@@ -81,7 +81,7 @@ def explain(directory: epath.Path, unknown: list[epath.Path]) -> str:
 
 
 def numbered(directory: epath.Path) -> list[int]:
-    """The steps that are there and complete, as far as names and markers tell; none on errors."""
+    """List the complete steps, as far as names and markers tell; none on errors."""
     with contextlib.suppress(Exception):
         found = [path for path in directory.iterdir() if path.name.isdecimal()]
         whole = [p for p in found if not is_remote(p) or (p / MARKER).exists()]
@@ -90,12 +90,12 @@ def numbered(directory: epath.Path) -> list[int]:
 
 
 def unknown_folders(directory: epath.Path) -> list[epath.Path]:
-    """Numbered folders with files that are neither complete nor known to be unfinished."""
+    """List numbered folders with files that are neither complete nor known to be unfinished."""
     return _sort(directory)[1]
 
 
 def _sort(directory: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
-    """The numbered folders that are surely unfinished, and those of which that is not known."""
+    """Return the numbered folders that are surely unfinished, and those that may be."""
     unfinished: list[epath.Path] = []
     unknown: list[epath.Path] = []
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
@@ -114,7 +114,7 @@ def _sort(directory: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
 
 
 def _times(folder: epath.Path) -> tuple[bool, bool]:
-    """Whether Orbax noted the beginning of the write of `folder`, and its end."""
+    """Return whether Orbax noted the beginning of the write of `folder`, and its end."""
     try:
         values = json.loads((folder / _TIMES).read_text())
         return bool(values["init_timestamp_nsecs"]), bool(values["commit_timestamp_nsecs"])
@@ -129,19 +129,19 @@ def _notes(directory: epath.Path) -> list[epath.Path]:
 
 
 def note(directory: epath.Path, step: int) -> None:
-    """Before `step` is written: should we be killed, its folder is ours to remove."""
+    """Note, before `step` is written, that its folder is ours to remove after a kill."""
     if is_remote(directory):
         write_text(directory / f"{step}{_NOTE}", "being written by segdiff_jax\n")
 
 
 def forget(directory: epath.Path, step: int) -> None:
-    """After `step` is written."""
+    """Remove the note after `step` is written."""
     if is_remote(directory):
         (directory / f"{step}{_NOTE}").unlink(missing_ok=True)
 
 
 def scores(directory: epath.Path, steps: list[int], metric: str) -> dict[int, float]:
-    """The finite values of `metric` that were saved with `steps`."""
+    """Return the finite values of `metric` that were saved with `steps`."""
     found = {}
     for step in steps:
         # A damaged file is no reason to give up the others.
@@ -153,12 +153,12 @@ def scores(directory: epath.Path, steps: list[int], metric: str) -> dict[int, fl
 
 
 def _glob_below(self: Any, pattern: str) -> Iterator[Any]:
-    """`Path.glob` of etils, which takes brackets and stars in the folder's own name for a pattern.
+    """Glob below a folder: `Path.glob` of etils takes brackets in its name for a pattern.
 
-    Orbax finds with it, after a write, what to join to one checkpoint: in "g [x]" it found nothing.
+    After a write, Orbax globs for the parts of a checkpoint: in "g [x]" it found nothing.
     """
     if is_remote(self):
-        return _glob(self, pattern)  # whose names hold none: `check_path`
+        return _glob(self, pattern)  # names in buckets hold no brackets: `check_path`
     return (self / name for name in glob.glob(pattern, root_dir=self))
 
 

@@ -39,17 +39,17 @@ class Plan(NamedTuple):
     """A component before its weights are read: what is wanted, and what the files have."""
 
     component: str
-    folder: epath.Path
-    graph: Any
-    variables: dict[tuple[Any, ...], Any]
+    folder: epath.Path  # or the one file
+    graph: Any  # of NNX
+    variables: dict[tuple[Any, ...], Any]  # by path in the module, without arrays
     keys: dict[str, tuple[Any, ...]]  # name in a file → path in the module
     shapes: dict[str, Shape]  # by name, as the file should have them
     entries: dict[str, Entry]  # likewise by today's name
-    widened: bool
+    widened: bool  # conv_in takes two latents, the file's one
 
 
 def entries(paths: Collection[epath.Path], opened: Iterable[Any]) -> Iterator[Entry]:
-    """The tensors of files that are open, in their order there. Only headers are looked at."""
+    """List the tensors of open files, in their order there. Only headers are looked at."""
     for path, file in zip(paths, opened, strict=True):
         for name in file.offset_keys():
             yield Entry(path, file, name, tuple(file.get_slice(name).get_shape()), name)
@@ -62,7 +62,7 @@ def plan(
     found: Iterable[Entry],
     widened: bool = False,
 ) -> Plan:
-    """What filling the module that `make` builds with the tensors `found` takes.
+    """Plan how the tensors `found` fill the module that `make` builds.
 
     `make` is only traced. With `widened`, the file's `conv_in` has half the input channels: it is
     duplicated and halved, so that two copies of an input give what one gave.
@@ -81,7 +81,7 @@ def plan(
 
 
 def check(plans: Iterable[Plan]) -> None:
-    """Raises one `UserError` that lists every tensor of every component that does not fit."""
+    """Raise one `UserError` that lists every tensor of every component that does not fit."""
     found = [f"{plan.folder}: {'; '.join(parts)}" for plan in plans if (parts := _misfits(plan))]
     if found:
         raise UserError(
@@ -91,7 +91,7 @@ def check(plans: Iterable[Plan]) -> None:
 
 
 def fill(plan: Plan, place: Place | None = None) -> nnx.Module:
-    """The module of a checked plan, in float32, with the arrays from its files.
+    """Build the module of a checked plan, in float32, with the arrays from its files.
 
     `place` puts each host array, named "component/path", on devices. Raises `UserError` for a
     tensor that is not finite in float32.
@@ -117,13 +117,13 @@ def fill(plan: Plan, place: Place | None = None) -> nnx.Module:
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Whether no element is NaN or infinite: a sum is a third of the cost of looking at each."""
+    """Return whether no element is NaN or infinite, by a sum: a third of the cost of a look."""
     with np.errstate(over="ignore", invalid="ignore"):
         return bool(np.isfinite(array.sum()) or np.isfinite(array).all())
 
 
 def write(component: str, module: nnx.Module, folder: epath.Path, dtype: str) -> None:
-    """The inverse of `plan` and `fill`: one file, with today's names, weights as `dtype`."""
+    """Invert `plan` and `fill`: write one file, with today's names, weights as `dtype`."""
     tensors = {}
     for key, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         path = _path(key)
@@ -137,10 +137,10 @@ def write(component: str, module: nnx.Module, folder: epath.Path, dtype: str) ->
 
 
 class _OneKey(nnx.Rngs):
-    """Stands in for `nnx.Rngs` where only shapes matter.
+    """A stand-in for `nnx.Rngs` where only shapes matter.
 
-    Rngs counts its draws in a variable, and tracing those updates takes a time that grows with the
-    square of their number: 5 s instead of 0.4 for Stable Diffusion's UNet.
+    Rngs counts its draws in a variable, and the time to trace its updates grows with the square of
+    their number: 5 s instead of 0.4 for Stable Diffusion's UNet.
     """
 
     def __init__(self) -> None:
@@ -155,7 +155,7 @@ def _path(key: tuple[Any, ...]) -> str:
 
 
 def _misfits(plan: Plan) -> list[str]:
-    """ "missing: 2 (a, b)" and so on for the kinds of misfit that there are."""
+    """Describe the misfits: "missing: 2 (a, b)" and so on for the kinds that there are."""
     expected, found = plan.shapes, {name: entry.shape for name, entry in plan.entries.items()}
     wrong = [
         f"{name} {list(found[name])} instead of {list(expected[name])}"

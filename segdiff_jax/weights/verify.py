@@ -1,4 +1,4 @@
-"""An exported folder in PyTorch against the same folder here: `export --verify`."""
+"""Comparison of an exported folder in diffusers with the same folder here: `export --verify`."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ _TOKENS = 77
 
 
 def check_libraries() -> None:
-    """Raises `UserError` unless what `differences` needs is installed."""
+    """Raise `UserError` unless what `differences` needs is installed."""
     missing = [name for name in ("torch", "diffusers") if find_spec(name) is None]
     if missing:
         raise UserError(
@@ -29,7 +29,7 @@ def check_libraries() -> None:
 
 
 def differences(folder: str, image_size: tuple[int, int]) -> dict[str, float]:
-    """The largest difference of each network's outputs, as a share of its largest output.
+    """Return the largest difference of each network's outputs, as a share of its largest output.
 
     diffusers and this package both read `folder` and compute in float32, on random input for an
     image of `image_size` (height, width).
@@ -60,7 +60,7 @@ def differences(folder: str, image_size: tuple[int, int]) -> dict[str, float]:
 def _cases(
     unet: UNet, vae: VAE, image_size: tuple[int, int]
 ) -> Iterator[tuple[str, Any, tuple[np.ndarray, ...]]]:
-    """(name, our function, its inputs), channels last."""
+    """Return (name, our function, its inputs) of each network, channels last."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:

@@ -22,7 +22,6 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from etils import epath
 from flax import nnx
@@ -71,7 +70,6 @@ _DATA_SETS = (  # names that lie side by side in one
     {"leftImg8bit", "gtFine"},
 )
 
-
 Networks = tuple[UNet, VAE, CLIPText, Tokenizer, Config]
 
 
@@ -81,7 +79,7 @@ def is_workdir(path: str) -> bool:
 
 
 def check_new(workdir: str, data_root: str) -> None:
-    """Raises `UserError` unless a training can begin, or go on, in the folder `workdir`.
+    """Raise `UserError` unless a training can begin, or go on, in the folder `workdir`.
 
     It may exist and hold files of the user, but none that says it is something else, nor anything
     under the names of a training that is not there. `data_root`: the folder of the training data.
@@ -100,7 +98,7 @@ def check_new(workdir: str, data_root: str) -> None:
 
 
 def _other_kind(folder: epath.Path, data_root: str) -> str | None:
-    """What speaks against a new training in an existing folder."""
+    """Say what speaks against a new training in an existing folder."""
     held = {path.name for path in folder.iterdir()}
     for name, kind in _OTHER_KINDS.items():
         if name in held:
@@ -126,7 +124,7 @@ def _other_kind(folder: epath.Path, data_root: str) -> str | None:
 
 
 def check_not_inside(path: str, what: str = "--checkpoint") -> None:
-    """Raises `UserError` that names the workdir if `path`, which is none, lies in one.
+    """Raise `UserError` that names the workdir if `path`, which is none, lies in one.
 
     what: the flag or key that it was given to.
     """
@@ -139,7 +137,7 @@ def check_not_inside(path: str, what: str = "--checkpoint") -> None:
 
 
 def _is_training(config: epath.Path) -> bool | None:
-    """Whether a config.json is a training's; networks have one too. None: nothing says so."""
+    """Return whether a config.json is a training's (networks have one too); None if unknown."""
     try:
         with reading(config):
             keys = set(json.loads(config.read_bytes()))
@@ -155,7 +153,7 @@ def write_config(workdir: str, config: Config) -> None:
 
 
 def read_config(workdir: str) -> Config:
-    """The config of a run or an export. `UserError` if `workdir` is neither or it is damaged."""
+    """Read the config of a run or an export; `UserError` if there is none or it is damaged."""
     with reading(workdir):
         path = epath.Path(workdir) / ("config.json" if is_workdir(workdir) else EXPORT_SETTINGS)
         there = path.exists()
@@ -169,14 +167,14 @@ def read_config(workdir: str) -> Config:
 
 
 def read_classes(path: str) -> Vocabulary | None:
-    """The classes that a run or an export was trained with; None of an earlier version."""
+    """Read the classes that a run or an export was trained with; None of an earlier version."""
     stored = epath.Path(path) / CLASSES
     with reading(path):
         return vocabulary.load(stored) if stored.exists() else None
 
 
 def settle_classes(workdir: str, classes: Vocabulary, write: bool) -> None:
-    """Stores the classes of a run. Those of its checkpoints must be the same, synonyms too.
+    """Store the classes of a run. Those of its checkpoints must be the same, synonyms too.
 
     Raises `UserError` otherwise: the ids of the labels would mean something else.
     """
@@ -205,13 +203,13 @@ def settle_classes(workdir: str, classes: Vocabulary, write: bool) -> None:
 
 
 def checkpoint_metadata(config: Config, unet: UNetConfig | None) -> dict[str, Any]:
-    """What a checkpoint says of itself beside the arrays."""
+    """Return what a checkpoint says of itself beside the arrays."""
     architecture = dataclasses.asdict(unet) if unet else {}
     return {"config": to_dict(config), "unet": architecture, VERSION_KEY: __version__}
 
 
 def load_networks(path: str, weights: str | None = None, which: str | int = "newest") -> Networks:
-    """Everything needed to segment, from a training workdir or an exported folder.
+    """Load everything needed to segment, from a training workdir or an exported folder.
 
     weights: "ema" | "raw" of a training; by default the EMA where the training kept one.
     which: "newest", "best" (by the mIoU of its validation) or a step, of a training's checkpoints.
@@ -222,7 +220,7 @@ def load_networks(path: str, weights: str | None = None, which: str | int = "new
 def load_with_step(
     path: str, weights: str | None = None, which: str | int = "newest"
 ) -> tuple[Networks, int | None]:
-    """`load_networks`, and the step of the checkpoint that was read; None for an export."""
+    """Do what `load_networks` does, and return the step of the checkpoint; None for an export."""
     config = read_config(path)
     if not is_workdir(path):
         if weights:
@@ -245,7 +243,7 @@ def load_unet(
     mesh: Mesh | None = None,
     which: str | int = "newest",
 ) -> tuple[UNet, Config, int]:
-    """The UNet of a training workdir, the config it was trained with, and the checkpoint's step.
+    """Load a training workdir's UNet, the config it was trained with and the checkpoint's step.
 
     weights, which: as of `load_networks`. With `mesh`, each device reads its own part.
     """
@@ -281,7 +279,7 @@ def load_unet(
 
 
 def _step(checkpoints: Checkpoints, path: str, which: str | int) -> int | None:
-    """The step that `which` means; None for the newest that can be read."""
+    """Return the step that `which` means; None for the newest that can be read."""
     if which == "newest":
         return None
     if which == "best":
@@ -301,7 +299,7 @@ def _step(checkpoints: Checkpoints, path: str, which: str | int) -> int | None:
 def unet_config_from(
     values: Any, where: str = "checkpoint", metadata: Mapping[str, Any] = MappingProxyType({})
 ) -> UNetConfig:
-    """The inverse of `dataclasses.asdict` after a trip through JSON.
+    """Invert `dataclasses.asdict` after a trip through JSON.
 
     where, metadata: of the checkpoint that `values` come from. Raises `UserError` that names it
     for what no network can be built of.
@@ -315,7 +313,7 @@ def unet_config_from(
 
 
 def check_image_size(config: Config, folder: str) -> None:
-    """Raises `UserError` unless the VAE in a Stable Diffusion folder can divide the image size.
+    """Raise `UserError` unless the VAE in a Stable Diffusion folder can divide the image size.
 
     Only its config is read.
     """
@@ -327,7 +325,7 @@ def check_image_size(config: Config, folder: str) -> None:
 def load_frozen(
     folder: str, dtype: Any, variant: str | None = None, tokenizer: str = ""
 ) -> tuple[VAE, CLIPText, Tokenizer]:
-    """The networks that the diffusion stage does not train. The rest as of `pretrained.load`."""
+    """Load the networks that the diffusion stage does not train, as `pretrained.load` does."""
     parts = ("vae", "text_encoder", "tokenizer")
     loaded = pretrained.load(folder, parts, variant=variant, dtype=dtype, tokenizer=tokenizer)
     vae, text_encoder, tokens = loaded.vae, loaded.text_encoder, loaded.tokenizer
@@ -336,7 +334,7 @@ def load_frozen(
 
 
 def load_decoders(path: str, vae: VAE) -> tuple[LinearDecoder | None, TinyVAE | None]:
-    """What a run or an export has beside the decoder of its `vae`."""
+    """Load what a run or an export has beside the decoder of its `vae`."""
     folder = epath.Path(path)
     networks = folder / PRETRAINED if is_workdir(path) else folder
     linear = mask_decoders.read_linear(folder, vae.config)
@@ -350,7 +348,3 @@ def _load_export(path: str) -> Networks:
     unet = pretrained.load(path, components=("unet",), dtype=dtype).unet
     assert unet
     return (unet, *load_frozen(path, dtype), config)
-
-
-def parameter_count(params: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

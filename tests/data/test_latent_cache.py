@@ -17,13 +17,10 @@ from segdiff_jax.config import AugmentConfig, CodecConfig, Config, DataConfig, T
 from segdiff_jax.data import geometry, latent_cache, latents, pipeline
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.sources.source import open_source
-from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.models.vae import encode_latents
-from segdiff_jax.text import conditioning, vocabulary
+from segdiff_jax.text import vocabulary
 from segdiff_jax.training import losses
-from segdiff_jax.training.losses import Frozen
-from segdiff_jax.training.step import diffusion_step, init_state
 
 SIZE = (32, 32)
 
@@ -138,40 +135,6 @@ def test_fixed_views_hold_what_the_step_would_have_encoded(vae, encode, tmp_path
         str(tmp_path / "latents"), latent_cache.fingerprint(source, vae, config)
     )
     assert "seed" in reason, "another seed has other views"
-
-
-def test_losses_are_those_of_training_from_pixels(tiny_networks, cache):
-    unet, vae, text_encoder, tokenizer = tiny_networks
-    config, source = make_config(), Pairs()
-    config.optimizer.learning_rate, config.optimizer.warmup_steps = 1e-4, 1
-    table = conditioning.encode_prompts(
-        text_encoder, tokenizer, source.vocabulary.classes, config.prompts.templates
-    )
-    (unet_graph, params), (vae_graph, vae_params) = nnx.split(unet), nnx.split(vae)
-    frozen = Frozen(vae_params, make_schedule(config.diffusion), table)
-    step = jax.jit(diffusion_step(unet_graph, vae_graph, config))
-
-    def run(batches, frozen):
-        state, found = init_state(params, config), []
-        for batch in take(batches, 5):
-            state, metrics = step(state, frozen, batch, jax.random.key(0))
-            found.append(float(metrics["loss"]))
-        return found
-
-    from_pixels = run(pipeline.train_batches(source, config, 0), frozen)
-    no_vae = frozen._replace(vae=jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), vae_params))
-    from_cache = run(latents.train_batches(cache[0], config, 0), no_vae)
-    assert len(set(from_pixels)) == 5
-    np.testing.assert_allclose(from_cache, from_pixels, rtol=1e-5)
-
-
-@pytest.mark.parametrize("start", [1, 5])
-def test_resuming_continues_the_same_run(cache, start):
-    config = make_config()
-    whole = take(latents.train_batches(cache[0], config, 0), start + 2)
-    first = start * config.train.batch_size
-    resumed = take(latents.train_batches(cache[0], config, 0, first), 2)
-    assert all(equal(a, b) for a, b in zip(whole[start:], resumed, strict=True))
 
 
 def test_processes_together_hold_the_same_global_batch(cache):

@@ -60,15 +60,6 @@ def test_present_classes_by_inverse_frequency():
     np.testing.assert_allclose(found, [0.25, 0, 0.75, 0, 0], atol=0.03)
 
 
-def test_no_preference_draws_what_was_drawn_before_there_was_one():
-    labels, old = np.array([0, 3]), np.random.default_rng(3)
-    absent = int((old.random(2) < 0.5).sum())
-    absent = min(max(absent, 0), 3)
-    expected = [old.choice([0, 3], 2 - absent, False), old.choice([1, 2, 4], absent, False)]
-    drawn = pipeline.draw_classes(labels, TRAINED, 2, 0.5, np.random.default_rng(3))
-    np.testing.assert_array_equal(drawn, old.permutation(np.concatenate(expected)))
-
-
 def _config():
     return Config(
         data=DataConfig(

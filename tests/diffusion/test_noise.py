@@ -155,30 +155,3 @@ def test_each_sample_of_a_batch_has_its_own_scales_and_strength():
     other = draw_batch(key, shape, t.at[2].set(0), 1000, "annealed", 0.9)
     assert np.abs(other[2] - batch[2]).max() > 0.01
     np.testing.assert_allclose(other[jnp.array([0, 1, 3])], batch[jnp.array([0, 1, 3])], atol=1e-6)
-
-
-def test_one_compilation_serves_every_key_timestep_and_strength():
-    traces = []
-
-    @jax.jit
-    def draw(key, t, strength):
-        traces.append(1)
-        return N.training_noise(key, (2, 24, 32, 4), t, 1000, "annealed", strength)
-
-    for seed in range(5):
-        key = jax.random.key(seed)
-        t = jax.random.randint(key, (2,), 0, 1000)
-        assert jnp.isfinite(draw(key, t, 0.1 * seed)).all()
-    assert len(traces) == 1
-    assert draw._cache_size() == 1
-
-
-def test_gradient_in_strength_is_finite_at_zero():
-    grad = jax.grad(lambda s: N.multires_noise(jax.random.key(0), (8, 8, 1), s)[0, 0, 0])(0.0)
-    assert jnp.isfinite(grad)
-
-
-def test_levels_end_at_the_first_size_with_a_one():
-    assert N.level_sizes(24, 32) == [(24, 32), (12, 16), (3, 4), (1, 1)]
-    assert N.level_sizes(1, 9) == [(1, 9)]
-    assert N.level_sizes(64, 64)[-1] == (1, 1)

@@ -15,7 +15,7 @@ from segdiff_jax.errors import UserError
 
 PREDICTIONS = ("v_prediction", "epsilon", "sample")
 SPACINGS = ("trailing", "leading", "linspace")
-COMBINATIONS = list(itertools.product(PREDICTIONS, SPACINGS, (False, True), (False, True)))
+COMBINATIONS = list(itertools.product(PREDICTIONS, SPACINGS, (False, True)))
 
 
 def both(prediction="v_prediction", spacing="trailing", zero_snr=True, to_one=False, **extra):
@@ -113,11 +113,6 @@ def test_add_noise_and_velocity_match_diffusers(zero_snr):
     np.testing.assert_allclose(one, noisy[3], atol=1e-6)
 
 
-def test_zero_terminal_snr_leaves_pure_noise():
-    x0, noise = arrays(2, 3, 3, 1)
-    assert (S.add_noise(both()[0], x0, noise, np.array([999, 999])) == noise).all()
-
-
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_target_inverts_to_x0_and_noise(prediction):
     ours, _ = both(prediction, zero_snr=False)
@@ -130,17 +125,8 @@ def test_target_inverts_to_x0_and_noise(prediction):
     np.testing.assert_allclose(found_noise, noise, atol=2e-5)
 
 
-def test_target_is_what_the_prediction_type_says():
-    x0, noise = arrays(2, 3, 3, 1)
-    t = jnp.array([100, 900])
-    assert S.target(both("epsilon")[0], x0, noise, t) is noise
-    assert S.target(both("sample")[0], x0, noise, t) is x0
-    v = both("v_prediction")[0]
-    np.testing.assert_array_equal(S.target(v, x0, noise, t), S.velocity(v, x0, noise, t))
-
-
-@pytest.mark.parametrize(("prediction", "spacing", "zero_snr", "to_one"), COMBINATIONS)
-@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize(("prediction", "spacing", "zero_snr"), COMBINATIONS)
+@pytest.mark.parametrize(("to_one", "eta"), [(False, 0.7), (True, 0.0)])
 def test_ddim_step_matches_diffusers(prediction, spacing, zero_snr, to_one, eta):
     ours, oracle = both(prediction, spacing, zero_snr, to_one)
     oracle.set_timesteps(10)

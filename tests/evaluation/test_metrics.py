@@ -108,28 +108,6 @@ def test_images_add_up(one, two):
     np.testing.assert_array_equal(total, confusion(*together, K))
 
 
-@settings(deadline=None, max_examples=50)
-@given(pairs(label=st.sampled_from([0, 1, 2, 3])))
-def test_perfect_prediction(pair):
-    truth, _ = pair
-    got = summarize(confusion(truth, truth, K), NAMES)
-    figures = [got[k] for k in ("miou_present", "miou_union", "pixel_accuracy", "mean_accuracy")]
-    assert figures == [1.0] * 4 and got["frequency_weighted_iou"] == pytest.approx(1.0)
-    assert "miou_trained" not in got and "miou_harmonic" not in got
-
-
-@settings(deadline=None, max_examples=50)
-@given(pairs(), st.permutations(range(K)))
-def test_renaming_classes_changes_nothing(pair, order):
-    lookup = np.full(256, 255)
-    lookup[:K] = order
-    before, after = (
-        summarize(confusion(t, g, K), NAMES) for t, g in (pair, [lookup[x] for x in pair])
-    )
-    for key in ("miou_present", "miou_union", "pixel_accuracy", "mean_accuracy"):
-        assert before[key] == pytest.approx(after[key])
-
-
 def test_golden_numbers():
     truth = np.array([[0, 0, 0, 1], [1, 1, 255, 255]])
     guess = np.array([[0, 0, 1, 1], [255, 2, 0, 1]])
@@ -147,24 +125,6 @@ def test_golden_numbers():
     assert got["miou_novel"] == pytest.approx(1 / 4)  # tree is not in the ground truth
     assert got["miou_harmonic"] == pytest.approx(4 / 11)
     assert json.loads(json.dumps(got, allow_nan=False)) == got
-
-
-def test_ignored_pixels_may_hold_any_prediction():
-    truth = np.array([0, 255, 255])
-    for guess in ([0, 1, 2], [0, 255, 0]):
-        assert summarize(confusion(truth, guess, K), NAMES)["miou_union"] == 1.0
-
-
-def test_nothing_to_measure():
-    got = summarize(confusion(np.full(3, 255), np.zeros(3), K), NAMES, trained=[0], novel=[1])
-    assert set(got.pop("per_class").values()) == {None}
-    assert set(got.values()) == {None}
-
-
-def test_one_half_of_the_split_missed_completely():
-    matrix = confusion(np.array([0, 1]), np.array([0, 255]), K)
-    got = summarize(matrix, NAMES, trained=[0], novel=[1])
-    assert (got["miou_trained"], got["miou_novel"], got["miou_harmonic"]) == (1.0, 0.0, 0.0)
 
 
 def _mask_to_boundary(mask, ratio=0.02):

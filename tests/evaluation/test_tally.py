@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,3 +101,26 @@ def test_huge_counts_do_not_overflow():
     assert tally.auroc(counts) == pytest.approx((9 + 3 / 2 + 3 / 2) / 16)
     assert tally.best_mcc(counts) == pytest.approx(0.5)
     assert tally.aurc(counts) == pytest.approx((1 / 4 + 1 / 2) / 2)
+
+
+def test_the_temperature_undoes_overconfidence():
+    """Answers drawn with the chances σ(l / T), scores that claim σ(l): T comes back."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(1.0, 2.0, 200_000)
+    for true in (0.5, 1.0, 2.5):
+        answers = rng.random(logits.size) < scipy.special.expit(logits / true)
+        counted = tally.count(scipy.special.expit(logits), answers)
+        found = tally.temperature(counted)
+        assert found == pytest.approx(true, rel=0.03)
+        after = tally.calibration_error(counted, tally.tempered(found))
+        assert after < 0.01
+        if true != 1.0:
+            assert after < tally.calibration_error(counted) / 5
+    assert tally.temperature(tally.nothing()) is None
+
+
+def test_a_temperature_of_one_changes_nothing():
+    inside = (tally.VALUES > 0.001) & (tally.VALUES < 0.999)
+    np.testing.assert_allclose(tally.tempered(1.0)[inside], tally.VALUES[inside], atol=1e-6)
+    counted = tally.count(np.array([0.0, 1.0, 0.5, 0.5]), np.array([True, False, True, False]))
+    assert 0.04 < tally.temperature(counted) < 25, "certain and wrong is no infinite surprise"

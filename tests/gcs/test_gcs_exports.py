@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("impatient")
 
 @pytest.fixture
 def write(tiny_networks, tiny_config):
-    return lambda directory: export.write_folder(*tiny_networks, tiny_config(), str(directory))
+    return lambda directory: export.write_folder((*tiny_networks, tiny_config()), str(directory))
 
 
 def leaves(module):

@@ -7,8 +7,6 @@ import textwrap
 
 from emulator import BUCKET, Fault
 
-from segdiff_jax.parallel import runtime
-
 SAVE = """
     import sys
     from segdiff_jax import cli, waiting
@@ -71,11 +69,3 @@ def test_a_compile_cache_that_falls_silent(gcs):
     assert ended.stderr.count("going on without it") == 1
     assert f"compile cache {cache}: cannot be reached, going on without it: " in ended.stderr
     assert programs.seen
-
-
-def test_a_compile_cache_in_the_workdir(gcs, monkeypatch):
-    found = {}
-    monkeypatch.setattr(runtime.jax.config, "update", found.__setitem__)
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    runtime.start(f"gs://{BUCKET}/runs/one")
-    assert found["jax_compilation_cache_dir"] == f"gs://{BUCKET}/runs/one/compile_cache"

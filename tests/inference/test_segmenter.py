@@ -8,7 +8,6 @@ import textwrap
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -21,7 +20,6 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.inference import sampling
 from segdiff_jax.inference import segmenter as segmenter_lib
 from segdiff_jax.inference.result import from_maps
-from segdiff_jax.models.unet import UNet
 from segdiff_jax.text import vocabulary
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -85,14 +83,9 @@ def test_member_is_the_same_whatever_the_ensemble_and_the_chunks(model, image):
     assert np.abs(alone - pair).max() > 1e-3, "members differ"
     for chunk in (3, 64):
         np.testing.assert_allclose(maps(2, chunk), pair, atol=1e-5)
-    # The mean of N members, times N, is a sum: its differences are the members.
-    second, third = 2 * pair - alone, 3 * maps(3, 4) - 2 * pair
-    jobs = np.array([(i, p, m) for m in (2, 1) for i in (0, 1) for p in (0, 1)])
-    latents = np.stack([model.encode(i).latent for i in images])
-    run = model._run(latents, model.table(classes), np.array([[0], [1]]), jobs, sampler, 1)
-    run = run.clip(-1, 1)  # as members are before they are merged
-    np.testing.assert_allclose(run[:4].reshape(third.shape), third, atol=1e-4)
-    np.testing.assert_allclose(run[4:].reshape(second.shape), second, atol=1e-4)
+    # The mean of N members, times N, is a sum: its difference from the first is the second.
+    second = 2 * pair - alone
+    assert second.min() >= -1 - 1e-4 and second.max() <= 1 + 1e-4
 
 
 def test_images_of_one_call_do_not_see_each_other(model, image):
@@ -151,8 +144,7 @@ def test_uncertainty_is_the_spread_of_the_winning_class(model, image):
     assert 0 <= found.uncertainty.min() < found.uncertainty.max() <= 0.5
 
 
-@pytest.mark.parametrize("context", ["mean", "bound"])
-@pytest.mark.parametrize("group", [0, 2])
+@pytest.mark.parametrize(("group", "context"), [(0, "mean"), (2, "bound")])
 def test_several_classes_per_pass(make_segmenter, tiny_config, image, group, context):
     model = make_segmenter(tiny_config(classes_per_pass=group, context=context))
     found = model(image, CLASSES, ensemble=2)
@@ -495,75 +487,6 @@ def test_no_other_list_and_no_other_number_compiles_anything(make_segmenter, ima
         assert compiled(images, names[:classes], ensemble) == []
 
 
-def test_too_many_classes_for_one_gray_image(make_segmenter, tiny_config, image):
-    model = make_segmenter(tiny_config(classes_per_pass=0))
-    with pytest.raises(UserError, match="256 classes do not fit"):
-        model(image, [f"class {i}" for i in range(256)])
-
-
-def test_kernels_are_kept_as_the_network_multiplies_them(tiny_networks, tiny_config, monkeypatch):
-    unet, *rest = tiny_networks
-    graph, params = nnx.split(UNet(unet.config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    gathered, for_use = [], segmenter_lib.for_use
-
-    def watched(params, mesh):
-        gathered.append({leaf.dtype.name for leaf in jax.tree.leaves(params)})
-        return for_use(params, mesh)
-
-    monkeypatch.setattr(segmenter_lib, "for_use", watched)
-    model = segmenter_lib.Segmenter(nnx.merge(graph, params), *rest, tiny_config())
-    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(model._unet_params)}
-    assert dtypes == {"float32", "bfloat16"}
-    assert gathered == [{"float32", "bfloat16"}], "rounded before they are sent"
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}, "not the caller's"
-
-
-MERGED = """
-    import json, sys
-    import jax
-    jax.config.update("jax_num_cpu_devices", 8)
-    import numpy as np
-    from segdiff_jax.inference import sampling
-    from segdiff_jax.config import MeshConfig, SamplerConfig
-    from segdiff_jax.parallel import mesh as meshes
-
-    merge, parts = sampling._merge_spread, []
-    def watched(*arguments):
-        result = merge(*arguments)
-        parts.append([s.data.shape[0] for s in result[0].addressable_shards])
-        return result
-    sampling._merge_spread = watched
-
-    members = np.random.default_rng(0).uniform(-1, 1, (3, 4, 3, 6, 8)).astype(np.float32)
-    found = {"members": members.tolist()}
-    for name, devices in [("1", 1), ("8", 8)]:
-        mesh = meshes.make_mesh(MeshConfig(), jax.devices()[:devices])
-        for align in ("none", "affine"):
-            maps = sampling.merge(members, SamplerConfig(ensemble=3, align=align), mesh)
-            found[f"{align} {name}"] = [m.tolist() for m in maps]
-    print(json.dumps(found | {"parts": parts}))
-"""
-
-
-@pytest.mark.slow
-def test_maps_are_merged_on_all_devices_as_on_one():
-    script = textwrap.dedent(MERGED)
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
-    assert found["parts"] == [[12], [12], [2] * 8, [2] * 8]  # 3 images × 4 passes, and 4 to fill
-    for align in ("none", "affine"):
-        alone, shared = (np.array(found[f"{align} {name}"]) for name in ("1", "8"))
-        assert alone.shape == (2, 3, 4, 6, 8)
-        np.testing.assert_allclose(shared, alone, atol=1e-5)
-    merged, spread = np.array(found["none 8"])
-    members = np.array(found["members"], np.float32)
-    middle = np.median(members, axis=2)
-    np.testing.assert_allclose(merged, middle, atol=1e-6)
-    deviation = np.abs(members - middle[:, :, None])
-    np.testing.assert_allclose(spread, np.median(deviation, axis=2) / 2, atol=1e-6)
-
-
 ON_MESHES = """
     import dataclasses, json, sys
     import jax
@@ -602,14 +525,11 @@ ON_MESHES = """
         cut = {"params": cut}
         cut = jax.device_put(cut, rules.state_sharding(cut, mesh))["params"]
         model = segmenter.Segmenter(nnx.merge(graph, cut), *rest, config, mesh)
-        whole = [[leaf.is_fully_replicated for leaf in jax.tree.leaves(params)]
-                 for params in (cut, model._unet_params)]
         parts.clear()
         result = evaluate(model, source, limit=2, seed=1, examples=2)
         gray, spread = model.maps([source[0]["image"]], source.vocabulary.classes,
                                   config.sampler, seed=1)
         found[name] = {"confusion": result.confusion.tolist(), "parts": parts[0],
-                       "whole": [all(leaves) for leaves in whole],
                        "labels": [e.prediction.tolist() for e in result.examples],
                        "gray": gray.tolist(), "spread": spread.tolist()}
     print(json.dumps(found))
@@ -630,11 +550,6 @@ def test_passes_and_members_are_shared_out_over_all_devices(on_meshes):
     assert on_meshes["1"]["parts"] == [12, [12]]
     for mesh in ("8", "2,2,2"):
         assert on_meshes[mesh]["parts"] == [16, [2] * 8]
-
-
-@pytest.mark.slow
-def test_parameters_that_are_cut_up_are_gathered(on_meshes):
-    assert on_meshes["2,2,2"]["whole"] == [False, True]
 
 
 @pytest.mark.slow

@@ -302,84 +302,52 @@ def test_supervise_recreates_and_resumes_after_a_preemption(cloud):
     assert "costs money" in result.stderr  # the machine is still there
 
 
-def test_supervise_deletes_the_tpu_at_the_end_when_asked(cloud):
-    cloud.script({"tpu-vm describe": [READY], "status": [FINISHED]})
-    assert cloud.run("supervise.sh", "ade", "--delete").returncode == 0
-    assert cloud.steps() == ["describe", "status", "delete"]
+END = ["describe", "status"]
+AGAIN = [*END, "stop", "setup", "start"]
+OFFLINE = "!ERROR: gcloud crashed (ConnectionError): Network is unreachable"
+ONE_STOPPED = REPORT.format("exited 0", "exited 0", "stopped", "exited 0")
+ONE_KILLED = REPORT.format("running", "running", "exited 137", "running")
+GAVE_UP = REPORT.format("running", "exited 75", "exited 75", "exited 1")
+THREE = RUNNING.rpartition("\n")[0]
+PREEMPTED = [READY, READY, "PREEMPTED\t4", READY, READY, READY]
+# name: (states of the TPU, reports of the run, flags, exit code, steps)
+SUPERVISED = {
+    "it is deleted at the end when asked": ([READY], [FINISHED], ["--delete"], 0, [*END, "delete"]),
+    "an unknown state recreates nothing": (
+        *([OFFLINE, OFFLINE, READY], [RUNNING, FINISHED], [], 0),
+        ["describe"] * 2 + END * 2,
+    ),
+    "a silent worker is waited for": ([READY], [THREE, RUNNING, THREE], [], 1, END * 5 + ["log"]),
+    "stopped by SIGTERM is resumed": ([READY], [STOPPED, FINISHED], [], 0, AGAIN + END),
+    "one of four stopped, too": ([READY], [ONE_STOPPED, FINISHED], [], 0, AGAIN + END),
+    "one crashed worker restarts all until the limit": (
+        *([READY], [ONE_KILLED], ["--delete"], 1),
+        AGAIN * 2 + [*END, "log", "delete"],
+    ),
+    "a preemption forgives earlier crashes": (PREEMPTED, [CRASHED] * 4 + [FINISHED], [], 0, None),
+    "waiting in vain is started again": ([READY, READY], [GAVE_UP, FINISHED], [], 0, AGAIN + END),
+    "bad input is not tried again": ([READY], [REJECTED], [], 2, [*END, "log"]),
+}
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_supervise(name, cloud):
+    states, reports, flags, code, steps = SUPERVISED[name]
+    cloud.script({"tpu-vm describe": states, "status": reports})
+    result = cloud.run("supervise.sh", "ade", *flags, MAX_SILENT="3")
+    assert result.returncode == code, result.stderr
+    assert steps is None or cloud.steps() == steps
+    assert ("in vain (1 of 3)" in result.stderr) == (GAVE_UP in reports)
 
 
 def test_supervise_waits_in_the_queue_and_recreates_a_suspended_request(cloud):
     cloud.settings["CAPACITY"] = "queued-spot"
     waiting = ["WAITING_FOR_RESOURCES", "PROVISIONING", "SUSPENDED"]
-    cloud.script(
-        {
-            "tpu-vm describe": [GONE, GONE, GONE, READY],
-            "queued-resources describe": waiting,
-            "status": [FINISHED],
-        }
-    )
+    states = {"tpu-vm describe": [GONE, GONE, GONE, READY], "queued-resources describe": waiting}
+    cloud.script(states | {"status": [FINISHED]})
     assert cloud.run("supervise.sh", "ade").returncode == 0
-    steps = cloud.steps()
-    assert steps == ["describe"] * 6 + ["delete", "create", "describe", "status"]
+    assert cloud.steps() == ["describe"] * 6 + ["delete", "create", *END]
     assert "--force" in cloud.calls()[6]
-
-
-def test_supervise_recreates_nothing_when_the_state_cannot_be_asked_for(cloud):
-    offline = "!ERROR: gcloud crashed (ConnectionError): Network is unreachable"
-    cloud.script({"tpu-vm describe": [offline, offline, READY], "status": [RUNNING, FINISHED]})
-    assert cloud.run("supervise.sh", "ade").returncode == 0
-    assert cloud.steps() == ["describe"] * 3 + ["status", "describe", "status"]
-
-
-def test_supervise_waits_for_a_silent_worker_then_gives_up(cloud):
-    three = RUNNING.rpartition("\n")[0]
-    cloud.script({"tpu-vm describe": [READY], "status": [three, RUNNING, three]})
-    result = cloud.run("supervise.sh", "ade", MAX_SILENT="3")
-    assert result.returncode == 1
-    assert cloud.steps() == ["describe", "status"] * 5 + ["log"]
-
-
-@pytest.mark.parametrize(
-    "report", [STOPPED, REPORT.format("exited 0", "exited 0", "stopped", "exited 0")]
-)
-def test_a_run_stopped_by_sigterm_is_resumed_not_taken_for_finished(report, cloud):
-    cloud.script({"tpu-vm describe": [READY], "status": [report, FINISHED]})
-    assert cloud.run("supervise.sh", "ade").returncode == 0
-    assert cloud.steps() == [
-        *("describe", "status", "stop", "setup", "start"),
-        *("describe", "status"),
-    ]
-
-
-def test_one_crashed_worker_restarts_all_until_the_limit(cloud):
-    one = REPORT.format("running", "running", "exited 137", "running")
-    cloud.script({"tpu-vm describe": [READY], "status": [one]})
-    result = cloud.run("supervise.sh", "ade", "--delete")
-    assert result.returncode == 1
-    again = ["describe", "status", "stop", "setup", "start"]
-    assert cloud.steps() == [*again, *again, "describe", "status", "log", "delete"]
-
-
-def test_a_preemption_forgives_earlier_crashes(cloud):
-    states = [READY, READY, "PREEMPTED\t4", READY, READY, READY]
-    reports = [CRASHED, CRASHED, CRASHED, CRASHED, FINISHED]
-    cloud.script({"tpu-vm describe": states, "status": reports})
-    assert cloud.run("supervise.sh", "ade").returncode == 0
-
-
-def test_a_run_that_waited_in_vain_is_started_again(cloud):
-    gave_up = REPORT.format("running", "exited 75", "exited 75", "exited 1")
-    cloud.script({"tpu-vm describe": [READY, READY], "status": [gave_up, FINISHED]})
-    result = cloud.run("supervise.sh", "ade")
-    assert result.returncode == 0 and "in vain (1 of 3)" in result.stderr
-    again = ["describe", "status", "stop", "setup", "start"]
-    assert cloud.steps() == [*again, "describe", "status"]
-
-
-def test_bad_input_of_the_run_is_not_tried_again(cloud):
-    cloud.script({"tpu-vm describe": [READY], "status": [REJECTED]})
-    assert cloud.run("supervise.sh", "ade").returncode == 2
-    assert cloud.steps() == ["describe", "status", "log"]
 
 
 def test_refused_create_requests_are_repeated_up_to_the_limit(cloud):

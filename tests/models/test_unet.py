@@ -9,98 +9,42 @@ from flax import nnx
 from torch_oracles import from_torch, normal, relative_error, run, to_torch, unet, write
 
 from segdiff_jax.models import layers
-from segdiff_jax.models.presets import PRESETS
-from segdiff_jax.models.unet import UNet
+from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.weights import key_map, pretrained
 
-# name: (cross-attention per level, diffusers options, latent [B, h, w], tokens)
-CASES = {
-    "sd1": (
-        (True, True, False),
-        {"block_out_channels": (16, 32, 32), "norm_num_groups": 8, "attention_head_dim": 8},
-        (1, 8, 8),
-        7,
-    ),
+# name: (attends, widths, groups, heads, linear projection, layers, latent [B, h, w], tokens, rest)
+_CASES: dict[str, tuple] = {
+    "sd1": ((True, True, False), (16, 32, 32), 8, 8, False, 2, (1, 8, 8), 7, {}),
     "sd2_four_levels_nonsquare": (
-        (True, True, True, False),
-        {
-            "block_out_channels": (8, 16, 24, 24),
-            "norm_num_groups": 4,
-            "attention_head_dim": [1, 2, 3, 4],
-            "use_linear_projection": True,
-            "layers_per_block": 1,
-        },
-        (2, 8, 16),
-        77,
+        *((True, True, True, False), (8, 16, 24, 24), 4, [1, 2, 3, 4], True, 1),
+        *((2, 8, 16), 77, {}),
     ),
-    "odd_channels_and_groups": (
-        (True, True),
-        {
-            "block_out_channels": (15, 35),
-            "norm_num_groups": 5,
-            "attention_head_dim": [3, 7],
-            "use_linear_projection": True,
-            "layers_per_block": 1,
-        },
-        (3, 6, 4),
-        5,
-    ),
-    "three_layers_attention_below_only": (
-        (False, True),
-        {
-            "block_out_channels": (8, 12),
-            "norm_num_groups": 2,
-            "attention_head_dim": 2,
-            "layers_per_block": 3,
-        },
-        (2, 4, 6),
-        3,
+    "odd_channels_and_groups": ((True, True), (15, 35), 5, [3, 7], True, 1, (3, 6, 4), 5, {}),
+    "three_layers_attention_below_only": ((False, True), (8, 12), 2, 2, False, 3, (2, 4, 6), 3, {}),
+    "attention_in_the_middle_only": (
+        *((False,), (10,), 2, 1, True, 1, (3, 2, 5), 1, {"in_channels": 9}),
     ),
     "odd_latent_eight_channels": (
-        (True, False, True),
-        {
-            "in_channels": 8,
-            "block_out_channels": (8, 8, 16),
-            "norm_num_groups": 4,
-            "attention_head_dim": 2,
-            "layers_per_block": 1,
-        },
-        (2, 7, 5),
-        4,
+        *((True, False, True), (8, 8, 16), 4, 2, False, 1, (2, 7, 5), 4, {"in_channels": 8}),
     ),
     "deep_transformers_other_time_code": (
-        (True,),
-        {
-            "in_channels": 32,
-            "out_channels": 16,
-            "block_out_channels": (16,),
-            "norm_num_groups": 16,
-            "norm_eps": 1e-4,
-            "attention_head_dim": 4,
-            "layers_per_block": 1,
-            "transformer_layers_per_block": 2,
-            "flip_sin_to_cos": False,
-            "freq_shift": 1,
-        },
-        (2, 5, 4),
-        6,
+        *((True,), (16,), 16, 4, False, 1, (2, 5, 4), 6),
+        {"in_channels": 32, "out_channels": 16, "norm_eps": 1e-4, "freq_shift": 1}
+        | {"transformer_layers_per_block": 2, "flip_sin_to_cos": False},
     ),
 }
-# name: (attends, widths, groups, heads, linear projection, layers, in_channels, latent, tokens):
-# one or two levels, quick to compile.
-_SMALL = {
-    "sd1_wide": ((True,), (12,), 3, 4, False, 1, 4, (1, 3, 9), 2),
-    "sd2_two_layers": ((True,), (20,), 5, [5], True, 2, 4, (2, 4, 3), 9),
-    "attention_in_the_middle_only": ((False,), (10,), 2, 1, True, 1, 4, (3, 2, 5), 1),
-    "attention_above_only": ((True, False), (8, 8), 8, 2, False, 1, 8, (1, 6, 4), 11),
-    "one_head_nine_groups": ((True,), (9,), 9, 1, True, 1, 8, (4, 2, 2), 3),
-    "nine_input_channels": ((True,), (14,), 7, 7, False, 1, 9, (2, 1, 7), 4),
-}
-for _name, (_attends, _widths, _groups, _heads, _linear, _layers, _in, *_sizes) in _SMALL.items():
-    _options = {"block_out_channels": _widths, "norm_num_groups": _groups, "in_channels": _in}
+CASES = {}  # name: (attends, options of diffusers, latent, tokens)
+for _name, (_attends, _widths, _groups, _heads, _linear, _layers, *_sizes, _rest) in _CASES.items():
+    _options = {
+        "block_out_channels": _widths,
+        "norm_num_groups": _groups,
+        "layers_per_block": _layers,
+    }
     _options |= {"attention_head_dim": _heads, "use_linear_projection": _linear}
-    CASES[_name] = (_attends, _options | {"layers_per_block": _layers}, *_sizes)
+    CASES[_name] = (_attends, _options | _rest, *_sizes)
 CONTEXT = 12
+# One level, heads of 32 channels: as little to compile as there can be.
+SMALL = UNetConfig(8, 4, (32,), (True,), 1, 1, (1,), CONTEXT, True, 8)
 
 
 def _inputs(config, latent, tokens):
@@ -153,7 +97,8 @@ def test_gradients_equal_torchs_with_recomputed_blocks(tmp_path):
     attends, options, latent, tokens = CASES["deep_transformers_other_time_code"]
     # With one channel per group, as there, the norm undoes biases: their gradient is rounding.
     oracle = unet(attends, cross_attention_dim=CONTEXT, **options | {"norm_num_groups": 4})
-    ours = pretrained.load(write(tmp_path, unet=oracle), ("unet",), remat=True).unet
+    ours = pretrained.load(write(tmp_path, unet=oracle), ("unet",)).unet
+    ours.kept = layers.KEEP_INPUTS  # of remat=True
     inputs = _inputs(oracle.config, latent, tokens)
     target = normal(*latent, oracle.config.out_channels, seed=2)
     sample, timesteps, context = inputs
@@ -176,9 +121,9 @@ def test_gradients_equal_torchs_with_recomputed_blocks(tmp_path):
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_recomputed_blocks_can_be_sampled_from(dtype):
     """The sampler calls a network from inside vmap and scan, and so does validation in training."""
-    config = PRESETS["tiny"].unet
-    graph, params = nnx.split(UNet(config, dtype=jnp.dtype(dtype), remat=True, rngs=nnx.Rngs(0)))
-    text = jnp.ones((1, 7, config.cross_attention_dim))
+    network = UNet(SMALL, dtype=jnp.dtype(dtype), remat=True, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(network)
+    text = jnp.ones((1, 7, CONTEXT))
 
     @jax.jit
     def sample(params, start):
@@ -190,7 +135,7 @@ def test_recomputed_blocks_can_be_sampled_from(dtype):
 
         return jax.vmap(lambda x: jax.lax.scan(step, x, length=2)[0])(start)
 
-    noise = jax.random.normal(jax.random.key(0), (2, 8, 8, config.out_channels))
+    noise = jax.random.normal(jax.random.key(0), (2, 8, 8, SMALL.out_channels))
     assert np.isfinite(sample(params, noise)).all()
 
 
@@ -199,15 +144,14 @@ def test_recomputed_blocks_can_be_sampled_from(dtype):
     [("float32", 1e-5), pytest.param("bfloat16", 2e-2, marks=pytest.mark.slow)],
 )
 def test_what_blocks_keep_changes_no_gradient(dtype, tolerance):
-    config = PRESETS["tiny"].unet
     rng = np.random.default_rng(0)
     draw = lambda shape: jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32)  # noqa: E731
-    shapes = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))[1]
+    shapes = nnx.split(nnx.eval_shape(lambda: UNet(SMALL, rngs=nnx.Rngs(0))))[1]
     params = jax.tree.map(lambda leaf: draw(leaf.shape), shapes)
-    inputs = draw((2, 8, 8, config.in_channels)), jnp.array([3, 900]), draw((2, 5, 128))
+    inputs = draw((2, 8, 8, SMALL.in_channels)), jnp.array([3, 900]), draw((2, 5, CONTEXT))
 
     def gradients(policy):
-        unet = UNet(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+        unet = UNet(SMALL, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
         unet.kept = policy
         graph = nnx.split(unet)[0]
         loss = lambda params: jnp.square(nnx.merge(graph, params)(*inputs)).mean()  # noqa: E731

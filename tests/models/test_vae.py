@@ -8,46 +8,22 @@ from torch_oracles import from_torch, normal, relative_error, run, to_torch, vae
 from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
 from segdiff_jax.weights import pretrained
 
-# name: (widths, diffusers options, pixels [B, H, W])
-CASES = {
-    "sd": ((8, 16, 16), {"layers_per_block": 2, "norm_num_groups": 4}, (2, 16, 24)),
-    "odd_channels_three_layers": (
-        (9, 15),
-        {"layers_per_block": 3, "norm_num_groups": 3, "latent_channels": 5},
-        (1, 10, 14),
-    ),
-    "no_attention_wide_latent": (
-        (8, 12),
-        {
-            "layers_per_block": 1,
-            "norm_num_groups": 2,
-            "latent_channels": 16,
-            "mid_block_add_attention": False,
-            "scaling_factor": 0.5,
-        },
-        (3, 8, 8),
-    ),
-    "one_level_one_channel": (
-        (6,),
-        {"norm_num_groups": 6, "in_channels": 1, "out_channels": 2},
-        (1, 7, 5),
-    ),
+# name: (widths, layers, groups, latent channels, attention in the middle, pixels, rest)
+_CASES: dict[str, tuple] = {
+    "sd": ((8, 16, 16), 2, 4, 4, True, (2, 16, 24), {}),
+    "odd_channels_three_layers": ((9, 15), 3, 3, 5, True, (1, 10, 14), {}),
+    "no_attention_wide_latent": ((8, 12), 1, 2, 16, False, (3, 8, 8), {"scaling_factor": 0.5}),
+    "one_level": ((6,), 1, 6, 4, True, (1, 7, 5), {"in_channels": 1, "out_channels": 2}),
+    "one_pixel_wide": ((4,), 1, 2, 4, True, (1, 6, 1), {}),
+    "narrowing": ((12, 8), 1, 4, 4, True, (1, 8, 6), {}),
+    "eleven_channels": ((11,), 1, 11, 7, True, (2, 5, 4), {}),
+    "four_levels": ((2, 4, 4, 6), 1, 2, 4, False, (1, 16, 8), {}),
 }
-# name: (widths, layers, groups, latent channels, attention in the middle, pixels)
-_SMALL = {
-    "one_pixel_wide": ((4,), 1, 2, 4, True, (1, 6, 1)),
-    "two_layers_batch": ((6, 6), 2, 3, 4, True, (4, 4, 6)),
-    "three_layers_one_level": ((5,), 3, 5, 4, True, (2, 3, 5)),
-    "narrowing": ((12, 8), 1, 4, 4, True, (1, 8, 6)),
-    "eleven_channels": ((11,), 1, 11, 7, True, (2, 5, 4)),
-    "one_group": ((7,), 2, 1, 4, False, (1, 4, 9)),
-    "four_levels": ((2, 4, 4, 6), 1, 2, 4, False, (1, 16, 8)),
-    "latent_of_one": ((8,), 1, 4, 1, True, (3, 4, 4)),
-}
-for _name, (_widths, _layers, _groups, _latent, _attention, _size) in _SMALL.items():
+CASES = {}  # name: (widths, options of diffusers, pixels [B, H, W])
+for _name, (_widths, _layers, _groups, _latent, _attention, _size, _rest) in _CASES.items():
     _options = {"layers_per_block": _layers, "norm_num_groups": _groups}
     _options |= {"latent_channels": _latent, "mid_block_add_attention": _attention}
-    CASES[_name] = (_widths, _options, _size)
+    CASES[_name] = (_widths, _options | _rest, _size)
 
 
 def _moments(oracle, pixels):

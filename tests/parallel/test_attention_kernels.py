@@ -42,9 +42,7 @@ def _worst(found, expected):
 @pytest.mark.parametrize(
     ("length", "width"),
     [
-        (256, 64),
         (200, 40),  # filled up to whole blocks
-        (1536, 64),  # several blocks
         (1000, 64),  # several, and filled
         (900, 256),  # wide heads: smaller blocks
     ],
@@ -121,8 +119,8 @@ def test_each_device_attends_in_its_part_of_the_batch_and_the_heads(tmp_path):
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize(
     ("length", "heads", "width"),
-    # The UNet's at 44 × 44, which is filled, at 48 × 48 and 64 × 64; the VAE's one head.
-    [(1936, 2, 64), (2304, 2, 64), (4096, 2, 64), (4096, 1, 512)],
+    # The UNet's at 44 × 44, which is filled, and at 64 × 64; the VAE's one head.
+    [(1936, 2, 64), (4096, 2, 64), (4096, 1, 512)],
 )
 def test_the_kernel_and_its_gradients_fit_the_chip(length, heads, width, topology):
     _, found = chips.stand_ins(topology)

@@ -18,13 +18,12 @@ from test_run import same_bits, state_of, steps_of
 from test_step import SmallUNet
 from test_telemetry import read_scalars
 
-from segdiff_jax import aot, cli, export
+from segdiff_jax import cli, export
 from segdiff_jax import config as configs
 from segdiff_jax.config import Config, E2EConfig, ModelConfig, OptimizerConfig, TrainConfig
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.segmenter import Segmenter
-from segdiff_jax.parallel import mesh as meshes
 from segdiff_jax.text.conditioning import PromptTable
 from segdiff_jax.train import train
 from segdiff_jax.training import losses
@@ -94,16 +93,6 @@ def test_without_a_valid_pixel_there_is_no_loss():
     loss = lambda maps: losses.label_loss(maps, batch, losses.label_weights(batch))  # noqa: E731
     value, gradient = jax.value_and_grad(loss)(jnp.ones((B, C, H, W)))
     assert value == 0 and (gradient == 0).all()
-
-
-def test_true_masks_have_next_to_no_loss_and_those_of_another_class_much():
-    batch = make_batch()
-    truth = batch["labels"][:, None] == batch["class_ids"][:, :, None, None]
-    maps = jnp.where(truth, 1.0, -1.0)
-    right, wrong = (
-        losses.label_loss(m, batch, losses.label_weights(batch)) for m in (maps, maps[:, ::-1])
-    )
-    assert right < 0.05 and wrong > 1
 
 
 def make_config(e2e=None, remat=False, **optimizer):
@@ -245,7 +234,7 @@ def test_it_validates_from_zeros_as_it_predicts(finished):
 
 def test_an_export_of_it_starts_from_zeros_too(finished, tmp_path):
     networks = workdirs.load_networks(finished)
-    export.write_folder(*networks, tmp_path / "model", trained=workdirs.read_classes(finished))
+    export.write_folder(networks, tmp_path / "model", trained=workdirs.read_classes(finished))
     photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     names = ["plain red circle", "background"]
     scores = [Segmenter.load(str(p))(photo, names).scores for p in (finished, tmp_path / "model")]
@@ -253,6 +242,7 @@ def test_an_export_of_it_starts_from_zeros_too(finished, tmp_path):
     assert "Start from zeros" in (tmp_path / "model" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(
     finished, e2e_config, train_optimized, tmp_path, monkeypatch
 ):
@@ -304,13 +294,6 @@ def test_on_two_devices_as_on_one(trained, tmp_path):
         np.testing.assert_allclose(a, b, atol=2e-4)  # Adam's first steps are of the gradient's sign
     losses_of = [read_scalars(tmp_path / d / "run")["e2e/loss"] for d in ("1", "2")]
     np.testing.assert_allclose(*([o[s] for s in (1, 2, 3)] for o in losses_of), rtol=1e-4)
-
-
-def test_reported_flops_are_those_of_the_step_that_aot_reports(finished, e2e_config):
-    scalars, config = read_scalars(Path(finished)), e2e_config()
-    mesh = meshes.make_mesh(config.mesh)
-    per_chip = scalars["e2e/tflops_per_chip"][4] * 1e12 * scalars["e2e/step_seconds"][4]
-    assert per_chip == pytest.approx(aot.make_step(config, mesh).flops / mesh.size, rel=1e-3)
 
 
 @pytest.mark.parametrize(

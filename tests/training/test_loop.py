@@ -201,17 +201,3 @@ def test_validation_is_never_shown_a_state_that_is_not_finite(tmp_path):
     run = Run(tmp_path, eval_every=3, checkpoint_every=100)
     with pytest.raises(UserError, match="step 3"):
         run(losses={3: math.nan}, validate=lambda *_: pytest.fail("called"))
-
-
-def test_resumed_steps_draw_what_an_uninterrupted_run_would(tmp_path, caplog):
-    def draws(*runs):
-        caplog.clear()
-        with caplog.at_level(logging.INFO, "segdiff_jax"):
-            for run in runs:
-                run()
-        lines = [r.getMessage() for r in caplog.records if " draw " in r.getMessage()]
-        return [line.split(" draw ")[1].split()[0] for line in lines]
-
-    straight = draws(Run(tmp_path / "a", log_every=1))
-    parts = draws(Run(tmp_path / "b", steps=3, log_every=1), Run(tmp_path / "b", log_every=1))
-    assert len(set(straight)) == 6 and parts == straight

@@ -145,12 +145,6 @@ def test_pixels_that_are_ignored_do_not_matter():
     assert (gradient[np.asarray(weights) == 0] == 0).all() and gradient.max() > 0
 
 
-def test_weights_of_a_batch_without_valid_labels_are_zero():
-    batch = make_batch()
-    batch["labels"] = np.full_like(batch["labels"], 255)
-    assert (np.asarray(losses.latent_weights(batch, FACTOR)) == 0).all()
-
-
 @pytest.mark.parametrize("balance", [0.5, 1.0])
 def test_balance_raises_the_weight_of_positions_that_show_the_class(balance):
     labels = np.zeros((3, 8, 8), np.uint8)

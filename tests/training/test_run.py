@@ -146,7 +146,8 @@ def test_the_vae_stage_scales_its_latents_to_unit_variance(trained, micro_config
     config = micro_config()
     vae = pretrained.load(f"{trained}/pretrained", ("vae",)).vae
     source = runs.open_source(config.data, "train", config.seed)
-    batch = next(pipeline.train_batches(source, config, config.seed, batch_size=64))
+    config = pipeline.with_batch_size(config, 64)
+    batch = next(pipeline.train_batches(source, config, config.seed))
     masks = codec.mask_images(batch["labels"], batch["class_ids"])
     pixels = np.concatenate([codec.to_pixels(batch["image"]), masks])
     graph, params = nnx.split(vae)
@@ -216,14 +217,17 @@ def test_the_moving_average_is_what_segments(model, trained):
 
 
 @pytest.mark.parametrize("steps", [6, 3])
-def test_a_finished_run_is_left_as_it_is(trained, micro_config, monkeypatch, caplog, steps):
-    before = contents(trained)
+def test_a_finished_run_is_left_as_it_is(
+    trained, micro_config, tmp_path, monkeypatch, caplog, steps
+):
+    workdir = shutil.copytree(trained, str(tmp_path / "run"))
+    before = contents(workdir)
     monkeypatch.setattr(runs, "loop", lambda *_: pytest.fail("trained again"))
     caplog.set_level(logging.INFO, "segdiff_jax")
     config = micro_config()
     config.train.steps, config.train.eval_every = steps, 0
-    train(config, trained)
-    assert contents(trained) == before
+    train(config, workdir)
+    assert contents(workdir) == before
     assert "nothing to do" in caplog.text and "resuming" not in caplog.text
     assert f"has done 6 steps, and config.train.steps is {steps}: raise it" in caplog.text
 

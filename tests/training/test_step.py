@@ -1,7 +1,5 @@
 """The training step on a network small enough to follow: gradients, averages, randomness."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +7,13 @@ import optax
 import pytest
 from flax import nnx
 
-from segdiff_jax.config import Config, NoiseConfig, OptimizerConfig, TrainConfig, VAEConfig
+from segdiff_jax.config import Config, NoiseConfig, OptimizerConfig, TrainConfig
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.text.conditioning import PromptTable
 from segdiff_jax.training import losses
 from segdiff_jax.training.losses import Frozen
 from segdiff_jax.training.optimizer import make_optimizer
-from segdiff_jax.training.step import diffusion_step, init_state, vae_step
+from segdiff_jax.training.step import diffusion_step, init_state
 
 B, H, W, C, K = 8, 4, 6, 4, 3
 
@@ -83,7 +81,7 @@ def close(a, b, **tolerance):
         np.testing.assert_allclose(x, y, **tolerance)
 
 
-@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("count", [2, 8])
 def test_micro_batches_add_up_to_the_batch(setup, count):
     batch = make_batch()
     ((whole, metrics),) = run(setup, make_config(), [batch])
@@ -126,12 +124,6 @@ def test_a_step_is_one_update_of_the_optimiser_on_the_gradient_of_the_loss(setup
     assert int(state.step) == 1
 
 
-def test_training_lowers_the_loss(setup):
-    found = run(setup, make_config(learning_rate=0.05), [make_batch()] * 60)
-    values = [metrics["loss"] for _, metrics in found]
-    assert np.mean(values[-10:]) < 0.8 * np.mean(values[:10])
-
-
 def test_moving_average_follows_the_parameters(setup):
     params, decay = setup[1], 0.15
     found = run(setup, make_config(ema_decay=decay), [make_batch(s) for s in range(3)])
@@ -143,11 +135,6 @@ def test_moving_average_follows_the_parameters(setup):
         )
         close(state.ema, expected, rtol=1e-5, atol=1e-6)
     assert keep == decay, "both branches of the schedule"
-
-
-def test_without_moving_average_there_is_none(setup):
-    ((state, _),) = run(setup, make_config(), [make_batch()])
-    assert not jax.tree.leaves(state.ema)
 
 
 def test_the_state_owns_its_buffers(setup):
@@ -200,28 +187,3 @@ def test_from_pixels_and_from_their_latents_are_the_same_step(setup, tiny_networ
     }
     a, b = (run(setup, make_config(), [batch])[0][1] for batch in (pixels, cached))
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
-
-
-def test_vae_stage_lowers_its_loss(tiny_networks):
-    graph, params = nnx.split(tiny_networks[1])
-    config = dataclasses.replace(
-        make_config(learning_rate=5e-3, clip_norm=1.0), vae=VAEConfig(mask_share=0.5)
-    )
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": np.kron(rng.integers(0, 256, (4, 2, 2, 3)), np.ones((1, 4, 4, 1))).astype(
-            np.uint8
-        ),
-        "labels": np.kron(rng.integers(0, K, (4, 2, 2)), np.ones((1, 4, 4))).astype(np.uint8),
-        "class_ids": rng.integers(0, K, (4, 1)).astype(np.int32),
-    }
-    step = jax.jit(vae_step(graph, config))
-    state, found = init_state(params, config), []
-    for _ in range(12):
-        state, metrics = step(state, None, batch, jax.random.key(0))
-        found.append({name: float(value) for name, value in metrics.items()})
-    assert found[-1]["loss"] < 0.7 * found[0]["loss"]
-    first = found[0]
-    np.testing.assert_allclose(
-        first["loss"], first["reconstruction"] + config.vae.kl_weight * first["kl"], rtol=1e-5
-    )

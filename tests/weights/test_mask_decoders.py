@@ -45,7 +45,7 @@ def test_a_finished_training_has_one_and_so_has_its_export(
     vae = networks[1]
     linear, tiny = workdir.load_decoders(trained, vae)
     assert tiny is None and linear.kernel.shape[:3] == (3, 3, vae.config.latent_channels)
-    export.write_folder(*networks, tmp_path / "model", decoders=(linear, None))
+    export.write_folder(networks, tmp_path / "model", decoders=(linear, None))
     again, _ = workdir.load_decoders(str(tmp_path / "model"), vae)
     np.testing.assert_array_equal(again.kernel, linear.kernel)
 

@@ -1,6 +1,6 @@
-"""Where the published data sets, and a folder of one's own, keep images and masks.
+"""Where the published data sets keep images and masks.
 
-Each function gives the pairs of a split and how the ids of their files become classes.
+Each function returns the pairs of a split and how the ids of their files become classes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,6 +17,7 @@ from segdiff_jax.data.sources.pairing import (
     is_image,
     listing,
     nearby,
+    no_folder,
     pairs,
     pairs_by_mask,
 )
@@ -46,7 +47,7 @@ class Layout(NamedTuple):
 
 
 def lookup_of(classes: Iterable[int], ignored: Iterable[int]) -> np.ndarray:
-    """int32 [n]: the table in which the class i has the id classes[i] in the files."""
+    """Return the table int32 [n] in which the class i has the id classes[i] in the files."""
     values, ignored = list(classes), list(ignored)
     lookup = np.full(max(256, *(value + 1 for value in (*values, *ignored, 0))), OUTSIDE, np.int32)
     lookup[values] = np.arange(len(values))
@@ -55,118 +56,9 @@ def lookup_of(classes: Iterable[int], ignored: Iterable[int]) -> np.ndarray:
 
 
 def to_labels(ids: np.ndarray, lookup: np.ndarray, num_classes: int) -> np.ndarray:
-    """Ids of a file [H, W], none of them `OUTSIDE`, as labels of `codec.label_type`."""
+    """Map ids of a file [H, W], none of them `OUTSIDE`, to labels of `codec.label_type`."""
     table = np.where(lookup < 0, codec.ignore_label(num_classes), lookup)
     return table.astype(codec.label_type(num_classes))[ids]
-
-
-def folder(config: DataConfig, split: str) -> Layout:
-    """SPLIT/images and SPLIT/masks, images/SPLIT and masks/SPLIT, or images and masks; with
-    data.mask_suffix the masks may lie beside the images."""
-    root = _existing(config.root)
-    images, masks = _folders_of(root, config, split)
-    found = pairs(images, masks, config.mask_suffix)
-    if not found:
-        raise UserError(f"{images}: no images in split {split!r}{_unread(images)}")
-    vocabulary = vocabularies.load(config.vocabulary or _class_file(root))
-    return Layout(found, vocabulary, _configured_lookup(config, vocabulary))
-
-
-def _folders_of(root: epath.Path, config: DataConfig, split: str) -> tuple[epath.Path, epath.Path]:
-    nested = [root / split, root / "images" / split]
-    choices = [(nested[0] / "images", nested[0] / "masks"), (nested[1], root / "masks" / split)]
-    splits = {split, config.train_split, config.val_split}
-    if not (root / split).is_dir() and not any((root / "images" / s).is_dir() for s in splits):
-        choices.append((root / "images", root / "masks"))
-    suffixed = bool(config.mask_suffix)
-    for images, masks in choices:
-        if images.is_dir():
-            if masks.is_dir():
-                return images, masks
-            if suffixed:
-                return images, images
-            raise UserError(
-                f"{masks}: {missing(masks, 'folder')}, check config.data.root and the split's name"
-                f"{_other_names(masks)}{nearby(masks.parent, 'folder')}"
-            )
-    if suffixed:
-        beside = root / split if (root / split).is_dir() else root
-        if beside != root or not any((root / s).is_dir() for s in splits):
-            return beside, beside
-    images = choices[-1][0] if len(choices) == 2 and nested[1].is_dir() else choices[0][0]
-    raise UserError(
-        f"{images}: {missing(images, 'folder')}, check config.data.root and the split's name"
-        f"{nearby(root, 'folder')}"
-    )
-
-
-def _other_names(masks: epath.Path) -> str:
-    """ "; found labels: …" where the masks lie under another usual name."""
-    for name in (
-        "mask",
-        "labels",
-        "label",
-        "annotations",
-        "gt",
-        "segmentation",
-        "SegmentationClass",
-    ):
-        if (masks.parent / name).is_dir():
-            return f"; found {masks.parent / name}: rename it to {masks.name} if it holds the masks"
-    return ""
-
-
-def _unread(folder: epath.Path) -> str:
-    """ "; found 3 *.heic": what an empty folder holds that is no image to us."""
-    counts: dict[str, int] = {}
-    for path in folder.iterdir():
-        if not is_image(path.name) and path.suffix and not path.name.startswith("."):
-            counts[path.suffix] = counts.get(path.suffix, 0) + 1
-    if not counts:
-        return ", check config.data.root"
-    ending = max(counts, key=lambda suffix: counts[suffix])
-    return f"; found {counts[ending]} *{ending}, which are not read: save them as PNG or JPEG"
-
-
-def _class_file(root: epath.Path) -> epath.Path:
-    path = root / "classes.txt"
-    if not path.exists():
-        raise UserError(
-            f"{path}: {missing(path)}, write one class name a line in id order "
-            "or set config.data.vocabulary"
-        )
-    return path
-
-
-def _configured_lookup(config: DataConfig, vocabulary: Vocabulary) -> np.ndarray:
-    """The table of data.first_id, .mask_values and .ignore_ids. Ids below the first class's are
-    ignored."""
-    count, first = len(vocabulary), config.first_id
-    if count > IGNORE_16:
-        raise UserError(
-            f"{vocabulary.name}: {count} classes, but a label map holds at most {IGNORE_16}: "
-            "shorten the class list"
-        )
-    if config.mask_values and len(config.mask_values) != count:
-        raise UserError(
-            f"config.data.mask_values={config.mask_values}: {len(config.mask_values)} values for "
-            f"the {count} classes of {vocabulary.name}: give one for each, in order"
-        )
-    values = config.mask_values or tuple(range(first, first + count))
-    if config.mask_values and (first or len(set(values)) < count):
-        twice = "leave config.data.first_id out" if first else "give each class a value of its own"
-        raise UserError(f"config.data.mask_values={config.mask_values}: {twice}")
-    both = sorted(set(values) & set(config.ignore_ids))
-    if both:
-        name = vocabulary.names[values.index(both[0])]
-        rest = ",".join(str(i) for i in config.ignore_ids if i not in both)
-        rest = rest or ("()" if count <= IGNORE else str(IGNORE_16))  # 255 is the default
-        raise UserError(
-            f"id {both[0]} in the masks would be the class {name!r} and ignored "
-            f"(config.data.ignore_ids): set --config.data.ignore_ids={rest}, or change "
-            f"config.data.{'mask_values' if config.mask_values else 'first_id'}"
-        )
-    return lookup_of(values, {*config.ignore_ids, *range(0 if config.mask_values else first)})
 
 
 def ade20k(config: DataConfig, split: str) -> Layout:
@@ -174,21 +66,18 @@ def ade20k(config: DataConfig, split: str) -> Layout:
     part = {"train": "training", "val": "validation"}.get(split, split)
     images, masks = root / "images" / part, root / "annotations" / part
     if not images.is_dir():
-        raise UserError(
-            f"{images}: {missing(images, 'folder')}, check config.data.root and the split's name"
-            f"{nearby(root, 'ade20k')}"
-        )
+        raise no_folder(images, nearby(root, "ade20k"))
     vocabulary = vocabularies.load(config.vocabulary or "ade20k_150")
     return Layout(pairs(images, masks), vocabulary, shifted_lookup())
 
 
 def shifted_lookup() -> np.ndarray:
-    """int32 [256]: ADE20K's ids, where 0 is *other* and classes are 1…150."""
+    """Return ADE20K's table int32 [256]: 0 is *other* and classes are 1…150."""
     return lookup_of(range(1, 151), (0, IGNORE))
 
 
 def ade20k_847(config: DataConfig, split: str) -> Layout:
-    """The full ADE20K as detectron2's preparation leaves it: 16-bit TIFFs of the 847 classes."""
+    """Open the full ADE20K as detectron2's preparation writes it: 16-bit TIFFs of 847 classes."""
     root = _descend(config.root, "ADE20K_2021_17_01")
     part = {"train": "training", "val": "validation"}.get(split, split)
     found = _prepared(root, f"images_detectron2/{part}", f"annotations_detectron2/{part}")
@@ -197,39 +86,42 @@ def ade20k_847(config: DataConfig, split: str) -> Layout:
 
 
 def pascal_context_59(config: DataConfig, split: str) -> Layout:
-    """PNGs of detectron2's preparation, in which background is ignored."""
+    """Open PNGs of detectron2's preparation, in which background is ignored."""
     found = _prepared_voc2010(config.root, f"pc59_{split}")
     vocabulary = vocabularies.load(config.vocabulary or "pascal_context_59")
     return Layout(found, vocabulary, lookup_of(range(59), (IGNORE,)))
 
 
 def pascal_context_459(config: DataConfig, split: str) -> Layout:
-    """16-bit TIFFs of detectron2's preparation. 255 is a class; what is ignored is 459 to some
-    authors and 65535 to others."""
+    """Open 16-bit TIFFs of detectron2's preparation.
+
+    255 is a class; what is ignored is 459 to some authors and 65535 to others.
+    """
     found = _prepared_voc2010(config.root, f"pc459_{split}")
     vocabulary = vocabularies.load(config.vocabulary or "pascal_context_459")
     return Layout(found, vocabulary, lookup_of(range(459), (459, IGNORE_16)))
 
 
 def _prepared_voc2010(root: str, name: str) -> Pairs:
-    voc = _voc_root(_existing(root), (10,))
+    voc = _voc_root(existing(root), (10,))
     return _prepared(voc, "JPEGImages", f"annotations_detectron2/{name}")
 
 
 def _prepared(root: epath.Path, images: str, masks: str) -> Pairs:
-    """The pairs of what detectron2's preparation scripts have written; the masks are the split."""
+    """Pair what detectron2's preparation scripts have written; the masks are the split."""
     for folder in (images, masks):
         if not (root / folder).is_dir():
-            raise UserError(
-                f"{root / folder}: {missing(root / folder, 'folder')}, check config.data.root and "
-                "the split's name, or prepare the data set for detectron2 first (docs/data.md)"
-            )
+            advice = ", or prepare the data set for detectron2 first (docs/data.md)"
+            raise no_folder(root / folder, advice)
     return pairs_by_mask(root / images, root / masks)
 
 
 def coco_stuff(config: DataConfig, split: str) -> Layout:
-    """Images in images/train2017 or train2017. Labels are either COCO-Stuff's own 182 ids
-    (stuffthingmaps) or the 171 train ids that mmsegmentation's converter writes beside them."""
+    """Open images in images/train2017 or train2017, and their labels.
+
+    Labels are either COCO-Stuff's own 182 ids (stuffthingmaps) or the 171 train ids that
+    mmsegmentation's converter writes beside them.
+    """
     root = _descend(config.root, "coco_stuff164k")
     part = {"train": "train2017", "val": "val2017"}.get(split, split)
     image_folder = _first_folder(root, (f"images/{part}", part), "coco_stuff")
@@ -244,13 +136,13 @@ def coco_stuff(config: DataConfig, split: str) -> Layout:
 
 
 def coco_stuff_lookup() -> np.ndarray:
-    """int32 [256]: the 182 ids of COCO-Stuff's PNGs to the 171 classes that are annotated."""
+    """Return the table int32 [256] from COCO-Stuff's 182 ids to the 171 annotated classes."""
     return lookup_of([i for i in range(182) if i not in _COCO_UNUSED], (IGNORE,))
 
 
 def pascal_voc(config: DataConfig, split: str) -> Layout:
-    """The devkit's tree."""
-    root = _voc_root(_existing(config.root))
+    """Open the devkit's tree."""
+    root = _voc_root(existing(config.root))
     vocabulary = vocabularies.load(config.vocabulary or "pascal_voc_21")
     if len(vocabulary) not in (20, 21):
         raise UserError(
@@ -263,9 +155,12 @@ def pascal_voc(config: DataConfig, split: str) -> Layout:
 
 
 def pascal_voc_20b(config: DataConfig, split: str) -> Layout:
-    """VOC's 20 classes and background, which is what none of them is: a model is asked for the 59
-    names of Pascal Context, and whatever it says beyond VOC's 20 is background."""
-    root = _voc_root(_existing(config.root))
+    """Open VOC with its 20 classes and background, which is what none of them is.
+
+    A model is asked for the 59 names of Pascal Context, and whatever it says beyond VOC's 20 counts
+    as background.
+    """
+    root = _voc_root(existing(config.root))
     voc, context = (vocabularies.load(name) for name in ("pascal_voc_20", "pascal_context_59"))
     rest = tuple(entry for entry in context.classes if entry.name not in voc.names)
     vocabulary = Vocabulary("pascal_voc_20b", (*voc.classes, ClassEntry("background")))
@@ -279,8 +174,10 @@ def pascal_voc_20b(config: DataConfig, split: str) -> Layout:
 
 
 def _voc_pairs(root: epath.Path, split: str) -> Pairs:
-    """Those of a list in ImageSets/Segmentation. Masks that SegmentationClass does not have are
-    taken from SegmentationClassAug, where that was added."""
+    """List the pairs of a list in ImageSets/Segmentation.
+
+    Masks that SegmentationClass does not have are taken from SegmentationClassAug, if it is there.
+    """
     folders = [root / "SegmentationClass", root / "SegmentationClassAug"]
     masks = [_names(folder) for folder in folders]
     images = _names(root / "JPEGImages")
@@ -298,7 +195,7 @@ def _voc_pairs(root: epath.Path, split: str) -> Pairs:
 
 
 def _voc_root(root: epath.Path, years: Sequence[int] = range(12, 6, -1)) -> epath.Path:
-    """`root` or the folder in it that holds JPEGImages: the first there is of several years."""
+    """Return `root` or the folder in it that holds JPEGImages: the first of several years."""
     parents = (root, root / "VOCdevkit")
     names = [f"VOC20{year:02d}" for year in years]
     for choice in (root, *(parent / name for name in names for parent in parents)):
@@ -314,9 +211,8 @@ def _voc_list(root: epath.Path, split: str) -> list[str]:
     lists = root / "ImageSets" / "Segmentation"
     path = lists / f"{split}.txt"
     if not path.exists():
-        have = (
-            sorted(p.stem for p in lists.iterdir() if p.suffix == ".txt") if lists.is_dir() else []
-        )
+        listed = lists.iterdir() if lists.is_dir() else ()
+        have = sorted(path.stem for path in listed if path.suffix == ".txt")
         advice = f"choose one of {', '.join(have)}" if have else "unpack the whole archive"
         raise UserError(f"{path}: {missing(path)}: {advice}")
     try:
@@ -333,9 +229,12 @@ def _names(folder: epath.Path) -> dict[str, str]:
 
 
 def cityscapes(config: DataConfig, split: str) -> Layout:
-    """leftImg8bit and gtFine as unpacked. Masks are labelTrainIds where all images have them, else
-    labelIds, of which the 19 trained classes are kept."""
-    root = _existing(config.root)
+    """Open leftImg8bit and gtFine as unpacked.
+
+    Masks are labelTrainIds where all images have them, else labelIds, of which the 19 trained
+    classes are kept.
+    """
+    root = existing(config.root)
     if not (root / "leftImg8bit").is_dir() and root.name == "leftImg8bit":
         root = root.parent
     images = root / "leftImg8bit" / split
@@ -345,10 +244,7 @@ def cityscapes(config: DataConfig, split: str) -> Layout:
             beside = place.parent.iterdir() if place.parent.is_dir() else ()
             splits = sorted(path.name for path in beside if path.is_dir())
             found = f"; found {', '.join(splits)}" if splits else nearby(root, "cityscapes")
-            raise UserError(
-                f"{place}: {missing(place, 'folder')}, "
-                f"check config.data.root and the split's name{found}"
-            )
+            raise no_folder(place, found)
     vocabulary = vocabularies.load(config.vocabulary or "cityscapes_19")
     count = _count(images, "_leftImg8bit")
     trained = _count(masks, "_gtFine_labelTrainIds")
@@ -364,7 +260,7 @@ def _count(folder: epath.Path, suffix: str) -> int:
     return sum(name.endswith(f"{suffix}.png") for name in listing(folder))
 
 
-def _existing(root: str) -> epath.Path:
+def existing(root: str) -> epath.Path:
     path = epath.Path(root)
     if not path.is_dir():
         raise UserError(f"config.data.root={root}: {missing(path, 'folder')}, correct the path")
@@ -372,8 +268,8 @@ def _existing(root: str) -> epath.Path:
 
 
 def _descend(root: str, name: str) -> epath.Path:
-    """`root`, or the dataset's own folder inside it."""
-    path = _existing(root)
+    """Return `root`, or the dataset's own folder inside it."""
+    path = existing(root)
     return path / name if (path / name).is_dir() else path
 
 

@@ -16,7 +16,7 @@ class Memory:
         self._kept: dict[int, Record] | None = {} if keep else None
 
     def get(self, index: int, make: Callable[[int], Record]) -> Record:
-        """`make(index)`, or the very record that it gave before."""
+        """Return `make(index)`, or the very record that it gave before."""
         if self._kept is None:
             return make(index)
         if index not in self._kept:

@@ -31,7 +31,7 @@ def pairs(
     mask_suffix: str = "",
     image_suffix: str = "",
 ) -> Pairs:
-    """(image, mask) of equal names, in the order of the names.
+    """List (image, mask) of equal names, in the order of the names.
 
     A name is the path below the folder without extension and suffix. Upper and lower case may
     differ where that leaves no doubt. Both folders may be the same, if the masks have a suffix.
@@ -54,7 +54,7 @@ def pairs(
 
 
 def pairs_by_mask(image_folder: epath.Path, mask_folder: epath.Path) -> Pairs:
-    """(image, mask) of each mask, in the order of the names; other images are passed over.
+    """List (image, mask) of each mask, in the order of the names; other images are passed over.
 
     Raises `UserError` for a mask without image and a folder without masks.
     """
@@ -91,7 +91,7 @@ def _base(name: str) -> str:
 
 
 def suffix_hint(images: Collection[str], masks: Iterable[str]) -> str:
-    """What to do where masks are there and only named otherwise: "found …", or ""."""
+    """Say what to do where masks are there and only named otherwise: "found …", or ""."""
     wanted = set(images)
     endings: Counter[str] = Counter()
     for name in masks:
@@ -106,11 +106,9 @@ def suffix_hint(images: Collection[str], masks: Iterable[str]) -> str:
 
 
 def _by_name(folder: epath.Path, suffix: str = "", without: str = "") -> dict[str, str]:
-    """Image files below `folder` whose stem ends with `suffix`, by name; not those of `without`."""
+    """Map image files below `folder` whose stem ends with `suffix`, not `without`, by name."""
     if not folder.is_dir():
-        raise UserError(
-            f"{folder}: {missing(folder, 'folder')}, check config.data.root and the split's name"
-        )
+        raise no_folder(folder)
     found: dict[str, str] = {}
     folded: dict[str, str] = {}
     for name in listing(folder):
@@ -127,8 +125,14 @@ def _by_name(folder: epath.Path, suffix: str = "", without: str = "") -> dict[st
     return found
 
 
+def no_folder(folder: epath.Path, found: str = "") -> UserError:
+    """Word the error for a folder of a split that is not there; `found` says what there is."""
+    absent = missing(folder, "folder")
+    return UserError(f"{folder}: {absent}, check config.data.root and the split's name{found}")
+
+
 def _folded(name: str) -> str:
-    """The same for names that some file system takes for one: by case, by how accents are coded."""
+    """Fold names that some file system takes for one: by case, by how accents are coded."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -137,7 +141,7 @@ def is_image(name: str) -> bool:
 
 
 def listing(folder: epath.Path) -> Iterator[str]:
-    """Files below `folder`, as paths below it. Hidden files and folders are not listed."""
+    """List files below `folder`, as paths below it. Hidden files and folders are not listed."""
     if is_remote(folder):
         with reading(folder):  # one question, not one for each folder
             store, top = fsspec.core.url_to_fs(os.fspath(folder))
@@ -162,7 +166,7 @@ def _hidden(name: str) -> bool:
 
 
 def nearby(root: epath.Path, source: str) -> str:
-    """ "; this looks like …" or "; found …": what there is where `source` found nothing, or ""."""
+    """Say what there is where `source` found nothing: "; this looks like …", "; found …" or ""."""
     counts = _glance(root)
     around = {part for folder in counts for part in folder.split("/")}
     around |= {root.name, root.parent.name}
@@ -199,7 +203,7 @@ _LAYOUTS = (
 
 
 def _glance(root: epath.Path) -> dict[str, int]:
-    """Folders in `root`, two levels down, with the number of images directly in each."""
+    """List folders in `root`, two levels down, with the number of images directly in each."""
     counts: dict[str, int] = {}
     waiting = [("", root)]
     while waiting and len(counts) < _FOLDERS_GLANCED_AT:

@@ -32,21 +32,21 @@ _COLOR_PAIRS = tuple(itertools.combinations(range(_NUM_COLORS), 2))
 
 
 def class_parts(class_id: int) -> tuple[int, int, int]:
-    """(texture, colour, shape) indices of a class id >= 1."""
+    """Return (texture, colour, shape) indices of a class id >= 1."""
     rest, shape = divmod(class_id - 1, _NUM_SHAPES)
     texture, color = divmod(rest, _NUM_COLORS)
     return texture, color, shape
 
 
 def vocabulary() -> Vocabulary:
-    """ "background", then the 24 phrases."""
+    """Return "background", then the 24 phrases."""
     phrases = [f"{t} {c} {s}" for t in TEXTURES for c in COLORS for s in SHAPES]
     entries = [ClassEntry("background", (), (96, 96, 96)), *(ClassEntry(p) for p in phrases)]
     return Vocabulary("scenes", tuple(entries))
 
 
 def novel_classes() -> tuple[int, ...]:
-    """Ids of the 6 phrases that training never shows.
+    """Return the ids of the 6 phrases that training never shows.
 
     At most one shape is held out of each (texture, colour), turning so that every pair of words,
     in any two of the three places, is still seen in training.
@@ -114,7 +114,7 @@ class ScenesSource:
 def render(
     rng: np.random.Generator, class_ids: list[int], size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One scene: image uint8 [H, W, 3] and labels uint8 [H, W]; later shapes occlude earlier."""
+    """Render image uint8 [H, W, 3] and labels uint8 [H, W]; later shapes occlude earlier."""
     height, width = size
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     image = _background(rng, height, width)  # [H, W, 3]
@@ -142,7 +142,7 @@ def render(
 
 
 def _centers(rng: np.random.Generator, radii: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[n, 2] (y, x): each the least crowded of a few candidates, so overlaps stay mild."""
+    """Choose centres [n, 2] (y, x), each the least crowded of a few: overlaps stay mild."""
     chosen = np.zeros((len(radii), 2))
     for i, radius in enumerate(radii):
         low = 0.8 * radius
@@ -153,7 +153,7 @@ def _centers(rng: np.random.Generator, radii: np.ndarray, size: tuple[int, int])
 
 
 def _inside(shape: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """bool [H, W] in the shape's own axes, where its radius is 1 and v points down."""
+    """Return bool [H, W] in the shape's own axes, where its radius is 1 and v points down."""
     name = SHAPES[shape]
     if name == "ring":
         return np.abs(np.hypot(u, v) - 0.75) < 0.27
@@ -165,7 +165,7 @@ def _inside(shape: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def _texture(
     rng: np.random.Generator, texture: int, u: np.ndarray, v: np.ndarray, scale: int
 ) -> np.ndarray:
-    """float [n]: how much of the class's colour is on a pale ground, at pixel offsets (u, v)."""
+    """Return the share of the class's colour on a pale ground at offsets (u, v), float [n]."""
     period = scale / 6 * rng.uniform(0.9, 1.1)
     phase = rng.uniform(0, period)
     name = TEXTURES[texture]
@@ -177,7 +177,7 @@ def _texture(
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """float32 [H, W, 3]: muted colour blobs and thin lines, which belong to no shape."""
+    """Paint muted colour blobs and thin lines, which belong to no shape: float32 [H, W, 3]."""
     grid = rng.uniform(70, 190, (4, 5, 1)) + rng.uniform(-32, 32, (4, 5, 3))
     rows, columns = _interpolation(height, 4), _interpolation(width, 5)
     image = np.einsum("hi,ijc->hjc", rows, grid)
@@ -191,7 +191,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def _interpolation(length: int, points: int) -> np.ndarray:
-    """[length, points]: smooth (cosine) interpolation weights between evenly spaced points."""
+    """Return cosine interpolation weights [length, points] between evenly spaced points."""
     position = np.linspace(0, points - 1, length)[:, None]
     distance = np.minimum(np.abs(position - np.arange(points)), 1)
     return 0.5 + 0.5 * np.cos(np.pi * distance)

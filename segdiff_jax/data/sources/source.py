@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from etils import epath
 
-from segdiff_jax.config import DataConfig
+from segdiff_jax.config import SOURCES, DataConfig
 from segdiff_jax.data import images
-from segdiff_jax.data.sources import layouts, scenes
+from segdiff_jax.data.sources import folder, layouts, scenes
 from segdiff_jax.data.sources.layouts import (
     IGNORE,
     IGNORE_16,
@@ -41,7 +41,7 @@ class Source(Protocol):
 
 
 def open_source(config: DataConfig, split: str, seed: int) -> Source:
-    """The dataset of `config.source`; `split` is one of config.train_split and .val_split.
+    """Open the dataset of `config.source`; `split` is one of config.train_split and .val_split.
 
     `seed` matters to procedural scenes only. Raises `UserError` when the files are not there.
     """
@@ -53,8 +53,12 @@ def open_source(config: DataConfig, split: str, seed: int) -> Source:
         from segdiff_jax.data.sources.tfds import TfdsSource
 
         return TfdsSource(config.root, split)
+    if config.source in ("coco_instances", "coco_panoptic"):
+        from segdiff_jax.data.sources.coco import CocoSource
+
+        return CocoSource(config, split)
     readers: dict[str, Callable[[DataConfig, str], Layout]] = {
-        "folder": layouts.folder,
+        "folder": folder.folder,
         "ade20k": layouts.ade20k,
         "ade20k_847": layouts.ade20k_847,
         "coco_stuff": layouts.coco_stuff,
@@ -65,7 +69,7 @@ def open_source(config: DataConfig, split: str, seed: int) -> Source:
         "cityscapes": layouts.cityscapes,
     }
     if config.source not in readers:
-        choices = ", ".join(("scenes", *readers, "tfds"))
+        choices = ", ".join(SOURCES)
         raise UserError(f"config.data.source={config.source!r}: choose one of {choices}")
     source = PairSource(readers[config.source](config, split), config)
     if not len(source):
@@ -110,7 +114,7 @@ class PairSource:
         return self._memory.get(index, self._read)
 
     def look(self, index: int) -> Look:
-        """What pair `index` shows. Raises as reading it does, but finds less damage in photos."""
+        """Return what pair `index` shows. Raise as reading does, but find less damage in photos."""
         image_path, mask_path = self.pairs[index]
         limit, exif = self.config.max_pixels, self.config.exif
         photo = images.look_at(image_path, limit, exif=exif, max_value=self.config.max_value)
@@ -157,12 +161,12 @@ class PairSource:
         )
 
     def _check_ids(self, ids: dict[int, int], mask_path: str) -> None:
-        folder = self.config.source == "folder"
-        check_ids(ids, self.lookup, mask_path, self.vocabulary, configurable=folder)
+        configurable = self.config.source == "folder"
+        check_ids(ids, self.lookup, mask_path, self.vocabulary, configurable)
 
 
 def count_ids(labels: np.ndarray) -> dict[int, int]:
-    """{id: pixels} of the ids in `labels` [...], in order."""
+    """Count the ids in `labels` [...]: {id: pixels}, in order."""
     if labels.min() < 0:
         ids, pixels = np.unique(labels, return_counts=True)
         return dict(zip(ids.tolist(), pixels.tolist(), strict=True))
@@ -173,7 +177,7 @@ def count_ids(labels: np.ndarray) -> dict[int, int]:
 def to_class_ids(
     labels: np.ndarray, lookup: np.ndarray, path: str, vocabulary: Vocabulary
 ) -> np.ndarray:
-    """[H, W]: `labels` through `lookup`; `UserError` for an id that is no class."""
+    """Map `labels` [H, W] through `lookup`. Raise `UserError` for an id that is no class."""
     check_ids(count_ids(labels), lookup, path, vocabulary)
     return to_labels(labels, lookup, len(vocabulary))
 
@@ -185,7 +189,7 @@ def check_ids(
     vocabulary: Vocabulary,
     configurable: bool = False,
 ) -> None:
-    """Raises `UserError` for an id that `lookup` knows nothing of.
+    """Raise `UserError` for an id that `lookup` knows nothing of.
 
     configurable: whether the keys of a `folder` can say what it means.
     """
@@ -203,7 +207,7 @@ def check_ids(
 
 
 def _id_mend(ids: list[int], bad: list[int], lookup: np.ndarray) -> str:
-    """Which key would give the ids that are no class a meaning, if one is likely meant."""
+    """Name the key that would give the ids that are no class a meaning, if one is likely meant."""
     classes = np.flatnonzero(lookup >= 0)
     labelled = [i for i in ids if i not in (IGNORE, IGNORE_16) or i in classes]
     if bad in ([IGNORE], [IGNORE_16]) and len(labelled) > 1:

@@ -28,7 +28,7 @@ _STUFF = (
 
 
 def instance_lookup() -> np.ndarray:
-    """int32 [256]: the instance categories 1…100 to ids of ade20k_150; 0 is ignore."""
+    """Return the table int32 [256] from instance categories 1…100 to ade20k_150; 0 is ignore."""
     lookup = np.full(256, OUTSIDE, np.int32)
     lookup[1:101] = np.setdiff1d(np.arange(150), _STUFF)
     lookup[[0, IGNORE]] = IGNORED

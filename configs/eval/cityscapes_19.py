@@ -1,0 +1,18 @@
+"""Cityscapes, the 19 train classes."""
+
+import dataclasses
+
+from segdiff_jax.config import Config, DataConfig
+
+
+def get_config(trained: Config = Config()) -> Config:
+    """What `trained` says of the model, with the data of this benchmark."""
+    seen = trained.data
+    data = DataConfig(
+        source="cityscapes",
+        root="cityscapes",
+        vocabulary="cityscapes_19",
+        image_size=seen.image_size,
+        fit=seen.fit,
+    )
+    return dataclasses.replace(trained, data=data)

@@ -1,0 +1,18 @@
+"""Pascal VOC 2012, 21 classes, asked for "background" by its name."""
+
+import dataclasses
+
+from segdiff_jax.config import Config, DataConfig
+
+
+def get_config(trained: Config = Config()) -> Config:
+    """What `trained` says of the model, with the data of this benchmark."""
+    seen = trained.data
+    data = DataConfig(
+        source="pascal_voc",
+        root="VOCdevkit/VOC2012",
+        vocabulary="pascal_voc_21",
+        image_size=seen.image_size,
+        fit=seen.fit,
+    )
+    return dataclasses.replace(trained, data=data)

@@ -1,0 +1,225 @@
+"""What measurements under several settings say: a table, a plot, and a verdict on claims.
+
+measurements (setting, seed) → rows (setting) with mean ± spread over seeds → Markdown, PNG, words
+"""
+
+import io
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+Setting = Mapping[str, str | int]  # what distinguishes a row, such as {"steps": 10}
+
+# Differences below this are no finding where seeds do not show how much is chance.
+TOLERANCE = 0.005
+NAMES = {
+    "miou_present": "mIoU",
+    "miou_trained": "mIoU, trained",
+    "miou_novel": "mIoU, never trained",
+    "miou_harmonic": "harmonic mean",
+    "miou_ceiling": "ceiling",
+    "pixel_accuracy": "pixel accuracy",
+    "agreement": "agreement",
+    "error_auroc": "errors told: AUROC",
+}
+
+
+class Measurement(NamedTuple):
+    setting: Setting
+    seed: int
+    figures: Mapping[str, float | None]
+
+
+class Claim(NamedTuple):
+    """That `figure` is higher in the setting `better` than in `worse`, all else equal."""
+
+    text: str
+    figure: str
+    better: Setting
+    worse: Setting
+
+
+class Elbow(NamedTuple):
+    """That `figure` rises with the number `key`, and from `bound` on hardly any more."""
+
+    text: str
+    figure: str
+    key: str
+    bound: int
+
+
+class Estimate(NamedTuple):
+    mean: float
+    spread: float | None  # standard deviation over seeds; None of one seed
+
+
+class Row(NamedTuple):
+    setting: Setting
+    figures: Mapping[str, Estimate]
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and standard deviation (n - 1) of one value or more."""
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return Estimate(statistics.fmean(values), spread)
+
+
+def rows(measurements: Sequence[Measurement]) -> list[Row]:
+    """A row for each setting, in the order in which settings first appear."""
+    found: list[Row] = []
+    for setting in _distinct(m.setting for m in measurements):
+        same = [m.figures for m in measurements if m.setting == setting]
+        names = _distinct(name for figures in same for name in figures)
+        known = {n: [v for f in same if (v := f.get(n)) is not None] for n in names}
+        found.append(Row(setting, {n: estimate(v) for n, v in known.items() if v}))
+    return found
+
+
+def _distinct(items: Any) -> list[Any]:
+    kept: list[Any] = []
+    for item in items:
+        if item not in kept:
+            kept.append(item)
+    return kept
+
+
+def table(found: Sequence[Row], figures: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells: the settings, then the figures that some row has."""
+    keys = list(found[0].setting) if found else []
+    shown = [name for name in figures if any(name in row.figures for row in found)]
+    cells = [
+        [str(row.setting[key]) for key in keys] + [_cell(row.figures.get(name)) for name in shown]
+        for row in found
+    ]
+    return keys + [NAMES.get(name, name) for name in shown], cells
+
+
+def _cell(value: Estimate | None) -> str:
+    if value is None:
+        return ""
+    return f"{value.mean:.3f}" + ("" if value.spread is None else f" ± {value.spread:.3f}")
+
+
+def verdict(claims: Sequence[Claim | Elbow], measurements: Sequence[Measurement]) -> str:
+    """A paragraph: for each claim whether the measurements agree with it, and by how much."""
+    judge = [
+        _elbow(c, measurements) if isinstance(c, Elbow) else _claim(c, measurements) for c in claims
+    ]
+    seeds = len({m.seed for m in measurements})
+    known = (
+        f"Spreads are standard deviations over {seeds} seeds."
+        if seeds > 1
+        else f"One seed: no spread is known, and differences below {TOLERANCE} count as none."
+    )
+    return " ".join([*judge, known])
+
+
+def _claim(claim: Claim, measurements: Sequence[Measurement]) -> str:
+    said, votes = [], []
+    for context in _contexts(claim.better, measurements):
+        better, worse = (
+            _by_seed(claim.figure, {**context, **side}, measurements)
+            for side in (claim.better, claim.worse)
+        )
+        gains = [better[seed] - worse[seed] for seed in sorted(better.keys() & worse.keys())]
+        if gains:
+            gain = estimate(gains)
+            votes.append(_vote(gain))
+            said.append(f"{_words(context)}{gain.mean:+.3f}{_plus_minus(gain)}")
+    return f"{claim.text}: {_summary(votes)} ({'; '.join(said)})." if said else ""
+
+
+def _vote(gain: Estimate) -> int:
+    """1: larger than chance, -1: smaller, 0: neither."""
+    chance = TOLERANCE if gain.spread is None else gain.spread
+    return (gain.mean > chance) - (gain.mean < -chance)
+
+
+def _summary(votes: Sequence[int]) -> str:
+    if len(set(votes)) == 1:
+        return {1: "seen here", 0: "no difference beyond the spread", -1: "the opposite is seen"}[
+            votes[0]
+        ]
+    counts = [(votes.count(1), "for it"), (votes.count(-1), "against"), (votes.count(0), "neither")]
+    return f"mixed, {', '.join(f'{n} {what}' for n, what in counts if n)}"
+
+
+def _elbow(claim: Elbow, measurements: Sequence[Measurement]) -> str:
+    said, votes = [], []
+    for context in _contexts({claim.key: 0}, measurements):
+        curve = {}
+        for value in sorted({int(m.setting[claim.key]) for m in measurements}):
+            of_seeds = _by_seed(claim.figure, {**context, claim.key: value}, measurements)
+            if of_seeds:
+                curve[value] = estimate(list(of_seeds.values()))
+        if len(curve) < 2:
+            continue
+        best = max(curve.values(), key=lambda e: e.mean)
+        chance = max(TOLERANCE, best.spread or 0.0)
+        elbow = next(v for v, e in curve.items() if e.mean >= best.mean - chance)
+        first, last = list(curve)[0], list(curve)[-1]
+        rises = curve[last].mean - curve[first].mean
+        votes.append(0 if abs(rises) <= chance else 1 if rises > 0 and elbow <= claim.bound else -1)
+        said.append(
+            f"{_words(context)}{curve[first].mean:.3f} at {first}, "
+            f"{curve[last].mean:.3f} at {last}, within {chance:.3f} of the best from {elbow} on"
+        )
+    return f"{claim.text}: {_summary(votes)} ({'; '.join(said)})." if said else ""
+
+
+def _contexts(fixed: Setting, measurements: Sequence[Measurement]) -> list[Setting]:
+    """The settings without the keys of `fixed`."""
+    return _distinct({k: v for k, v in m.setting.items() if k not in fixed} for m in measurements)
+
+
+def _by_seed(
+    figure: str, setting: Setting, measurements: Sequence[Measurement]
+) -> dict[int, float]:
+    return {
+        m.seed: value
+        for m in measurements
+        if m.setting == setting and (value := m.figures.get(figure)) is not None
+    }
+
+
+def _words(context: Setting) -> str:
+    said = ", ".join(f"{key} {value}" for key, value in context.items())
+    return f"{said}: " if said else ""
+
+
+def _plus_minus(value: Estimate) -> str:
+    return "" if value.spread is None else f" ± {value.spread:.3f}"
+
+
+def plot(found: Sequence[Row], key: str, figures: Sequence[str], title: str) -> bytes:
+    """A PNG: each figure over the setting `key`, a line for each combination of the others."""
+    from matplotlib.figure import Figure  # only studies draw
+
+    shown = [name for name in figures if any(name in row.figures for row in found)]
+    values = _distinct(row.setting[key] for row in found)
+    others = _distinct({k: v for k, v in row.setting.items() if k != key} for row in found)
+    drawing = Figure(figsize=(5.5 * len(shown), 4.2), layout="constrained")
+    drawing.suptitle(title)
+    for number, name in enumerate(shown, 1):
+        axes = drawing.add_subplot(1, len(shown), number)
+        for rest, marker in zip(others, itertools.cycle("osD^vP*X")):
+            at = {
+                row.setting[key]: row.figures[name]
+                for row in found
+                if row.setting == {**rest, key: row.setting[key]} and name in row.figures
+            }
+            places = [values.index(v) for v in at]
+            spreads = [e.spread or 0.0 for e in at.values()]
+            label = ", ".join(f"{k} {v}" for k, v in rest.items())
+            means = [e.mean for e in at.values()]
+            axes.errorbar(places, means, spreads, marker=marker, capsize=3, label=label)
+        axes.set_xticks(range(len(values)), [str(v) for v in values])
+        axes.set_xlabel(key)
+        axes.set_ylabel(NAMES.get(name, name))
+        axes.grid(alpha=0.3)
+    if any(others):
+        axes.legend(fontsize="small")
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

@@ -1,0 +1,390 @@
+"""The experiments of the paper's supplement: what each trains and measures, what is claimed.
+
+study ─► trainings × seeds   workdirs that all studies share: found again, gone on with, or trained
+      ─► cases               a training, and what is changed for sampling → figures
+      ─► findings            table, plot, verdict
+"""
+
+import copy
+import dataclasses
+import functools
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from segdiff_jax import config as configs
+from segdiff_jax import ownership
+from segdiff_jax.config import Config, of_stage, validate
+from segdiff_jax.data.sources.source import open_source
+from segdiff_jax.errors import UserError
+from segdiff_jax.evaluation.evaluator import evaluate
+from segdiff_jax.evaluation.findings import Claim, Elbow, Setting
+from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.progress import reporter
+from segdiff_jax.training import origin, run
+from segdiff_jax.weights import workdir as workdirs
+from segdiff_jax.weights.checkpoint import Checkpoints
+
+log = logging.getLogger(__name__)
+
+TERMINAL_SHARE = 0.9  # of "terminal" timesteps, where the config has only uniform ones
+NOISES = 10  # initial noises whose predictions are held against each other
+
+
+class Training(NamedTuple):
+    name: str
+    changes: Mapping[str, Any]  # of the config, by dotted keys
+
+
+class Case(NamedTuple):
+    """A row of a study's table: a training, and how it is sampled from."""
+
+    setting: Setting
+    training: Training
+    changes: Mapping[str, Any]
+    noises: int = 1  # the figures are means over so many
+    ceiling: bool = False  # also the figure of a perfect UNet
+
+
+class Study(NamedTuple):
+    about: str
+    cases: Callable[[Config], list[Case]]
+    axis: str  # of the plot: a key of the settings
+    figures: tuple[str, ...]  # of the table; those of the plot first
+    plotted: int
+    claims: tuple[Claim | Elbow, ...]
+
+
+def training(
+    config: Config, timesteps: str, kind: str = "annealed", group: int = -1, context: str = "mean"
+) -> Training:
+    """timesteps "uniform", as in the paper, or "terminal": a share of them is the last one."""
+    share = {"uniform": 0.0, "terminal": config.train.terminal_share or TERMINAL_SHARE}[timesteps]
+    changes: dict[str, Any] = {"noise.kind": kind, "train.terminal_share": share}
+    name = f"{kind}-{timesteps}"
+    if group >= 0 and (group, context) != (config.codec.classes_per_pass, config.codec.context):
+        name += f"-g{group or 'all'}-{context}"
+        changes |= {"codec.classes_per_pass": group, "codec.context": context}
+        changes |= {"data.cache_latents": False} if group > 1 else {}
+        changes |= {} if group else {"train.balance": 0.0}
+        changes |= {} if group == 1 else {"sampler.shortlist": 0}
+    return Training(name, changes)
+
+
+_TIMESTEPS = ("uniform", "terminal")
+_FIGURES = ("miou_present", "pixel_accuracy")
+
+
+def _noise(config: Config) -> list[Case]:
+    return [
+        Case(
+            {"noise": kind, "timesteps": timesteps, "steps": steps},
+            training(config, timesteps, kind),
+            {"sampler.steps": steps},
+            noises=NOISES,
+        )
+        for kind in ("gaussian", "multires", "annealed")
+        for timesteps in _TIMESTEPS
+        for steps in (1, 10)
+    ]
+
+
+def _steps(config: Config) -> list[Case]:
+    return [
+        Case(
+            {"timesteps": timesteps, "spacing": spacing, "steps": steps},
+            training(config, timesteps),
+            {"sampler.steps": steps, "diffusion.timestep_spacing": spacing},
+        )
+        for timesteps in _TIMESTEPS
+        for spacing in ("trailing", "leading")
+        for steps in (1, 2, 4, 10, 25, 50)
+    ]
+
+
+def _ensemble(config: Config) -> list[Case]:
+    return [
+        Case(
+            {"timesteps": timesteps, "reduce": reduce, "align": align, "members": members},
+            training(config, timesteps),
+            {
+                "sampler.steps": 10 if timesteps == "uniform" else 1,
+                "sampler.ensemble": members,
+                "sampler.reduce": reduce,
+                "sampler.align": align,
+            },
+        )
+        for timesteps in _TIMESTEPS
+        for reduce in ("median", "mean")
+        for align in ("none", "affine")
+        for members in (1, 2, 5, 10, 20)
+        if members > 1 or (reduce, align) == ("median", "none")  # of one, nothing is merged
+    ]
+
+
+def _start(config: Config) -> list[Case]:
+    return [
+        Case(
+            {"timesteps": timesteps, "steps": steps, "start": start},
+            training(config, timesteps),
+            {"sampler.steps": steps, "sampler.initial_noise": start},
+        )
+        for timesteps in _TIMESTEPS
+        for steps in (1, 10)
+        for start in ("gaussian", "multires")
+    ]
+
+
+def _codec(config: Config) -> list[Case]:
+    return [
+        Case(
+            {"classes per pass": group or "all", "context": context, "timesteps": timesteps}
+            | {"steps": steps},
+            training(config, timesteps, group=group, context=context),
+            {"sampler.steps": steps},
+            ceiling=steps == 1,
+        )
+        # A mean of four prompts in random order does not say which level is whose.
+        for group, context in ((1, "mean"), (1, "bound"), (4, "bound"), (0, "mean"), (0, "bound"))
+        for timesteps in _TIMESTEPS
+        for steps in (1, 10)
+    ]
+
+
+_SPLIT = ("miou_trained", "miou_novel", "miou_harmonic", "miou_ceiling")
+_BETTER_NOISE = tuple(
+    Claim(f"{text} ({name})", figure, {"noise": better}, {"noise": worse})
+    for figure, name in (("miou_present", "mIoU"), ("agreement", "agreement of initial noises"))
+    for text, better, worse in (
+        ("Multi-resolution noise trains better than Gaussian", "multires", "gaussian"),
+        ("Annealing it is better still", "annealed", "multires"),
+    )
+)
+_MIOU = "miou_present"
+STUDIES = {
+    "noise": Study(
+        "the noise of the training",
+        *(_noise, "noise", (_MIOU, "agreement", "pixel_accuracy"), 2, _BETTER_NOISE),
+    ),
+    "steps": Study(
+        "denoising steps",
+        *(_steps, "steps", _FIGURES, 1),
+        (
+            Elbow("More steps are better, with little to gain from 10 on", _MIOU, "steps", 10),
+            Claim(
+                "Trailing timesteps are better than leading",
+                *(_MIOU, {"spacing": "trailing"}, {"spacing": "leading"}),
+            ),
+        ),
+    ),
+    "ensemble": Study(
+        "members of an ensemble",
+        *(_ensemble, "members", (*_FIGURES, "error_auroc"), 1),
+        (
+            Elbow("More members are better, with little to gain from 10 on", _MIOU, "members", 10),
+            Claim(
+                "The median is better than the mean",
+                *(_MIOU, {"reduce": "median"}, {"reduce": "mean"}),
+            ),
+            Claim(
+                "Aligning members by scale and shift helps",
+                *(_MIOU, {"align": "affine"}, {"align": "none"}),
+            ),
+        ),
+    ),
+    "start": Study(
+        "the initial noise of sampling",
+        *(_start, "start", _FIGURES, 1),
+        (
+            Claim(
+                "Sampling from Gaussian noise is better than from multi-resolution noise",
+                *(_MIOU, {"start": "gaussian"}, {"start": "multires"}),
+            ),
+        ),
+    ),
+    "codec": Study(
+        "classes in a gray image",
+        *(_codec, "classes per pass", (*_FIGURES, *_SPLIT), 1),
+        (
+            Claim(
+                "One class a pass is better than all in one image",
+                *(_MIOU, {"classes per pass": 1}, {"classes per pass": "all"}),
+            ),
+            Claim(
+                "So it is on classes that were never trained",
+                *("miou_novel", {"classes per pass": 1}, {"classes per pass": "all"}),
+            ),
+            Claim(
+                "Tokens bound to their levels are better than the mean of the prompts",
+                *(_MIOU, {"context": "bound"}, {"context": "mean"}),
+            ),
+            Claim("Ten steps are better than one", _MIOU, {"steps": 10}, {"steps": 1}),
+        ),
+    ),
+}
+
+
+def changed(config: Config, changes: Mapping[str, Any], use: str = "train") -> Config:
+    """`config` with dotted keys set, validated."""
+    new = copy.deepcopy(config)
+    for key, value in changes.items():
+        group, _, name = key.rpartition(".")
+        setattr(configs.get(new, group) if group else new, name, value)
+    return validate(new, use)
+
+
+def on_budget(config: Config, budget: str) -> Config:
+    """`config` as it is ("full"), or with half of its data of scenes and of its steps ("small")."""
+    if budget == "full":
+        return config
+    halved: tuple[str, ...] = ("train.steps", "optimizer.decay_steps")
+    halved += ("data.scenes.train_examples", "data.scenes.val_examples")
+    changes = {key: max(1, configs.get(config, key) // 2) for key in halved}
+    return changed(config, changes | {"vae.steps": config.vae.steps * 2 // 3})
+
+
+def trained(wanted: Training, config: Config, folder: Path) -> str:
+    """The workdir of a finished training of `config`, which has the seed; trained if need be.
+
+    Trainings of a seed begin with the same VAE, and copy the latents of one that has them. Raises
+    `UserError` for a workdir of this name that was trained with other settings.
+    """
+    config = changed(config, wanted.changes)
+    if not config.init_from:
+        vae = folder / f"vae-seed{config.seed}"
+        _train(dataclasses.replace(config, stage="vae"), vae)
+        config = dataclasses.replace(config, init_from=str(vae))
+    workdir = folder / f"{wanted.name}-seed{config.seed}"
+    if config.data.cache_latents and not workdir.exists():
+        _copy_latents(config, workdir)
+    _train(config, workdir)
+    return str(workdir)
+
+
+def _train(config: Config, workdir: Path) -> None:
+    """Trains to the end, unless that is done."""
+    if workdirs.is_workdir(str(workdir)):
+        _check_same(config, workdir)
+        with Checkpoints(workdir / workdirs.CHECKPOINTS, read_only=True) as checkpoints:
+            if (checkpoints.latest_step() or 0) >= of_stage(config).train.steps:
+                return
+    log.info("training %s", workdir)
+    run.train(config, str(workdir))
+
+
+# What a workdir must have been trained with, for its name to mean what it says.
+_OF_BOTH_STAGES: tuple[str, ...] = (
+    "seed",
+    "data.source",
+    "data.root",
+    "data.image_size",
+    "data.fit",
+    "model.preset",
+)
+_OF_DIFFUSION: tuple[str, ...] = ("noise", "codec", "optimizer.learning_rate", "train.batch_size")
+_OF_DIFFUSION += ("train.terminal_share", "train.balance", "train.hard_negatives")
+
+
+def _check_same(config: Config, workdir: Path) -> None:
+    stored, wanted = workdirs.read_config(str(workdir)), of_stage(config)
+    for key in _OF_BOTH_STAGES + (() if config.stage == "vae" else _OF_DIFFUSION):
+        had, now = configs.get(stored, key), configs.get(wanted, key)
+        if had != now:
+            raise UserError(
+                f"{workdir}: was trained with config.{key}={had!r}, now it is {now!r}: "
+                "choose another --output, or remove this folder"
+            )
+
+
+def _copy_latents(config: Config, workdir: Path) -> None:
+    """Gives a new workdir the latents of a sibling. Its training checks whether they fit."""
+    groups = config.codec.classes_per_pass
+    pattern = f"*-seed{config.seed}/{workdirs.LATENTS}/cache.json"
+    for cache in sorted(workdir.parent.glob(pattern)):
+        if workdirs.read_config(str(cache.parents[1])).codec.classes_per_pass == groups:
+            ownership.adopt(workdir, origin.KIND, {"config.json", workdirs.LATENTS})
+            workdirs.write_config(str(workdir), config)
+            shutil.copytree(cache.parent, workdir / workdirs.LATENTS)
+            return
+
+
+class Remembering(Segmenter):
+    """Samples each member of each map once, in however many ensembles it is."""
+
+    def __init__(self, *networks: Any, **options: Any):
+        super().__init__(*networks, **options)
+        self._known: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def _run(self, image_latents, table, groups, jobs, sampler, seed) -> np.ndarray:
+        used = sampler.steps, sampler.eta, sampler.initial_noise, sampler.decoder, seed
+        keys = [
+            (image_latents[i].tobytes(), groups[p].tobytes(), int(m), *used) for i, p, m in jobs
+        ]
+        new = [n for n, key in enumerate(keys) if key not in self._known]
+        if new:
+            maps = super()._run(image_latents, table, groups, jobs[new], sampler, seed)
+            self._known |= {keys[n]: one for n, one in zip(new, maps, strict=True)}
+        return np.stack([self._known[key] for key in keys])
+
+
+@functools.lru_cache(maxsize=1)  # the cases of a training follow one another
+def _model(workdir: str, spacing: str, remembering: bool) -> Segmenter:
+    networks, _ = workdirs.load_with_step(workdir)
+    config = changed(networks[-1], {"diffusion.timestep_spacing": spacing}, "model")
+    kind = Remembering if remembering else Segmenter
+    model = kind(*networks[:-1], config, trained=workdirs.read_classes(workdir))
+    model.add_decoders(*workdirs.load_decoders(workdir, networks[1]))
+    return model
+
+
+def measure(case: Case, config: Config, workdir: str, limit: int | None) -> dict[str, Any]:
+    """The figures of a case on the validation data of `config`."""
+    asked = changed(config, {"sampler.ensemble": 1} | dict(case.changes), "evaluate")
+    source = open_source(config.data, config.data.val_split, config.seed)
+    merged = "sampler.ensemble" in case.changes  # all members of all images are then in memory
+    model = _model(workdir, asked.diffusion.timestep_spacing, merged)
+    count = len(source) if limit is None else min(limit, len(source))
+    shown = count if case.noises > 1 else 0
+    results = [
+        evaluate(
+            model,
+            source,
+            limit=limit,
+            seed=noise,
+            sampler=asked.sampler,
+            examples=shown,
+            progress=reporter(", ".join(f"{k} {v}" for k, v in case.setting.items())),
+        )
+        for noise in range(case.noises)
+    ]
+    figures = {
+        name: float(np.mean([result.summary[name] for result in results]))
+        for name, value in results[0].summary.items()
+        if isinstance(value, float)
+    }
+    if case.noises > 1:
+        every = [np.stack([r.examples[i].prediction for r in results]) for i in range(count)]
+        figures["agreement"] = agreement(every)
+    if case.ceiling:
+        perfect = evaluate(model, source, limit=limit, sampler=asked.sampler, ceiling=True)
+        figures["miou_ceiling"] = perfect.summary["miou_present"]
+    return figures
+
+
+def agreement(predictions: Sequence[np.ndarray]) -> float:
+    """The chance that two of n predictions give a pixel the same label.
+
+    predictions: for each image labels [n, H, W].
+    """
+    same = total = 0
+    for labels in predictions:
+        n = len(labels)
+        for label in np.unique(labels):
+            votes = (labels == label).sum(0, dtype=np.int64)
+            same += int((votes * (votes - 1)).sum())
+        total += n * (n - 1) * labels[0].size
+    return same / total

@@ -1,0 +1,143 @@
+"""The open-vocabulary benchmarks side by side, in the columns of the papers."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from segdiff_jax import codec, files
+from segdiff_jax.config import Config
+from segdiff_jax.evaluation.tables import section
+from segdiff_jax.inference import page
+from segdiff_jax.models import flops
+from segdiff_jax.models.unet import UNetConfig
+from segdiff_jax.models.vae import VAEConfig
+
+# Of configs/eval: the papers' columns in their order, then what else there is.
+COLUMNS = {
+    "ade20k_847": "A-847",
+    "pascal_context_459": "PC-459",
+    "ade20k_150": "A-150",
+    "pascal_context_59": "PC-59",
+    "pascal_voc_20": "PAS-20",
+    "pascal_voc_20b": "PAS-20b",
+    "pascal_voc_21": "PAS-21",
+    "coco_stuff_171": "COCO-171",
+    "cityscapes_19": "Cityscapes",
+    "camvid_11": "CamVid",
+}
+CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
+OUTPUTS = ("suite.json", "suite.md", "suite.html")
+
+
+class Published(NamedTuple):
+    method: str
+    miou: tuple[float | None, ...]  # percent, in the order of COLUMNS
+    source: str  # the repository and file that says so
+
+
+PUBLISHED = (
+    Published(
+        "OVSeg Swin-B",
+        (9.0, 12.4, 29.6, 55.7, 94.5),
+        "facebookresearch/ov-seg GETTING_STARTED.md",
+    ),
+    Published("ODISE", (11.1, 14.5, 29.9, 57.3), "NVlabs/ODISE README.md"),
+    Published("SAN L", (12.96, 20.83, 31.93, 57.53, 95.18), "MendelXu/SAN resources/*.log"),
+    Published("FC-CLIP L", (14.8, 18.2, 34.1, 58.4, 95.4), "bytedance/fc-clip README.md"),
+    Published("SED L", (13.7, 22.1, 35.3, 60.9, 96.1), "xb534/SED README.md"),
+    Published("CAT-Seg L", (16.0, 23.8, 37.9, 63.3, 97.0, 82.5), "cvlab-kaist/CAT-Seg README.md"),
+    Published("ERR-Seg L", (16.9, 23.9, 38.3, 60.7, 96.6), "lchen1019/ERR-Seg README.md"),
+)
+
+
+class Cost(NamedTuple):
+    """Of one image, asked for all classes of a vocabulary."""
+
+    unet_calls: int
+    tflop: float
+
+
+def cost(
+    unet: UNetConfig, vae: VAEConfig, config: Config, num_classes: int, tokens: int
+) -> Cost | None:
+    """tokens: that the text encoder reads. None for a decoder whose size is not in the config."""
+    group = codec.group_size(num_classes, config.codec.classes_per_pass)
+    passes, sampler, size = (
+        codec.num_groups(num_classes, group),
+        config.sampler,
+        config.data.image_size,
+    )
+    full = min(sampler.shortlist, passes) or passes
+    calls = full * sampler.ensemble * sampler.steps + (passes if full < passes else 0)
+    linear = flops.linear_decode(vae.latent_channels, vae.downsampling, *size)
+    decodes = {"vae": flops.vae_decode(vae, *size), "linear": linear}
+    if sampler.decoder not in decodes:
+        return None
+    seen = group if config.codec.context == "bound" else tokens
+    height, width = (pixels // vae.downsampling for pixels in size)
+    call = flops.unet(unet, height, width, seen).forward
+    decode = decodes[sampler.decoder]
+    needed = flops.maps(call, passes, sampler, decode, linear) + flops.vae_encode(vae, *size)
+    return Cost(calls, needed / 1e12)
+
+
+def write(
+    output: str,
+    about: dict[str, Any],
+    found: Mapping[str, Mapping[str, Any]],
+    missing: Mapping[str, str],
+) -> str:
+    """Writes suite.json, .md and .html below `output`; returns the Markdown.
+
+    about: title, command, commit, date. found: what metrics.json says, by the names of COLUMNS.
+    missing: why a benchmark has no figure.
+    """
+    columns = ["method", *COLUMNS.values(), "UNet calls, A-150", "TFLOP, A-150", "source"]
+    own: list[str] = [_percent(found.get(name, {}).get("miou_present")) for name in COLUMNS]
+    a150 = found.get("ade20k_150", {})
+    cells = [["ours", *own, _count(a150.get("unet_calls")), _count(a150.get("tflop")), "this run"]]
+    for row in PUBLISHED:
+        figures = [*row.miou, *[None] * (len(COLUMNS) - len(row.miou))]
+        shown = ["" if value is None else f"{value:g}" for value in figures]
+        cells.append([row.method, *shown, "", "", row.source])
+    details = _details(found)
+    reasons = [f"{COLUMNS[name]} has no figure: {reason}." for name, reason in missing.items()]
+    verdict = " ".join(["mIoU in percent, over the classes in the ground truth.", *reasons])
+    result = about | {"columns": columns, "cells": cells, "verdict": verdict, "details": details}
+    text = f"# {about['title']}\n\n{section(result)}\n{section(about | details)}"
+    files.write_json(os.path.join(output, "suite.json"), result)
+    files.write_text(os.path.join(output, "suite.md"), text)
+    page.page(
+        os.path.join(output, "suite.html"),
+        about["title"],
+        tables=[
+            page.Table("Beside published figures", columns, cells),
+            page.Table("Each benchmark", details["columns"], details["cells"]),
+        ],
+        note=verdict,
+    )
+    return text
+
+
+_OF_EACH = ("miou_present", "miou_union", "frequency_weighted_iou", "pixel_accuracy")
+
+
+def _details(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    columns = ["benchmark", "classes", "images", "mIoU, present", "mIoU, union", "IoU by frequency"]
+    columns += ["pixel accuracy", "UNet calls", "TFLOP"]
+    cells = [
+        [COLUMNS[name], str(len(values["per_class"])), str(values["images"])]
+        + [_percent(values[key]) for key in _OF_EACH]
+        + [_count(values.get("unet_calls")), _count(values.get("tflop"))]
+        for name, values in found.items()
+    ]
+    return {"columns": columns, "cells": cells}
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _count(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -1,0 +1,68 @@
+"""Results kept as JSON, shown as tables of a Markdown file: what a document says was measured."""
+
+import datetime
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from segdiff_jax import files
+from segdiff_jax.errors import UserError
+from segdiff_jax.training.run import code_version
+
+_TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def origin(command: str, argv: Sequence[str], places: Mapping[str | None, str]) -> dict[str, str]:
+    """Command, commit and date of a result. Folders of this machine go by the names in `places`."""
+    words = [places.get(word, word) for word in argv]
+    today = datetime.date.today().isoformat()
+    return {
+        "command": shlex.join([*command.split(), *words]),
+        "commit": code_version(),
+        "date": today,
+    }
+
+
+def section(about: dict[str, Any]) -> str:
+    """Markdown of a result: its table, its verdict, and where its figures come from."""
+    lines = [about["columns"], ["---"] * len(about["columns"]), *about["cells"]]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    source = f"`{about['command']}`, commit `{about['commit']}`, {about['date']}."
+    return "\n\n".join(part for part in (table, about.get("verdict"), source) if part) + "\n"
+
+
+def rewrite(document: str | os.PathLike[str]) -> list[str]:
+    """Renews each table between `<!-- table: FILE.json -->` and `<!-- end of table -->`.
+
+    FILE is relative to the document. Returns the files. Raises `UserError` for a document without
+    such marks, and for a file that is no result.
+    """
+    path = Path(document)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, name a Markdown file")
+    used: list[str] = []
+
+    def renewed(match: re.Match[str]) -> str:
+        used.append(match[2])
+        return f"{match[1]}\n{section(_read(path.parent / match[2]))}\n{match[3]}"
+
+    text = _TABLE.sub(renewed, path.read_text("utf-8"))
+    if not used:
+        raise UserError(f"{path}: has no line <!-- table: FILE.json -->: mark where tables go")
+    files.write_text(path, text)
+    return used
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(path.read_text("utf-8"))
+        missing = {"columns", "cells", "command", "commit", "date"} - set(about)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: no result of a study or suite: run that again") from error
+    if missing:
+        raise UserError(f"{path}: has no {min(missing)}: let the study run to its end")
+    return about

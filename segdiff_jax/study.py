@@ -1,0 +1,175 @@
+"""The paper's experiments: `python -m segdiff_jax.study NAME --output O`."""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from segdiff_jax import cli, files, ownership
+from segdiff_jax.config import Config
+from segdiff_jax.errors import UserError
+
+NAMES = ("noise", "steps", "ensemble", "start", "codec", "panels")
+_DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
+_DESCRIPTION = f"""Run an experiment of the paper's supplement, and say what it shows.
+
+{", ".join(NAMES[:-1])}: trains what it needs below O/runs, where other studies find it again,
+measures, and writes O/NAME.md, .json, .png and .html: a table, a plot, a verdict.
+The same command again goes on where it was stopped.
+
+panels: photos beside the label maps of several methods, with class names drawn in.
+
+--tables FILE: put the results of studies and suites, which are JSON files beside a Markdown
+file, into the tables of that file.
+"""
+_KIND = "study"
+
+
+def main(argv: list[str]) -> None:
+    overrides, rest = cli.split_config_flags(argv)
+    args = _parser().parse_args(rest)
+    if args.tables:
+        from segdiff_jax.evaluation import tables
+
+        for path in tables.rewrite(args.tables):
+            print(f"written into {args.tables}: {path}")
+        return
+    if not args.name or not args.output:
+        raise UserError(f"name a study, {', '.join(NAMES)}, and its --output")
+    if not args.config and not _DEMO.exists():
+        raise UserError("--config is missing: name a file with get_config()")
+    if args.name != "panels" and not importlib.util.find_spec("matplotlib"):
+        raise UserError("studies draw with matplotlib: pip install 'segdiff_jax[study]'")
+    config = cli.load_config(args.config or str(_DEMO), overrides)
+
+    from segdiff_jax.parallel import runtime
+    from segdiff_jax.training.stop import Stopped
+
+    runtime.start()
+    runtime.start_logging(times=True)
+    if args.name == "panels":
+        _panels(args, config)
+        return
+    try:
+        _study(args, config, argv)
+    except Stopped as stopped:
+        print(f"{stopped}; run the same command to continue", file=sys.stderr)
+
+
+def _study(args: argparse.Namespace, config: Config, argv: Sequence[str]) -> None:
+    from segdiff_jax.evaluation import studies, tables
+    from segdiff_jax.evaluation.findings import Measurement
+
+    study, config = studies.STUDIES[args.name], studies.on_budget(config, args.budget)
+    names = [f"{args.name}.{suffix}" for suffix in ("json", "md", "png", "html")]
+    runs, path = Path(args.output) / "runs", Path(args.output) / names[0]
+    about = tables.origin("segdiff study", argv, {args.output: "O"})
+    about |= {"study": args.name, "images": args.limit}
+    with ownership.claimed(args.output, _KIND, names):
+        known = _earlier(path, args.limit)
+        done: list[Measurement] = []
+        for seed in args.seeds:
+            of_seed = studies.changed(config, {"seed": seed})
+            for case in sorted(study.cases(of_seed), key=lambda c: c.training.name):
+                found = next(
+                    (m for m in known if (m.setting, m.seed) == (case.setting, seed)), None
+                )
+                if found is None:
+                    workdir = studies.trained(case.training, of_seed, runs)
+                    figures = studies.measure(case, of_seed, workdir, args.limit)
+                    found = Measurement(case.setting, seed, figures)
+                done.append(found)
+                files.write_json(path, about | {"measurements": [m._asdict() for m in done]})
+        order = [case.setting for case in study.cases(config)]
+        done.sort(key=lambda m: (order.index(m.setting), m.seed))
+        print(_write(args, study, about, done))
+
+
+def _earlier(path: Path, images: int | None) -> list[Any]:
+    """What a stopped run of the study has measured on as many images."""
+    from segdiff_jax.evaluation.findings import Measurement
+
+    if not path.exists():
+        return []
+    stored = json.loads(path.read_text())
+    return [Measurement(**m) for m in stored["measurements"]] if stored["images"] == images else []
+
+
+def _write(args: argparse.Namespace, study: Any, about: dict[str, Any], done: list[Any]) -> str:
+    """Table, plot and verdict as JSON, Markdown, PNG and a page; the Markdown."""
+    from segdiff_jax.evaluation import findings, tables
+    from segdiff_jax.inference import page
+
+    found = findings.rows(done)
+    columns, cells = findings.table(found, study.figures)
+    about |= {"title": f"Study: {study.about}", "columns": columns, "cells": cells}
+    about |= {"verdict": findings.verdict(study.claims, done)}
+    drawn = findings.plot(found, study.axis, study.figures[: study.plotted], about["title"])
+    start = os.path.join(args.output, args.name)
+    text = f"# {about['title']}\n\n{tables.section(about)}"
+    files.write_json(f"{start}.json", about | {"measurements": [m._asdict() for m in done]})
+    files.write_text(f"{start}.md", text)
+    files.write_bytes(f"{start}.png", drawn)
+    page.page(
+        f"{start}.html",
+        about["title"],
+        tables=[page.Table("Measured", columns, cells)],
+        rows=[page.Row("", {"plot": drawn})],
+        note=f"{about['verdict']} Measured at commit {about['commit']} on {about['date']}.",
+    )
+    return text
+
+
+def _panels(args: argparse.Namespace, config: Config) -> None:
+    from segdiff_jax.evaluation import panels
+
+    if not args.checkpoint:
+        raise UserError("study panels: name the model that is shown with --checkpoint")
+    columns = dict(_column(text) for text in args.column)
+    with ownership.claimed(args.output, _KIND, ["panels.png", "panels.html"]):
+        panels.write(args.output, args.checkpoint, config, columns, args.rows)
+    print(f"written: {os.path.join(args.output, 'panels.png')} and panels.html")
+
+
+def _column(text: str) -> tuple[str, str]:
+    name, separator, folder = text.partition("=")
+    if not separator or not os.path.isdir(folder):
+        raise UserError(f"--column {text}: write it as NAME=FOLDER, a folder of label maps")
+    return name, folder
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser("segdiff_jax.study", _DESCRIPTION, cli.config_help())
+    add = parser.add_argument
+    add("name", nargs="?", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    add(
+        "--output", type=cli.path, metavar="DIR", help="folder for results and, in runs/, trainings"
+    )
+    add("--config", type=cli.path, metavar="FILE", help="default: configs/demo.py, drawn scenes")
+    add("--seeds", nargs="+", type=cli.natural_int, default=[0], metavar="S", help="default: 0")
+    add(
+        "--budget",
+        choices=("full", "small"),
+        default="full",
+        help="small: half of the steps and scenes; default: full",
+    )
+    add("--limit", type=cli.positive_int, metavar="N", help="images to measure on; default: all")
+    add("--checkpoint", type=cli.path, metavar="DIR", help="panels: the model to show")
+    add(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="panels: another method's label maps, PNGs of class ids named as the photos",
+    )
+    add("--rows", type=cli.positive_int, default=6, metavar="N", help="panels: photos; default: 6")
+    add("--tables", type=cli.path, metavar="FILE", help="a Markdown file whose tables to renew")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)

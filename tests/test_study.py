@@ -1,0 +1,169 @@
+"""`python -m segdiff_jax.study`: trains, measures, goes on, and says what it found."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segdiff_jax import cli, config, study
+from segdiff_jax.data import scenes
+from segdiff_jax.errors import UserError
+from segdiff_jax.evaluation import studies, tables
+from segdiff_jax.training import run
+from segdiff_jax.weights import workdir as workdirs
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setattr("segdiff_jax.parallel.runtime.start", lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def config_file(micro_config, tmp_path_factory):
+    path = tmp_path_factory.mktemp("study") / "micro.py"
+    values = json.dumps(_short(micro_config))
+    path.write_text(
+        "import json\nfrom segdiff_jax.config import from_dict\n"
+        f"def get_config():\n    return from_dict(json.loads({values!r}))\n"
+    )
+    return str(path)
+
+
+def _short(micro_config):
+    values = config.to_dict(micro_config())
+    values["train"] |= {"steps": 2, "eval_every": 0}
+    return values
+
+
+@pytest.fixture
+def finished(trained, micro_config, tmp_path):
+    """An --output in which the trainings of the study "start" are done."""
+    short = config.from_dict(_short(micro_config))
+    for timesteps in ("uniform", "terminal"):
+        workdir = tmp_path / "runs" / f"annealed-{timesteps}-seed0"
+        shutil.copytree(trained, workdir)
+        changes = studies.training(short, timesteps).changes
+        workdirs.write_config(str(workdir), studies.changed(short, changes))
+    shutil.copytree(f"{trained}/vae", tmp_path / "runs" / "vae-seed0")
+    return tmp_path
+
+
+def test_a_study_measures_goes_on_and_says_what_it_found(
+    config_file, finished, monkeypatch, capsys
+):
+    monkeypatch.setattr(run, "train", lambda *_: pytest.fail("it is trained already"))
+    argv = ["start", "--output", str(finished), "--config", config_file, "--limit", "1"]
+    study.main(argv)
+    result = json.loads((finished / "start.json").read_text())
+    assert [m["setting"]["start"] for m in result["measurements"]] == ["gaussian", "multires"] * 4
+    assert {m["setting"]["timesteps"] for m in result["measurements"]} == {"uniform", "terminal"}
+    assert "--output O --config" in result["command"], "no folder of this machine"
+    text = (finished / "start.md").read_text()
+    assert "Sampling from Gaussian noise is better" in text and text.count("| uniform |") == 4
+    assert text in capsys.readouterr().out
+    assert "data:image/png" in (finished / "start.html").read_text()
+    assert Image.open(finished / "start.png").width > 300
+
+    # A stopped study: what it has measured stays.
+    kept = result["measurements"][:-1]
+    kept[0]["figures"]["miou_present"] = 0.123
+    (finished / "start.json").write_text(json.dumps(result | {"measurements": kept}))
+    study.main(argv)
+    again = json.loads((finished / "start.json").read_text())
+    assert again["measurements"][-1] == result["measurements"][-1]
+    assert again["measurements"][0]["figures"]["miou_present"] == 0.123
+
+    (finished / "start.json").unlink()
+    with pytest.raises(UserError, match=r"config\.train\.balance=0\.0, now it is 0\.7"):
+        study.main([*argv, "--config.train.balance=0.7"])
+    _check_tables(finished, again)
+
+
+def _check_tables(folder, result):
+    document = folder / "results.md"
+    document.write_text("a\n<!-- table: start.json -->\nold\n<!-- end of table -->\nb\n")
+    (folder / "start.json").write_text(json.dumps(result))
+    study.main(["--tables", str(document)])
+    shown = document.read_text()
+    assert "old" not in shown and shown.startswith("a\n") and shown.endswith("\nb\n")
+    assert tables.section(result) in shown
+    study.main(["--tables", str(document)])
+    assert document.read_text() == shown
+
+
+@pytest.mark.slow
+def test_a_study_trains_what_it_needs(config_file, tmp_path):
+    study.main(["start", "--output", str(tmp_path), "--config", config_file, "--limit", "1"])
+    runs = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert runs == ["annealed-terminal-seed0", "annealed-uniform-seed0", "vae-seed0"]
+    assert json.loads((tmp_path / "start.json").read_text())["verdict"]
+
+
+def test_members_are_sampled_once(trained, micro_config):
+    c = micro_config()
+    source = studies.open_source(c.data, "val", 0)
+    photo, classes = source[0]["image"], source.vocabulary.classes[:2]
+    small, large = (studies.changed(c, {"sampler.ensemble": n}).sampler for n in (2, 3))
+    plain, remembering = (studies._model(trained, "trailing", kept) for kept in (False, True))
+    remembering.unclipped_maps([photo], classes, large, 0)
+    found = remembering.unclipped_maps([photo], classes, small, 0)
+    expected = plain.unclipped_maps([photo], classes, small, 0)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_agreement():
+    same = np.zeros((4, 2, 3), int)
+    assert studies.agreement([same, same + 1]) == 1.0
+    half = np.stack([np.zeros((2, 2), int), np.ones((2, 2), int)])
+    assert studies.agreement([half]) == 0.0
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, (5, 6, 7))
+    pairs = [(labels[i] == labels[j]).mean() for i in range(5) for j in range(i)]
+    assert studies.agreement([labels]) == pytest.approx(np.mean(pairs))
+
+
+def test_every_study_has_settings_of_its_own(micro_config):
+    for name, of_name in studies.STUDIES.items():
+        cases = of_name.cases(micro_config())
+        settings = [tuple(case.setting.items()) for case in cases]
+        assert len(set(settings)) == len(settings), name
+        assert all(of_name.axis in case.setting for case in cases)
+        for case in cases:
+            for changes in (case.training.changes, case.changes):
+                studies.changed(micro_config(), changes, "evaluate")
+            studies.changed(micro_config(), case.training.changes, "train")
+
+
+def test_panels(trained, config_file, tmp_path):
+    scenes.main(["--output", str(tmp_path / "scenes"), "--count", "4", "--size", "16"])
+    argv = ["panels", "--output", str(tmp_path / "o"), "--config", config_file]
+    argv += ["--checkpoint", trained, "--rows", "2"]
+    study.main([*argv, "--column", f"theirs={tmp_path / 'scenes' / 'masks'}"])
+    page = (tmp_path / "o" / "panels.html").read_text()
+    for column in ("image", "theirs", "ours", "truth"):
+        assert page.count(f"<figcaption>{column}<") == 2
+    assert Image.open(tmp_path / "o" / "panels.png").width > 4 * 300
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"has no val_000000\.png"):
+        study.main([*argv, "--column", f"theirs={tmp_path / 'empty'}"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["noise"], "--output"),
+        (["--output", "o"], "name a study"),
+        (["sleep", "--output", "o"], "invalid choice"),
+        (["panels", "--output", "o"], "--checkpoint"),
+        (["panels", "--output", "o", "--checkpoint", "w", "--column", "x"], "NAME=FOLDER"),
+        (["--tables", "nowhere.md"], "no such file"),
+    ],
+)
+def test_bad_arguments(argv, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.run(study.main, argv)
+    assert caught.value.code == 2 and words in capsys.readouterr().err
