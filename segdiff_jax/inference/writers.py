@@ -222,7 +222,8 @@ def _row(path: str, found: Segmentation, written: Mapping[str, Any]) -> page.Row
     for kind in ("labels", "overlay", "uncertainty"):
         if written.get(kind):
             shown[kind] = written[kind]
-    return page.Row(path, shown, found.legend())
+    none = page.none_of_these(found.labels, len(found.classes))
+    return page.Row(path, shown, found.legend() | none)
 
 
 def write_page(
