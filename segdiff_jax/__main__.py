@@ -11,6 +11,7 @@ COMMANDS = {
     "evaluate": "score a model on a labelled data set",
     "predict": "paint masks for photos and class names",
     "export": "write a model for diffusers, or as StableHLO",
+    "app": "segment photos in a browser",
     "data": "data check: say what a data set holds and what is wrong with it",
     "study": "run an experiment of the paper, and say what it shows",
     "bench": "time this package side by side with what people use instead",

@@ -4,9 +4,10 @@ import argparse
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from segdiff_jax import cli
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> None:
     cli.add_checkpoint(parser)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 = all; default: here")
-    add("--port", type=cli.positive_int, default=7860, help="default: 7860")
+    add("--port", type=cli.natural_int, default=7860, help="0 = any that is free; default: 7860")
     add("--examples", type=cli.path, metavar="DIR", help="folder of photos to try it with")
     add(
         "--max-pixels",
@@ -64,21 +65,24 @@ def _serve(args: argparse.Namespace) -> None:
             ) from error
         limits = page.Limits(pixels=args.max_pixels)
         examples = _examples(args.examples, os.path.join(temporary, "files"), config, trained)
-        pool = ThreadPoolExecutor(1)
-        loading = pool.submit(_load, folder, args.which)
+        loading: Future[Any] = Future()
         name = os.path.basename(os.path.normpath(args.checkpoint))
         blocks = page.build(loading, config, f"Segment photos · {name}", limits, examples)
         with server.running(blocks, args.host, args.port, limits) as url:
+            threading.Thread(target=_load, args=(folder, args.which, loading), daemon=True).start()
             print(f"open {url} (Ctrl-C ends it); the model is being loaded", flush=True)
             _wait(loading)
 
 
-def _load(folder: str, which: str) -> Any:
+def _load(folder: str, which: str, loading: Future[Any]) -> None:
     from segdiff_jax.inference.segmenter import Segmenter
     from segdiff_jax.parallel import runtime
 
-    runtime.start()
-    return Segmenter.load(folder, which)
+    try:
+        runtime.start()
+        loading.set_result(Segmenter.load(folder, which))
+    except BaseException as error:
+        loading.set_exception(error)
 
 
 def _wait(loading: Future[Any]) -> None:

@@ -54,7 +54,13 @@ def comparison(
     if uncertainty is not None:
         images["uncertainty"] = pictures.encode(pictures.uncertainty_map(uncertainty))
     shown = pictures.present(np.stack(labels), palette)
-    return Row(caption, images, {names[i]: colors[names[i]] for i in shown})
+    legend = {names[i]: colors[names[i]] for i in shown}
+    return Row(caption, images, legend | none_of_these(np.stack(labels), len(palette)))
+
+
+def none_of_these(labels: np.ndarray, classes: int) -> dict[str, tuple[int, int, int]]:
+    """The entry of a legend for pixels without a class (ignored, or *other*), if there are any."""
+    return {"no class": pictures.OTHER_COLOR} if (labels >= classes).any() else {}
 
 
 def contact_sheet(rows: Sequence[Row], height: int = 160, gap: int = 6) -> Image.Image:

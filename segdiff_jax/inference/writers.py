@@ -121,7 +121,8 @@ def write(
     contents, written = contents_of(name, path, found, settings, kinds)
     _write_set(output, contents)
     _remove_stale(output, name, contents)
-    return row(path, found.photo, found.legend(), written)
+    none = page.none_of_these(found.labels, len(found.classes))
+    return row(path, found.photo, found.legend() | none, written)
 
 
 def contents_of(

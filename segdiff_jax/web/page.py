@@ -29,16 +29,16 @@ from segdiff_jax.web.requests import Limits
 _WAITING = 16  # requests in the queue
 _HOUR = 3600  # seconds after which files and results of visitors are deleted
 
-_FORMATS = {
-    "Label map (PNG)": "labels",
-    "Masks (PNG)": "masks",
-    "Cut-outs (PNG with alpha)": "cutouts",
-    "COCO (JSON)": "coco",
-    "YOLO-seg": "yolo",
-    "CVAT mask zip": "cvat",
-    "Score maps (16-bit PNG)": "scoremaps",
-    "Scores (NumPy)": "scores",
-}
+_FORMATS = [  # (what a person reads, what `predict --format` calls it)
+    ("Label map (PNG)", "labels"),
+    ("Masks (PNG)", "masks"),
+    ("Cut-outs (PNG with alpha)", "cutouts"),
+    ("COCO (JSON)", "coco"),
+    ("YOLO-seg", "yolo"),
+    ("CVAT mask zip", "cvat"),
+    ("Score maps (16-bit PNG)", "scoremaps"),
+    ("Scores (NumPy)", "scores"),
+]
 
 
 class Example(NamedTuple):
@@ -122,7 +122,7 @@ def build(
         with _told():
             if kept is None:
                 raise UserError("Segment a photo first: nothing is kept for longer than an hour.")
-            return _zip(kept, [_FORMATS[kind] for kind in kinds], page.GRADIO_CACHE)
+            return _zip(kept, kinds, page.GRADIO_CACHE)
 
     def on_call(photo, classes, steps, ensemble, seed, closed, kinds):
         """The share of each class, the settings used, and a zip in the formats asked for."""
@@ -130,7 +130,7 @@ def build(
         with _told():
             kept = segment(photo, classes, asked)
             shares = {"classes": kept.found.shares(), "settings": kept.settings}
-            return shares, _zip(kept, [_FORMATS[kind] for kind in kinds], page.GRADIO_CACHE)
+            return shares, _zip(kept, kinds, page.GRADIO_CACHE)
 
     def understood(text: str) -> str:
         with contextlib.suppress(UserError):
@@ -195,8 +195,8 @@ def build(
                 )
                 with gr.Accordion("Download", open=False):
                     kinds = gr.CheckboxGroup(
-                        list(_FORMATS),
-                        value=["Label map (PNG)"],
+                        _FORMATS,
+                        value=["labels"],
                         label="Formats",
                         show_label=False,
                         elem_id="formats",

@@ -69,7 +69,9 @@ def running(page: gr.Blocks, host: str, port: int, limits: Limits) -> Iterator[s
         css=viewer.STYLE,
     )
     guarded = _Guard(app, most + 2**20)  # what a form adds to its file
-    server = uvicorn.Server(uvicorn.Config(guarded, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(guarded, log_level="warning", timeout_graceful_shutdown=1)
+    )
     listening = _bound(host, port)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
@@ -79,7 +81,7 @@ def running(page: gr.Blocks, host: str, port: int, limits: Limits) -> Iterator[s
         shown = f"[{host}]" if ":" in host else host
         yield f"http://{shown}:{listening.getsockname()[1]}"
     finally:
-        server.force_exit = server.should_exit = True  # open pages would keep it waiting
+        server.should_exit = True
         thread.join(10)
         listening.close()
 

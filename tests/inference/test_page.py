@@ -238,6 +238,9 @@ def test_contact_sheet_shows_every_image_at_the_same_height():
     colors = {"a": (10, 20, 30), "b": (200, 100, 50)}
     row = page_lib.comparison("a", image, labels, colors, truth=labels)
     assert list(row.legend) == ["b"], "the classes that are shown"
+    ignored = np.where(np.arange(16) < 4, 255, labels).astype(np.uint8)
+    partly = page_lib.comparison("a", image, labels, colors, truth=ignored)
+    assert partly.legend == {"b": (200, 100, 50), "no class": (0, 0, 0)}
     sheet = np.asarray(page_lib.contact_sheet([row, row], height=16, gap=4))
     assert sheet.shape == (2 * 16 + 4, 3 * 32 + 2 * 4, 3)
     assert (sheet[:16, 32:36] == 255).all() and (sheet[16:20] == 255).all()

@@ -18,7 +18,8 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.web import requests
 from segdiff_jax.web.requests import Limits
 
-LABELS = ["Label map (PNG)"]
+pytestmark = pytest.mark.usefixtures("fast_compile")
+LABELS = ["labels"]
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +51,7 @@ def lives_on(client, photo):
 
 
 def test_programs_get_what_python_gets(client, served, photo):
-    shares, path = _call(
-        client, photo, "sky; building, house", 2, 2, 3, True, ["YOLO-seg", *LABELS]
-    )
+    shares, path = _call(client, photo, "sky; building, house", 2, 2, 3, True, ["yolo", *LABELS])
     found = served.segmenter(
         str(photo), ["sky", "building, house"], steps=2, ensemble=2, seed=3, closed=True
     )
@@ -231,7 +230,7 @@ def test_an_upload_comes_back_as_a_file_not_as_a_page(served):
         ({"seed": -1}, "Seed: give a whole number from 0|[Mm]inimum"),
         ({"steps": 50, "ensemble": 16, "classes": "a;b;c"}, "2,400 passes .* more than 2,000"),
         ({"kinds": []}, "Choose a format first"),
-        ({"classes": "a: b", "kinds": ["CVAT mask zip"]}, "CVAT's label map"),
+        ({"classes": "a: b", "kinds": ["cvat"]}, "CVAT's label map"),
     ],
 )
 def test_what_is_too_much_or_nothing_is_said(client, photo, asked, message):
