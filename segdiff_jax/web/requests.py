@@ -1,0 +1,100 @@
+"""What a visitor asks for: checked, with messages for people who know neither flags nor paths."""
+
+import math
+import re
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from segdiff_jax import codec
+from segdiff_jax.config import Config
+from segdiff_jax.data import images
+from segdiff_jax.errors import UserError
+from segdiff_jax.text import vocabulary
+from segdiff_jax.text.vocabulary import Vocabulary
+
+# Of all that Pillow reads: some of the others call programs, or are no photos.
+_KINDS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "AVIF")
+_LETTERS = 100_000  # of the list of classes
+_LONGEST_STEM = 80  # letters of a photo's name that its results keep
+
+
+class Limits(NamedTuple):
+    """What one request may take."""
+
+    pixels: int = 32_000_000
+    megabytes: int = 40  # of an upload
+    classes: int = 200  # below 255: the page holds labels in a byte
+    passes: int = 20_000  # steps × ensemble × classes
+
+
+def photo(path: str | None, limits: Limits) -> np.ndarray:
+    """uint8 [H, W, 3] of an upload. Raises `UserError`."""
+    if not path:
+        raise UserError("Choose a photo first.")
+    name = PurePath(path).name
+    try:
+        with Image.open(path, formats=_KINDS) as header:
+            count = header.width * header.height
+    except Image.DecompressionBombError:
+        count = limits.pixels + 1
+    except Exception as error:  # Pillow's plugins raise anything on what is no picture
+        kinds = "JPEG, PNG, WebP, TIFF, BMP or AVIF"
+        raise UserError(f"{name} is no photo that can be read. Use {kinds}.") from error
+    if count > limits.pixels:
+        most = f"{limits.pixels / 1e6:.0f} megapixels"
+        raise UserError(f"{name} is larger than {most}. Make it smaller and try again.")
+    try:
+        return images.read_image(path, limits.pixels)
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), name)) from error
+
+
+def name_of(path: str) -> str:
+    """What the results of an upload are called."""
+    return re.sub(r"[^\w.-]+", "_", PurePath(path).stem)[:_LONGEST_STEM].strip("._") or "photo"
+
+
+def classes(text: Any, limits: Limits) -> Vocabulary:
+    """The classes of a text: one a line or between ";", "," before synonyms; or a packaged list.
+
+    Raises `UserError`. Never reads a file, whatever the text says.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise UserError("Name what to look for: one class a line, such as sky.")
+    if len(text) > _LETTERS:
+        raise UserError("The list of classes is too long.")
+    if text.strip() in vocabulary.packaged():
+        found = vocabulary.load(text.strip())
+    else:
+        names = [part.strip() for part in re.split(r"[;\n]", text) if part.strip(" \t\r,")]
+        if len(names) > limits.classes:
+            raise UserError(f"{len(names)} classes are too many: name {limits.classes} at most.")
+        found = vocabulary.from_names(names, "The list")
+    if len(found) > limits.classes:
+        raise UserError(f"{len(found)} classes are too many: name {limits.classes} at most.")
+    return found
+
+
+def settings(asked: dict[str, Any], config: Config, count: int, limits: Limits) -> dict[str, Any]:
+    """`asked` (steps, ensemble, seed, closed) for `count` classes, checked. Raises `UserError`."""
+    steps = _whole("Steps", asked["steps"], 1, config.diffusion.num_train_timesteps)
+    ensemble = _whole("Ensemble", asked["ensemble"], 1, 64)
+    seed = _whole("Seed", asked["seed"], 0, 2**31 - 1)
+    group = codec.group_size(count, config.codec.classes_per_pass)
+    passes = steps * ensemble * math.ceil(count / group)
+    if passes > limits.passes:
+        raise UserError(
+            f"This would take {passes:,} passes through the network, more than {limits.passes:,}. "
+            "Ask for fewer classes, fewer steps or a smaller ensemble."
+        )
+    return {"steps": steps, "ensemble": ensemble, "seed": seed, "closed": bool(asked["closed"])}
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high or value != int(value):
+        raise UserError(f"{name}: give a whole number from {low} to {high}.")
+    return int(value)
