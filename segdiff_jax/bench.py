@@ -75,6 +75,7 @@ def main(argv: list[str]) -> None:
     worse = compare(made["ratios"], old)
     if worse:
         print("\n".join(worse))
+    if worse or any(isinstance(result, NotRun) and result.failed for result in results):
         sys.exit(1)
 
 

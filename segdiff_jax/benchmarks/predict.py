@@ -24,7 +24,7 @@ from segdiff_jax.benchmarks.timing import (
     check_equal,
     in_turn,
 )
-from segdiff_jax.config import CodecConfig, Config, DataConfig, PromptsConfig, SamplerConfig, stored
+from segdiff_jax.config import CodecConfig, Config, DataConfig, SamplerConfig, stored
 from segdiff_jax.data import geometry
 from segdiff_jax.diffusion.sampler import initial_noise, member_keys
 from segdiff_jax.inference.segmenter import Segmenter
@@ -74,7 +74,6 @@ def _model(decoding: CodecConfig, folder: Path, small: bool) -> Segmenter:
     config = Config(
         data=DataConfig(source="scenes", image_size=(32, 48) if small else (96, 128)),
         codec=decoding,
-        prompts=PromptsConfig(("a photo of a {class}",)),
         sampler=SamplerConfig(steps=10),
     )
     networks = (
@@ -86,7 +85,7 @@ def _model(decoding: CodecConfig, folder: Path, small: bool) -> Segmenter:
     parts = pretrained.Pretrained(*networks, config.diffusion)
     settings = {EXPORT_SETTINGS: files.to_json(stored(config))}
     pretrained.save(parts, folder, extra_files=settings, kind="diffusers")
-    return Segmenter(*networks, config)
+    return Segmenter(*networks, config, trained=vocabulary.from_names(_NAMES))
 
 
 def _photo(height: int, width: int, seed: int = 0) -> np.ndarray:

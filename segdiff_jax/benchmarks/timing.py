@@ -55,6 +55,7 @@ class Figure:
 class NotRun:
     name: str
     why: str
+    failed: bool = False  # and not left out
 
 
 Result = Ratio | Figure | NotRun
