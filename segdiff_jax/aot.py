@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from segdiff_jax import cli, codec, files
 from segdiff_jax.combinations import check_image_size
-from segdiff_jax.config import Config, competing, of_stage, through_linear, to_dict
+from segdiff_jax.config import Config, of_stage, to_dict
 from segdiff_jax.data.sources import scenes
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
@@ -186,7 +186,8 @@ def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
     whole = meshes.replicated(mesh)
     (unet, unet_params), (vae, vae_params) = nnx.split(nets.unet), nnx.split(nets.vae)
     schedule = jax.eval_shape(lambda: make_schedule(config.diffusion))
-    linear = _linear_decoder(nets) if through_linear(config) else None
+    single = config.stage == "e2e"
+    linear = _linear_decoder(nets) if single and config.e2e.decoder == "linear" else None
     frozen = None if vae_only else Frozen(vae_params, schedule, nets.table, linear)
     make = {"diffusion": diffusion_step, "e2e": e2e_step}
     step = vae_step(vae, config, mesh) if vae_only else make[config.stage](unet, vae, config, mesh)
@@ -194,7 +195,7 @@ def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
     state = jax.eval_shape(lambda p: init_state(p, config), params)
     state = meshes.abstract(state, rules.state_sharding(state, mesh))
     cached = config.data.cache_latents and not vae_only
-    asked = competing(config)
+    asked = config.e2e.classes if single else 0
     shapes: dict[str, Any] = {"class_ids": ((count, asked or nets.group), jnp.int32)}
     if cached:
         latents = ((count, *nets.latent), jnp.float32)

@@ -102,13 +102,13 @@ def _examples(
     from PIL import Image
 
     from segdiff_jax.data.sources import scenes
-    from segdiff_jax.inference import requests
+    from segdiff_jax.inference import photos
     from segdiff_jax.web.page import Example
 
     os.makedirs(temporary, exist_ok=True)
     names = [] if trained is None else trained.names[:_SHOWN_CLASSES]
     if given:
-        found = requests.find_images([given])[:_EXAMPLES]
+        found = photos.find([given])[:_EXAMPLES]
         copies = [os.path.join(temporary, os.path.basename(path)) for path in found]
         for path, copy in zip(found, copies, strict=True):
             shutil.copyfile(path, copy)

@@ -95,7 +95,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=path,
         metavar="DIR",
-        help="workdir of a training run, or an exported folder; local or gs://",
+        help="workdir of a training run, or an exported folder: local, gs://, or OWNER/NAME of "
+        "Hugging Face",
     )
     parser.add_argument(
         "--which",

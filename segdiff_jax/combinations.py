@@ -141,17 +141,6 @@ def _of_a_training(c: "Config", own: "Config") -> Iterator[str]:
             f"config.codec.classes_per_pass={c.codec.classes_per_pass}: must be 1 with "
             "config.stage='e2e', where a pass shows one class and config.e2e.classes compete"
         )
-    if own.train.label_weight and c.codec.classes_per_pass != 1:
-        yield (
-            f"config.codec.classes_per_pass={c.codec.classes_per_pass}: must be 1 with "
-            "config.train.label_weight, where a pass shows one class and config.train.classes "
-            "compete"
-        )
-    if own.train.classes > 1 and not own.train.label_weight:
-        yield (
-            f"config.train.classes={c.train.classes}: must be 1 without config.train.label_weight, "
-            "the loss in which the classes of a photo compete"
-        )
     if c.stage == "vae" and c.vae.steps < 1:
         yield "config.vae.steps=0: must be at least 1 with config.stage='vae'"
     if c.init_variant and not c.init_from:

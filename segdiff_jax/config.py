@@ -151,8 +151,6 @@ class TrainConfig:
     batch_size: int = number(32, 1, 1_000_000)  # effective: over all devices and micro-batches
     terminal_share: float = number(0.0, 0.0, 1.0)  # of samples at t = T-1, where one step starts
     balance: float = number(0.0, 0.0, 1.0)  # γ: where a pass's classes are weighs (rest / shown)^γ
-    classes: int = number(1, 1, 255)  # asked of a photo, a pass each, where they compete
-    label_weight: float = number(0.0, 0.0, 1e3)  # of their loss on labels, beside that on latents
     hard_negatives: float = number(0.0, 0.0, 1.0)  # of absent classes: by likeness of prompts
     checkpoint_every: int = number(1000, 1)  # steps
     keep_checkpoints: int = number(3, 1)  # newest, and the best
@@ -209,6 +207,7 @@ class SamplerConfig:
     decoder: str = choice("vae", DECODERS)  # of mask latents; a linear one is fitted by a training
     shortlist: int = number(0, 0)  # M; 0 = every class gets the full budget
     batch_size: int = number(32, 1, 1_000_000)  # UNet passes in one compiled call, over all devices
+    tiles: int = number(0, 0, 1000)  # windows along a large photo, of predict; 0 = none
 
 
 @dataclass
@@ -260,18 +259,10 @@ _OF_STAGE: dict[str, dict[str, str]] = {
     "e2e": {"sampler.initial_noise": "e2e.noise"},
 }
 _NOT_OF_STAGE: dict[str, dict[str, Any]] = {
-    "vae": {
-        "train.label_weight": 0.0,
-        "train.classes": 1,
-        "train.eval_every": 0,
-        "optimizer.accumulation": 1,
-        "data.cache_latents": False,
-    },
+    "vae": {"train.eval_every": 0, "optimizer.accumulation": 1, "data.cache_latents": False},
     "e2e": {
         "train.terminal_share": 0.0,  # all is trained there
         "train.balance": 0.0,  # the Dice term weighs classes of few pixels
-        "train.label_weight": 0.0,  # this loss is all there is
-        "train.classes": 1,  # e2e.classes
         "data.cache_latents": False,  # the loss is about labels, which a cache of latents lacks
         "sampler.steps": 1,
         "sampler.ensemble": 1,
@@ -293,18 +284,6 @@ def of_stage(config: Config) -> Config:
     for key, value in _NOT_OF_STAGE[config.stage].items():
         _put(changed, key, value)
     return changed
-
-
-def competing(config: Config) -> int:
-    """Classes of a photo that compete for its pixels, a pass each; 0 where none do."""
-    if config.stage == "e2e":
-        return config.e2e.classes
-    return config.train.classes if config.train.label_weight and config.stage != "vae" else 0
-
-
-def through_linear(config: Config) -> bool:
-    """Whether the loss on labels is of what the linear decoder makes of latents."""
-    return config.e2e.decoder == "linear" if config.stage == "e2e" else competing(config) > 0
 
 
 def check_overridden(config: Config, overridden: list[str]) -> None:

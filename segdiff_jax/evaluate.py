@@ -49,13 +49,14 @@ def main(argv: list[str]) -> None:
         cli.load_config(args.config, overrides, "evaluate")
 
     from segdiff_jax.parallel import processes, runtime
-    from segdiff_jax.weights import workdir
+    from segdiff_jax.weights import hub, workdir
 
     runtime.start()
     processes.join()
     runtime.start_logging()
     with processes.together():
-        trained = workdir.read_config(args.checkpoint)
+        args.folder = hub.local(args.checkpoint)
+        trained = workdir.read_config(args.folder)
         if args.suite:
             _suite(args, overrides, trained, argv)
         else:
@@ -77,6 +78,11 @@ def _config_of(path: str | None, overrides: Sequence[str], trained: Config, wher
             "otherwise than in its training",
             *(config.data.fit, where, trained.data.fit),
         )
+    if config.sampler.tiles and processes.is_first():
+        logging.warning(
+            "config.sampler.tiles=%d: evaluation sees whole images", config.sampler.tiles
+        )
+    config.sampler.tiles = 0
     return config
 
 
@@ -139,14 +145,14 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     if first:
         ownership.check(args.output, _KIND, _OUTPUTS)
         print(source.vocabulary.summary())
-    networks, step = workdir.load_with_step(args.checkpoint, which=args.which)
+    networks, step = workdir.load_with_step(args.folder, which=args.which)
     unet, vae, text_encoder, tokenizer, _ = networks
     check_image_size(config, vae.config.downsampling, f"the VAE of {args.checkpoint}")
     if first:
         label_summary.report(source, config.data, split)
-    trained = workdir.read_classes(args.checkpoint)
+    trained = workdir.read_classes(args.folder)
     segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, trained=trained)
-    segmenter.add_decoders(*workdir.load_decoders(args.checkpoint, vae))
+    segmenter.add_decoders(*workdir.load_decoders(args.folder, vae))
     classes = len(asked.of(source, args.synonyms).vocabulary)
     tokens = tokenizer.model_max_length
     data = {"source": config.data.source, "root": config.data.root, "split": split}

@@ -32,6 +32,8 @@ and for --checkpoint of predict, evaluate and export, with a model card and the 
 stablehlo: the sampler (image, prompt embeddings, key -> map) as one file for jax.export, weights
 included up to 2 GiB and beside it from there on, which runs on CPU, CUDA and TPU without this
 package; sampler.json describes it.
+onnx: one class in one step (image, prompt embedding -> score) and the text encoder, for onnxruntime
+(docs/onnx.md). Of models in float32, one class per pass, below 2 GiB.
 
 """
     + waiting.HELP
@@ -51,22 +53,26 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax: "directory is read only"
     from segdiff_jax.parallel import runtime
-    from segdiff_jax.weights import workdir
+    from segdiff_jax.weights import hub, workdir
 
     runtime.start()
-    _check_output(args, workdir.read_config(args.checkpoint))
-    networks = workdir.load_networks(args.checkpoint, args.weights, args.which)
-    trained = workdir.read_classes(args.checkpoint)
+    folder = hub.local(args.checkpoint)
+    _check_output(args, folder, workdir.read_config(folder))
+    networks = workdir.load_networks(folder, args.weights, args.which)
+    trained = workdir.read_classes(folder)
     if args.format == "diffusers":
-        decoders = workdir.load_decoders(args.checkpoint, networks[1])
+        decoders = workdir.load_decoders(folder, networks[1])
         write_folder(networks, args.output, args.dtype, trained, decoders)
     else:
-        from segdiff_jax.inference import stablehlo
+        from segdiff_jax.inference import onnx, stablehlo
         from segdiff_jax.inference.segmenter import Segmenter
 
         sampler = _sampler(args, networks[-1])
         model = Segmenter(*networks, trained=trained)
-        stablehlo.write(model, args.output, sampler, args.dtype)
+        if args.format == "onnx":
+            onnx.write(model, args.output, sampler)
+        else:
+            stablehlo.write(model, args.output, sampler, args.dtype)
     print(f"exported: {args.output}")
     if args.verify:
         found = verify.differences(args.output, networks[-1].data.image_size)
@@ -91,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         help="the folder to make, local or gs://; an export that this command wrote there is "
         "replaced, any other file left alone",
     )
-    add("--format", required=True, choices=("diffusers", "stablehlo"), help="see above")
+    add("--format", required=True, choices=("diffusers", "stablehlo", "onnx"), help="see above")
     add(
         "--weights",
         choices=("ema", "raw"),
@@ -133,17 +139,21 @@ def _parser() -> argparse.ArgumentParser:
 def _check_arguments(args: argparse.Namespace) -> None:
     for name in ("steps", "ensemble"):
         if getattr(args, name) and args.format == "diffusers":
-            raise UserError(f"--{name}: only --format stablehlo fixes the sampler: leave it out")
+            raise UserError(
+                f"--{name}: only --format stablehlo or onnx fixes the sampler: leave it out"
+            )
+    if args.format == "onnx" and args.dtype != "float32":
+        raise UserError("--dtype: --format onnx is in float32: leave it out")
     if args.verify and (args.format != "diffusers" or files.is_remote(args.output)):
         raise UserError("--verify: only for a local folder of --format diffusers: leave it out")
 
 
-def _check_output(args: argparse.Namespace, config: Config) -> None:
+def _check_output(args: argparse.Namespace, folder: str, config: Config) -> None:
     """Raises `UserError`, before minutes of work, if the output would replace what is not its own.
 
     Never replaced: what the export is made from, whoever wrote it.
     """
-    ownership.check_apart(args.output, "--checkpoint", args.checkpoint)
+    ownership.check_apart(args.output, "--checkpoint", folder)
     if config.init_from:
         ownership.check_apart(args.output, "the run's init_from", config.init_from)
     ownership.check_whole(args.output, args.format)

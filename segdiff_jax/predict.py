@@ -3,245 +3,319 @@
 import argparse
 import contextlib
 import functools
-import itertools
+import json
 import os
-from collections.abc import Sequence
-from typing import Any
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from segdiff_jax import cli, ownership
-from segdiff_jax.config import Config
-from segdiff_jax.data import images
+import numpy as np
+from etils import epath
+
+from segdiff_jax import cli, files, ownership
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import page, requests
-from segdiff_jax.progress import reporter
-from segdiff_jax.text import vocabulary
+from segdiff_jax.inference import clips, flags, photos, requests
+from segdiff_jax.progress import Progress, reporter, working
 from segdiff_jax.text.vocabulary import Vocabulary
 
-_DESCRIPTION = (
-    """Segment photos into the classes you name.
+if TYPE_CHECKING:
+    from segdiff_jax.inference.result import Segmentation
+    from segdiff_jax.inference.segmenter import Segmenter
 
-Per image: O/<name>_labels.png (or what --format says), O/<name>_overlay.png with a legend,
-O/<name>_uncertainty.png (for an ensemble of two or more) and O/<name>.json; O/index.html over all.
-<name> is the image's without its extension, or with it where several would be equal.
-The same seed gives the same bytes.
-
-"""
-    + cli.SEVERAL_PROCESSES
-)
+_STDOUT = "-"
+_ONE_FILE = {"labels": "x.png", "scores": "x.npz", "coco": "x.json"}  # formats for stdout
 
 
 def main(argv: list[str]) -> None:
-    args = _parse(argv)
-    from segdiff_jax.parallel import processes, runtime
+    args = flags.parse(argv)
+    with working("starting"):
+        from segdiff_jax.parallel import processes, runtime
 
-    runtime.start()
-    processes.join()
-    runtime.start_logging()
-    with processes.together():
-        paths, ours = requests.without_results(requests.find_images(args.images))
+        runtime.start()
+        processes.join()
+        runtime.start_logging()
+    with processes.together(), tempfile.TemporaryDirectory(prefix="segdiff_") as folder:
+        paths, ours = photos.without_results(photos.find(args.images))
+        _check_streams(args, paths)
         processes.check_same("--images", paths)
-        first = processes.is_first()
-        if ours and first:
+        say = functools.partial(_say, args)
+        if ours:
             counted = f"{len(ours)} result" + ("s" if len(ours) > 1 else "")
-            print(f"left out: {counted} of an earlier run, such as {ours[0]}", flush=True)
+            say(f"left out: {counted} of an earlier run, such as {ours[0]}")
         if not paths:
             raise UserError(f"--images {ours[0]}: only results of an earlier run: name the photos")
-        _predict(args, paths, first)
+        _predict(args, paths, folder)
 
 
-def _predict(args: argparse.Namespace, paths: Sequence[str], first: bool) -> None:
-    """Every process segments, the first one writes."""
-    from segdiff_jax.inference import formats, writers
-    from segdiff_jax.inference.segmenter import Segmenter
+def _say(args: argparse.Namespace, text: str) -> None:
+    """What is for people: on stdout, unless that is for programs."""
     from segdiff_jax.parallel import processes
-    from segdiff_jax.weights import hub, workdir
+
+    if processes.is_first() and not args.quiet:
+        for_programs = args.json_lines or args.output == _STDOUT
+        print(text, file=sys.stderr if for_programs else sys.stdout, flush=True)
+
+
+def _check_streams(args: argparse.Namespace, paths: Sequence[str]) -> None:
+    """Raises `UserError` for what cannot come from stdin or go to stdout."""
+    from segdiff_jax.parallel import processes
+
+    if photos.STDIN in paths and processes.count() > 1:
+        raise UserError("--images -: only one process has stdin: write the photo to a file")
+    if args.output != _STDOUT:
+        return
+    if len(paths) > 1 or len(args.format) > 1 or args.format[0] not in _ONE_FILE:
+        raise UserError(
+            f"--output -: for one image and one --format of {', '.join(_ONE_FILE)}: "
+            "name a folder for more"
+        )
+    if args.json_lines or sys.stdout.isatty():
+        why = "--json-lines writes there too" if args.json_lines else "it is a terminal"
+        raise UserError(
+            f"--output -: stdout is to take the file, but {why}: use one or redirect it"
+        )
+
+
+class _Ask(NamedTuple):
+    """What is asked of the model for every photo, and where the results go."""
+
+    args: argparse.Namespace
+    classes: Vocabulary
+    settings: dict[str, Any]  # of the call
+    used: dict[str, Any]  # those, and the model's: what is recorded
+    names: dict[str, str]  # path → name of its results
+    first: bool  # of several processes, which all segment, it is the one that writes
+
+    def target(self, path: str) -> str:
+        return os.path.join(self.args.output, self.names[path])
+
+
+def _predict(args: argparse.Namespace, paths: list[str], folder: str) -> None:
+    from segdiff_jax.parallel import processes
+
+    first, to_folder = processes.is_first(), args.output != _STDOUT
+    with working("loading libraries", first):
+        from segdiff_jax.inference import formats, resuming, writers
+        from segdiff_jax.inference.segmenter import Segmenter
+        from segdiff_jax.weights import hub, workdir
 
     classes = requests.parse_classes(args.classes)
-    folder = hub.local(args.checkpoint)
-    config = workdir.read_config(folder)
-    settings = _settings(args, config, classes)
+    place = hub.local(args.checkpoint)
+    config = workdir.read_config(place)
+    settings = flags.settings_of(args, config, classes)
     names = writers.names(paths)
-    read = functools.partial(
-        images.read_photo,
-        max_pixels=args.max_pixels or config.data.max_pixels,
-        max_value=config.data.max_value,
-    )
-    progress = functools.partial(reporter, enabled=first)
-    if first:
+    read = photos.Photos(config.data, args.max_pixels, folder)
+    progress = functools.partial(reporter, enabled=first and not args.quiet)
+    of_clips = _only_clips(paths)
+    kinds = [] if of_clips and not args.frames else args.format
+    if first and to_folder:
         formats.check(args.format, classes)
-        written = writers.outputs(names.values(), args.format, len(classes))
+        written = writers.outputs(names.values(), kinds, len(classes))
         writers.check_output(args.output, names, written)
-        print(classes.summary(), flush=True)
-    unreadable = requests.unreadable(paths, read, args.skip_unreadable, progress("check"))
+    _say(args, classes.summary())
+    had = resuming.earlier(args.output, names) if to_folder else {}
+    unreadable: dict[str, str] = {}
+    if not of_clips:
+        digests = {path: said["settings"][resuming.DIGEST] for path, said in had.items()}
+        unreadable = photos.checked(read, paths, digests, args.skip_unreadable, progress("check"))
     paths = [path for path in paths if path not in unreadable]
-    segmenter = Segmenter.load(folder, args.which)
-    segmenter.table(classes.classes)  # what is wrong with the classes stops before all else
+    lengths = {path: clips.look(path) for path in paths} if of_clips else {}
+    with working(f"loading {args.checkpoint}", first):
+        segmenter = Segmenter.load(place, args.which)
+        segmenter.table(classes.classes)  # what is wrong with the classes stops before all else
     used = writers.all_settings(settings, segmenter.config) | {
         "checkpoint": args.checkpoint,
         "checkpoint_step": segmenter.checkpoint_step,
+        "weights": segmenter.networks.checksum(),
     }
-    rows: list[page.Row] = []
-    step = progress("predict")
+    ask = _Ask(args, classes, settings, used, names, first)
+    if not to_folder:
+        (found,) = _stream(ask, segmenter, read, paths, progress("predict"))
+        if first:
+            sys.stdout.buffer.write(found.encoded(_ONE_FILE[args.format[0]]))
+            sys.stdout.buffer.flush()
+        return
+    done = _done_before(ask, read, paths, had, kinds)
+    if of_clips:
+        for path in paths:
+            if path not in done:
+                _segment_clip(ask, segmenter, read, path, lengths[path], progress(path, "frame"))
+    else:
+        _segment_photos(ask, segmenter, read, paths, done, unreadable, progress("predict"))
+    _report(args, len(paths) - len(done), len(done), unreadable)
+
+
+def _only_clips(paths: Sequence[str]) -> bool:
+    found = [path for path in paths if clips.is_clip(path)]
+    if found and len(found) < len(paths):
+        raise UserError(f"--images: {found[0]} is a clip, others are photos: give them one by one")
+    return bool(found)
+
+
+def _done_before(
+    ask: _Ask,
+    read: photos.Photos,
+    paths: Sequence[str],
+    had: Mapping[str, Mapping[str, Any]],
+    kinds: Sequence[str],
+) -> dict[str, Mapping[str, Any]]:
+    """Of the descriptions `had` of an earlier run those that are as asked; says what is not."""
+    from segdiff_jax.inference import resuming
+    from segdiff_jax.parallel import processes
+
+    changes = {}
+    for path in filter(had.__contains__, paths):
+        settings = ask.used | {resuming.DIGEST: read.digest(path)}
+        changes[path] = resuming.changes(had[path], settings, ask.classes, kinds)
+    # The first process, which writes, decides: others need not see its folder.
+    same = processes.stacked(np.array([changes.get(path) == [] for path in paths]))[0]
+    again = Counter(change for found in changes.values() for change in found)
+    if again:
+        listed = "; ".join(text for text, _ in again.most_common(3))
+        count = sum(map(bool, changes.values()))
+        _say(ask.args, f"{count} of an earlier run are done again, for other settings: {listed}")
+    return {path: had.get(path, {}) for path, is_same in zip(paths, same, strict=True) if is_same}
+
+
+def _segment_photos(
+    ask: _Ask,
+    segmenter: "Segmenter",
+    read: photos.Photos,
+    paths: Sequence[str],
+    done: Mapping[str, Mapping[str, Any]],
+    unreadable: Mapping[str, str],
+    step: Progress,
+) -> None:
+    """Writes the files of each photo that is not done, and index.html over all."""
+    from segdiff_jax.inference import resuming, writers
+    from segdiff_jax.parallel import processes
+
+    args, rows = ask.args, []
+    results = _stream(ask, segmenter, read, [p for p in paths if p not in done], step)
     with contextlib.ExitStack() as stack:
-        if first:
-            written = writers.outputs([names[path] for path in paths], args.format, len(classes))
+        if ask.first:
+            names = [ask.names[path] for path in paths]
+            written = writers.outputs(names, args.format, len(ask.classes))
             stack.enter_context(ownership.claimed(args.output, writers.KIND, written))
-        step(0, len(paths))
-        photos = (read(path).pixels for path in paths)
-        results = segmenter.stream(photos, classes, **settings)
-        for done, path in enumerate(paths, 1):
-            try:
-                found = next(results)
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from error
-            if first:
-                target = os.path.join(args.output, names[path])
-                with processes.at_work("writes its results"):
-                    rows.append(writers.write(target, path, found, used, args.format))
-            step(done, len(paths))
-        if first:
-            note = f"{args.checkpoint}: " + ", ".join(f"{k} {v}" for k, v in settings.items())
+        for path in paths:
+            found = None if path in done else next(results)
+            if not ask.first:
+                continue
             with processes.at_work("writes its results"):
-                written = [names[path] for path in paths]
-                writers.write_summaries(args.output, written, classes, args.format)
-            writers.write_page(args.output, rows, classes, note, unreadable)
-    if first:
-        skipped = f", {len(unreadable)} unreadable left out" if unreadable else ""
-        index = os.path.join(args.output, writers.PAGE)
-        print(f"{len(paths)} images segmented{skipped}: {index}")
+                if found is None:
+                    photo = read.read(path).pixels
+                    rows.append(resuming.row(path, photo, done[path], ask.classes))
+                else:
+                    own = ask.used | {resuming.DIGEST: read.digest(path)}
+                    rows.append(writers.write(ask.target(path), path, found, own, args.format))
+                _json_line(args, ask.target(path), path in done)
+        if ask.first:
+            note = f"{args.checkpoint}: " + ", ".join(f"{k} {v}" for k, v in ask.settings.items())
+            with processes.at_work("writes its results"):
+                writers.write_summaries(args.output, names, ask.classes, args.format)
+            writers.write_page(args.output, rows, ask.classes, note, unreadable)
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments; what a shell made of class names without quotes gets a hint."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if not rest:
-        return args
-    flag = next(i for i, word in enumerate(argv) if word.split("=")[0] == "--classes")
-    words = [argv[flag].partition("=")[2]] if "=" in argv[flag] else []
-    words += itertools.takewhile(lambda word: not word.startswith("-"), argv[flag + 1 :])
-    if set(rest) <= set(words):
-        given = " ".join(word for word in words if word)
-        raise UserError(f'--classes {given}: put quotes around the names: --classes "{given}"')
-    parser.error(f"unrecognized arguments: {' '.join(rest)}")
+def _stream(
+    ask: _Ask, segmenter: "Segmenter", read: photos.Photos, paths: Sequence[str], step: Progress
+) -> Iterator["Segmentation"]:
+    """The `Segmentation` of each photo. Raises `UserError` that names it."""
+    if not paths:
+        return
+    finished, total = 0, len(paths)
+    step(0, total)
+
+    def part(done: float, passes: int) -> None:
+        # The stream is one photo ahead of its results: what is told is what the networks do.
+        nonlocal finished
+        if done and finished < total:
+            step(round(finished + min(done / passes, 0.99), 2), total)
+        finished += done == passes
+
+    pixels = (read.read(path).pixels for path in paths)
+    results = segmenter.stream(pixels, ask.classes, progress=part, **ask.settings)
+    for path in paths:
+        try:
+            found = next(results)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        if path == paths[-1]:
+            step(total, total)
+        yield found
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = cli.parser("segdiff_jax.predict", _DESCRIPTION)
-    add = parser.add_argument
-    cli.add_checkpoint(parser)
-    add(
-        "--images",
-        required=True,
-        nargs="+",
-        type=cli.path,
-        metavar="IMAGE",
-        help="image files, folders of them, or patterns such as 'dir/*.png'",
-    )
-    add(
-        "--classes",
-        required=True,
-        metavar="NAMES",
-        help='";" between classes, "," between synonyms: "sky; building, edifice; road"; '
-        "or @FILE with one class a line; "
-        f"or one of {', '.join(vocabulary.packaged())}",
-    )
-    add(
-        "--output",
-        required=True,
-        type=cli.path,
-        metavar="DIR",
-        help="folder for the results; of the files there, only earlier results are replaced",
-    )
-    add(
-        "--format",
-        nargs="+",
-        choices=("labels", "scores", "scoremaps", "masks", "cutouts", "coco", "yolo", "cvat"),
-        default=["labels"],
-        metavar="FORMAT",
-        help="labels (default): class ids as O/<name>_labels.png; scores: O/<name>_scores.npz; "
-        "of each class, scoremaps: O/<name>_score_<id>.png, 16 bits; masks: O/<name>_mask_<id>.png;"
-        " cutouts: O/<name>_cutout_<id>.png, with alpha; to be imported elsewhere, "
-        "coco: O/coco.json and O/<name>_coco.json; yolo: polygons in O/yolo/ with data.yaml; "
-        "cvat: O/cvat.zip, segmentation mask 1.1",
-    )
-    add(
-        "--skip-unreadable",
-        action="store_true",
-        help="leave out images that cannot be read, and list them in index.html",
-    )
-    add(
-        "--max-pixels",
-        type=cli.positive_int,
-        metavar="N",
-        help="refuse larger images; default: as the checkpoint's config says (data.max_pixels)",
-    )
-    add(
-        "--steps",
-        type=cli.positive_int,
-        metavar="T",
-        help="denoising steps; default: as the checkpoint's config says, like the next two",
-    )
-    add(
-        "--ensemble",
-        type=cli.positive_int,
-        metavar="N",
-        help="samples to merge; their spread is the uncertainty",
-    )
-    add(
-        "--shortlist",
-        type=cli.natural_int,
-        metavar="M",
-        help="score all classes in one cheap pass, spend T and N on the M most present; 0 = off",
-    )
-    add("--seed", type=cli.natural_int, default=0, help="seed of the sampling noise; default: 0")
-    other = parser.add_mutually_exclusive_group()
-    other.add_argument(
-        "--threshold",
-        type=_share,
-        metavar="S",
-        help="pixels whose best score is below S, 0…1, are *other* (255)",
-    )
-    other.add_argument(
-        "--closed", action="store_true", help="every pixel gets one of the classes, none is *other*"
-    )
-    return parser
+def _segment_clip(
+    ask: _Ask,
+    segmenter: "Segmenter",
+    read: photos.Photos,
+    path: str,
+    length: clips.Length,
+    step: Progress,
+) -> None:
+    """Writes O/<name>_overlay.mp4 and O/<name>.json, and with --frames the files of each frame."""
+    from segdiff_jax.inference import resuming, writers
+
+    args, name = ask.args, ask.names[path]
+    own = ask.used | {resuming.DIGEST: read.digest(path)}
+    frames = [f"{name}_{n:06}" for n in range(1, length.frames + 1)] if args.frames else []
+    written = [f"{name}_overlay.mp4", f"{name}.json"]
+    written += writers.outputs(frames, args.format, len(ask.classes))[:-1]  # without a page
+    summary = clips.Summary(ask.classes)
+    with contextlib.ExitStack() as stack:
+        if ask.first:
+            stack.enter_context(ownership.claimed(args.output, writers.KIND, written))
+        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="segdiff_"))
+        with clips.writer(Path(place, "clip.mp4"), length.rate) as append:
+            results = segmenter.stream(clips.frames(path), ask.classes, **ask.settings)
+            for number, found in enumerate(results, 1):
+                if ask.first:
+                    append(clips.overlay(found))
+                    summary.add(found)
+                    for frame in frames[number - 1 : number]:
+                        target = os.path.join(args.output, frame)
+                        writers.write(target, f"{path}#{number}", found, own, args.format)
+                step(number, length.frames)
+        if ask.first:
+            data = Path(place, "clip.mp4").read_bytes()
+            files.write_bytes(f"{ask.target(path)}_overlay.mp4", data)
+            of_frames = {kind: [f"{frame}.json" for frame in frames] for kind in args.format}
+            said = {
+                "image": path,
+                "frames_per_second": float(length.rate),
+                **summary.figures(),
+                "files": {"overlay": f"{name}_overlay.mp4", **(of_frames if frames else {})},
+                "settings": own,
+            }
+            files.write_json(f"{ask.target(path)}.json", said)
+            _json_line(args, ask.target(path), False)
 
 
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
-    return value
+def _json_line(args: argparse.Namespace, target: str, skipped: bool) -> None:
+    """What O/<name>.json says, on one line of stdout."""
+    if args.json_lines:
+        said = {"output": args.output, "skipped": skipped}
+        said |= json.loads(epath.Path(f"{target}.json").read_bytes())
+        print(json.dumps(said, ensure_ascii=False), flush=True)
 
 
-def _settings(args: argparse.Namespace, config: Config, classes: Vocabulary) -> dict[str, Any]:
-    """Arguments of the call to the segmenter. Raises `UserError` for what the model cannot do."""
-    from segdiff_jax import codec
+def _report(
+    args: argparse.Namespace, segmented: int, skipped: int, unreadable: Mapping[str, str]
+) -> None:
+    from segdiff_jax.inference import writers
+    from segdiff_jax.parallel import processes
 
-    sampler, total = config.sampler, config.diffusion.num_train_timesteps
-    steps = args.steps or sampler.steps
-    if steps > total:
-        raise UserError(f"--steps {steps}: this model has {total} steps, ask for 1 to {total}")
-    shortlist = sampler.shortlist if args.shortlist is None else args.shortlist
-    group = codec.group_size(len(classes), config.codec.classes_per_pass)
-    if shortlist and group > 1:
-        raise UserError(
-            f"--shortlist {shortlist}: this model paints {group} classes in one pass, "
-            "so there is nothing to leave out: set it to 0"
-        )
-    return {
-        "steps": steps,
-        "ensemble": args.ensemble or sampler.ensemble,
-        "shortlist": shortlist,
-        "seed": args.seed,
-        "threshold": config.codec.threshold if args.threshold is None else args.threshold,
-        # Who names a threshold wants *other*, even from a model whose config is closed.
-        "closed": args.closed or (config.codec.closed and args.threshold is None),
-    }
+    if args.json_lines and processes.is_first():
+        for path, why in unreadable.items():
+            print(json.dumps({"image": path, "error": why}, ensure_ascii=False), flush=True)
+    parts = [f"{segmented} images segmented"]
+    if skipped:
+        parts.append(f"{skipped} skipped, done before with the same settings")
+    if unreadable:
+        parts.append(f"{len(unreadable)} unreadable left out")
+    _say(args, f"{', '.join(parts)}: {os.path.join(args.output, writers.PAGE)}")
 
 
 if __name__ == "__main__":

@@ -372,7 +372,7 @@ FLAGS = [
         ("", "an empty path: is a shell variable"),
         (" \t", "an empty path: is a shell variable"),
         ("s3://bucket/x", "s3:// is not supported, only local paths and gs://"),
-        ("http://host/x.png", "http:// is not supported, only local paths and gs://"),
+        ("http:///x.png", "http:// is not supported, only local paths and gs://"),
         ("file:///tmp/x", "leave file:// out"),
         ("gs://", "gs://BUCKET/PATH"),
         ("gs:/bucket/x", "gs://BUCKET/PATH"),

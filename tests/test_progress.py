@@ -1,5 +1,8 @@
 """Progress lines where stderr is no terminal."""
 
+import io
+import time
+
 from segdiff_jax import progress
 
 
@@ -25,3 +28,32 @@ def test_short_work_is_one_line(capsys):
     report(1, 2)
     report(2, 2)
     assert capsys.readouterr().err.startswith("predict: 2/2 images")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_that_something_goes_on(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(progress.sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "_TICK", 0.01)
+    with progress.working("loading x"):
+        time.sleep(0.2)
+    written = terminal.getvalue()
+    assert written.startswith("\rloading x .  ") and written.count("\r") > 5
+    assert written.endswith("\r\x1b[K"), "and leaves the line empty"
+    report = progress.reporter("predict")
+    report(0, 2)
+    time.sleep(0.2)
+    assert terminal.getvalue().count("0/2") > 5, "the clock moves while nothing is finished"
+    report(0.25, 2)
+    report(2, 2)
+    assert "0.25/2" in terminal.getvalue() and "2/2" in terminal.getvalue()
+
+
+def test_nothing_moves_where_nobody_looks(capsys):
+    with progress.working("loading x"), progress.working("y", enabled=False):
+        pass
+    assert capsys.readouterr() == ("", "")

@@ -103,6 +103,7 @@ def test_a_study_trains_what_it_needs(config_file, tmp_path):
     assert json.loads((tmp_path / "start.json").read_text())["verdict"]
 
 
+@pytest.mark.slow
 def test_members_are_sampled_once(trained, micro_config):
     c = micro_config()
     source = studies.open_source(c.data, "val", 0)

@@ -81,9 +81,13 @@ def read_photo(
     *,
     exif: str = "apply",
     max_value: int = 0,
+    data: bytes | None = None,
 ) -> Photo:
-    """Do what `read_image` does, and return what is not sure about the file."""
-    image, orientation = _open(path, max_pixels, exif)
+    """Do what `read_image` does, and return what is not sure about the file.
+
+    data: the file's bytes, if they are at hand.
+    """
+    image, orientation = _open(path, max_pixels, exif, data)
     pixels, guessed = _eight_bit_rgb(path, image, max_value)
     return Photo(pixels, orientation, guessed)
 
@@ -204,13 +208,15 @@ def _eight_bits(path: epath.PathLike, image: Image.Image, max_value: int) -> tup
     return gray, 0 if declared or white == FULL_RANGE else white
 
 
-def _open(path: epath.PathLike, max_pixels: int, exif: str) -> tuple[Image.Image, int]:
+def _open(
+    path: epath.PathLike, max_pixels: int, exif: str, data: bytes | None = None
+) -> tuple[Image.Image, int]:
     """Return the decoded image, upright unless exif = "ignore", and its EXIF orientation.
 
     `format` survives; `info` says what the header does of the range: "declared_max" of gray,
     "deep_colour".
     """
-    image = _opened(path, max_pixels)
+    image = _opened(path, max_pixels, data)
     said, orientation = _said_of_range(image), _orientation(image)  # PIL decodes a PNG for its tags
     try:
         # Phones write MPO: a JPEG with a preview behind it, whose first frame is the photo.
@@ -229,8 +235,8 @@ def _open(path: epath.PathLike, max_pixels: int, exif: str) -> tuple[Image.Image
     return turned, orientation
 
 
-def _opened(path: epath.PathLike, max_pixels: int) -> Image.Image:
-    """Open an image: its header is read and its pixels not yet."""
+def read_bytes(path: epath.PathLike) -> bytes:
+    """Read a file. Raises `UnreadableError` for what is none, without waiting for it."""
     try:
         with files.reading(path):
             # A pipe would be waited for, a device such as /dev/zero never ends.
@@ -238,13 +244,19 @@ def _opened(path: epath.PathLike, max_pixels: int) -> Image.Image:
                 raise UnreadableError(
                     f"{path}: cannot be read, it is {_kind_of(path)}, not a file: check the path"
                 )
-            data = epath.Path(path).read_bytes()
+            return epath.Path(path).read_bytes()
     except FileNotFoundError as error:
         broken = files.dangling(path)
         raise UnreadableError(broken or f"{path}: no such file, check the path") from error
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UnreadableError(f"{path}: cannot be read ({reason}), check the path") from error
+
+
+def _opened(path: epath.PathLike, max_pixels: int, data: bytes | None = None) -> Image.Image:
+    """The image, its header read and its pixels not yet."""
+    if data is None:
+        data = read_bytes(path)
     if not data:
         raise UnreadableError(f"{path}: empty file, replace or remove it")
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:

@@ -39,7 +39,7 @@ from segdiff_jax.progress import reporter
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 5
+_FORMAT = 4
 _OWN = re.compile(r"cache\.json|classes-\d{5}\.json|latents-\d{5}\.array_record")  # its files
 _PAIRS_AT_ONCE = 16  # read, encoded and written together
 _ENCODED_AT_ONCE = 8  # images in one call of the VAE, per device
@@ -282,8 +282,8 @@ class _Encoder:
         masks = zip(
             self._all_of(self._masks, *shown), self._all_of(self._shown, *shown), strict=True
         )
-        for photo, positions, group, view in zip(photos, valid, groups, labels, strict=True):
-            yield _record(photo, positions) + view.tobytes()
+        for photo, positions, group in zip(photos, valid, groups, strict=True):
+            yield _record(photo, positions)
             for _ in group:
                 yield _record(*next(masks))
 

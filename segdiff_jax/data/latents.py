@@ -5,11 +5,10 @@ classes-00000.json          of each pair: the classes in each view, or why it co
 latents-00000.array_record  float32 latents; a shard per process that wrote, pairs in order
 
 The first record is the latent of an empty mask. Then follow, for each view of each pair, the image
-latent with its valid mask and its labels, and a latent for each mask with the latent pixels that
-show its class. There is one mask for each class in the view, or one for all classes where one pass
-paints them all. A pair has data.augment.views views, or without these itself and, where the config
-flips, its mirror image. A folder without `cache.json` is no cache. `data/latent_cache.py` writes
-these files.
+latent with its valid mask, and a latent for each mask with the latent pixels that show its class.
+There is one mask for each class in the view, or one for all classes where one pass paints them all.
+A pair has data.augment.views views, or without these itself and, where the config flips, its mirror
+image. A folder without `cache.json` is no cache. `data/latent_cache.py` writes these files.
 """
 
 import atexit
@@ -24,8 +23,7 @@ import grain
 import numpy as np
 from etils import epath
 
-from segdiff_jax import codec
-from segdiff_jax.config import Config, competing
+from segdiff_jax.config import Config
 from segdiff_jax.data import pipeline, transforms
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.preference import Preference
@@ -45,9 +43,7 @@ def train_batches(
     """Return the batches of `pipeline.train_batches`, example for example, with latents for pixels.
 
     Each is {"image_latents": float32 [b, h, w, c], "mask_latents": float32 [b, h, w, c],
-    "shown": bool [b, h, w], "valid": bool [b, h, w], "class_ids": int32 [b, G]}. Where classes
-    compete for a photo, there are "labels" [b, H, W] too, and C masks: "mask_latents"
-    [b, C, h, w, c], "shown" [b, C, h, w], "class_ids" [b, C].
+    "shown": bool [b, h, w], "valid": bool [b, h, w], "class_ids": int32 [b, G]}.
     """
     example = _Example(latents, config, seed, preference)
     return pipeline.batches(latents, example, config, seed, start, rows)
@@ -63,8 +59,6 @@ class Latents:
         self.folder, root = folder, epath.Path(folder)
         description = json.loads((root / "cache.json").read_text())
         self.shape = tuple(description["latent"])  # (h, w, c)
-        self._image_size = tuple(description["made_from"]["image_size"])  # (H, W)
-        self._label_type = codec.label_type(len(source.vocabulary))
         self.vocabulary, self.novel = source.vocabulary, source.novel
         self._in_one_image = description["made_from"]["all_in_one_image"]
         shards = range(description["shards"])
@@ -80,7 +74,7 @@ class Latents:
         self._records = grain.sources.ArrayRecordDataSource(paths)
         if len(self._records) != self._start[-1]:
             raise ValueError(f"{len(self._records)} records, not {self._start[-1]}")
-        self._empty = self._read(0)[:2]
+        self._empty = self._read(0)
 
     def __len__(self) -> int:
         return len(self._contents)
@@ -94,24 +88,22 @@ class Latents:
         """Return the ids [n] of trained classes that a view of a pair shows."""
         return np.array(self._contents[pair][view], np.int32)
 
-    def image(self, pair: int, view: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read image latent [h, w, c], valid mask bool [h, w] and labels [H, W]."""
-        size = int(np.prod(self._image_size)) * np.dtype(self._label_type).itemsize
-        latent, valid, rest = self._read(self._record(pair, view), size)
-        return latent, valid, np.frombuffer(rest, self._label_type).reshape(self._image_size)
+    def image(self, pair: int, view: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read image latent [h, w, c] and valid mask bool [h, w]."""
+        return self._read(self._record(pair, view))
 
     def mask(self, pair: int, view: int, class_id: int) -> tuple[np.ndarray, np.ndarray]:
         """Read the mask latent [h, w, c] of a class, or of all in one image; shown bool [h, w]."""
         slots = [0] if self._in_one_image else np.flatnonzero(self.classes(pair, view) == class_id)
         if not len(slots):
             return self._empty
-        return self._read(self._record(pair, view) + 1 + int(slots[0]))[:2]
+        return self._read(self._record(pair, view) + 1 + int(slots[0]))
 
     def _record(self, pair: int, view: int) -> int:
         return int(self._start[self._first_view[pair] + view])
 
-    def _read(self, record: int, more: int = 0) -> tuple[np.ndarray, np.ndarray, bytes]:
-        """Read a record: a latent [h, w, c], a bit for each position, bool [h, w], `more` bytes."""
+    def _read(self, record: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read a record: a latent [h, w, c], and a bit for each of its positions, bool [h, w]."""
         height, width, _ = self.shape
         floats = int(np.prod(self.shape))
         error, data = None, b""
@@ -119,14 +111,13 @@ class Latents:
             data = self._records[record]  # empty where the file was cut off
         except RuntimeError as caught:  # its chunks have checksums
             error = caught
-        end = 4 * floats + -(-height * width // 8)
-        if len(data) != end + more:
+        if len(data) != 4 * floats + -(-height * width // 8):
             raise UserError(
                 f"{self.folder}: damaged latent cache: remove it and run again"
             ) from error
         latent = np.frombuffer(data, np.float32, floats).reshape(self.shape)
         bits = np.unpackbits(np.frombuffer(data, np.uint8, offset=4 * floats), count=height * width)
-        return latent, bits.astype(bool).reshape(height, width), data[end:]
+        return latent, bits.astype(bool).reshape(height, width)
 
 
 class _Example:
@@ -136,7 +127,6 @@ class _Example:
         self, latents: Latents, config: Config, seed: int, preference: Preference | None = None
     ):
         self.latents, self.augment = latents, config.data.augment
-        self.competing = competing(config) > 0
         self.draws = pipeline.Draws(latents, config, seed, preference)
 
     def __call__(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
@@ -144,21 +134,15 @@ class _Example:
         fixed = self.draws.views > 0
         view = self.draws.view(rng) if fixed else int(transforms.draw_flip(rng, self.augment))
         class_ids = self.draws.class_ids(self.latents.classes(pair, view), rng)
-        image, valid, labels = self.latents.image(pair, view)
-        example = {
+        image, valid = self.latents.image(pair, view)
+        mask, shown = self.latents.mask(pair, view, class_ids[0])
+        return {
             "image_latents": image,
+            "mask_latents": mask,
+            "shown": shown,
             "valid": valid,
             "class_ids": class_ids,
             "unreadable": record["unreadable"],
-        }
-        if not self.competing:
-            mask, shown = self.latents.mask(pair, view, class_ids[0])
-            return example | {"mask_latents": mask, "shown": shown}
-        masks, shown = zip(*(self.latents.mask(pair, view, i) for i in class_ids), strict=True)
-        return example | {
-            "mask_latents": np.stack(masks),
-            "shown": np.stack(shown),
-            "labels": labels,
         }
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 Setting = Mapping[str, str | int]  # what distinguishes a row, such as {"steps": 10}
 
 # Differences below this are no finding where seeds do not show how much is chance.
-TOLERANCE = 0.005
+TOLERANCE = 0.01
 NAMES = {
     "miou_present": "mIoU",
     "miou_trained": "mIoU, trained",

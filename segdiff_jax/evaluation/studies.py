@@ -22,7 +22,8 @@ from segdiff_jax.config import Config, of_stage, validate
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation.evaluator import evaluate
-from segdiff_jax.evaluation.findings import Claim, Elbow, Setting
+from segdiff_jax.evaluation.findings import NAMES, Claim, Elbow, Setting
+from segdiff_jax.inference.networks import Networks
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.progress import reporter
 from segdiff_jax.training import origin, run
@@ -312,22 +313,21 @@ def _copy_latents(config: Config, workdir: Path) -> None:
             return
 
 
-class Remembering(Segmenter):
+class Remembering(Networks):
     """Samples each member of each map once, in however many ensembles it is."""
 
-    def __init__(self, *networks: Any, **options: Any):
-        super().__init__(*networks, **options)
+    def __init__(self, networks: Networks):
+        self.__dict__.update(vars(networks))
         self._known: dict[tuple[Any, ...], np.ndarray] = {}
 
-    def _run(self, image_latents, table, groups, jobs, sampler, seed) -> np.ndarray:
+    def maps(self, latents, contexts, jobs, sampler, seed, done=None) -> np.ndarray:
         used = sampler.steps, sampler.eta, sampler.initial_noise, sampler.decoder, seed
-        keys = [
-            (image_latents[i].tobytes(), groups[p].tobytes(), int(m), *used) for i, p, m in jobs
-        ]
+        texts = {int(p): contexts(np.array([p]))[0].tobytes() for p in np.unique(jobs[:, 1])}
+        keys = [(latents[i].tobytes(), texts[int(p)], int(m), *used) for i, p, m in jobs]
         new = [n for n, key in enumerate(keys) if key not in self._known]
         if new:
-            maps = super()._run(image_latents, table, groups, jobs[new], sampler, seed)
-            self._known |= {keys[n]: one for n, one in zip(new, maps, strict=True)}
+            found = super().maps(latents, contexts, jobs[new], sampler, seed, done)
+            self._known |= {keys[n]: one for n, one in zip(new, found, strict=True)}
         return np.stack([self._known[key] for key in keys])
 
 
@@ -335,9 +335,10 @@ class Remembering(Segmenter):
 def _model(workdir: str, spacing: str, remembering: bool) -> Segmenter:
     networks, _ = workdirs.load_with_step(workdir)
     config = changed(networks[-1], {"diffusion.timestep_spacing": spacing}, "model")
-    kind = Remembering if remembering else Segmenter
-    model = kind(*networks[:-1], config, trained=workdirs.read_classes(workdir))
+    model = Segmenter(*networks[:-1], config, trained=workdirs.read_classes(workdir))
     model.add_decoders(*workdirs.load_decoders(workdir, networks[1]))
+    if remembering:
+        model.networks = Remembering(model.networks)
     return model
 
 
@@ -363,8 +364,8 @@ def measure(case: Case, config: Config, workdir: str, limit: int | None) -> dict
     ]
     figures = {
         name: float(np.mean([result.summary[name] for result in results]))
-        for name, value in results[0].summary.items()
-        if isinstance(value, float)
+        for name in NAMES
+        if isinstance(results[0].summary.get(name), float)
     }
     if case.noises > 1:
         every = [np.stack([r.examples[i].prediction for r in results]) for i in range(count)]

@@ -1,15 +1,14 @@
 """What the gray maps of an image say at its own size: scores, labels, uncertainty.
 
 maps [P, h, w] at the networks' size
-  → codec.ranks, join_passes     ranks [h, w, K]: above 1 and below 0 too
-  → geometry.unfit, one class at a time, with a running best: memory stays flat
+  → class_ranks                  [K, h, w]: above 1 and below 0 too; of tiles, blended (`tiles`)
+  → winners.largest              the best at each pixel [H, W], in blocks: memory stays flat
   → labels, uncertainty [H, W]   → masks, overlay, RLE, polygons, files
 """
 
 import base64
 import functools
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from segdiff_jax import codec, files
 from segdiff_jax.config import CodecConfig
 from segdiff_jax.data import geometry
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import pictures, regions
+from segdiff_jax.inference import pictures, regions, winners
 from segdiff_jax.text.vocabulary import Vocabulary, same_name
 
 # How much a score may move for what lies beyond [0, 1]: it decides between equal scores only, and
@@ -60,6 +59,10 @@ class Segmentation:
 
     def shares(self) -> dict[str, float]:
         """The share of pixels of each class that is present, largest first."""
+        return dict(self._shares)
+
+    @functools.cached_property
+    def _shares(self) -> dict[str, float]:
         pixels = np.bincount(self.labels.ravel(), minlength=len(self.classes))[: len(self.classes)]
         order = [i for i in np.argsort(-pixels, kind="stable") if pixels[i]]
         return {self.classes[i]: float(pixels[i] / self.labels.size) for i in order}
@@ -98,9 +101,13 @@ class Segmentation:
 
         Raises `UserError` for another suffix and where it cannot be written.
         """
+        files.write_bytes(path, self.encoded(os.fspath(path)))
+
+    def encoded(self, name: str) -> bytes:
+        """The contents of a file of this name, as of `save`."""
         from segdiff_jax.inference.formats import by_suffix
 
-        files.write_bytes(path, by_suffix(os.fspath(path))(self))
+        return by_suffix(name)(self)
 
     def __repr__(self) -> str:
         height, width = self.labels.shape
@@ -128,44 +135,49 @@ def from_maps(
 ) -> Segmentation:
     """What the maps [P, h, w] of a photo uint8 [H, W, 3], and their spread, say at its own size.
 
+    settings: `classes_per_pass`, `threshold` and `closed` of it count. fit: as config.data.fit.
+    """
+    height, width = geometry.filled(photo.shape[:2], gray.shape[1:], fit)
+    shown = slice(None), slice(height), slice(width)
+    ranks = class_ranks(np.asarray(gray)[shown], len(vocabulary), settings)
+    spread = None if spread is None else spread[shown]
+    return from_ranks(ranks, spread, photo, vocabulary, settings)
+
+
+def class_ranks(gray: np.ndarray, count: int, settings: CodecConfig) -> np.ndarray:
+    """Maps [P, h, w] → `codec.ranks` of each of the `count` classes, [K, h, w]."""
+    ranks = codec.ranks(gray, codec.group_size(count, settings.classes_per_pass))
+    return np.moveaxis(codec.join_passes(ranks, count), -1, 0)
+
+
+def from_ranks(
+    ranks: np.ndarray,
+    spread: np.ndarray | None,
+    photo: np.ndarray,
+    vocabulary: Vocabulary,
+    settings: CodecConfig,
+) -> Segmentation:
+    """What ranks [K, h, w] of a whole photo, and the spread [P, h, w], say at its own size.
+
     Scores are enlarged before the best is chosen. Where the best are equal, most often at 0 because
     every map is dark, the maps decide by what lies beyond [-1, 1] or beneath the levels
     (`codec.ranks`): in a closed vocabulary the class that is the nearest wins, not the first.
-
-    settings: `classes_per_pass`, `threshold` and `closed` of it count. fit: as config.data.fit.
     """
-    group = codec.group_size(len(vocabulary), settings.classes_per_pass)
     native = photo.shape[:2]
-    height, width = geometry.filled(native, gray.shape[1:], fit)
-    shown = np.asarray(gray)[:, :height, :width]
-    ranks = codec.join_passes(codec.ranks(shown, group), len(vocabulary))  # [h, w, K]
-    scores = ranks.clip(0.0, 1.0)
-    beyond = ranks - scores
-    order = scores + _TIE * beyond / (1.0 + np.abs(beyond))
-    best, labels = _largest(np.moveaxis(order, -1, 0), native)
+    scores, order = (np.empty(ranks.shape, np.float32) for _ in range(2))
+    for rank, score, place in zip(ranks, scores, order, strict=True):
+        np.clip(rank, 0.0, 1.0, out=score)
+        beyond = rank - score
+        place[...] = score + _TIE * beyond / (1.0 + np.abs(beyond))
+    best, labels = winners.largest(order, native)
     uncertainty = None
     if spread is not None:
-        uncertainty = np.empty(native, np.float32)
-        winner = labels // group  # the pass that asked for it
-        for number, of_pass in enumerate(_enlarged(spread[:, :height, :width], native)):
-            np.copyto(uncertainty, of_pass, where=winner == number)
+        group = codec.group_size(len(vocabulary), settings.classes_per_pass)
+        uncertainty = winners.picked(spread, labels // group)  # of the pass that asked for it
     if not settings.closed:
         np.copyto(labels, other_label(len(vocabulary)), where=best < settings.threshold - _TIE)
-    return Segmentation(photo, labels, uncertainty, vocabulary, scores, best.clip(0.0, 1.0))
-
-
-def _largest(maps: np.ndarray, size: geometry.Size) -> tuple[np.ndarray, np.ndarray]:
-    """The largest of maps [K, h, w] at each pixel of `size`, and which it is, int32; the first."""
-    best, which = np.full(size, -np.inf, np.float32), np.zeros(size, np.int32)
-    for number, values in enumerate(_enlarged(maps, size)):
-        better = values > best
-        np.copyto(best, values, where=better)
-        np.copyto(which, number, where=better)
-    return best, which
-
-
-def _enlarged(maps: np.ndarray, size: geometry.Size) -> Iterator[np.ndarray]:
-    return (geometry.enlarge(one, size) for one in maps)
+    scores, best = np.moveaxis(scores, 0, -1), best.clip(0.0, 1.0)
+    return Segmentation(photo, labels, uncertainty, vocabulary, scores, best)
 
 
 def other_label(num_classes: int) -> int:

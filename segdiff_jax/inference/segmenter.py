@@ -3,46 +3,41 @@
 Segmenter.load(workdir | export | Hugging Face id | gs://…)
 
 image   → requests.as_photo    uint8 [H, W, 3]
-        → geometry.fit         [h, w, 3] at config.data.image_size
+        → geometry.fit         [h, w, 3] at config.data.image_size; `tiles`: and its windows
         → VAE                  latent: once an image, `Segmenter.encode`
 classes → requests.as_classes  Vocabulary
         → CLIP                 prompt table: once a list, `Segmenter.table`
-both    → jobs                 image × pass × member, in chunks of few shapes
-        → sampling.sampler_on  gray maps [J, h, w] → merged over members [P, h, w]
+both    → jobs                 image × pass × member
+        → networks             gray maps [J, h, w] → merged over members [P, h, w]
         → result.from_maps     Segmentation at the photo's own size
 """
 
-import dataclasses
+import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Unpack
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from segdiff_jax import codec
 from segdiff_jax.combinations import check_sampler
 from segdiff_jax.config import CodecConfig, Config, MeshConfig, SamplerConfig
 from segdiff_jax.data import geometry
-from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import requests, sampling
+from segdiff_jax.inference import requests, sampling, tiles
+from segdiff_jax.inference.networks import Networks
+from segdiff_jax.inference.passes import Passes
 from segdiff_jax.inference.requests import Settings
-from segdiff_jax.inference.result import Segmentation, from_maps
-from segdiff_jax.models.attention import plain
+from segdiff_jax.inference.result import Segmentation, class_ranks, from_maps, from_ranks
 from segdiff_jax.models.clip_text import CLIPText
-from segdiff_jax.models.layers import kernels_as_multiplied
 from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.tiny_vae import TinyVAE
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.parallel import attention_kernels, processes
-from segdiff_jax.parallel.mesh import make_mesh, place, replicated
-from segdiff_jax.parallel.placement import equal_parts, for_use, on_mesh, rows_of_call, spread_rows
+from segdiff_jax.parallel.mesh import make_mesh
+from segdiff_jax.progress import Progress
 from segdiff_jax.text import conditioning, vocabulary
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
@@ -77,19 +72,7 @@ class Segmenter:
     ):
         self.config, self.tokenizer, self.text_encoder = config, tokenizer, text_encoder
         self.trained = trained
-        self.mesh = mesh or make_mesh(MeshConfig())
-        # Each device works by itself (`sampler_on`), whatever mesh the networks were trained on.
-        attention = attention_kernels.on_device(self.mesh.devices.flat[0].platform)
-        self._unet, unet_params = nnx.split(attention_kernels.with_attention(unet, attention))
-        self._vae, vae_params = nnx.split(attention_kernels.with_attention(vae, plain))
-        # Not the VAE's: a tenth of the size, and training has the same arrays in use. Rounded
-        # before they are gathered: half of the bytes to send and to hold.
-        rounded = kernels_as_multiplied(self._unet, unet_params)
-        self._unet_params = for_use(on_mesh(rounded, self.mesh), self.mesh)
-        self._vae_params = on_mesh(vae_params, self.mesh)
-        # By the names of `config.sampler.decoder`; of a linear one no graph, only its arrays.
-        self._decoders: dict[str, tuple[Any, Any]] = {"vae": (self._vae, self._vae_params)}
-        self._schedule = on_mesh(make_schedule(config.diffusion), self.mesh)
+        self.networks = Networks(unet, vae, config, mesh or make_mesh(MeshConfig()))
         self.checkpoint_step: int | None = None  # None: of an export, or not from `load`
         self._tables: dict[tuple[ClassEntry, ...], conditioning.PromptTable] = {}
 
@@ -109,13 +92,13 @@ class Segmenter:
         segmenter.add_decoders(*workdir.load_decoders(folder, networks[1]))
         return segmenter
 
+    @property
+    def mesh(self) -> Mesh:
+        return self.networks.mesh
+
     def add_decoders(self, linear: LinearDecoder | None, tiny: TinyVAE | None = None) -> None:
         """More choices for `config.sampler.decoder`; a linear decoder also ranks shortlists."""
-        if linear is not None:
-            self._decoders["linear"] = None, on_mesh(linear, self.mesh)
-        if tiny is not None:
-            graph, params = nnx.split(tiny)
-            self._decoders["tiny"] = graph, on_mesh(params, self.mesh)
+        self.networks.add_decoders(linear, tiny)
 
     def __call__(
         self,
@@ -123,6 +106,7 @@ class Segmenter:
         classes: Sequence[str | ClassEntry] | Vocabulary,
         *,
         seed: int = 0,
+        progress: Progress | None = None,
         **settings: Unpack[Settings],
     ) -> Any:
         """Segments an image into `classes` ("building, edifice" names synonyms): a `Segmentation`.
@@ -132,6 +116,7 @@ class Segmenter:
 
         Args:
           seed: the result depends on it and on nothing else that is random.
+          progress: called with (done, total) passes through the UNet.
           settings: as of `requests.Settings`; those left out take the config's value.
 
         Raises:
@@ -144,11 +129,15 @@ class Segmenter:
         sampler, decoding = requests.chosen(self.config, settings)
         if not photos:
             return []
-        gray, spread = self.unclipped_maps(photos, wanted.classes, sampler, seed)
+        if sampler.tiles > 1:
+            in_tiles = functools.partial(self._in_tiles, wanted, sampler, decoding, seed, progress)
+            found = list(map(in_tiles, photos))
+            return found if several else found[0]
+        gray, spread = self.unclipped_maps(photos, wanted.classes, sampler, seed, progress=progress)
         found = []
         for number, image in enumerate(photos):
-            photo = image.photo if isinstance(image, Encoded) else image
             uncertain = spread[number] if sampler.ensemble > 1 else None
+            photo = _pixels(image)
             found.append(self.segmentation(gray[number], uncertain, photo, wanted, decoding))
         return found if several else found[0]
 
@@ -158,16 +147,19 @@ class Segmenter:
         classes: Sequence[str | ClassEntry] | Vocabulary,
         *,
         seed: int = 0,
+        progress: Progress | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[Segmentation]:
         """The `Segmentation` of each image, in order, in constant memory. Arguments as of a call.
 
         While one result is in use (being written, say), the next image is in the networks and the
-        one after that is read: three images are in memory, however many there are.
+        one after that is read: three images are in memory, however many there are. `progress` is
+        called from another thread, for each image anew.
         """
         wanted = requests.as_vocabulary(classes)
         photos = _ahead(map(self._photo, images))
-        return _ahead(self(photo, wanted, seed=seed, **settings) for photo in photos)
+        call = functools.partial(self, classes=wanted, seed=seed, progress=progress, **settings)
+        return _ahead(map(call, photos))
 
     def encode(self, image: Any) -> Encoded:
         """`image` for many calls with other classes, seeds or settings: the VAE sees it once."""
@@ -189,15 +181,8 @@ class Segmenter:
         return from_maps(gray, spread, photo, classes, decoding, self.config.data.fit)
 
     def reconstruct(self, pixels: np.ndarray) -> np.ndarray:
-        """Images [J, H, W, 3] in [-1, 1] at the network's size, through the VAE and back.
-
-        Raises `UserError` where that is not finite.
-        """
-        found = sampling.reconstruct(self._vae, self._vae_params, spread_rows(pixels, self.mesh))
-        decoded = processes.gathered(found)[: len(pixels)]
-        if not np.isfinite(decoded).all():
-            raise UserError(f"what the VAE decodes is not finite: {self._why_not_finite()}")
-        return decoded
+        """Images [J, H, W, 3] in [-1, 1] at the network's size, through the VAE and back."""
+        return self.networks.reconstruct(pixels)
 
     def maps(
         self,
@@ -217,18 +202,77 @@ class Segmenter:
         sampler: SamplerConfig,
         seed: int,
         names: Sequence[str] = (),
+        progress: Progress | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """`maps` that go beyond [-1, 1] where the decoder does: that orders classes of equal score.
 
-        P = ⌈K/G⌉ passes. All images × passes × members run in equal chunks, of `sampler.batch_size`
-        (or the next multiple of the devices) where there are as many, else of one of the few sizes
-        of `rows_of_call`; each image is encoded once. `names` are the images' in error messages.
+        P = ⌈K/G⌉ passes. All images × passes × members run in equal chunks (`Networks.maps`); each
+        image is encoded once, as a whole: there are no tiles here. `names` are the images' in error
+        messages.
 
         Raises `UserError` for classes that this model cannot tell apart or was not trained for,
         and for maps that are not finite.
         """
-        table = self.table(classes)
-        group = codec.group_size(len(classes), self.config.codec.classes_per_pass)
+        passes, groups = self._passes(classes, sampler, seed, progress)
+        photos = [self._photo(image) for image in images]
+        size, rule = self.config.data.image_size, self.config.data.fit
+        filled = [geometry.filled(_pixels(p).shape[:2], size, rule) for p in photos]
+        passes.begin(len(photos), len(photos))
+        with self._saying_what_is_not_finite(classes, groups, names or [""] * len(photos)):
+            latents = self._latents(photos)
+            return passes.in_full(latents, passes.shortlist(latents, filled))
+
+    def _in_tiles(
+        self,
+        classes: Vocabulary,
+        sampler: SamplerConfig,
+        decoding: CodecConfig,
+        seed: int,
+        progress: Progress | None,
+        image: Any,
+    ) -> Segmentation:
+        """An image in windows, `sampler.tiles` along its longer side, averaged with it as a whole.
+
+        A shortlist is that of the whole image. In memory: some windows, and ranks [K, h, w] of the
+        canvas that they cover.
+        """
+        photo, data = _pixels(image), self.config.data
+        passes, groups = self._passes(classes.classes, sampler, seed, progress)
+        plan = tiles.layout(photo.shape[:2], data.image_size, sampler.tiles)
+        canvas = geometry.resize(photo, plan.canvas)
+        passes.begin(1, 1 + len(plan.corners))
+
+        def shown(gray: np.ndarray, spread: np.ndarray, view: np.ndarray) -> np.ndarray:
+            """Ranks, and of an ensemble the spread below them, of what is not padding."""
+            height, width = geometry.filled(view.shape[:2], data.image_size, data.fit)
+            ranks = class_ranks(gray[:, :height, :width], len(classes), decoding)
+            some = spread[: len(spread) if sampler.ensemble > 1 else 0, :height, :width]
+            return np.concatenate([ranks, some])
+
+        def maps_of(views: Sequence[np.ndarray]) -> list[np.ndarray]:
+            found = passes.in_full(self._latents(views), np.repeat(kept, len(views), axis=0))
+            return [shown(*maps) for maps in zip(*found, views, strict=True)]
+
+        with self._saying_what_is_not_finite(classes.classes, groups, [""]):
+            latent = self._latents([image])
+            filled = geometry.filled(photo.shape[:2], data.image_size, data.fit)
+            kept = passes.shortlist(latent, [filled])
+            (gray,), (spread,) = passes.in_full(latent, kept)
+            at_once = 1 + 4 * sampler.batch_size // passes.budget
+            mean = tiles.blended(canvas, plan, shown(gray, spread, photo), maps_of, at_once)
+        ranks, uncertain = mean[: len(classes)], mean[len(classes) :]
+        return from_ranks(ranks, uncertain if len(uncertain) else None, photo, classes, decoding)
+
+    def _passes(
+        self,
+        classes: Sequence[ClassEntry],
+        sampler: SamplerConfig,
+        seed: int,
+        progress: Progress | None,
+    ) -> tuple[Passes, np.ndarray]:
+        """`Passes` of a list of classes, and the class ids int [P, G] of each; checks all of it."""
+        table, settings = self.table(classes), self.config.codec
+        group = codec.group_size(len(classes), settings.classes_per_pass)
         groups = codec.groups(len(classes), group)
         if sampler.shortlist and group > 1:
             raise UserError(
@@ -236,25 +280,28 @@ class Segmenter:
                 f"but this model paints {group} classes: set it to 0"
             )
         check_sampler(sampler)
-        self._check_decoder(sampler.decoder)
-        photos = [self._photo(image) for image in images]
-        latents = self._latents(photos)
-        short = 0 < sampler.shortlist < len(classes)
-        size, rule = self.config.data.image_size, self.config.data.fit
-        natives = [np.shape(p.photo if isinstance(p, Encoded) else p)[:2] for p in photos]
-        filled = [geometry.filled(native, size, rule) for native in natives]
-        find = functools.partial(self._shortlisted, filled) if short else self._all_in_full
+        self.networks.check_decoder(sampler.decoder)
+        contexts = lambda numbers: conditioning.context(  # noqa: E731
+            table, groups[numbers], settings.context
+        )
+        return Passes(self.networks, contexts, len(groups), sampler, seed, progress), groups
+
+    @contextlib.contextmanager
+    def _saying_what_is_not_finite(
+        self, classes: Sequence[ClassEntry], groups: np.ndarray, names: Sequence[str]
+    ) -> Iterator[None]:
+        """Makes one line of `sampling.NotFinite`. names: of the images, "" where they have none."""
         try:
-            gray, spread = find(latents, table, groups, sampler, seed)
-            sampling.check_finite(gray + spread, np.moveaxis(np.indices(gray.shape[:2]), 0, -1))
-            return gray, spread
+            yield
         except sampling.NotFinite as error:
-            numbered = f"image {error.image + 1} of {len(images)}: " if len(images) > 1 else ""
-            image = f"{names[error.image]}: " if names else numbered
+            name = names[error.image] if error.image < len(names) else ""
+            if not name and len(names) > 1:
+                name = f"image {error.image + 1} of {len(names)}"
+            image = f"{name}: " if name else ""
             shown = [classes[i].name for i in groups[error.map] if i != codec.PAD]
             raise UserError(
                 f"{image}the map of {', '.join(map(vocabulary.shorten, shown[:3]))} is not "
-                f"finite: {self._why_not_finite()}"
+                f"finite: {self.networks.why_not_finite()}"
             ) from None
 
     def table(self, classes: Sequence[ClassEntry]) -> conditioning.PromptTable:
@@ -272,114 +319,18 @@ class Segmenter:
         return self._tables[key]
 
     def _latents(self, images: Sequence[Any]) -> np.ndarray:
-        """[I, h, w, c]; one image a device and call, so that no number of them compiles anew."""
+        """[I, h, w, c] of images."""
         if all(isinstance(image, Encoded) for image in images):
             return np.stack([image.latent for image in images])
-        photos = [image.photo if isinstance(image, Encoded) else image for image in images]
+        photos = map(_pixels, images)
         data = self.config.data
-        fitted = np.stack([geometry.fit(photo, data.image_size, data.fit) for photo in photos])
-        parts = [
-            sampling.encode(self._vae, self._vae_params, spread_rows(part, self.mesh))
-            for part in equal_parts(fitted, self.mesh.size)
-        ]
-        return np.concatenate([processes.gathered(p) for p in parts])[: len(fitted)]
-
-    def _all_in_full(self, image_latents, table, groups, sampler, seed):
-        jobs = sampling.grid(len(image_latents), len(groups), sampler.ensemble)
-        members = self._run(image_latents, table, groups, jobs, sampler, seed)
-        shape = len(image_latents), len(groups), sampler.ensemble, *self.config.data.image_size
-        return sampling.merge(members.reshape(shape), sampler, self.mesh)
-
-    def _shortlisted(self, filled, image_latents, table, groups, sampler, seed):
-        """One cheap pass for every class, the full budget for the M most present per image.
-
-        filled: the part (height, width) of each view that its photo fills, for padding is no area.
-        """
-        count, size = len(image_latents), self.config.data.image_size
-        decoder = "linear" if "linear" in self._decoders else sampler.decoder
-        cheap = dataclasses.replace(sampler, steps=1, ensemble=1, decoder=decoder)
-        jobs = sampling.grid(count, len(groups), 1)
-        first = self._run(image_latents, table, groups, jobs, cheap, seed)
-        first = first.reshape(count, len(groups), *size)
-        seen = [maps[:, :down, :across] for maps, (down, across) in zip(first, filled, strict=True)]
-        presence = np.stack([maps.clip(0.0, 1.0).mean((1, 2)) for maps in seen])  # [I, K] of area
-        brightness = np.stack([maps.mean((1, 2)) for maps in seen])
-        order = np.lexsort((-brightness, -presence))  # the brighter map of two absent ones
-        kept = np.sort(order[:, : sampler.shortlist], axis=1)
-        jobs = np.array(
-            [(i, p, m) for i in range(count) for p in kept[i] for m in range(sampler.ensemble)]
+        return self.networks.latents(
+            np.stack([geometry.fit(photo, data.image_size, data.fit) for photo in photos])
         )
-        members = self._run(image_latents, table, groups, jobs, sampler, seed)
-        members = members.reshape(*kept.shape, sampler.ensemble, *size)
-        merged, spread = sampling.merge(members, sampler, self.mesh)
-        # Darker than all that was asked for: what was not asked for wins nowhere.
-        gray = np.full_like(first, min(-1.0, merged.min()) - 1.0)
-        all_spread = np.zeros_like(first)
-        for i in range(count):
-            gray[i, kept[i]], all_spread[i, kept[i]] = merged[i], spread[i]
-        return gray, all_spread
 
-    def _run(self, image_latents, table, groups, jobs, sampler, seed) -> np.ndarray:
-        """Unclipped gray maps [J, H, W] of jobs (image, pass, member) int [J, 3]."""
-        key = jax.random.key_data(jax.random.key(seed))
-        key = jax.random.wrap_key_data(place(key, replicated(self.mesh)))
-        sample, running = sampling.sampler_on(self.mesh), None
-        decoder, decoder_params = self._decoders[sampler.decoder]
-        found: list[np.ndarray] = []
-        for part in equal_parts(jobs, rows_of_call(len(jobs), sampler.batch_size, self.mesh.size)):
-            image, pass_, member = part.T
-            kind = self.config.codec.context
-            contexts, mask = conditioning.context(table, groups[pass_], kind)
-            rows = contexts, mask, image_latents[image], member.astype(np.int32)
-            with processes.at_work("compiles or runs the sampler"):
-                result = sample(
-                    self._unet,
-                    decoder,
-                    sampler.steps,
-                    sampler.eta,
-                    sampler.initial_noise,
-                    self._unet_params,
-                    decoder_params,
-                    self._schedule,
-                    *jax.tree.map(lambda array: spread_rows(array, self.mesh), rows),
-                    key,
-                )
-            # One call ahead: the devices do not wait, nor do they hold the inputs of all calls.
-            found += [] if running is None else [processes.gathered(running)]
-            running = result
-        maps = np.concatenate([*found, processes.gathered(running)])[: len(jobs)]
-        sampling.check_finite(maps, jobs)
-        return maps
 
-    def _check_decoder(self, name: str) -> None:
-        """Raises `UserError` that says how to come by a decoder that is not there."""
-        mend = {
-            "linear": "run its training again, which only fits one if it is finished (of an "
-            "export: then export it again)",
-            "tiny": "copy an AutoencoderTiny of its latent space (madebyollin/taesd is one of "
-            "Stable Diffusion 1 and 2) to tiny_vae/, of a workdir pretrained/tiny_vae/",
-        }
-        if name not in self._decoders:
-            raise UserError(
-                f"config.sampler.decoder={name!r}: this model has no such decoder: {mend[name]}, "
-                "or use vae"
-            )
-
-    def _why_not_finite(self) -> str:
-        """The likely reason, and what to do."""
-        for name, params in (("UNet", self._unet_params), ("VAE", self._vae_params)):
-            if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
-                return f"the weights of the {name} are not: use another checkpoint, or restore it"
-        if self.config.model.dtype == "bfloat16":
-            return (
-                "the weights are, so it is an overflow, most likely of bfloat16: "
-                'set "dtype" of "model" to "float32" in the config.json (of an export: '
-                "segdiff.json) of the checkpoint"
-            )
-        return (
-            "the weights are, so it is an overflow on the way: use an earlier checkpoint, "
-            "or train on with a lower optimizer.learning_rate"
-        )
+def _pixels(image: np.ndarray | Encoded) -> np.ndarray:
+    return image.photo if isinstance(image, Encoded) else image
 
 
 _END = object()

@@ -89,21 +89,22 @@ def write(
 def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.Array]:
     """The function that `write` exports, of weights and the inputs. Maps as `Segmenter.maps`."""
     height, width = model.config.data.image_size
+    networks = model.networks
     structure = jax.tree.structure(_weights(model))
     names = list(_named_weights(model))
-    schedule = jax.tree.map(jnp.asarray, jax.device_get(model._schedule))
+    schedule = jax.tree.map(jnp.asarray, jax.device_get(networks.schedule))
     # The file is for every platform: no kernel of the one that it is written on.
-    unet = nnx.split(with_attention(nnx.merge(model._unet, model._unet_params), plain))[0]
+    unet = nnx.split(with_attention(nnx.merge(networks.unet, networks.unet_params), plain))[0]
 
     def sample(weights: Weights, image: jax.Array, context: jax.Array, key: jax.Array) -> jax.Array:
         leaves = [jnp.asarray(weights[name]).astype(jnp.float32) for name in names]
         params = jax.tree.unflatten(structure, leaves)
         passes, members = context.shape[0], sampler.ensemble
         job = jnp.arange(passes * members)
-        latent = sampling.encode(model._vae, params["vae"], image[None])[0]
+        latent = sampling.encode(networks.vae, params["vae"], image[None])[0]
         gray = sampling.sample_jobs(
             unet,
-            model._vae,
+            networks.vae,
             sampler.steps,
             sampler.eta,
             sampler.initial_noise,
@@ -126,7 +127,7 @@ def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.A
 
 
 def _weights(model: Segmenter) -> dict[str, Any]:
-    return {"unet": model._unet_params, "vae": model._vae_params}
+    return {"unet": model.networks.unet_params, "vae": model.networks.vae_params}
 
 
 def _named_weights(model: Segmenter) -> dict[str, jax.Array]:

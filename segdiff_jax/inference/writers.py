@@ -16,7 +16,7 @@ from segdiff_jax import files, ownership
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import formats, page, pictures
-from segdiff_jax.inference.requests import identity
+from segdiff_jax.inference.photos import file_name, identity
 from segdiff_jax.inference.result import Segmentation, other_label
 from segdiff_jax.text.vocabulary import Vocabulary
 
@@ -31,23 +31,36 @@ PAGE = "index.html"
 def names(paths: Sequence[str]) -> dict[str, str]:
     """What the results of each of `paths` are called: <name>_labels.png and so on.
 
-    It is the file's stem, or its whole name where several stems are equal. Raises `UserError` where
-    the names are equal too, or too long for a file.
+    It is the file's stem, its whole name where several stems are equal, and with the names of the
+    folders above it where these are equal too: <folder>_<name>. Raises `UserError` where even so
+    two are the same, or one is too long for a file.
     """
-    stems = {path: files.shown(PurePath(path).stem) for path in paths}
-    counts = collections.Counter(stems.values())
-    owners: dict[str, str] = {}
-    for path, stem in stems.items():
-        name = stem if counts[stem] == 1 else files.shown(PurePath(path).name)
-        if name in owners:
+    named = {path: files.shown(file_name(path)) for path in paths}
+    stems = {path: PurePath(name).stem for path, name in named.items()}
+    forms = [stems, named]
+    for depth in range(1, max(path.count("/") for path in paths) + 1):
+        forms += [
+            {p: "_".join([*_folders(p)[-depth:], n]) for p, n in f.items()} for f in forms[:2]
+        ]
+    chosen: dict[str, str] = {}
+    for form in forms:
+        left = {path: name for path, name in form.items() if path not in chosen}
+        counts = collections.Counter(left.values())
+        taken = set(chosen.values())
+        chosen |= {p: n for p, n in left.items() if counts[n] == 1 and n not in taken}
+    for path in paths:
+        if path not in chosen:
             raise UserError(
-                f"{owners[name]} and {path} would both be written as {name}.json: "
+                f"{path}: its results would have the name of another one's, {named[path]}: "
                 "rename one, or use two --output folders"
             )
-        if len(f"{name}_uncertainty.png".encode()) > _LONGEST_NAME:
+        if len(f"{chosen[path]}_uncertainty.png".encode()) > _LONGEST_NAME:
             raise UserError(f"{path}: its results' names would be too long: rename it")
-        owners[name] = path
-    return {path: name for name, path in owners.items()}
+    return {path: chosen[path] for path in paths}
+
+
+def _folders(path: str) -> list[str]:
+    return [files.shown(part) for part in path.split("/")[:-1] if part not in ("", ".", "..")]
 
 
 def outputs(names: Iterable[str], kinds: Sequence[str], count: int) -> list[str]:
@@ -81,6 +94,8 @@ def all_settings(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
         "align": config.sampler.align,
         "reduce": config.sampler.reduce,
         "uncertainty": config.sampler.uncertainty,
+        "decoder": config.sampler.decoder,
+        "initial_noise": config.sampler.initial_noise,
         "classes_per_pass": config.codec.classes_per_pass,
         "context": config.codec.context,
         "image_size": list(config.data.image_size),
@@ -106,23 +121,24 @@ def write(
     contents, written = contents_of(name, path, found, settings, kinds)
     _write_set(output, contents)
     _remove_stale(output, name, contents)
-    return _row(path, found, written)
+    none = page.none_of_these(found.labels, len(found.classes))
+    return row(path, found.photo, found.legend() | none, written)
 
 
 def contents_of(
     name: str, path: str, found: Segmentation, settings: Mapping[str, Any], kinds: Sequence[str]
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(the files of one image, its description last; the names of those of each format)."""
-    contents = _pictured(name, path, found, kinds)
+    contents = pictured(name, path, found, kinds)
     description = {"image": path} | _describe(name, found, settings)
     description["files"] = _by_kind(name, found, kinds, contents)
     contents[f"{name}.json"] = files.to_json(description).encode("utf-8")
     return contents, description["files"]
 
 
-def _pictured(name: str, path: str, found: Segmentation, kinds: Sequence[str]) -> dict[str, bytes]:
+def pictured(name: str, path: str, found: Segmentation, kinds: Sequence[str]) -> dict[str, bytes]:
     """The files of one image but its description, made side by side: zlib lets threads run."""
-    source = files.shown(PurePath(path).name)
+    source = files.shown(file_name(path))
     makers: dict[str, Callable[[], bytes | None]] = {}
     for kind in kinds:
         makers |= formats.makers(name, kind, found, source)
@@ -215,15 +231,20 @@ def write_summaries(
             epath.Path(output, stale).unlink(missing_ok=True)
 
 
-def _row(path: str, found: Segmentation, written: Mapping[str, Any]) -> page.Row:
-    thumbnail = Image.fromarray(found.photo)
+def row(
+    path: str,
+    photo: np.ndarray,
+    legend: Mapping[str, Sequence[int]],
+    written: Mapping[str, Any],
+) -> page.Row:
+    """The row of `page.page` for a photo uint8 [H, W, 3] whose files are `written`."""
+    thumbnail = Image.fromarray(photo)
     thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
     shown: dict[str, bytes | str] = {"image": pictures.encode(thumbnail, photo=True)}
     for kind in ("labels", "overlay", "uncertainty"):
         if written.get(kind):
             shown[kind] = written[kind]
-    none = page.none_of_these(found.labels, len(found.classes))
-    return page.Row(path, shown, found.legend() | none)
+    return page.Row(path, shown, legend)
 
 
 def write_page(

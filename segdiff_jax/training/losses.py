@@ -31,7 +31,7 @@ class Frozen(NamedTuple):
     vae: Any  # its parameters; the network itself for a loss
     schedule: schedule_lib.Schedule
     table: conditioning.PromptTable  # encoded prompts of all classes
-    decoder: LinearDecoder | None = None  # of masks, where a loss on labels goes through it
+    decoder: LinearDecoder | None = None  # of masks, where the loss on labels goes through it
 
 
 class Corruption(NamedTuple):
@@ -163,69 +163,6 @@ def label_loss(maps: jax.Array, batch: Batch, weights: LabelWeights) -> jax.Arra
     overlap, total = (shares * truth).sum((2, 3)), (shares + truth).sum((2, 3))  # [B, C]
     dice = 1.0 - 2.0 * overlap / jnp.maximum(1.0, total)  # a class that counts has a pixel
     return (weights.pixels * cross_entropy).sum() + (weights.classes * dice).sum()
-
-
-class JointWeights(NamedTuple):
-    """Of `joint_loss`; each as the function that it is named after gives it."""
-
-    latents: jax.Array  # [B, C, h, w]: `latent_weights` of the passes
-    labels: LabelWeights
-
-
-def by_pass(batch: Batch) -> Batch:
-    """A batch of B photos that are asked for C classes as B·C passes of one class, without photos.
-
-    In an empty slot no pixel is valid, so it counts for nothing.
-    """
-    count, asked = batch["class_ids"].shape
-    ids = jnp.asarray(batch["class_ids"]).reshape(-1, 1)
-    passes = {"class_ids": jnp.maximum(ids, 0)}
-    used = (ids != codec.PAD)[..., None]  # [B·C, 1, 1]
-    if "image_latents" not in batch:
-        labels = jnp.repeat(jnp.asarray(batch["labels"]), asked, axis=0)  # a photo's in a row
-        ignored = jnp.asarray(jnp.iinfo(labels.dtype).max, labels.dtype)
-        return passes | {"labels": jnp.where(used, labels, ignored)}
-    valid = jnp.repeat(jnp.asarray(batch["valid"]), asked, axis=0) & used
-    masks, shown = (
-        jnp.asarray(batch[name]).reshape(count * asked, *batch[name].shape[2:])
-        for name in ("mask_latents", "shown")
-    )
-    return passes | {"valid": valid, "mask_latents": masks, "shown": shown}
-
-
-def joint_loss(
-    unet: UNet,
-    frozen: Frozen,
-    batch: Batch,
-    corruption: Corruption,
-    weights: JointWeights,
-    config: Config,
-) -> jax.Array:
-    """The loss of the diffusion stage + train.label_weight × `label_loss` of what it predicts.
-
-    The C classes of a photo share its timestep and its noise [B, h, w, c], as the sampler has it,
-    and compete for its pixels: the x_0 that each prediction implies is decoded by the linear
-    decoder, which costs next to nothing.
-    """
-    asked, passes = batch["class_ids"].shape[1], by_pass(batch)
-    if "image_latents" in batch:
-        photo, masks = batch["image_latents"], passes["mask_latents"]
-    else:
-        images = codec.mask_images(passes["labels"], passes["class_ids"])
-        photo = encode_latents(frozen.vae, codec.to_pixels(batch["image"]))
-        masks = encode_latents(frozen.vae, images)
-    photo, masks = jax.lax.stop_gradient((photo, masks))
-    shared = (photo, corruption.noise, corruption.timesteps)
-    photos, noise, timesteps = (jnp.repeat(x, asked, axis=0) for x in shared)
-    noisy = schedule_lib.add_noise(frozen.schedule, masks, noise, timesteps)
-    target = schedule_lib.target(frozen.schedule, masks, noise, timesteps)
-    context, mask = conditioning.context(frozen.table, passes["class_ids"], config.codec.context)
-    prediction = unet(jnp.concatenate([photos, noisy], axis=-1), timesteps, context, mask)
-    square = jnp.square(prediction - target).mean(-1)  # [B·C, h, w]
-    error = jnp.sum(weights.latents.reshape(square.shape) * square)
-    x0, _ = schedule_lib.to_x0_and_noise(frozen.schedule, prediction, noisy, timesteps)
-    maps = _decoded(frozen, x0, asked, remat=False)
-    return error + config.train.label_weight * label_loss(maps, batch, weights.labels)
 
 
 def e2e_loss(

@@ -23,7 +23,7 @@ from etils import epath
 from flax import nnx
 
 from segdiff_jax import __version__, codec, ownership
-from segdiff_jax.config import Config, competing, of_stage, through_linear
+from segdiff_jax.config import Config, of_stage
 from segdiff_jax.data import label_summary, latent_cache, latents, pipeline, preference
 from segdiff_jax.data.preference import Preference
 from segdiff_jax.data.sources.source import open_source
@@ -188,9 +188,9 @@ def _unet_stage(run: Run) -> Stage:
     tokens = group if config.codec.context == "bound" else table.hidden.shape[1]
     size, cached = config.data.image_size, config.data.cache_latents
     single = config.stage == "e2e"
-    asked = competing(config)
+    asked = config.e2e.classes if single else 0
     decoder = None
-    if through_linear(config):
+    if single and config.e2e.decoder == "linear":
         mask_decoder.settle(config, workdir, run.source)
         decoder = mask_decoders.read_linear(workdir, vae.config)
     return Stage(
@@ -328,8 +328,8 @@ def _set_up(
 def _batches(run: Run, stage: Stage, example: int) -> pipeline.TrainBatches:
     """Return the rows that this process feeds from `example` on, cached latents or pixels."""
     config, rows = run.config, mesh.local_rows(run.mesh, run.config.train.batch_size)
-    if asked := competing(config):  # drawn as those of a pass of several are
-        group = dataclasses.replace(config.codec, classes_per_pass=asked)
+    if config.stage == "e2e":  # the classes that compete are drawn as those of a pass are
+        group = dataclasses.replace(config.codec, classes_per_pass=config.e2e.classes)
         config = dataclasses.replace(config, codec=group)
     if stage.encoder is None:
         return pipeline.train_batches(

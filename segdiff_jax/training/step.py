@@ -65,39 +65,28 @@ def diffusion_step(
     State and batch are sharded over `mesh`; None stands for one device. `key` is the run's; the
     step folds `state.step` into it, so a resumed run draws what an uninterrupted one would draw.
     """
-    settings = config.train
-
-    def weights_of(batch: losses.Batch, factor: int) -> Any:
-        if not settings.label_weight:
-            return losses.latent_weights(batch, factor, settings.balance)  # [B, h, w]
-        passes = losses.latent_weights(losses.by_pass(batch), factor, settings.balance)
-        asked = batch["class_ids"].shape[1]
-        by_photo = passes.reshape(-1, asked, *passes.shape[1:])  # micro-batches are of photos
-        return losses.JointWeights(by_photo, losses.label_weights(batch))
+    micro_batches = config.optimizer.accumulation
 
     def step(state: TrainState, frozen: losses.Frozen, batch: losses.Batch, key: jax.Array):
         frozen = frozen._replace(vae=nnx.merge(vae, frozen.vae))
         factor, channels = frozen.vae.config.downsampling, frozen.vae.config.latent_channels
-        weights = weights_of(batch, factor)
-        height, width = jax.tree.leaves(weights)[0].shape[-2:]
+        weights = losses.latent_weights(batch, factor, config.train.balance)  # [B, h, w]
+        count, height, width = weights.shape
         corruption = losses.corrupt(
             jax.random.fold_in(key, state.step),
-            (len(batch["class_ids"]), height, width, channels),
+            (count, height, width, channels),
             frozen.schedule,
             config.noise,
-            settings.terminal_share,
+            config.train.terminal_share,
         )
 
         def loss_fn(params, micro):
             module, (rows, drawn, row_weights) = nnx.merge(unet, params), micro
-            if settings.label_weight:
-                return losses.joint_loss(module, frozen, rows, drawn, row_weights, config)
             return losses.diffusion_loss(module, frozen, rows, drawn, row_weights, config.codec)
 
         everything = (batch, corruption, weights)
         params = _for_use(unet, state.params, mesh)
-        grad_fn = _grad_fn(loss_fn, mesh)
-        loss, grads = _accumulate(grad_fn, params, everything, config.optimizer.accumulation)
+        loss, grads = _accumulate(_grad_fn(loss_fn, mesh), params, everything, micro_batches)
         return _update(state, grads, {"loss": loss}, config)
 
     return step

@@ -107,7 +107,7 @@ def build(
         segmenter = loading.result()
         say(0.15, "Looking at the photo")
         same = kept is not None and kept.path == photo
-        encoded = kept.encoded if same else segmenter.encode(pixels)
+        encoded = kept.encoded if kept and same else segmenter.encode(pixels)
         counted = "1 class" if len(wanted) == 1 else f"{len(wanted)} classes"
         say(0.3, f"Painting {counted} (the first time takes longer)")
         return _Kept(str(photo), encoded, segmenter(encoded, wanted, **settings), settings)

@@ -161,10 +161,8 @@ def test_bad_arguments():
 def test_members_may_start_from_multi_resolution_noise():
     """Unit variance as Gaussian noise has, but neighbours agree."""
     keys, shape = P.member_keys(jax.random.key(0), 40), (16, 16, 3)
-    starts = {
-        kind: np.asarray(jax.vmap(lambda k, kind=kind: P.initial_noise(k, shape, kind))(keys))
-        for kind in ("gaussian", "multires")
-    }
+    draw = lambda kind: jax.jit(jax.vmap(lambda k: P.initial_noise(k, shape, kind)))  # noqa: E731
+    starts = {kind: np.asarray(draw(kind)(keys)) for kind in ("gaussian", "multires")}
     for noise in starts.values():
         np.testing.assert_allclose(noise.std(axis=(1, 2, 3)).mean(), 1.0, atol=0.05)
     alike = {k: (n[:, 1:] * n[:, :-1]).mean() for k, n in starts.items()}

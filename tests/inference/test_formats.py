@@ -127,29 +127,26 @@ def test_yolo_is_read_by_supervision(written):
     assert road[3, 3] and not road[9:11, 9:11].any(), "a hole stays one"
 
 
-def test_cvat_zip_is_read_as_its_documentation_says(written):
-    """Colours of labelmap.txt in SegmentationClass/, for the names in default.txt."""
+def test_cvat_zip_is_as_its_documentation_says(written):
+    """labelmap.txt, ImageSets/Segmentation/default.txt and SegmentationClass/ at its top."""
     folder, found = written
     packed = zipfile.ZipFile(folder / "cvat.zip")
     assert packed.testzip() is None
-    listed = packed.read("ImageSets/Segmentation/default.txt").decode().splitlines()
-    assert listed == list(found)
+    assert packed.read("ImageSets/Segmentation/default.txt").decode().split("\n")[:-1] == list(
+        found
+    )
     lines = packed.read("labelmap.txt").decode().splitlines()
-    colors = {}
-    for line in lines:
-        if not line.startswith("#"):
-            label, color, parts, actions = line.split(":")
-            colors[tuple(map(int, color.split(",")))] = label
-            assert parts == actions == ""
-    assert set(colors.values()) == {"background", *CLASSES.names} and len(colors) == 5
-    for name, result in found.items():
-        picture = np.asarray(Image.open(io.BytesIO(packed.read(f"SegmentationClass/{name}.png"))))
-        assert picture.shape == (*result.labels.shape, 3)
-        wanted = [*CLASSES.names, "background"]
-        labels = np.where(result.labels == 255, 4, result.labels)
-        read = np.array([[wanted.index(colors[tuple(c)]) for c in row] for row in picture.tolist()])
-        np.testing.assert_array_equal(read, labels)
-        assert (folder / "cvat" / "SegmentationClass" / f"{name}.png").exists()
+    colors = {line.split(":")[0]: line.split(":")[1] for line in lines if line[0] != "#"}
+    assert len(set(colors.values())) == 5 and colors["background"] == "0,0,0"
+    names = list(colors)
+    for name, segmentation in found.items():
+        data = packed.read(f"SegmentationClass/{name}.png")
+        picture = np.asarray(Image.open(io.BytesIO(data)))
+        labels = np.full(picture.shape[:2], 255)  # black, "background", is *other*
+        for index, label in enumerate(names[1:]):
+            color = np.array(colors[label].split(","), int)
+            labels[(picture == color).all(-1)] = index
+        np.testing.assert_array_equal(labels, segmentation.labels)
 
 
 def test_a_class_named_background_is_black_in_cvat():

@@ -307,7 +307,7 @@ def test_maps_lie_on_the_photo_that_they_are_of(make_segmenter, tiny_config, fit
     config.data.fit = fit
     model = make_segmenter(config)
 
-    def bright(images, classes, sampler, seed):
+    def bright(images, classes, sampler, seed, **_):
         shown = [geometry.fit(image, config.data.image_size, fit) for image in images]
         maps = np.stack(shown).mean(-1, dtype=np.float32)[:, None] / 127.5 - 1
         return maps, np.zeros_like(maps)

@@ -110,7 +110,7 @@ def test_half_precision_weights_take_half_the_space(make_segmenter, tiny_network
     model, dtype = make_segmenter(), "bfloat16"
     sampler = model.config.sampler
     stablehlo.write(model, tmp_path / "half", sampler, dtype)
-    weights = jax.tree.leaves((model._unet_params, model._vae_params))
+    weights = jax.tree.leaves((model.networks.unet_params, model.networks.vae_params))
     assert (tmp_path / "half" / "sampler.stablehlo").stat().st_size < (
         2 * sum(leaf.size for leaf in weights) + 300_000
     )

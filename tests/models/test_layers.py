@@ -36,7 +36,7 @@ def test_kernels_rounded_once_are_what_layers_round_to():
     assert np.asarray(found).tobytes() == np.asarray(expected).tobytes()
 
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (once, params)]
-    assert sizes[0] < 0.55 * sizes[1]  # all but the time embedding and the two ends
+    assert sizes[0] < 0.65 * sizes[1]  # what takes time and the two ends stay in float32
     assert once.conv_in.kernel.dtype == jnp.float32, "this layer multiplies in float32"
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 

@@ -16,7 +16,7 @@ CLASSES = "sky; striped blue triangle; red disc, red circle"
 PATCHED = """
     import os, signal, sys
     from segdiff_jax import cli, predict
-    from segdiff_jax.inference import requests
+    from segdiff_jax.inference import photos
     from segdiff_jax.inference.segmenter import Segmenter
 
     me, calls = int(os.environ["JAX_PROCESS_ID"]), []
@@ -120,11 +120,11 @@ def test_two_processes_share_an_evaluation_and_score_as_one(trained, tmp_path, c
 def test_a_killed_process_brings_the_other_down(trained, photos, tmp_path):
     patch = """
     original = Segmenter.unclipped_maps
-    def maps(self, *arguments):
+    def maps(self, *arguments, **more):
         calls.append(0)
         if (me, len(calls)) == (1, 2):
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, *arguments)
+        return original(self, *arguments, **more)
     Segmenter.unclipped_maps = maps
     """
     script = textwrap.dedent(PATCHED).format(patch=textwrap.dedent(patch))
@@ -139,8 +139,8 @@ def test_a_killed_process_brings_the_other_down(trained, photos, tmp_path):
 
 def test_other_files_on_another_machine_are_told_before_any_work(photos, tmp_path):
     patch = """
-    find = requests.find_images
-    requests.find_images = lambda arguments: find(arguments)[me:]
+    find = photos.find
+    photos.find = lambda arguments: find(arguments)[me:]
     """
     script = textwrap.dedent(PATCHED).format(patch=textwrap.dedent(patch))
     arguments = ["-c", script, *asked(str(tmp_path / "w"), photos, tmp_path / "o")]

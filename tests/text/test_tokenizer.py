@@ -68,7 +68,7 @@ PIECES += " <|endoftext|> <|StartOfText|> ! !!! … ﬁ İ ß 👩‍👩‍👧
 PIECES += " 建物 고양이 кошка γάτα חתול आसमान ｆｕｌｌ"
 PIECES = [*PIECES.split(" "), "e\u0301", "\u3000", "\x07", "\t\n"]
 PIECE = st.sampled_from(PIECES) | st.text(max_size=8)
-TEXT = st.tuples(st.sampled_from(["", " "]), st.lists(PIECE, max_size=120))
+TEXT = st.tuples(st.sampled_from(["", " "]), st.lists(PIECE, max_size=90))
 TEXTS = st.lists(TEXT.map(lambda parts: parts[0].join(parts[1])), min_size=1, max_size=4)
 FIXED = ["", " ", "\n", *PIECES, " ".join(PIECES), "".join(PIECES), "cat " * 200]
 

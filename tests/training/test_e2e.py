@@ -18,18 +18,22 @@ from test_run import same_bits, state_of, steps_of
 from test_step import SmallUNet
 from test_telemetry import read_scalars
 
-from segdiff_jax import cli, export
+from segdiff_jax import cli, codec, export
 from segdiff_jax import config as configs
 from segdiff_jax.config import Config, E2EConfig, ModelConfig, OptimizerConfig, TrainConfig
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.models import linear_decoder
+from segdiff_jax.models.linear_decoder import LinearDecoder
+from segdiff_jax.models.vae import encode_latents
 from segdiff_jax.text.conditioning import PromptTable
 from segdiff_jax.train import train
 from segdiff_jax.training import losses
 from segdiff_jax.training.step import e2e_step, init_state
 from segdiff_jax.training.stop import Stopped
 from segdiff_jax.training.telemetry import Telemetry
+from segdiff_jax.weights import mask_decoders
 from segdiff_jax.weights import workdir as workdirs
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -143,6 +147,27 @@ def test_the_loss_is_of_what_one_step_of_the_sampler_shows(setup):
         maps.append(vae.decode(x0 / vae.config.scaling_factor).mean(-1))
     expected = losses.label_loss(jnp.stack(maps, 1), batch, losses.label_weights(batch))
     ((_, metrics),) = run(setup, make_config(), [batch])
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
+
+
+def test_through_the_linear_decoder_the_loss_is_of_its_maps(setup):
+    graph, params, vae_graph, frozen = setup
+    vae, unet, batch = nnx.merge(vae_graph, frozen.vae), nnx.merge(graph, params), make_batch()
+    channels, pixels = vae.config.latent_channels, vae.config.downsampling**2
+    kernel = np.random.default_rng(2).normal(0, 0.3, (3, 3, channels, pixels))
+    decoder = LinearDecoder(jnp.asarray(kernel, jnp.float32), jnp.zeros(pixels))
+    latent = encode_latents(vae, codec.to_pixels(batch["image"]))
+    maps = []
+    for ids in batch["class_ids"].T:
+        text = frozen.table.hidden[np.maximum(ids, 0)]
+        sample = jnp.concatenate([latent, jnp.zeros_like(latent)], -1)
+        x0 = -unet(sample, jnp.full(B, 999), text, None)
+        x0 *= jnp.sqrt(frozen.schedule.final_alpha_cumprod)
+        maps.append(linear_decoder.decode(decoder, x0))
+    expected = losses.label_loss(jnp.stack(maps, 1), batch, losses.label_weights(batch))
+    linear = graph, params, vae_graph, frozen._replace(decoder=decoder)
+    config = make_config(E2EConfig(classes=C, decoder="linear"))
+    ((_, metrics),) = run(linear, config, [batch])
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
 
 
@@ -264,6 +289,15 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(
     train_optimized(config, workdir)
     assert steps_of(workdir) == [2, 3, 4]
     assert same_bits(state_of(workdir), state_of(finished))
+
+
+def test_a_training_through_the_linear_decoder_fits_it_first(e2e_config, train_optimized, tmp_path):
+    config, workdir = e2e_config(e2e=E2EConfig(classes=C, decoder="linear")), str(tmp_path / "run")
+    config.train = dataclasses.replace(config.train, eval_every=0)
+    train_optimized(config, workdir)
+    vae = workdirs.load_frozen(f"{workdir}/pretrained", jnp.float32)[0]
+    assert mask_decoders.read_linear(workdir, vae.config) is not None
+    assert np.isfinite(read_scalars(Path(workdir))["e2e/loss"][4])
 
 
 @pytest.mark.slow

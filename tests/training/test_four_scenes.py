@@ -41,10 +41,10 @@ def four_scenes_config(root):
         model=c.ModelConfig(preset="four"),
         prompts=c.PromptsConfig(templates=("{class}",)),
         optimizer=c.OptimizerConfig(
-            learning_rate=4e-3, warmup_steps=10, decay_steps=300, final_fraction=0.05
+            learning_rate=4e-3, warmup_steps=10, decay_steps=400, final_fraction=0.1
         ),
         train=c.TrainConfig(
-            steps=300, batch_size=16, terminal_share=1.0, checkpoint_every=300, balance=0.5
+            steps=400, batch_size=16, terminal_share=1.0, checkpoint_every=400, balance=0.5
         ),
         vae=c.VAEConfig(steps=60, batch_size=8, learning_rate=4e-3, optimizer="muon"),
         sampler=c.SamplerConfig(steps=1, decoder="linear", batch_size=4),

@@ -212,7 +212,7 @@ def test_the_trained_model_segments(model):
 
 def test_the_moving_average_is_what_segments(model, trained):
     state = state_of(trained)
-    assert same_bits(model._unet_params, state.ema)
+    assert same_bits(model.networks.unet_params, state.ema)
     assert not same_bits(state.ema, state.params)
 
 
@@ -414,7 +414,7 @@ def scored(trained, tmp_path_factory):
 def test_any_checkpoint_can_be_asked_for(scored, trained):
     best, fourth = Segmenter.load(scored, "best"), Segmenter.load(scored, "4")
     assert (best.checkpoint_step, fourth.checkpoint_step) == (2, 4)
-    assert same_bits(best._unet_params, state_of(trained, 2).ema)
+    assert same_bits(best.networks.unet_params, state_of(trained, 2).ema)
     with pytest.raises(UserError, match=r"no checkpoint of step 5 \(there are: 2, 4, 6\)"):
         Segmenter.load(scored, 5)
     with pytest.raises(UserError, match="newest, best or the step"):

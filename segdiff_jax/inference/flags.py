@@ -1,0 +1,177 @@
+"""The command line of `predict`, and what it asks of a model."""
+
+import argparse
+import itertools
+from typing import Any
+
+from segdiff_jax import cli, codec
+from segdiff_jax.config import Config
+from segdiff_jax.errors import UserError
+from segdiff_jax.inference import photos
+from segdiff_jax.text import vocabulary
+from segdiff_jax.text.vocabulary import Vocabulary
+
+_DESCRIPTION = (
+    """Segment photos into the classes you name.
+
+Per image: O/<name>_labels.png (or what --format says), O/<name>_overlay.png with a legend,
+O/<name>_uncertainty.png (for an ensemble of two or more) and O/<name>.json; O/index.html over all.
+<name> is the image's without its extension, with it where several would be equal, and with its
+folders where these are equal too. The same seed gives the same bytes. The same command again goes
+on where it was stopped: what is done with the same settings is skipped.
+
+"""
+    + cli.SEVERAL_PROCESSES
+)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments; what a shell made of class names without quotes gets a hint."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if not rest:
+        return args
+    flag = next(i for i, word in enumerate(argv) if word.split("=")[0] == "--classes")
+    words = [argv[flag].partition("=")[2]] if "=" in argv[flag] else []
+    words += itertools.takewhile(lambda word: not word.startswith("-"), argv[flag + 1 :])
+    if set(rest) <= set(words):
+        given = " ".join(word for word in words if word)
+        raise UserError(f'--classes {given}: put quotes around the names: --classes "{given}"')
+    parser.error(f"unrecognized arguments: {' '.join(rest)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser("segdiff_jax.predict", _DESCRIPTION)
+    add = parser.add_argument
+    cli.add_checkpoint(parser)
+    add(
+        "--images",
+        required=True,
+        nargs="+",
+        type=photos.argument,
+        metavar="IMAGE",
+        help="image files, folders with all below them, patterns such as 'dir/*.png', "
+        "http(s):// addresses, - for stdin; or clips (mp4, mov, mkv, webm, avi), to which "
+        "O/<name>_overlay.mp4 and O/<name>.json are written (needs the extra video)",
+    )
+    add(
+        "--classes",
+        required=True,
+        metavar="NAMES",
+        help='";" between classes, "," between synonyms: "sky; building, edifice; road"; '
+        "or @FILE with one class a line; "
+        f"or one of {', '.join(vocabulary.packaged())}",
+    )
+    add(
+        "--output",
+        required=True,
+        type=cli.path,
+        metavar="DIR",
+        help="folder for the results; of the files there, only earlier results are replaced; "
+        "- writes the one file of one image to stdout",
+    )
+    add(
+        "--format",
+        nargs="+",
+        choices=("labels", "scores", "scoremaps", "masks", "cutouts", "coco", "yolo", "cvat"),
+        default=["labels"],
+        metavar="FORMAT",
+        help="labels (default): class ids as O/<name>_labels.png; scores: O/<name>_scores.npz; "
+        "of each class, scoremaps: O/<name>_score_<id>.png, 16 bits; masks: O/<name>_mask_<id>.png;"
+        " cutouts: O/<name>_cutout_<id>.png, with alpha; to be imported elsewhere, "
+        "coco: O/coco.json and O/<name>_coco.json; yolo: polygons in O/yolo/ with data.yaml; "
+        "cvat: O/cvat.zip, segmentation mask 1.1",
+    )
+    add(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out images that cannot be read, and list them in index.html",
+    )
+    add(
+        "--max-pixels",
+        type=cli.positive_int,
+        metavar="N",
+        help="refuse larger images; default: as the checkpoint's config says (data.max_pixels)",
+    )
+    add(
+        "--steps",
+        type=cli.positive_int,
+        metavar="T",
+        help="denoising steps; default: as the checkpoint's config says, like the next two",
+    )
+    add(
+        "--ensemble",
+        type=cli.positive_int,
+        metavar="N",
+        help="samples to merge; their spread is the uncertainty",
+    )
+    add(
+        "--shortlist",
+        type=cli.natural_int,
+        metavar="M",
+        help="score all classes in one cheap pass, spend T and N on the M most present; 0 = off",
+    )
+    add(
+        "--tiles",
+        type=cli.natural_int,
+        metavar="N",
+        help="see a large photo also in windows, at most N along each side; 0 = as a whole only",
+    )
+    add("--seed", type=cli.natural_int, default=0, help="seed of the sampling noise; default: 0")
+    add(
+        "--json-lines",
+        action="store_true",
+        help="also print what <name>.json says, one photo a line, on stdout; the rest on stderr",
+    )
+    add(
+        "--frames",
+        action="store_true",
+        help="of clips also write each frame as a photo, O/<name>_000001_labels.png and so on",
+    )
+    add("--quiet", action="store_true", help="say nothing but warnings and errors")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
+        "--threshold",
+        type=_share,
+        metavar="S",
+        help="pixels whose best score is below S, 0…1, are *other* (255)",
+    )
+    other.add_argument(
+        "--closed", action="store_true", help="every pixel gets one of the classes, none is *other*"
+    )
+    return parser
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
+def settings_of(args: argparse.Namespace, config: Config, classes: Vocabulary) -> dict[str, Any]:
+    """Arguments of the call to the segmenter. Raises `UserError` for what the model cannot do."""
+    sampler, total = config.sampler, config.diffusion.num_train_timesteps
+    steps = args.steps or sampler.steps
+    if steps > total:
+        raise UserError(f"--steps {steps}: this model has {total} steps, ask for 1 to {total}")
+    shortlist = sampler.shortlist if args.shortlist is None else args.shortlist
+    group = codec.group_size(len(classes), config.codec.classes_per_pass)
+    if shortlist and group > 1:
+        raise UserError(
+            f"--shortlist {shortlist}: this model paints {group} classes in one pass, "
+            "so there is nothing to leave out: set it to 0"
+        )
+    return {
+        "steps": steps,
+        "ensemble": args.ensemble or sampler.ensemble,
+        "shortlist": shortlist,
+        "tiles": sampler.tiles if args.tiles is None else args.tiles,
+        "seed": args.seed,
+        "threshold": config.codec.threshold if args.threshold is None else args.threshold,
+        # Who names a threshold wants *other*, even from a model whose config is closed.
+        "closed": args.closed or (config.codec.closed and args.threshold is None),
+    }

@@ -1,0 +1,196 @@
+"""The networks on the devices of a mesh: views → latents, jobs → gray maps, in calls of few shapes.
+
+They know neither words nor photos. Each device works by itself; all of them are used by default.
+"""
+
+import logging
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from segdiff_jax.config import Config, SamplerConfig
+from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.errors import UserError
+from segdiff_jax.inference import sampling
+from segdiff_jax.models.attention import plain
+from segdiff_jax.models.layers import kernels_as_multiplied
+from segdiff_jax.models.linear_decoder import LinearDecoder
+from segdiff_jax.models.tiny_vae import TinyVAE
+from segdiff_jax.models.unet import UNet
+from segdiff_jax.models.vae import VAE
+from segdiff_jax.parallel import attention_kernels, processes
+from segdiff_jax.parallel.mesh import place, replicated
+from segdiff_jax.parallel.placement import equal_parts, for_use, on_mesh, rows_of_call, spread_rows
+
+# Numbers of passes int [B] → their contexts [B, L, D] and mask [B, L] or None.
+Contexts = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
+Done = Callable[[int], None]  # is told how many more passes are finished
+
+log = logging.getLogger(__name__)
+
+
+class Networks:
+    """UNet and VAE of a trained model, whole on each device of `mesh`."""
+
+    def __init__(self, unet: UNet, vae: VAE, config: Config, mesh: Mesh):
+        self.mesh, self._dtype = mesh, config.model.dtype
+        # Each device works by itself (`sampler_on`), whatever mesh the networks were trained on.
+        attention = attention_kernels.on_device(mesh.devices.flat[0].platform)
+        self.unet, unet_params = nnx.split(attention_kernels.with_attention(unet, attention))
+        self.vae, vae_params = nnx.split(attention_kernels.with_attention(vae, plain))
+        # Not the VAE's: a tenth of the size, and training has the same arrays in use. Rounded
+        # before they are gathered: half of the bytes to send and to hold.
+        rounded = kernels_as_multiplied(self.unet, unet_params)
+        self.unet_params = for_use(on_mesh(rounded, mesh), mesh)
+        self.vae_params = on_mesh(vae_params, mesh)
+        self.schedule = on_mesh(make_schedule(config.diffusion), mesh)
+        # By the names of `config.sampler.decoder`; of a linear one no graph, only its arrays.
+        self.decoders: dict[str, tuple[Any, Any]] = {"vae": (self.vae, self.vae_params)}
+        self._most: int | None = None  # passes in one call that fit into memory; None: not known
+
+    def add_decoders(self, linear: LinearDecoder | None, tiny: TinyVAE | None) -> None:
+        if linear is not None:
+            self.decoders["linear"] = None, on_mesh(linear, self.mesh)
+        if tiny is not None:
+            graph, params = nnx.split(tiny)
+            self.decoders["tiny"] = graph, on_mesh(params, self.mesh)
+
+    def check_decoder(self, name: str) -> None:
+        """Raises `UserError` that says how to come by a decoder that is not there."""
+        mend = {
+            "linear": "run its training again, which only fits one if it is finished (of an "
+            "export: then export it again)",
+            "tiny": "copy an AutoencoderTiny of its latent space (madebyollin/taesd is one of "
+            "Stable Diffusion 1 and 2) to tiny_vae/, of a workdir pretrained/tiny_vae/",
+        }
+        if name not in self.decoders:
+            raise UserError(
+                f"config.sampler.decoder={name!r}: this model has no such decoder: {mend[name]}, "
+                "or use vae"
+            )
+
+    def latents(self, views: np.ndarray) -> np.ndarray:
+        """Views uint8 [I, H, W, 3] → latents [I, h, w, c].
+
+        One view a device and call, so that no number of them compiles anew.
+        """
+        parts = [
+            sampling.encode(self.vae, self.vae_params, spread_rows(part, self.mesh))
+            for part in equal_parts(views, self.mesh.size)
+        ]
+        return np.concatenate([processes.gathered(p) for p in parts])[: len(views)]
+
+    def reconstruct(self, pixels: np.ndarray) -> np.ndarray:
+        """Images [J, H, W, 3] in [-1, 1] at the networks' size, through the VAE and back.
+
+        Raises `UserError` where that is not finite.
+        """
+        found = sampling.reconstruct(self.vae, self.vae_params, spread_rows(pixels, self.mesh))
+        decoded = processes.gathered(found)[: len(pixels)]
+        if not np.isfinite(decoded).all():
+            raise UserError(f"what the VAE decodes is not finite: {self.why_not_finite()}")
+        return decoded
+
+    def maps(
+        self,
+        latents: np.ndarray,
+        contexts: Contexts,
+        jobs: np.ndarray,
+        sampler: SamplerConfig,
+        seed: int,
+        done: Done | None = None,
+    ) -> np.ndarray:
+        """Unclipped gray maps [J, H, W] of jobs (image, pass, member) int [J, 3].
+
+        They run in equal calls of `sampler.batch_size` rows (or the next multiple of the devices)
+        where there are as many, else of one of the few sizes of `rows_of_call`. What does not fit
+        into memory is halved, once and for all.
+
+        Raises `NotFinite`, and `UserError` where not even one pass a device fits.
+        """
+        while True:
+            most = min(sampler.batch_size, self._most or sampler.batch_size)
+            size = rows_of_call(len(jobs), most, self.mesh.size)
+            try:
+                maps = self._in_calls_of(size, latents, contexts, jobs, sampler, seed, done)
+            except jax.errors.JaxRuntimeError as error:
+                # Other processes, whose memory did suffice, would wait for this one for ever.
+                if "RESOURCE_EXHAUSTED" not in str(error) or processes.count() > 1:
+                    raise
+                if size <= self.mesh.size:
+                    raise UserError(
+                        "the memory does not suffice for one pass: free some, or use a model of "
+                        "a smaller config.data.image_size"
+                    ) from error
+                self._most = size // 2
+                log.warning(
+                    "%d passes at once do not fit into memory: going on with %d", size, self._most
+                )
+            else:
+                sampling.check_finite(maps, jobs)
+                return maps
+
+    def _in_calls_of(self, size, latents, contexts, jobs, sampler, seed, done) -> np.ndarray:
+        key = jax.random.key_data(jax.random.key(seed))
+        key = jax.random.wrap_key_data(place(key, replicated(self.mesh)))
+        sample, running = sampling.sampler_on(self.mesh), None
+        decoder, decoder_params = self.decoders[sampler.decoder]
+        found: list[np.ndarray] = []
+
+        def finish(result: jax.Array) -> None:
+            found.append(processes.gathered(result))
+            if done:
+                done(min(size, len(jobs) - size * (len(found) - 1)))
+
+        for part in equal_parts(jobs, size):
+            image, pass_, member = part.T
+            rows = *contexts(pass_), latents[image], member.astype(np.int32)
+            with processes.at_work("compiles or runs the sampler"):
+                result = sample(
+                    self.unet,
+                    decoder,
+                    sampler.steps,
+                    sampler.eta,
+                    sampler.initial_noise,
+                    self.unet_params,
+                    decoder_params,
+                    self.schedule,
+                    *jax.tree.map(lambda array: spread_rows(array, self.mesh), rows),
+                    key,
+                )
+            # One call ahead: the devices do not wait, nor do they hold the inputs of all calls.
+            if running is not None:
+                finish(running)
+            running = result
+        if running is not None:
+            finish(running)
+        return np.concatenate(found)[: len(jobs)]
+
+    def checksum(self) -> str:
+        """CRC-32 of the UNet's weights, eight digits: tells one model from another."""
+        found = 0
+        for leaf in jax.tree.leaves(self.unet_params):
+            found = zlib.crc32(np.asarray(leaf.addressable_data(0)).tobytes(), found)
+        return f"{found:08x}"
+
+    def why_not_finite(self) -> str:
+        """The likely reason, and what to do."""
+        for name, params in (("UNet", self.unet_params), ("VAE", self.vae_params)):
+            if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
+                return f"the weights of the {name} are not: use another checkpoint, or restore it"
+        if self._dtype == "bfloat16":
+            return (
+                "the weights are, so it is an overflow, most likely of bfloat16: "
+                'set "dtype" of "model" to "float32" in the config.json (of an export: '
+                "segdiff.json) of the checkpoint"
+            )
+        return (
+            "the weights are, so it is an overflow on the way: use an earlier checkpoint, "
+            "or train on with a lower optimizer.learning_rate"
+        )

@@ -1,0 +1,293 @@
+"""Which photos --images names, and their bytes: files, folders, patterns, addresses, stdin.
+
+find      arguments → paths and URLs, each once; folders with all that is below them
+Photos    a path or URL → its bytes, fetched once, their digest and the decoded photo
+checked   every photo decoded once, before anything is loaded or written
+"""
+
+import glob
+import hashlib
+import http.client
+import logging
+import os
+import re
+import sys
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from etils import epath
+
+from segdiff_jax import __version__, cli, files, ownership, waiting
+from segdiff_jax.config import DataConfig
+from segdiff_jax.data import images
+from segdiff_jax.data.sources.source import IMAGE_EXTENSIONS
+from segdiff_jax.errors import UserError
+from segdiff_jax.progress import Progress
+
+STDIN = "-"
+_MOST_NAMED = 10  # unreadable images in one message
+_MOST_BYTES = 256 * 2**20  # of one photo from the network or stdin
+_KEPT_BYTES = 256 * 2**20  # of decoded photos between the check and their use
+
+
+def argument(text: str) -> str:
+    """For `type=` of --images: "-", a URL, or as `cli.path`."""
+    return text if text == STDIN or is_url(text) else cli.path(text)
+
+
+def is_url(path: str) -> bool:
+    try:
+        parts = urlsplit(path)
+        return parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        return False
+
+
+def find(arguments: Sequence[str]) -> list[str]:
+    """Files and URLs that --images names, each once, in the order of the arguments, then by name.
+
+    Folders give their images (by extension) and those of all folders below, but for hidden ones.
+    Raises `UserError` for an argument that names nothing.
+    """
+    found: dict[str, str] = {}  # identity -> path as named
+    for one in arguments:
+        for path in _expand(one):
+            found.setdefault(identity(path), path)
+    return list(found.values())
+
+
+def identity(path: str) -> str:
+    """The same for all names of one file."""
+    remote = path == STDIN or files.is_remote(path)
+    return path if remote else os.path.realpath(path)
+
+
+def file_name(path: str) -> str:
+    """The name of a photo's file, as far as it has one."""
+    if is_url(path):
+        last = PurePosixPath(unquote(urlsplit(path).path)).name
+        return re.sub(r"[\x00-\x1f/\\]", "_", last) or urlsplit(path).netloc
+    return "stdin" if path == STDIN else os.path.basename(path)
+
+
+def without_results(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`paths` parted into photos and the files that an earlier command wrote beside them.
+
+    The latter are those that the marker of their folder lists (`ownership`), nothing else.
+    """
+    listed: dict[str, set[str]] = {}
+
+    def is_ours(path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in listed:
+            listed[folder] = set().union(*ownership.owned(folder or ".").values())
+        return name in listed[folder]
+
+    elsewhere = {path for path in paths if path == STDIN or is_url(path)}
+    ours = [p for p in paths if p not in elsewhere and (is_ours(p) or is_ours(identity(p)))]
+    return [path for path in paths if path not in set(ours)], ours
+
+
+class Photos:
+    """Reads photos by the names that `find` gave.
+
+    max_pixels, max_value: as of `images.read_photo`. folder: of files for what the network sends.
+    """
+
+    def __init__(self, data: DataConfig, max_pixels: int | None, folder: str):
+        self._max_pixels = max_pixels or data.max_pixels
+        self._max_value, self._folder = data.max_value, Path(folder)
+        self._fetched: dict[str, Path] = {}
+        self._decoded: dict[str, images.Photo] = {}
+        self.digests: dict[str, str] = {}
+
+    def read(self, path: str) -> images.Photo:
+        """The decoded photo. Raises `UnreadableError`, and as `images.read_photo` does."""
+        return self._decoded.pop(path, None) or self._decode(path, self._bytes(path))
+
+    def digest(self, path: str) -> str:
+        """The SHA-256 of the photo's bytes. Raises `UnreadableError`."""
+        if path not in self.digests:
+            self._hash(path, self._bytes(path))
+        return self.digests[path]
+
+    def check(self, path: str) -> images.Photo:
+        """`read` and `digest`; decoded photos are kept for `read`, as many as 256 MB hold."""
+        data = self._bytes(path)
+        self._hash(path, data)
+        photo = self._decode(path, data)
+        if sum(one.pixels.nbytes for one in self._decoded.values()) < _KEPT_BYTES:
+            self._decoded[path] = photo
+        return photo
+
+    def _hash(self, path: str, data: bytes) -> None:
+        self.digests[path] = hashlib.sha256(data).hexdigest()
+
+    def _decode(self, path: str, data: bytes) -> images.Photo:
+        limits = self._max_pixels, self._max_value
+        return images.read_photo(path, limits[0], max_value=limits[1], data=data)
+
+    def _bytes(self, path: str) -> bytes:
+        if path != STDIN and not is_url(path):
+            return images.read_bytes(path)
+        if path not in self._fetched:
+            data = _from_stdin() if path == STDIN else _download(path)
+            place = self._folder / str(len(self._fetched))
+            place.write_bytes(data)
+            self._fetched[path] = place
+        return self._fetched[path].read_bytes()
+
+
+def _from_stdin() -> bytes:
+    data = sys.stdin.buffer.read(_MOST_BYTES + 1)
+    if not data:
+        raise images.UnreadableError("-: nothing on stdin: send one photo, such as < photo.jpg")
+    if len(data) > _MOST_BYTES:
+        raise images.TooLargeError(f"-: more than {_MOST_BYTES >> 20} MB on stdin: send one photo")
+    return data
+
+
+def _download(url: str) -> bytes:
+    """What is at an address. Raises `UnreadableError`, of one line, where that is no photo."""
+    wait = waiting.Wait(urlsplit(url).netloc, waiting.NETWORK, "check the address and the network")
+
+    def fetch() -> bytes:
+        request = urllib.request.Request(url, headers={"User-Agent": f"segdiff_jax/{__version__}"})
+        with urllib.request.urlopen(request, timeout=waiting.limit(waiting.NETWORK)) as answer:
+            kind, parts, size = answer.headers.get_content_type(), [], 0
+            while part := answer.read(1 << 20):
+                wait.heard()
+                parts.append(part)
+                size += len(part)
+                if size > _MOST_BYTES:
+                    raise images.TooLargeError(f"{url}: more than {_MOST_BYTES >> 20} MB: no photo")
+        data = b"".join(parts)
+        if kind in ("text/html", "application/xhtml+xml"):
+            raise images.UnreadableError(
+                f"{url}: a web page, not an image: give the address of the image itself"
+            )
+        return data
+
+    try:
+        return waiting.bounded(fetch, wait)
+    except urllib.error.HTTPError as error:
+        why = f"the server answers {error.code} {error.reason}"
+    except waiting.NoAnswer as error:
+        raise images.UnreadableError(str(error)) from error
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        why = " ".join(str(getattr(error, "reason", None) or error).split()) or repr(error)
+    raise images.UnreadableError(f"{url}: cannot be fetched ({why}): check the address")
+
+
+def checked(
+    photos: Photos, paths: Sequence[str], done: Mapping[str, str], skip: bool, progress: Progress
+) -> dict[str, str]:
+    """Decodes every photo once, before anything is loaded or written: path → why it cannot be.
+
+    done: the digests of photos that were read by an earlier run; the same bytes are not decoded.
+    Raises `UserError`, which names them, unless they are to be skipped and others are left.
+    """
+    found: dict[str, images.UnreadableError] = {}
+    guessed: Counter[int] = Counter()
+    for count, path in enumerate(paths, 1):
+        try:
+            if path not in done or photos.digest(path) != done[path]:
+                guessed[photos.check(path).guessed_max] += 1
+        except images.UnreadableError as error:
+            found[path] = error
+        if not found or skip:
+            progress(count, len(paths))
+    if found and not (skip and len(found) < len(paths)):
+        raise _all_unreadable(found, len(paths))
+    del guessed[0]  # nothing to guess
+    if guessed:
+        logging.warning("%s", images.guessed_range(guessed, len(paths)))
+    return {path: str(error) for path, error in found.items()}
+
+
+def _all_unreadable(found: Mapping[str, images.UnreadableError], total: int) -> UserError:
+    shown = "; ".join(str(error) for error in list(found.values())[:_MOST_NAMED])
+    more = f"; and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+    mends = []
+    if any(isinstance(error, images.TooLargeError) for error in found.values()):
+        mends.append("--max-pixels N reads larger ones")
+    if len(found) < total:
+        mends.append("--skip-unreadable leaves them out")
+    counted = f"{len(found)} of {total} images cannot be read: " if total > 1 else ""
+    return UserError("".join((counted, shown, more, *(f"; {mend}" for mend in mends))))
+
+
+def _expand(argument: str) -> list[str]:
+    if argument == STDIN or is_url(argument):
+        return [argument]
+    if not argument:
+        raise UserError("--images: an empty name, name a file, a folder or a pattern")
+    files.check_scheme(argument)
+    path = epath.Path(argument)
+    try:
+        with files.reading(argument):
+            if path.is_dir():
+                return _images_in(argument)
+            if path.exists():
+                return [argument]
+            if glob.has_magic(argument):
+                return _matches(argument)
+    except OSError as error:
+        raise UserError(f"--images {argument}: {error.strerror}: correct the path") from error
+    wrong = files.dangling(argument) or f"{argument}: no such file or folder, correct the path"
+    raise UserError(f"--images {wrong}")
+
+
+def _images_in(folder: str) -> list[str]:
+    found = sorted(_below(folder, set()))
+    if not found:
+        raise UserError(f"--images {folder}: no images in this folder, name another one")
+    return found
+
+
+def _below(folder: str, seen: set[str]) -> Iterator[str]:
+    """The images in a folder and below. Links are followed, but to no folder a second time."""
+    if identity(folder) in seen:
+        return
+    seen.add(identity(folder))
+    # A folder before a link to it, so that what is below has the name of its own place.
+    for path in sorted(epath.Path(folder).iterdir(), key=lambda p: (os.path.islink(p), p.name)):
+        if path.name.startswith("."):
+            continue
+        suffix = os.path.splitext(path.name)[1].lower()
+        remote = files.is_remote(folder)
+        # In a store each question takes a request: a folder there is not called x.png.
+        if path.is_dir() if not remote else suffix not in IMAGE_EXTENSIONS and path.is_dir():
+            yield from _below(os.fspath(path), seen)
+        elif suffix in IMAGE_EXTENSIONS:
+            yield os.fspath(path)
+
+
+def _matches(pattern: str) -> list[str]:
+    if files.is_remote(pattern):
+        path = epath.Path(pattern)
+        found = [os.fspath(p) for p in path.parent.glob(path.name)]
+    else:
+        # Whatever is there, but for folders: what cannot be read is told of when it is opened.
+        everything = glob.glob(_literal_start(pattern), recursive=True)
+        found = [path for path in everything if not os.path.isdir(path)]
+    if not found:
+        hint = ""
+        if "[" in pattern:
+            hint = "; [ and ] enclose letters to choose from: write [[] for a bracket itself"
+        raise UserError(f"--images {pattern}: no file matches this pattern, correct it{hint}")
+    return sorted(found)
+
+
+def _literal_start(pattern: str) -> str:
+    """`pattern` with its first folders escaped, as far as there are folders of just these names."""
+    parts = pattern.split(os.sep)
+    for count in range(len(parts) - 1, 0, -1):
+        start = os.sep.join(parts[:count])
+        if glob.has_magic(start) and os.path.isdir(start):
+            return os.path.join(glob.escape(start), *parts[count:])
+    return pattern

@@ -1,0 +1,208 @@
+"""--images as a user writes them, and what the network sends for an address."""
+
+import argparse
+import http.server
+import io
+import os
+import threading
+import time
+
+import pytest
+from PIL import Image
+
+from segdiff_jax.config import DataConfig
+from segdiff_jax.data.images import UnreadableError
+from segdiff_jax.errors import UserError
+from segdiff_jax.inference import photos
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.png", "a.JPG", ".hidden.png", "notes.txt", "sub/c.png", "sub/d[1].png"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    return tmp_path
+
+
+def _names(folder, *arguments):
+    found = photos.find([str(folder / a) if a else str(folder) for a in arguments])
+    return [os.path.relpath(p, folder) for p in found]
+
+
+def test_files_folders_and_patterns(folder):
+    assert _names(folder, "") == ["a.JPG", "b.png", "sub/c.png", "sub/d[1].png"]
+    assert _names(folder, "sub/c.png", "*.png") == ["sub/c.png", "b.png"]
+    assert _names(folder, "**/*.png") == ["b.png", "sub/c.png", "sub/d[1].png"]
+    assert _names(folder, "sub/d[1].png") == ["sub/d[1].png"], "a file before a pattern"
+
+
+def test_each_image_once(folder):
+    os.symlink(folder / "b.png", folder / "link.png")
+    assert _names(folder, "b.png", "*.png", "sub/../b.png") == ["b.png"]
+
+
+def test_a_folder_whose_name_has_brackets(tmp_path):
+    for name in ("g [x]/a.png", "g [x]/sub/b.png", "g x/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert _names(tmp_path, "g [x]") == ["g [x]/a.png", "g [x]/sub/b.png"]
+    assert _names(tmp_path, "g [x]/*.png", "g [x]/**/*.png") == ["g [x]/a.png", "g [x]/sub/b.png"]
+    assert _names(tmp_path, "g[ ]x/*.png") == ["g x/c.png"]
+
+
+def test_folders_are_searched_all_the_way_down(folder):
+    (folder / "sub" / ".cache").mkdir()
+    (folder / "sub" / ".cache" / "e.png").write_bytes(b"x")
+    (folder / "sub" / "loop").symlink_to(folder)
+    (folder / "there").symlink_to("sub")
+    assert _names(folder, "") == ["a.JPG", "b.png", "sub/c.png", "sub/d[1].png"]
+
+
+def test_what_is_no_file_is_not_passed_over(folder):
+    (folder / "gone.png").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "folder.png").mkdir()
+    assert _names(folder, "*.png") == ["b.png", "gone.png", "pipe.png"]
+    assert set(_names(folder, "")) > {"gone.png", "pipe.png"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("x[1].png", r"no file matches this pattern.*\[ and \] enclose"),
+        ("gone.png", "gone.png: a link to nowhere, which does not exist"),
+        ("b.png/c.png", "b.png/c.png: "),
+        ("n" * 300, "no such file or folder"),
+        ("none.png", "none.png: no such file or folder"),
+        ("*.webp", "no file matches"),
+        ("empty", "no images in this folder"),
+    ],
+)
+def test_nothing_found(folder, argument, message):
+    (folder / "empty").mkdir()
+    (folder / "gone.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match=message):
+        _names(folder, "b.png", argument)
+    with pytest.raises(UserError, match="empty name"):
+        photos.find([""])
+
+
+def test_addresses_and_stdin_are_taken_as_they_are(folder):
+    url = "https://host/a/street%20view.jpg?width=300"
+    assert photos.find([url, "-", url]) == [url, "-"]
+    assert photos.argument(url) == url and photos.argument("-") == "-"
+    names = [photos.file_name(path) for path in (url, "-", "x/y.png", "http://host/..%2Fx%2fy.png")]
+    assert names == ["street view.jpg", "stdin", "y.png", "y.png"]
+    assert photos.without_results([url, "-"]) == ([url, "-"], [])
+    for text in ("http://", "http://[x/y.png", "ftp://host/x.png"):
+        with pytest.raises(argparse.ArgumentTypeError, match="not supported"):
+            photos.argument(text)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Of one photo, and of what is met in its place."""
+
+    served: list[str] = []
+
+    def do_GET(self):
+        self.served.append(self.path)
+        buffer = io.BytesIO()
+        Image.new("RGB", (20, 10), (1, 2, 3)).save(buffer, "PNG")
+        noisy = io.BytesIO()
+        Image.effect_noise((40, 40), 50).save(noisy, "PNG")
+        noisy = noisy.getvalue()
+        kind, body = {
+            "/photo.png": ("image/png", buffer.getvalue()),
+            "/page.png": ("text/html; charset=utf-8", b"<html>Sign in</html>"),
+            "/cut.png": ("image/png", noisy[: len(noisy) // 2]),
+            "/text": ("text/plain", b"hello"),
+            "/large": ("image/png", bytes(1000)),
+        }.get(self.path, ("", b""))
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "/photo.png")
+        elif self.path == "/silent":
+            time.sleep(3)
+            return
+        else:
+            self.send_response(200 if kind else 404)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_address[1]}"
+        served.shutdown()
+
+
+def test_a_photo_is_fetched_once(server, tmp_path):
+    read = photos.Photos(DataConfig(), None, str(tmp_path))
+    Server.served.clear()
+    for path in ("/photo.png", "/moved"):
+        assert read.check(server + path).pixels.shape == (10, 20, 3)
+        assert (read.read(server + path).pixels == (1, 2, 3)).all()
+        assert read.read(server + path).pixels.shape == (10, 20, 3), "decoded anew"
+    assert len({read.digest(server + path) for path in ("/photo.png", "/moved")}) == 1
+    assert Server.served == ["/photo.png", "/moved", "/photo.png"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/none.png", "the server answers 404"),
+        ("/page.png", "a web page, not an image"),
+        ("/cut.png", "truncated or damaged"),
+        ("/text", "not an image"),
+        ("/large", "more than 0 MB"),
+        ("/silent", "no answer for 1 s|timed out"),
+    ],
+)
+def test_what_is_no_photo_is_one_line(server, tmp_path, monkeypatch, path, message):
+    monkeypatch.setenv("SEGDIFF_NETWORK_TIMEOUT", "1")
+    if path == "/large":
+        monkeypatch.setattr(photos, "_MOST_BYTES", 999)
+    read = photos.Photos(DataConfig(), None, str(tmp_path))
+    with pytest.raises(UnreadableError, match=message) as caught:
+        read.check(server + path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_address_where_nobody_answers(tmp_path):
+    read = photos.Photos(DataConfig(), None, str(tmp_path))
+    for url in ("http://127.0.0.1:9/x.png", "http://no-such-host.invalid/x.png"):
+        with pytest.raises(UnreadableError, match="check the address") as caught:
+            read.check(url)
+        assert "\n" not in str(caught.value)
+
+
+def test_limits_count_for_what_is_fetched(server, tmp_path):
+    read = photos.Photos(DataConfig(), 199, str(tmp_path))
+    with pytest.raises(UnreadableError, match="photo.png: more than 199 pixels"):
+        read.check(f"{server}/photo.png")
+
+
+def test_decoded_photos_are_kept_up_to_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "_KEPT_BYTES", 2 * 300 - 1)
+    for name in "abc":
+        Image.new("RGB", (10, 10)).save(tmp_path / f"{name}.png")
+    read = photos.Photos(DataConfig(), None, str(tmp_path))
+    paths = [str(tmp_path / f"{name}.png") for name in "abc"]
+    assert photos.checked(read, paths, {}, False, lambda *_: None) == {}
+    for path in paths:
+        os.remove(path)
+    kept = []
+    for path in paths:
+        try:
+            kept.append(read.read(path).pixels.shape)
+        except UnreadableError:
+            break
+    assert kept == [(10, 10, 3)] * 2
