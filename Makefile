@@ -71,5 +71,5 @@ $(VENV)/.runtime: requirements.txt pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.test: $(VENV)/.runtime
-	$(BIN)/pip install --quiet --constraint requirements.txt --editable '.[test]'
+	$(BIN)/pip install --quiet --constraint requirements.txt --editable '.[test,app]'
 	touch $@

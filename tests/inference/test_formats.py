@@ -132,8 +132,9 @@ def test_cvat_zip_is_read_as_its_documentation_says(written):
     folder, found = written
     packed = zipfile.ZipFile(folder / "cvat.zip")
     assert packed.testzip() is None
-    listed = packed.read("ImageSets/Segmentation/default.txt").decode().splitlines()
-    assert listed == list(found)
+    assert packed.read("ImageSets/Segmentation/default.txt").decode().split("\n")[:-1] == list(
+        found
+    )
     lines = packed.read("labelmap.txt").decode().splitlines()
     colors = {}
     for line in lines:
