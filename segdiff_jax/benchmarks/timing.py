@@ -114,7 +114,8 @@ def check_equal(name: str, ours: Any, theirs: Any, tolerance: float) -> None:
         actual, expected = np.asarray(own, np.float64), np.asarray(other, np.float64)
         if actual.shape != expected.shape:
             raise UserError(f"{name}: outputs of {actual.shape} and {expected.shape}: not timed")
-        error = float(np.linalg.norm(actual - expected) / max(np.linalg.norm(expected), 1e-30))
+        scale = max(float(np.linalg.norm(expected)), 1e-30)
+        error = float(np.linalg.norm(actual - expected)) / scale
         if not error <= tolerance:  # NaN too
             raise UserError(
                 f"{name}: the outputs differ by {error:.1e} of their norm, more than "

@@ -60,13 +60,13 @@ def filled(make: Callable[[], M]) -> M:
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, shapes))
 
 
-def of_unet(network: UNet) -> torch.nn.Module:
+def of_unet(network: UNet) -> Any:
     """Return diffusers' UNet with copies of the weights of ours."""
     values = hf_config.write_unet(network.config)
     return _twin("unet", diffusers.UNet2DConditionModel, values, network)
 
 
-def of_vae(network: VAE) -> torch.nn.Module:
+def of_vae(network: VAE) -> Any:
     """Return diffusers' VAE with copies of the weights of ours."""
     values = hf_config.write_vae(network.config)
     return _twin("vae", diffusers.AutoencoderKL, values, network)

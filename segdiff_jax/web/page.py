@@ -60,7 +60,7 @@ def _upload(**options: Any) -> gr.Image:
 
     No subclass: Gradio writes a file of types beside the module of every one.
     """
-    component = gr.Image(type="filepath", **options)
+    component: Any = gr.Image(type="filepath", **options)  # whose methods are replaced
     move = component.async_move_resource_to_block_cache
 
     async def move_files_only(path: Any) -> str | None:
@@ -207,7 +207,7 @@ def build(
         if examples:
             gr.Examples([list(e) for e in examples], [photo, words], label="Examples")
 
-        private = {"api_visibility": "private"}
+        private: dict[str, Any] = {"api_visibility": "private"}
         asked = [photo, words, steps, ensemble, seed, closed]
         page.load(
             status, None, shown_status, concurrency_limit=None, show_progress="hidden", **private
