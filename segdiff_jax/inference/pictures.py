@@ -63,13 +63,13 @@ def overlay(
 
 
 def present(labels: np.ndarray, palette: np.ndarray) -> list[int]:
-    """The classes in a label map, most pixels first."""
+    """The classes in label maps [..., H, W], most pixels first."""
     return _present(_known(labels, len(palette)), palette)
 
 
 def _present(known: np.ndarray, palette: np.ndarray) -> list[int]:
     if known.dtype == np.uint8:  # numpy would copy it to 64 bits first
-        counts = np.array(Image.fromarray(known).histogram())
+        counts = np.array(Image.fromarray(known.reshape(-1, known.shape[-1])).histogram())
     else:
         counts = np.bincount(known.ravel(), minlength=len(palette))
     counts = counts[: len(palette)]
