@@ -39,6 +39,7 @@ def test_input(tmp_path):
     assert min(figure["value"][0] for figure in made["figures"].values()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suite", "parts"),
     [

@@ -22,7 +22,7 @@ from segdiff_jax.config import (
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE, VAEConfig
-from segdiff_jax.parallel import attention_kernels
+from segdiff_jax.parallel import attention_kernels, rules
 from segdiff_jax.parallel import mesh as meshes
 from segdiff_jax.parallel.placement import on_mesh
 from segdiff_jax.text.conditioning import PromptTable
@@ -85,7 +85,9 @@ def _ours(unet: UNet, given: Any, hidden: np.ndarray, config: Config, mesh: Any)
     graph, params = nnx.split(unet)
     table = PromptTable(hidden, np.zeros((len(hidden), hidden.shape[-1]), np.float32))
     frozen = on_mesh(Frozen(vae_params, make_schedule(config.diffusion), table), mesh)
-    state = init_state(on_mesh(jax.tree.map(jnp.copy, params), mesh), config)
+    state = init_state(jax.tree.map(jnp.copy, params), config)
+    # Where the step leaves it: it would be compiled again for the second call.
+    state = jax.device_put(state, rules.state_sharding(state, mesh))
     step = compile_step(diffusion_step(graph, vae_graph, config, mesh), state, mesh)
     batch = meshes.place_batch(given, mesh, len(given["class_ids"]))
     key = jax.device_put(jax.random.key(0), meshes.replicated(mesh))
