@@ -70,7 +70,7 @@ def running(page: gr.Blocks, host: str, port: int, limits: Limits) -> Iterator[s
     )
     guarded = _Guard(app, most + 2**20)  # what a form adds to its file
     server = uvicorn.Server(
-        uvicorn.Config(guarded, log_level="warning", timeout_graceful_shutdown=1)
+        uvicorn.Config(guarded, log_config=None, log_level="warning", timeout_graceful_shutdown=1)
     )
     listening = _bound(host, port)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
