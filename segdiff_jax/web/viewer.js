@@ -130,7 +130,8 @@ async function show(text) {
     tip.style.left = `${Math.max(0, x > box.width / 2 ? x - tip.offsetWidth - 14 : x + 14)}px`;
     tip.style.top = `${Math.max(0, Math.min(box.height - tip.offsetHeight, y + 14))}px`;
   };
-  canvas.onpointerleave = () => { tip.hidden = true; };
+  // A finger leaves as soon as it is lifted: what it touched stays readable.
+  canvas.onpointerleave = (event) => { if (event.pointerType === 'mouse') tip.hidden = true; };
 
   root.append(bar, stage, legend);
   draw();

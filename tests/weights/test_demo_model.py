@@ -1,4 +1,4 @@
-"""The model that comes with the package: small, whole, and of use on scenes that it has not seen."""
+"""The model that comes with the package: small, whole, of use on scenes that it has not seen."""
 
 from pathlib import Path
 

@@ -14,6 +14,7 @@ import safetensors.numpy
 from fake_hub import TOKEN, FakeHub
 from flax import nnx
 from huggingface_hub import constants
+from PIL import Image
 
 from segdiff_jax import evaluate, export, ownership
 from segdiff_jax.errors import UserError
@@ -250,7 +251,13 @@ def test_export_and_evaluate_take_a_model_from_the_hub(
     argv = ["--checkpoint", "someone/model", "--output"]
     export.main([*argv, str(tmp_path / "again"), "--format=diffusers"])
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == contents[WEIGHTS]
-    evaluate.main([*argv, str(tmp_path / "o"), "--limit=1"])
+    for folder, name, shape in (("images", "a.png", (16, 16, 3)), ("masks", "a.png", (16, 16))):
+        (tmp_path / "data" / "val" / folder).mkdir(parents=True)
+        picture = Image.fromarray(np.ones(shape, np.uint8))
+        picture.save(tmp_path / "data" / "val" / folder / name)
+    (tmp_path / "data" / "classes.txt").write_text("sky\nroad\n")
+    data = ["--config.data.source=folder", f"--config.data.root={tmp_path / 'data'}"]
+    evaluate.main([*argv, str(tmp_path / "o"), *data])
     said = json.loads((tmp_path / "o" / "metrics.json").read_text())
     assert said["checkpoint"] == "someone/model" and said["images"] == 1
 
