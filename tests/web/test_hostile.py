@@ -98,7 +98,7 @@ def _hostile(kind, bomb):
         ("html that says jpg", "a.jpg is no photo that can be read"),
         ("text", "a.txt is no photo that can be read"),
         ("empty", "a.png is no photo that can be read"),
-        ("cut", "a.png: truncated or damaged"),
+        ("cut", "a.png is no photo that can be read"),
         ("postscript", "a.png is no photo that can be read"),
         ("animated", "a.webp: animated"),
     ],
