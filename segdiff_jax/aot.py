@@ -211,7 +211,11 @@ def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
         meshes.abstract(jax.eval_shape(lambda: jax.random.key(0)), whole),
     )
     network = None if vae_only else nets.unet.config
-    needed = flops.train_example(network, nets.vae.config, size, nets.tokens, cached, asked)
+    vae_config, tokens = nets.vae.config, nets.tokens
+    if single:
+        needed = flops.e2e_example(nets.unet.config, vae_config, size, tokens, config.e2e)
+    else:
+        needed = flops.train_example(network, vae_config, size, tokens, cached)
     return Step(compile_step(step, state, mesh), arguments, count, count, count * needed)
 
 
@@ -224,14 +228,9 @@ def _sample_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
     sampler = config.sampler
     jobs = multiple(sampler.batch_size, mesh.size)
     passes = codec.num_groups(len(nets.table.pooled), nets.group)
-    full = min(sampler.shortlist, passes) or passes
-    calls = full * sampler.ensemble * sampler.steps + (passes if full < passes else 0)
+    calls = flops.unet_calls(passes, sampler)
     once = flops.unet(nets.unet.config, *nets.latent[:2], nets.tokens).forward
-    if sampler.decoder == "linear":
-        factor, channels = nets.vae.config.downsampling, nets.latent[-1]
-        decoded = flops.linear_decode(channels, factor, *config.data.image_size)
-    else:
-        decoded = flops.vae_decode(nets.vae.config, *config.data.image_size)
+    decoded = flops.mask_decode(nets.vae.config, sampler.decoder, *config.data.image_size)
     needed = jobs * (sampler.steps * once + decoded)
     return Step(*_sampler(config, nets, mesh, jobs), jobs, jobs * sampler.steps / calls, needed)
 

@@ -62,24 +62,17 @@ def cost(
     unet: UNetConfig, vae: VAEConfig, config: Config, num_classes: int, tokens: int
 ) -> Cost | None:
     """tokens: that the text encoder reads. None for a decoder whose size is not in the config."""
-    group = codec.group_size(num_classes, config.codec.classes_per_pass)
-    passes, sampler, size = (
-        codec.num_groups(num_classes, group),
-        config.sampler,
-        config.data.image_size,
-    )
-    full = min(sampler.shortlist, passes) or passes
-    calls = full * sampler.ensemble * sampler.steps + (passes if full < passes else 0)
-    linear = flops.linear_decode(vae.latent_channels, vae.downsampling, *size)
-    decodes = {"vae": flops.vae_decode(vae, *size), "linear": linear}
-    if sampler.decoder not in decodes:
+    sampler, size = config.sampler, config.data.image_size
+    if sampler.decoder == "tiny":
         return None
+    group = codec.group_size(num_classes, config.codec.classes_per_pass)
+    passes = codec.num_groups(num_classes, group)
     seen = group if config.codec.context == "bound" else tokens
     height, width = (pixels // vae.downsampling for pixels in size)
     call = flops.unet(unet, height, width, seen).forward
-    decode = decodes[sampler.decoder]
-    needed = flops.maps(call, passes, sampler, decode, linear) + flops.vae_encode(vae, *size)
-    return Cost(calls, needed / 1e12)
+    decode, rank = (flops.mask_decode(vae, kind, *size) for kind in (sampler.decoder, "linear"))
+    needed = flops.maps(call, passes, sampler, decode, rank) + flops.vae_encode(vae, *size)
+    return Cost(flops.unet_calls(passes, sampler), needed / 1e12)
 
 
 def write(

@@ -19,7 +19,7 @@ included, which a compiler's own count leaves out or counts once.
 import math
 from typing import Any, NamedTuple
 
-from segdiff_jax.config import SamplerConfig
+from segdiff_jax.config import E2EConfig, SamplerConfig
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
 
@@ -116,6 +116,25 @@ def linear_decode(latent_channels: int, factor: int, height: int, width: int) ->
     return _conv(float(height * width) / factor**2, latent_channels, factor**2)
 
 
+def mask_decode(config: VAEConfig, decoder: str, height: int, width: int) -> float:
+    """Count the FLOPs of one map of height × width pixels by the "linear" decoder, or the VAE's."""
+    if decoder == "linear":
+        return linear_decode(config.latent_channels, config.downsampling, height, width)
+    return vae_decode(config, height, width)
+
+
+def unet_calls(passes: int, sampler: SamplerConfig) -> int:
+    """Count the calls of the UNet for one image of `passes` groups, those for a shortlist too."""
+    full, ranked = _in_full(passes, sampler)
+    return full * sampler.ensemble * sampler.steps + ranked
+
+
+def _in_full(passes: int, sampler: SamplerConfig) -> tuple[int, int]:
+    """Of `passes` those with the whole budget, and those that a shortlist looks at before."""
+    full = min(sampler.shortlist, passes) or passes
+    return full, passes if full < passes else 0
+
+
 def maps(
     unet_call: float, passes: int, sampler: SamplerConfig, decode: float, rank: float
 ) -> float:
@@ -127,8 +146,7 @@ def maps(
       decode: of one map.
       rank: of one map by which the shortlist, if there is one, finds its classes.
     """
-    full = min(sampler.shortlist, passes) or passes
-    ranked = passes if full < passes else 0
+    full, ranked = _in_full(passes, sampler)
     members = full * sampler.ensemble
     return members * (sampler.steps * unet_call + decode) + ranked * (unet_call + rank)
 
@@ -139,25 +157,38 @@ def train_example(
     size: tuple[int, int],
     tokens: int,
     cached: bool = False,
-    decoded: int = 0,
 ) -> float:
-    """Count the FLOPs of one training example, without those of remat.
+    """Count the FLOPs of one example of the VAE or diffusion stage, without those of remat.
 
     Args:
       unet_config: None in the VAE stage.
       size: (height, width) of the images in pixels.
       tokens: length of the context that the UNet attends to.
       cached: latents come from a cache, and neither photo nor mask is encoded.
-      decoded: classes of the single-step stage, a pass each, whose gradient comes from the pixels.
     """
     encode = vae_encode(vae_config, *size)
     if unet_config is None:
         return 3.0 * (encode + vae_decode(vae_config, *size))
     height, width = (pixels // vae_config.downsampling for pixels in size)
     step = unet(unet_config, height, width, tokens).train
-    if decoded:  # there and back through the decoder, whose own gradients nobody needs
-        return decoded * (step + 2.0 * vae_decode(vae_config, *size)) + encode
     return step if cached else step + 2.0 * encode
+
+
+def e2e_example(
+    unet_config: UNetConfig,
+    vae_config: VAEConfig,
+    size: tuple[int, int],
+    tokens: int,
+    e2e: E2EConfig,
+) -> float:
+    """Count the FLOPs of one photo of the single-step stage, as `train_example` does.
+
+    Each class is a pass, there and back through the decoder, whose own gradients nobody needs.
+    """
+    height, width = (pixels // vae_config.downsampling for pixels in size)
+    step = unet(unet_config, height, width, tokens).train
+    decoded = 2.0 * mask_decode(vae_config, e2e.decoder, *size)
+    return e2e.classes * (step + decoded) + vae_encode(vae_config, *size)
 
 
 def _conv(positions: float, channels_in: int, channels_out: int, size: int = 3) -> float:

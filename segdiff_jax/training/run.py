@@ -187,18 +187,20 @@ def _unet_stage(run: Run) -> Stage:
     group = codec.group_size(len(classes), config.codec.classes_per_pass)
     tokens = group if config.codec.context == "bound" else table.hidden.shape[1]
     size, cached = config.data.image_size, config.data.cache_latents
-    single = config.stage == "e2e"
-    asked = config.e2e.classes if single else 0
-    decoder = None
-    if single and config.e2e.decoder == "linear":
-        mask_decoder.settle(config, workdir, run.source)
-        decoder = mask_decoders.read_linear(workdir, vae.config)
+    make_step, decoder = diffusion_step, None
+    work = flops.train_example(unet.config, vae.config, size, tokens, cached)
+    if config.stage == "e2e":
+        make_step = e2e_step
+        work = flops.e2e_example(unet.config, vae.config, size, tokens, config.e2e)
+        if config.e2e.decoder == "linear":
+            mask_decoder.settle(config, workdir, run.source)
+            decoder = mask_decoders.read_linear(workdir, vae.config)
     return Stage(
         network=unet,
         build=build,
-        step=(e2e_step if single else diffusion_step)(graph, vae_graph, config, run.mesh),
+        step=make_step(graph, vae_graph, config, run.mesh),
         frozen=Frozen(vae_params, make_schedule(config.diffusion), table, decoder),
-        flops=flops.train_example(unet.config, vae.config, size, tokens, cached, asked),
+        flops=work,
         encoder=vae if cached else None,
         preferred=preference.of_training(run.source, config, np.asarray(table.pooled)),
         validate=validate,

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from segdiff_jax.config import SamplerConfig
+from segdiff_jax.config import E2EConfig, SamplerConfig
 from segdiff_jax.models import flops, linear_decoder, presets
 from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.unet import UNet
@@ -68,6 +68,7 @@ def test_the_linear_decoder():
 def test_the_maps_of_an_image(sampler, calls, decoded, ranked):
     found = flops.maps(1e6, 150, sampler, decode=1e3, rank=1.0)
     assert found == calls * 1e6 + decoded * 1e3 + ranked
+    assert flops.unet_calls(150, sampler) == calls
 
 
 def test_a_training_example_of_each_kind():
@@ -79,6 +80,15 @@ def test_a_training_example_of_each_kind():
     assert example - cached == pytest.approx(2 * encoded)  # a photo and a mask
     alone = flops.train_example(None, vae, (64, 96), 0)
     assert alone == 3 * (encoded + flops.vae_decode(vae, 64, 96))
+
+
+def test_a_photo_of_the_single_step_stage_goes_through_the_decoder_that_it_trains_through():
+    unet, vae, _ = presets.architecture("tiny")
+    encoded, step = flops.vae_encode(vae, 64, 96), flops.unet(unet, 8, 12, 10).train
+    decoders = {"vae": flops.vae_decode(vae, 64, 96), "linear": 2 * 9 * 8 * 12 * 16 * 64}
+    for decoder, decoded in decoders.items():
+        found = flops.e2e_example(unet, vae, (64, 96), 10, E2EConfig(classes=3, decoder=decoder))
+        assert found == pytest.approx(3 * (step + 2 * decoded) + encoded)
 
 
 def test_products_and_convolutions_by_hand_and_by_xla():
