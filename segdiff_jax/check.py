@@ -32,12 +32,12 @@ def main(argv: list[str]) -> None:
 def _check(config: Config, split: str, args: argparse.Namespace) -> bool:
     """Prints, and writes the page of a split. Whether something is wrong with it."""
     from segdiff_jax.data import survey
-    from segdiff_jax.data.sources.source import open_source
+    from segdiff_jax.data.sources.source import evenly, open_source
     from segdiff_jax.progress import reporter
 
     source = open_source(config.data, split, config.seed)
     count = min(args.limit or len(source), len(source))
-    numbers = [i * len(source) // count for i in range(count)]
+    numbers = evenly(count, len(source))
     checked = survey.check(source, config.data, numbers, reporter(f"check {split}", "pair"))
     lookup = getattr(source, "lookup", None)
     shifted = "" if lookup is None else survey.shift(checked.ids, lookup)

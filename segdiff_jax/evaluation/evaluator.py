@@ -13,7 +13,7 @@ import numpy as np
 from segdiff_jax import codec
 from segdiff_jax.config import SamplerConfig
 from segdiff_jax.data import geometry, label_summary
-from segdiff_jax.data.sources.source import Source, count_ids
+from segdiff_jax.data.sources.source import Source, count_ids, evenly
 from segdiff_jax.evaluation import asked as asking
 from segdiff_jax.evaluation import metrics, reconstruction
 from segdiff_jax.evaluation.asked import Asked
@@ -95,8 +95,8 @@ def evaluate(
     decide = functools.partial(segmenter.segmentation, classes=asked.vocabulary, decoding=decoding)
     scored = functools.partial(_scored, decide, source, asked)
     total = len(source) if limit is None else min(limit, len(source))
-    chosen = _spread(total, len(source))
-    shown = set(_spread(min(examples, total), total))
+    chosen = evenly(total, len(source))
+    shown = set(evenly(min(examples, total), total))
     size = min(total, _images_per_call(segmenter, len(classes), sampler))
     sums = metrics.nothing(num_classes)
     ids: Counter[int] = Counter()  # of the mask files: pixels
@@ -116,7 +116,7 @@ def evaluate(
         progress(0, total)
     for start in range(0, total, size):
         numbers = range(start, min(start + size, total))
-        part = stored.load(start) if stored else None
+        part, own = stored.load(start) if stored else None, {}
         if part is None:
             owners = [_owner(i, shown) for i in numbers]
             mine = [i for i in numbers if owners[i - start] == processes.index()]
@@ -144,7 +144,7 @@ def evaluate(
         per_image += part.rows
         ids.update(part.ids)
         for i, (labels, uncertainty) in part.maps.items():
-            record = read(chosen[i])
+            record = own[i] if i in own else read(chosen[i])
             shown_as = record["name"], record["image"], record["labels"]
             kept.append(Example(*shown_as, labels, uncertainty))
         if progress:
@@ -262,11 +262,6 @@ def _together(rows: list[tuple[int, metrics.OfImage]]) -> list[metrics.OfImage]:
 def _summed(matrix: np.ndarray) -> np.ndarray:
     """The sum over all processes of an int64 matrix; as bytes, since JAX would make it int32."""
     return processes.stacked(matrix.view(np.uint8)).view(np.int64).sum(0)
-
-
-def _spread(count: int, length: int) -> list[int]:
-    """`count` of the positions 0…length-1, evenly spaced; all of them for count = length."""
-    return [i * length // count for i in range(count)]
 
 
 def _images_per_call(segmenter: Segmenter, num_classes: int, sampler: SamplerConfig) -> int:

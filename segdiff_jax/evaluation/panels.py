@@ -11,7 +11,7 @@ from scipy import ndimage
 from segdiff_jax import codec, files
 from segdiff_jax.config import Config
 from segdiff_jax.data import images
-from segdiff_jax.data.sources.source import open_source
+from segdiff_jax.data.sources.source import evenly, open_source
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import page, pictures
 from segdiff_jax.inference.segmenter import Segmenter
@@ -35,7 +35,7 @@ def write(
     ignored, colors = codec.ignore_label(len(classes)), classes.palette().tolist()
     count = min(count, len(source))
     rows = []
-    for number in (i * len(source) // count for i in range(count)):
+    for number in evenly(count, len(source)):
         record = source[number]
         found = model(record["image"], classes, closed=True)
         maps = {name: _stored(Path(folder), record) for name, folder in columns.items()}

@@ -165,6 +165,14 @@ class PairSource:
         check_ids(ids, self.lookup, mask_path, self.vocabulary, configurable)
 
 
+def evenly(count: int, length: int) -> list[int]:
+    """Return `count` of the positions 0…length-1, evenly spaced; all of them for count = length.
+
+    Neighbouring pairs are often frames of one video.
+    """
+    return [i * length // count for i in range(count)]
+
+
 def count_ids(labels: np.ndarray) -> dict[int, int]:
     """Count the ids in `labels` [...]: {id: pixels}, in order."""
     if labels.min() < 0:
