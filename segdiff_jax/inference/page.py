@@ -55,12 +55,12 @@ def comparison(
         images["uncertainty"] = pictures.encode(pictures.uncertainty_map(uncertainty))
     shown = pictures.present(np.stack(labels), palette)
     legend = {names[i]: colors[names[i]] for i in shown}
-    return Row(caption, images, legend | none_of_these(np.stack(labels), len(palette)))
+    return Row(caption, images, legend | no_class((np.stack(labels) >= len(palette)).any()))
 
 
-def none_of_these(labels: np.ndarray, classes: int) -> dict[str, tuple[int, int, int]]:
+def no_class(shown: bool | np.bool_) -> dict[str, tuple[int, int, int]]:
     """The entry of a legend for pixels without a class (ignored, or *other*), if there are any."""
-    return {"no class": pictures.OTHER_COLOR} if (labels >= classes).any() else {}
+    return {"no class": pictures.OTHER_COLOR} if shown else {}
 
 
 def contact_sheet(rows: Sequence[Row], height: int = 160, gap: int = 6) -> Image.Image:

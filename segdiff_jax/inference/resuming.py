@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from segdiff_jax import files, ownership
@@ -60,5 +59,5 @@ def row(path: str, pixels: Any, said: Mapping[str, Any], classes: Vocabulary) ->
     present = sorted((one for one in said["classes"] if one["pixels"]), key=lambda c: -c["pixels"])
     colors = dict(zip(classes.names, classes.palette().tolist(), strict=True))
     legend = {one["name"]: colors[one["name"]] for one in present}
-    none = page.none_of_these(np.full(min(1, said["other"]["pixels"]), len(classes)), len(classes))
-    return writers.row(path, pixels, legend | none, said["files"])
+    other = page.no_class(said["other"]["pixels"] > 0)
+    return writers.row(path, pixels, legend | other, said["files"])

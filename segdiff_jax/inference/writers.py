@@ -121,22 +121,22 @@ def write(
     contents, written = contents_of(name, path, found, settings, kinds)
     _write_set(output, contents)
     _remove_stale(output, name, contents)
-    none = page.none_of_these(found.labels, len(found.classes))
-    return row(path, found.photo, found.legend() | none, written)
+    legend = found.legend() | page.no_class((found.labels >= len(found.classes)).any())
+    return row(path, found.photo, legend, written)
 
 
 def contents_of(
     name: str, path: str, found: Segmentation, settings: Mapping[str, Any], kinds: Sequence[str]
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(the files of one image, its description last; the names of those of each format)."""
-    contents = pictured(name, path, found, kinds)
+    contents = _pictured(name, path, found, kinds)
     description = {"image": path} | _describe(name, found, settings)
     description["files"] = _by_kind(name, found, kinds, contents)
     contents[f"{name}.json"] = files.to_json(description).encode("utf-8")
     return contents, description["files"]
 
 
-def pictured(name: str, path: str, found: Segmentation, kinds: Sequence[str]) -> dict[str, bytes]:
+def _pictured(name: str, path: str, found: Segmentation, kinds: Sequence[str]) -> dict[str, bytes]:
     """The files of one image but its description, made side by side: zlib lets threads run."""
     source = files.shown(file_name(path))
     makers: dict[str, Callable[[], bytes | None]] = {}
