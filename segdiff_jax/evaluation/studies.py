@@ -23,7 +23,6 @@ from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation.evaluator import evaluate
 from segdiff_jax.evaluation.findings import NAMES, Claim, Elbow, Setting
-from segdiff_jax.inference.networks import Networks
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.progress import reporter
 from segdiff_jax.training import origin, run
@@ -313,22 +312,21 @@ def _copy_latents(config: Config, workdir: Path) -> None:
             return
 
 
-class Remembering(Networks):
-    """Samples each member of each map once, in however many ensembles it is."""
+def _remembering(maps: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """`Networks.maps`, which samples each member of each map once, in however many ensembles."""
+    known: dict[tuple[Any, ...], np.ndarray] = {}
 
-    def __init__(self, networks: Networks):
-        self.__dict__.update(vars(networks))
-        self._known: dict[tuple[Any, ...], np.ndarray] = {}
-
-    def maps(self, latents, contexts, jobs, sampler, seed, done=None) -> np.ndarray:
+    def remembered(latents, contexts, jobs, sampler, seed, done=None) -> np.ndarray:
         used = sampler.steps, sampler.eta, sampler.initial_noise, sampler.decoder, seed
         texts = {int(p): contexts(np.array([p]))[0].tobytes() for p in np.unique(jobs[:, 1])}
         keys = [(latents[i].tobytes(), texts[int(p)], int(m), *used) for i, p, m in jobs]
-        new = [n for n, key in enumerate(keys) if key not in self._known]
+        new = [n for n, key in enumerate(keys) if key not in known]
         if new:
-            found = super().maps(latents, contexts, jobs[new], sampler, seed, done)
-            self._known |= {keys[n]: one for n, one in zip(new, found, strict=True)}
-        return np.stack([self._known[key] for key in keys])
+            found = maps(latents, contexts, jobs[new], sampler, seed, done)
+            known.update({keys[n]: one for n, one in zip(new, found, strict=True)})
+        return np.stack([known[key] for key in keys])
+
+    return remembered
 
 
 @functools.lru_cache(maxsize=1)  # the cases of a training follow one another
@@ -338,7 +336,7 @@ def _model(workdir: str, spacing: str, remembering: bool) -> Segmenter:
     model = Segmenter(*networks[:-1], config, trained=workdirs.read_classes(workdir))
     model.add_decoders(*workdirs.load_decoders(workdir, networks[1]))
     if remembering:
-        model.networks = Remembering(model.networks)
+        model.networks.maps = _remembering(model.networks.maps)  # type: ignore[method-assign]
     return model
 
 
