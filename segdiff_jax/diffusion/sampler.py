@@ -51,7 +51,7 @@ def sample(
 
     inputs = jnp.arange(steps), timesteps, previous
     if steps == 1:
-        # Not as a loop: on CPUs, XLA differentiates convolutions in one 25 times as slowly.
+        # Not as a loop: on CPUs, XLA differentiates convolutions in one ten times as slowly.
         return step(latents, tuple(x[0] for x in inputs))[0]
     return jax.lax.scan(step, latents, inputs)[0]
 
