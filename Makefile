@@ -72,4 +72,5 @@ $(VENV)/.runtime: requirements.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.runtime
 	$(BIN)/pip install --quiet --constraint requirements.txt --editable '.[test,app]'
+	.ci/browser $(BIN)/playwright
 	touch $@

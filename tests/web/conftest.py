@@ -51,12 +51,13 @@ def served(make_segmenter, tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def browser():
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import Error, sync_playwright
 
-    path = next(filter(None, map(shutil.which, _BROWSERS)), None)
-    if path is None:
-        pytest.fail("the page is tested in Chromium: apt-get install chromium", pytrace=False)
+    path = next(filter(None, map(shutil.which, _BROWSERS)), None)  # None: Playwright's own
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        try:
+            found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except Error:
+            pytest.fail("the page is tested in Chromium: apt-get install chromium", pytrace=False)
         yield found
         found.close()
