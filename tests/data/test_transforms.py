@@ -86,7 +86,7 @@ def test_a_crop_shows_things_as_large_as_the_whole_view_does():
         assert view.shape == (32, 32, 3) and seen.shape == (32, 32)
         assert (seen != 255).all(), "a crop lies within the photo"
         rows, columns = np.flatnonzero((seen == 1).any(1)), np.flatnonzero((seen == 1).any(0))
-        if rows.size and 0 < rows[0] and rows[-1] < 31 and 0 < columns[0] and columns[-1] < 31:
+        if rows.size and rows[0] > 0 and rows[-1] < 31 and columns[0] > 0 and columns[-1] < 31:
             assert {len(rows), len(columns)} <= {9, 10, 11}, "half of its 20 pixels"
             places.add((rows[0], columns[0]))
     assert len(places) > 5
