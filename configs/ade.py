@@ -1,6 +1,6 @@
-"""ADE20K, 150 classes, Stable Diffusion 2, one class per pass: for accelerators.
+"""ADE20K, 150 classes, from Stable Diffusion 2, one class per pass: for accelerators.
 
-Not tuned: no run of it has been made. What is not the paper's is said below.
+Not tuned: it has not been run. docs/method.md says what differs from the paper.
 """
 
 from segdiff_jax.config import (

@@ -1,9 +1,9 @@
-"""ADE20K in one step: a finished training of configs/ade.py, trained on through the VAE's decoder.
+"""ADE20K in one step: goes on from a training with configs/ade.py, through the VAE's decoder.
 
     python -m segdiff_jax.train --config configs/ade_e2e.py --workdir W2 \\
         --config.init_from=W --config.data.root=ADE20K
 
-Not tuned: no run of it has been made. Rate and length are those of arXiv 2409.11355 for depth.
+Not tuned: it has not been run. Rate and length are those of arXiv 2409.11355 for depth.
 """
 
 import dataclasses

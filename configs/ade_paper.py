@@ -1,6 +1,6 @@
-"""ADE20K the paper's way: all 150 classes in one gray image, the mean of their prompts, T = 50.
+"""ADE20K as in the paper: all 150 classes in one gray image, the mean of their prompts, T = 50.
 
-Everything else is configs/ade.py.
+Everything else is as in configs/ade.py. It has not been run.
 """
 
 import dataclasses

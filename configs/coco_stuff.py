@@ -1,7 +1,7 @@
-"""COCO-Stuff, 171 classes: the set to train on for vocabularies that are named later.
+"""COCO-Stuff, 171 classes: for open vocabularies, which are named at evaluation or prediction.
 
 As configs/ade.py but for data and length, so its checkpoints can be scored on ADE20K with
-`evaluate --config configs/ade.py`.
+`evaluate --config configs/ade.py`. It has not been run.
 """
 
 import dataclasses

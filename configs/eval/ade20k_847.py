@@ -1,6 +1,6 @@
 """The full ADE20K, 847 classes.
 
-Images and labels are brought to a short side of 512 where it is longer, as papers score it.
+Images and labels are shrunk to a short side of 512, as in the papers.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from segdiff_jax.config import Config, DataConfig
 
 
 def get_config(trained: Config = Config()) -> Config:
-    """What `trained` says of the model, with the data of this benchmark."""
+    """Return `trained`, the config of a model, with the data of this benchmark."""
     seen = trained.data
     data = DataConfig(
         source="ade20k_847",

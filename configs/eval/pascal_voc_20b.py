@@ -1,4 +1,4 @@
-"""Pascal VOC 2012, 20 classes and background: all that is said of Pascal Context's other 39."""
+"""Pascal VOC 2012, 20 classes and background, which the other 39 of Pascal Context stand for."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ from segdiff_jax.config import Config, DataConfig
 
 
 def get_config(trained: Config = Config()) -> Config:
-    """What `trained` says of the model, with the data of this benchmark."""
+    """Return `trained`, the config of a model, with the data of this benchmark."""
     seen = trained.data
     data = DataConfig(
         source="pascal_voc_20b",

@@ -6,7 +6,7 @@ from segdiff_jax.config import Config, DataConfig
 
 
 def get_config(trained: Config = Config()) -> Config:
-    """What `trained` says of the model, with the data of this benchmark."""
+    """Return `trained`, the config of a model, with the data of this benchmark."""
     seen = trained.data
     data = DataConfig(
         source="pascal_voc",
