@@ -207,7 +207,7 @@ def _segment_photos(
             with processes.at_work("writes its results"):
                 if found is None:
                     photo = read.read(path).pixels
-                    rows.append(resuming.row(path, photo, done[path], ask.classes))
+                    rows.append(resuming.row(args.output, path, photo, done[path], ask.classes))
                 else:
                     own = ask.used | {resuming.DIGEST: read.digest(path)}
                     rows.append(writers.write(ask.target(path), path, found, own, args.format))

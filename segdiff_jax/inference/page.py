@@ -30,6 +30,7 @@ class Row(NamedTuple):
     caption: str
     images: Mapping[str, bytes | str]  # title -> image
     legend: Mapping[str, Sequence[int]] = {}  # class in the images -> RGB
+    originals: Mapping[str, str] = {}  # title of a reduced image -> address of the whole one
 
 
 def comparison(

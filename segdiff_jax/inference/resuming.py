@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from segdiff_jax import files, ownership
@@ -54,10 +55,12 @@ def changes(
     return found + ([f"format {' '.join(had)}"] if had != sorted(set(kinds)) else [])
 
 
-def row(path: str, pixels: Any, said: Mapping[str, Any], classes: Vocabulary) -> page.Row:
+def row(
+    output: str, path: str, pixels: np.ndarray, said: Mapping[str, Any], classes: Vocabulary
+) -> page.Row:
     """The photo's row of the page, as the run that segmented it had it."""
     present = sorted((one for one in said["classes"] if one["pixels"]), key=lambda c: -c["pixels"])
     colors = dict(zip(classes.names, classes.palette().tolist(), strict=True))
     legend = {one["name"]: colors[one["name"]] for one in present}
     other = page.no_class(said["other"]["pixels"] > 0)
-    return writers.row(path, pixels, legend | other, said["files"])
+    return writers.row(output, path, pixels, legend | other, said["files"])

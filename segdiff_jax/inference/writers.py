@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from etils import epath
@@ -16,12 +17,13 @@ from segdiff_jax import files, ownership
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import formats, page, pictures
-from segdiff_jax.inference.photos import file_name, identity
+from segdiff_jax.inference.photos import file_name, identity, is_url
 from segdiff_jax.inference.result import Segmentation, other_label
 from segdiff_jax.text.vocabulary import Vocabulary
 
 _LONGEST_NAME = 255  # bytes, on most file systems
 _THUMBNAIL = 640  # pixels of the longer side of photos inside index.html
+_IN_BROWSERS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 _ALWAYS = ("_overlay.png", "_uncertainty.png", ".json")
 
 KIND = "prediction"  # of a folder's marker (`ownership`)
@@ -122,7 +124,7 @@ def write(
     _write_set(output, contents)
     _remove_stale(output, name, contents)
     legend = found.legend() | page.no_class((found.labels >= len(found.classes)).any())
-    return row(path, found.photo, legend, written)
+    return row(output, path, found.photo, legend, written)
 
 
 def contents_of(
@@ -232,19 +234,39 @@ def write_summaries(
 
 
 def row(
+    output: str,
     path: str,
     photo: np.ndarray,
     legend: Mapping[str, Sequence[int]],
     written: Mapping[str, Any],
 ) -> page.Row:
-    """The row of `page.page` for a photo uint8 [H, W, 3] whose files are `written`."""
-    thumbnail = Image.fromarray(photo)
-    thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    shown: dict[str, bytes | str] = {"image": pictures.encode(thumbnail, photo=True)}
+    """Return the row of O/index.html for a photo uint8 [H, W, 3] whose files are `written`.
+
+    The page holds a large photo reduced; a click then opens the photo itself, where a browser can.
+    """
+    picture, title, originals = Image.fromarray(photo), "image", {}
+    width, height = picture.size
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    if picture.size != (width, height):
+        small = f"{picture.width} × {picture.height}"
+        title = f"image, here at {small} of {width} × {height} pixels"
+        address = _address(output, path)
+        originals = {title: address} if address else {}
+    shown: dict[str, bytes | str] = {title: pictures.encode(picture, photo=True)}
     for kind in ("labels", "overlay", "uncertainty"):
         if written.get(kind):
             shown[kind] = written[kind]
-    return page.Row(path, shown, legend)
+    return page.Row(path, shown, legend, originals)
+
+
+def _address(output: str, path: str) -> str | None:
+    """Return where a browser that shows O/index.html finds a photo, None where it cannot."""
+    if is_url(path):
+        return path
+    shown = path.lower().endswith(_IN_BROWSERS)
+    if not shown or files.is_remote(path) or files.is_remote(output):
+        return None
+    return quote(os.fsencode(os.path.relpath(path, output)))
 
 
 def write_page(

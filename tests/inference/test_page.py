@@ -209,12 +209,16 @@ def test_page_escapes_what_users_name(tmp_path):
         note=evil,
         figures={evil: evil},
         tables=[page_lib.Table(evil, [evil], [[evil]])],
-        rows=[page_lib.Row(evil, {evil: "a b#?<\"'.png"})],
+        rows=[
+            page_lib.Row(evil, {evil: "a b#?<\"'.png"}),
+            page_lib.Row("", {"image": "small.png"}, originals={"image": evil}),
+        ],
     )
     tags = {tag for tag, _ in page.tags}
-    assert "script" not in tags and page.sources == ["a%20b%23%3F%3C%22%27.png"]
+    assert "script" not in tags and page.sources[0] == "a%20b%23%3F%3C%22%27.png"
+    assert [a["href"] for tag, a in page.tags if tag == "a"] == [evil]
     assert page.text.count(evil) == 10  # two titles, note, figure, table, row
-    assert [a["alt"] for tag, a in page.tags if tag == "img"] == [f"{evil} of {evil}"]
+    assert [a["alt"] for tag, a in page.tags if tag == "img"][0] == f"{evil} of {evil}"
 
 
 def test_page_with_a_split(tmp_path):
