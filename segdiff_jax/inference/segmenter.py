@@ -135,8 +135,8 @@ class Segmenter:
         gray, spread = self.unclipped_maps(photos, wanted.classes, sampler, seed, progress=progress)
         uncertain = spread if sampler.ensemble > 1 else [None] * len(photos)
         found = [
-            self.segmentation(*maps, _pixels(image), wanted, decoding)
-            for *maps, image in zip(gray, uncertain, photos, strict=True)
+            self.segmentation(maps, spread_of_one, _pixels(image), wanted, decoding)
+            for maps, spread_of_one, image in zip(gray, uncertain, photos, strict=True)
         ]
         return found if several else found[0]
 

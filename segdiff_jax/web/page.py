@@ -276,7 +276,7 @@ def _connect(page: gr.Blocks, model: _Model, question: _Question, answer: _Answe
 
 
 def _zip(kept: _Kept, kinds: Sequence[str], cache: str) -> str:
-    """Zip what `predict` writes in these formats. Gradio moves the file, and deletes it."""
+    """Zip what `predict` writes in these formats, and return the path. Gradio deletes it later."""
     if not kinds:
         raise UserError("Choose a format first.")
     formats.check(kinds, kept.found.vocabulary)
