@@ -1,4 +1,4 @@
-"""A page in the browser: `python -m segdiff_jax.app --checkpoint W`."""
+"""Open a page in the browser: `python -m segdiff_jax.app --checkpoint W`."""
 
 import argparse
 import os
@@ -96,7 +96,7 @@ def _wait(loading: Future[Any]) -> None:
 def _examples(
     given: str | None, temporary: str, config: "Config", trained: "Vocabulary | None"
 ) -> "Sequence[Example]":
-    """Photos of the folder that was given, or scenes for a model that was trained on scenes."""
+    """Return photos of the folder that was given, or scenes for a model trained on scenes."""
     import shutil
 
     from PIL import Image

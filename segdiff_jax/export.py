@@ -1,4 +1,4 @@
-"""Exports a model: `python -m segdiff_jax.export --checkpoint W --output D --format diffusers`."""
+"""Export a model: `python -m segdiff_jax.export --checkpoint W --output D --format diffusers`."""
 
 import argparse
 import dataclasses
@@ -140,7 +140,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
 
 
 def _check_output(args: argparse.Namespace, folder: str, config: Config) -> None:
-    """Raises `UserError`, before minutes of work, if the output would replace what is not its own.
+    """Raise `UserError`, before minutes of work, if the output would replace what is not its own.
 
     Never replaced: what the export is made from, whoever wrote it.
     """
@@ -151,14 +151,11 @@ def _check_output(args: argparse.Namespace, folder: str, config: Config) -> None
 
 
 def _sampler(args: argparse.Namespace, config: Config) -> SamplerConfig:
-    total = config.diffusion.num_train_timesteps
-    if args.steps and args.steps > total:
-        raise UserError(f"--steps {args.steps}: this model has {total} steps, ask for 1 to {total}")
-    sampler = dataclasses.replace(
-        config.sampler,
-        steps=args.steps or config.sampler.steps,
-        ensemble=args.ensemble or config.sampler.ensemble,
-    )
+    from segdiff_jax.inference.flags import steps_of
+
+    steps = steps_of(args.steps, config)
+    ensemble = args.ensemble or config.sampler.ensemble
+    sampler = dataclasses.replace(config.sampler, steps=steps, ensemble=ensemble)
     check_sampler(sampler)
     return sampler
 
@@ -170,11 +167,11 @@ def write_folder(
     trained: vocabulary.Vocabulary | None = None,
     decoders: "tuple[LinearDecoder | None, TinyVAE | None]" = (None, None),
 ) -> None:
-    """Writes everything that `workdir.load_networks` returns as a Stable Diffusion folder.
+    """Write everything that `workdir.load_networks` returns as a Stable Diffusion folder.
 
     The bytes depend on the arguments only, and loading the folder gives the arguments back (but
     for `portable`). trained: the classes of the training. decoders: as `workdir.load_decoders`
-    gives them. Raises `UserError` as `weights.pretrained.save` does.
+    gives them. Raise `UserError` as `weights.pretrained.save` does.
     """
     from segdiff_jax.weights import mask_decoders, pretrained, workdir
     from segdiff_jax.weights.model_card import model_card
@@ -196,7 +193,7 @@ def write_folder(
 
 
 def portable(config: Config) -> Config:
-    """`config` without the paths of the machine that trained: nobody else has them."""
+    """Return `config` without the paths of the machine that trained: nobody else has them."""
     data, start = config.data, config.init_from
     own = data.vocabulary not in vocabulary.packaged()
     data = dataclasses.replace(data, root="", vocabulary="" if own else data.vocabulary)
@@ -209,7 +206,7 @@ def portable(config: Config) -> Config:
 
 
 def _check_hub(repository: str, output: str) -> None:
-    """Raises `UserError` before the work if the upload after it cannot succeed."""
+    """Raise `UserError` before the work if the upload after it cannot succeed."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id  # a submodule that nothing else imports
 
@@ -225,7 +222,7 @@ def _check_hub(repository: str, output: str) -> None:
 
 
 def _push(repository: str, folder: str) -> str:
-    """Uploads a folder in one commit. Returns the repository's address."""
+    """Upload a folder in one commit. Return the repository's address."""
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api, root = HfApi(), Path(folder)
@@ -248,7 +245,7 @@ def _push(repository: str, folder: str) -> str:
 
 
 def _asked(request: Callable[[], Any]) -> Any:
-    """The answer to a short request to Hugging Face."""
+    """Return the answer to a short request to Hugging Face."""
     wait = waiting.Wait("Hugging Face", waiting.NETWORK, "check the network")
     return waiting.bounded(request, wait)
 

@@ -1,4 +1,4 @@
-"""Segments photos: `python -m segdiff_jax.predict --checkpoint W --images a.jpg --output O …`."""
+"""Segment photos: `python -m segdiff_jax.predict --checkpoint W --images a.jpg --output O …`."""
 
 import argparse
 import contextlib
@@ -17,11 +17,12 @@ from etils import epath
 
 from segdiff_jax import cli, files, ownership
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import clips, flags, photos, requests
+from segdiff_jax.inference import flags, photos, requests
 from segdiff_jax.progress import Progress, reporter, working
 from segdiff_jax.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
+    from segdiff_jax.inference.clips import Length
     from segdiff_jax.inference.result import Segmentation
     from segdiff_jax.inference.segmenter import Segmenter
 
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
 
 
 def _say(args: argparse.Namespace, text: str) -> None:
-    """What is for people: on stdout, unless that is for programs."""
+    """Print what is for people: on stdout, unless that is for programs."""
     from segdiff_jax.parallel import processes
 
     if processes.is_first() and not args.quiet:
@@ -60,7 +61,7 @@ def _say(args: argparse.Namespace, text: str) -> None:
 
 
 def _check_streams(args: argparse.Namespace, paths: Sequence[str]) -> None:
-    """Raises `UserError` for what cannot come from stdin or go to stdout."""
+    """Raise `UserError` for what cannot come from stdin or go to stdout."""
     from segdiff_jax.parallel import processes
 
     if photos.STDIN in paths and processes.count() > 1:
@@ -80,14 +81,22 @@ def _check_streams(args: argparse.Namespace, paths: Sequence[str]) -> None:
 
 
 class _Ask(NamedTuple):
-    """What is asked of the model for every photo, and where the results go."""
+    """What is asked of which model for every photo, and where the results go."""
 
     args: argparse.Namespace
+    segmenter: "Segmenter"
+    read: photos.Photos
     classes: Vocabulary
     settings: dict[str, Any]  # of the call
     used: dict[str, Any]  # those, and the model's: what is recorded
     names: dict[str, str]  # path → name of its results
-    first: bool  # of several processes, which all segment, it is the one that writes
+    first: bool  # of several processes, which all segment, this is the one that writes
+
+    def recorded(self, path: str) -> dict[str, Any]:
+        """Return `used` and the digest of the photo: what its description says of settings."""
+        from segdiff_jax.inference import resuming
+
+        return self.used | {resuming.DIGEST: self.read.digest(path)}
 
     def target(self, path: str) -> str:
         return os.path.join(self.args.output, self.names[path])
@@ -98,7 +107,7 @@ def _predict(args: argparse.Namespace, paths: list[str], folder: str) -> None:
 
     first, to_folder = processes.is_first(), args.output != _STDOUT
     with working("loading libraries", first):
-        from segdiff_jax.inference import formats, resuming, writers
+        from segdiff_jax.inference import clips, formats, resuming, writers
         from segdiff_jax.inference.segmenter import Segmenter
         from segdiff_jax.weights import hub, workdir
 
@@ -109,7 +118,7 @@ def _predict(args: argparse.Namespace, paths: list[str], folder: str) -> None:
     names = writers.names(paths)
     read = photos.Photos(config.data, args.max_pixels, folder)
     progress = functools.partial(reporter, enabled=first and not args.quiet)
-    of_clips = _only_clips(paths)
+    of_clips = clips.only(paths)
     kinds = [] if of_clips and not args.frames else args.format
     if first and to_folder:
         formats.check(args.format, classes)
@@ -131,45 +140,40 @@ def _predict(args: argparse.Namespace, paths: list[str], folder: str) -> None:
         "checkpoint_step": segmenter.checkpoint_step,
         "weights": segmenter.networks.checksum(),
     }
-    ask = _Ask(args, classes, settings, used, names, first)
+    ask = _Ask(args, segmenter, read, classes, settings, used, names, first)
     if not to_folder:
-        (found,) = _stream(ask, segmenter, read, paths, progress("predict"))
-        if first:
-            sys.stdout.buffer.write(found.encoded(_ONE_FILE[args.format[0]]))
-            sys.stdout.buffer.flush()
+        _write_to_stdout(ask, paths, progress("predict"))
         return
-    done = _done_before(ask, read, paths, had, kinds)
+    done = _done_before(ask, paths, had, kinds)
     if of_clips:
         for path in paths:
             if path not in done:
-                _segment_clip(ask, segmenter, read, path, lengths[path], progress(path, "frame"))
+                _segment_clip(ask, path, lengths[path], progress(path, "frame"))
     else:
-        _segment_photos(ask, segmenter, read, paths, done, unreadable, progress("predict"))
+        _segment_photos(ask, paths, done, unreadable, progress("predict"))
     _report(args, len(paths) - len(done), len(done), unreadable)
 
 
-def _only_clips(paths: Sequence[str]) -> bool:
-    found = [path for path in paths if clips.is_clip(path)]
-    if found and len(found) < len(paths):
-        raise UserError(f"--images: {found[0]} is a clip, others are photos: give them one by one")
-    return bool(found)
+def _write_to_stdout(ask: _Ask, paths: Sequence[str], step: Progress) -> None:
+    (found,) = _stream(ask, paths, step)
+    if ask.first:
+        sys.stdout.buffer.write(found.encoded(_ONE_FILE[ask.args.format[0]]))
+        sys.stdout.buffer.flush()
 
 
 def _done_before(
     ask: _Ask,
-    read: photos.Photos,
     paths: Sequence[str],
     had: Mapping[str, Mapping[str, Any]],
     kinds: Sequence[str],
 ) -> dict[str, Mapping[str, Any]]:
-    """Of the descriptions `had` of an earlier run those that are as asked; says what is not."""
+    """Return the descriptions `had` of an earlier run that are as asked; say what is not."""
     from segdiff_jax.inference import resuming
     from segdiff_jax.parallel import processes
 
     changes = {}
     for path in filter(had.__contains__, paths):
-        settings = ask.used | {resuming.DIGEST: read.digest(path)}
-        changes[path] = resuming.changes(had[path], settings, ask.classes, kinds)
+        changes[path] = resuming.changes(had[path], ask.recorded(path), ask.classes, kinds)
     # The first process, which writes, decides: others need not see its folder.
     same = processes.stacked(np.array([changes.get(path) == [] for path in paths]))[0]
     again = Counter(change for found in changes.values() for change in found)
@@ -182,19 +186,17 @@ def _done_before(
 
 def _segment_photos(
     ask: _Ask,
-    segmenter: "Segmenter",
-    read: photos.Photos,
     paths: Sequence[str],
     done: Mapping[str, Mapping[str, Any]],
     unreadable: Mapping[str, str],
     step: Progress,
 ) -> None:
-    """Writes the files of each photo that is not done, and index.html over all."""
+    """Write the files of each photo that is not done, and index.html over all."""
     from segdiff_jax.inference import resuming, writers
     from segdiff_jax.parallel import processes
 
     args, rows = ask.args, []
-    results = _stream(ask, segmenter, read, [p for p in paths if p not in done], step)
+    results = _stream(ask, [p for p in paths if p not in done], step)
     with contextlib.ExitStack() as stack:
         if ask.first:
             names = [ask.names[path] for path in paths]
@@ -206,10 +208,10 @@ def _segment_photos(
                 continue
             with processes.at_work("writes its results"):
                 if found is None:
-                    photo = read.read(path).pixels
-                    rows.append(resuming.row(path, photo, done[path], ask.classes))
+                    photo = ask.read.read(path).pixels
+                    rows.append(resuming.row(args.output, path, photo, done[path], ask.classes))
                 else:
-                    own = ask.used | {resuming.DIGEST: read.digest(path)}
+                    own = ask.recorded(path)
                     rows.append(writers.write(ask.target(path), path, found, own, args.format))
                 _json_line(args, ask.target(path), path in done)
         if ask.first:
@@ -219,24 +221,22 @@ def _segment_photos(
             writers.write_page(args.output, rows, ask.classes, note, unreadable)
 
 
-def _stream(
-    ask: _Ask, segmenter: "Segmenter", read: photos.Photos, paths: Sequence[str], step: Progress
-) -> Iterator["Segmentation"]:
-    """The `Segmentation` of each photo. Raises `UserError` that names it."""
+def _stream(ask: _Ask, paths: Sequence[str], step: Progress) -> Iterator["Segmentation"]:
+    """Yield the `Segmentation` of each photo. Raise `UserError` that names the photo."""
     if not paths:
         return
     finished, total = 0, len(paths)
     step(0, total)
 
-    def part(done: float, passes: int) -> None:
+    def part(done: float, jobs: int) -> None:
         # The stream is one photo ahead of its results: what is told is what the networks do.
         nonlocal finished
         if done and finished < total:
-            step(round(finished + min(done / passes, 0.99), 2), total)
-        finished += done == passes
+            step(round(finished + min(done / jobs, 0.99), 2), total)
+        finished += done == jobs
 
-    pixels = (read.read(path).pixels for path in paths)
-    results = segmenter.stream(pixels, ask.classes, progress=part, **ask.settings)
+    pixels = (ask.read.read(path).pixels for path in paths)
+    results = ask.segmenter.stream(pixels, ask.classes, progress=part, **ask.settings)
     for path in paths:
         try:
             found = next(results)
@@ -247,19 +247,11 @@ def _stream(
         yield found
 
 
-def _segment_clip(
-    ask: _Ask,
-    segmenter: "Segmenter",
-    read: photos.Photos,
-    path: str,
-    length: clips.Length,
-    step: Progress,
-) -> None:
-    """Writes O/<name>_overlay.mp4 and O/<name>.json, and with --frames the files of each frame."""
-    from segdiff_jax.inference import resuming, writers
+def _segment_clip(ask: _Ask, path: str, length: "Length", step: Progress) -> None:
+    """Write O/<name>_overlay.mp4 and O/<name>.json, and with --frames the files of each frame."""
+    from segdiff_jax.inference import clips, writers
 
-    args, name = ask.args, ask.names[path]
-    own = ask.used | {resuming.DIGEST: read.digest(path)}
+    args, name, own = ask.args, ask.names[path], ask.recorded(path)
     frames = [f"{name}_{n:06}" for n in range(1, length.frames + 1)] if args.frames else []
     written = [f"{name}_overlay.mp4", f"{name}.json"]
     written += writers.outputs(frames, args.format, len(ask.classes))[:-1]  # without a page
@@ -269,13 +261,13 @@ def _segment_clip(
             stack.enter_context(ownership.claimed(args.output, writers.KIND, written))
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix="segdiff_"))
         with clips.writer(Path(place, "clip.mp4"), length.rate) as append:
-            results = segmenter.stream(clips.frames(path), ask.classes, **ask.settings)
+            results = ask.segmenter.stream(clips.frames(path), ask.classes, **ask.settings)
             for number, found in enumerate(results, 1):
                 if ask.first:
                     append(clips.overlay(found))
                     summary.add(found)
-                    for frame in frames[number - 1 : number]:
-                        target = os.path.join(args.output, frame)
+                    if frames:
+                        target = os.path.join(args.output, frames[number - 1])
                         writers.write(target, f"{path}#{number}", found, own, args.format)
                 step(number, length.frames)
         if ask.first:
@@ -294,7 +286,7 @@ def _segment_clip(
 
 
 def _json_line(args: argparse.Namespace, target: str, skipped: bool) -> None:
-    """What O/<name>.json says, on one line of stdout."""
+    """Print what O/<name>.json says on one line, where --json-lines asks for it."""
     if args.json_lines:
         said = {"output": args.output, "skipped": skipped}
         said |= json.loads(epath.Path(f"{target}.json").read_bytes())

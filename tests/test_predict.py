@@ -88,6 +88,34 @@ def test_files_of_each_image(place, capsys):
         assert name in page
 
 
+def _page_links(page):
+    """The address and the caption of each picture of a page that opens another file."""
+    found = re.findall(r'<a href="([^"]*)">.*?</a>\s*<figcaption>([^<]*)<', page, re.DOTALL)
+    return [(unquote(address), caption) for address, caption in found]
+
+
+def test_a_photo_that_the_page_shows_reduced_opens_in_full(place, capsys):
+    for photo in (place / "in").iterdir():
+        photo.unlink()
+    names = ["a 1#?.png", "caf\xe9.jpg", "small.png", "photo.tif"]
+    for name in names:
+        _photo(place / "in" / name, (30, 40) if name == "small.png" else (300, 800))
+    code, output = _run(place, capsys)
+    assert code == 0, output.err
+    page = (place / "o" / "index.html").read_text("utf-8")
+    reduced = "image, here at 640 × 240 of 800 × 300 pixels"
+    # No browser but one shows a TIFF, and a small photo is in the page as a whole.
+    assert page.count(reduced) == 2 * 3, "as the caption and as the text of the picture"
+    linked = _page_links(page)
+    assert [caption for _, caption in linked] == [reduced] * 2
+    opened = [(place / "o" / address).resolve() for address, _ in linked]
+    assert opened == [place / "in" / name for name in names[:2]]
+    assert page.count('type="checkbox"') == 4 * 3 - 2, "the other pictures open in the page"
+    code, output = _run(place, capsys)
+    assert code == 0 and "4 skipped" in output.out
+    assert (place / "o" / "index.html").read_text("utf-8") == page
+
+
 def test_every_format_is_read_back(place, capsys):
     flags = ["--format", "scores", "masks", "coco", "--threshold=0.48"]
     assert _run(place, capsys, images=("in/a.png",))[0] == 0

@@ -6,31 +6,33 @@ labels. Colours are the classes', and the legend names all of them, for it must 
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import pictures
+from segdiff_jax.inference import pictures, writers
+from segdiff_jax.inference.result import Segmentation
 from segdiff_jax.text.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from segdiff_jax.inference.result import Segmentation
 
 SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 _ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first that the library was built with
 
 
-def is_clip(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in SUFFIXES
+def only(paths: Sequence[str]) -> bool:
+    """Return whether `paths` are clips. Raise `UserError` if some are and others are not."""
+    found = [path for path in paths if os.path.splitext(path)[1].lower() in SUFFIXES]
+    if found and len(found) < len(paths):
+        raise UserError(f"--images: {found[0]} is a clip, others are photos: give them one by one")
+    return bool(found)
 
 
 def library() -> Any:
-    """PyAV. Raises `UserError` where the extra is not installed."""
+    """Import PyAV. Raise `UserError` if the extra is not installed."""
     try:
         import av
     except ImportError as error:
@@ -52,12 +54,14 @@ def _opened(path: str) -> Iterator[Any]:
 
 
 class Length(NamedTuple):
+    """How long a clip is."""
+
     rate: Fraction  # frames a second
-    frames: int
+    frames: int  # in all, from 1 on
 
 
 def look(path: str) -> Length:
-    """How long a clip is. Decodes all of it, so that what is damaged is known before any work."""
+    """Measure a clip. All of it is decoded, so that damage is known before any work."""
     with _opened(path) as container:
         stream = container.streams.video[0]
         rate = Fraction(stream.average_rate or stream.base_rate or 25)
@@ -65,9 +69,9 @@ def look(path: str) -> Length:
 
 
 def frames(path: str) -> Iterator[np.ndarray]:
-    """uint8 [H, W, 3], upright, all of the first frame's size.
+    """Yield the frames of a clip, uint8 [H, W, 3], upright, all of the first one's size.
 
-    Raises `UnreadableError` where it cannot be read, also in its midst.
+    Raise `UnreadableError` where the clip cannot be read, also in its midst.
     """
     size: tuple[int, int] | None = None
     with _opened(path) as container:
@@ -83,7 +87,7 @@ def frames(path: str) -> Iterator[np.ndarray]:
 
 @contextlib.contextmanager
 def writer(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray], None]]:
-    """A function that appends a picture uint8 [H, W, 3], all of one size, to the clip at `path`."""
+    """Give a function that appends pictures uint8 [H, W, 3], all of one size, to a clip."""
     av = library()
     encoder = next(name for name in _ENCODERS if name in av.codecs_available)
     with av.open(str(path), "w", format="mp4") as container:
@@ -103,8 +107,8 @@ def writer(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray], None]]
             container.mux(packet)
 
 
-def overlay(found: "Segmentation") -> np.ndarray:
-    """One picture of the clip, uint8 [H, W, 3]: the legend of all classes is below each."""
+def overlay(found: Segmentation) -> np.ndarray:
+    """Make one picture of the clip, uint8 [H, W, 3], with all classes in the legend below it."""
     colors = map(tuple, found.vocabulary.palette().tolist())
     legend = list(zip(found.classes, colors, strict=True))
     return np.asarray(pictures.with_legend(found.overlay(legend=False), legend))
@@ -119,7 +123,7 @@ class Summary:
         self._changed: list[float] = []
         self._frames = 0
 
-    def add(self, found: "Segmentation") -> None:
+    def add(self, found: Segmentation) -> None:
         labels, count = found.labels, len(self._classes)
         self._pixels += np.bincount(labels.ravel(), minlength=count)[:count]
         if self._before is not None:
@@ -127,14 +131,13 @@ class Summary:
         self._before, self._frames = labels, self._frames + 1
 
     def figures(self) -> dict[str, Any]:
-        """flicker: the mean share of the pixels that have another label in the next frame."""
+        """Return what the clip's description says of all frames together.
+
+        flicker: the mean share of the pixels that have another label in the next frame, 0…1.
+        """
         assert self._before is not None
         height, width = self._before.shape
-        classes = [
-            {"id": i, "name": e.name, "synonyms": list(e.synonyms), "pixels": int(n)}
-            | {"share": float(n / (self._before.size * self._frames))}
-            for i, (e, n) in enumerate(zip(self._classes.classes, self._pixels, strict=True))
-        ]
+        classes = writers.counted(self._classes, self._pixels, self._before.size * self._frames)
         flicker = float(np.mean(self._changed)) if self._changed else 0.0
         size = {"width": width, "height": height, "frames": self._frames}
         return size | {"flicker": flicker, "classes": classes}

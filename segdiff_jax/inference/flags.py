@@ -26,7 +26,7 @@ on where it was stopped: what is done with the same settings is skipped.
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments; what a shell made of class names without quotes gets a hint."""
+    """Return the arguments. Raise `UserError` for class names that a shell took apart."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if not rest:
@@ -93,6 +93,33 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="refuse larger images; default: as the checkpoint's config says (data.max_pixels)",
     )
+    _add_sampling(parser)
+    add(
+        "--json-lines",
+        action="store_true",
+        help="also print what <name>.json says, one photo a line, on stdout; the rest on stderr",
+    )
+    add(
+        "--frames",
+        action="store_true",
+        help="of clips also write each frame as a photo, O/<name>_000001_labels.png and so on",
+    )
+    add("--quiet", action="store_true", help="say nothing but warnings and errors")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
+        "--threshold",
+        type=_share,
+        metavar="S",
+        help="pixels whose best score is below S, 0…1, are *other* (255)",
+    )
+    other.add_argument(
+        "--closed", action="store_true", help="every pixel gets one of the classes, none is *other*"
+    )
+    return parser
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--steps",
         type=cli.positive_int,
@@ -118,28 +145,6 @@ def _parser() -> argparse.ArgumentParser:
         help="see a large photo also in windows, at most N along each side; 0 = as a whole only",
     )
     add("--seed", type=cli.natural_int, default=0, help="seed of the sampling noise; default: 0")
-    add(
-        "--json-lines",
-        action="store_true",
-        help="also print what <name>.json says, one photo a line, on stdout; the rest on stderr",
-    )
-    add(
-        "--frames",
-        action="store_true",
-        help="of clips also write each frame as a photo, O/<name>_000001_labels.png and so on",
-    )
-    add("--quiet", action="store_true", help="say nothing but warnings and errors")
-    other = parser.add_mutually_exclusive_group()
-    other.add_argument(
-        "--threshold",
-        type=_share,
-        metavar="S",
-        help="pixels whose best score is below S, 0…1, are *other* (255)",
-    )
-    other.add_argument(
-        "--closed", action="store_true", help="every pixel gets one of the classes, none is *other*"
-    )
-    return parser
 
 
 def _share(text: str) -> float:
@@ -153,11 +158,8 @@ def _share(text: str) -> float:
 
 
 def settings_of(args: argparse.Namespace, config: Config, classes: Vocabulary) -> dict[str, Any]:
-    """Arguments of the call to the segmenter. Raises `UserError` for what the model cannot do."""
-    sampler, total = config.sampler, config.diffusion.num_train_timesteps
-    steps = args.steps or sampler.steps
-    if steps > total:
-        raise UserError(f"--steps {steps}: this model has {total} steps, ask for 1 to {total}")
+    """Return the settings of a call to the segmenter. Raise `UserError` for impossible ones."""
+    sampler = config.sampler
     shortlist = sampler.shortlist if args.shortlist is None else args.shortlist
     group = codec.group_size(len(classes), config.codec.classes_per_pass)
     if shortlist and group > 1:
@@ -166,7 +168,7 @@ def settings_of(args: argparse.Namespace, config: Config, classes: Vocabulary) -
             "so there is nothing to leave out: set it to 0"
         )
     return {
-        "steps": steps,
+        "steps": steps_of(args.steps, config),
         "ensemble": args.ensemble or sampler.ensemble,
         "shortlist": shortlist,
         "tiles": sampler.tiles if args.tiles is None else args.tiles,
@@ -175,3 +177,11 @@ def settings_of(args: argparse.Namespace, config: Config, classes: Vocabulary) -
         # Who names a threshold wants *other*, even from a model whose config is closed.
         "closed": args.closed or (config.codec.closed and args.threshold is None),
     }
+
+
+def steps_of(asked: int | None, config: Config) -> int:
+    """Return the denoising steps asked for, or the config's. Raise `UserError` for too many."""
+    steps, total = asked or config.sampler.steps, config.diffusion.num_train_timesteps
+    if steps > total:
+        raise UserError(f"--steps {steps}: this model has {total} steps, ask for 1 to {total}")
+    return steps

@@ -7,14 +7,12 @@ such a set needs beside the files of its images, from those files.
 import functools
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 from PIL import Image
 
 from segdiff_jax.data import geometry
@@ -28,12 +26,12 @@ _EXACT = 1.0  # pixels that a polygon of YOLO may leave the edge of its mask
 
 
 def labels_png(found: Segmentation) -> bytes:
-    """Class ids as pixel values, with a palette."""
+    """Encode class ids as pixel values, with a palette."""
     return pictures.label_png(found.labels, found.vocabulary.palette())
 
 
 def scores_npz(found: Segmentation) -> bytes:
-    """`scores` float16 [K, H, W], `classes` [K] and, of an ensemble, `uncertainty` [H, W]."""
+    """Pack `scores` float16 [K, H, W], `classes` [K] and, of an ensemble, `uncertainty` [H, W]."""
     scores = np.empty((len(found.classes), *found.labels.shape), np.float16)
     for number, row in enumerate(scores):
         row[...] = _score(found, number)  # not all of them in float32
@@ -46,10 +44,10 @@ def scores_npz(found: Segmentation) -> bytes:
 
 
 def coco_json(found: Segmentation, file_name: str = "") -> bytes:
-    """COCO's annotations of one image: one for each class present.
+    """Write COCO's annotations of one image: one for each class present.
 
-    As `supervision` writes them: a polygon where one ring says it all, run lengths where a mask has
-    holes or several parts.
+    They are as `supervision` writes them: a polygon where one ring says it all, run lengths where a
+    mask has holes or several parts.
     """
     height, width = found.labels.shape
     annotations: list[dict[str, Any]] = []
@@ -75,12 +73,12 @@ def _coco(images: Sequence[Any], annotations: Sequence[Any], classes: Sequence[s
 
 
 def _score(found: Segmentation, number: int) -> np.ndarray:
-    """float32 [H, W] in [0, 1]."""
+    """Return the scores of one class, float32 [H, W] in [0, 1]."""
     return geometry.enlarge(found.network_scores[..., number], found.labels.shape)
 
 
 def _score_png(found: Segmentation, number: int, source: str) -> bytes:
-    """16-bit gray: 65535 is a score of 1."""
+    """Encode the scores of one class in 16-bit gray: 65535 is a score of 1."""
     return pictures.encode(np.rint(_score(found, number) * 65535).astype(np.uint16))
 
 
@@ -97,7 +95,7 @@ def _cutout_png(found: Segmentation, number: int, source: str) -> bytes | None:
 
 
 def _yolo_txt(found: Segmentation, number: int, source: str) -> bytes:
-    """A line `class x1 y1 x2 y2 …` for each connected part, in shares of width and height."""
+    """Write a line `class x1 y1 x2 y2 …` for each connected part, in shares of width and height."""
     size = found.labels.shape[::-1]
     lines = []
     for label in np.unique(found.labels[found.labels < len(found.classes)]).tolist():
@@ -108,7 +106,7 @@ def _yolo_txt(found: Segmentation, number: int, source: str) -> bytes:
 
 
 def _yolo_photo(found: Segmentation, number: int, source: str) -> bytes:
-    """The photo as the labels mean it: upright, 8 bits, whatever its file was."""
+    """Encode the photo as the labels mean it: upright, 8 bits, whatever its file was."""
     return pictures.encode(found.photo, photo=True)
 
 
@@ -117,12 +115,10 @@ def _cvat_png(found: Segmentation, number: int, source: str) -> bytes:
 
 
 class File(NamedTuple):
-    """name: with {name}, the image's, and of a file of each class {number}.
+    """One file of an image, or one for each class."""
 
-    encode: (result, number, file name of the photo) → contents, or None where there is nothing.
-    """
-
-    name: str
+    name: str  # with {name}, the image's, and where there is one for each class {number}
+    # (result, number of the class, the photo's file name) → contents, None where there is nothing
     encode: Callable[[Segmentation, int, str], bytes | None]
 
     @property
@@ -152,7 +148,7 @@ _BY_SUFFIX = {".png": labels_png, ".npz": scores_npz, ".json": coco_json}
 
 
 def by_suffix(path: str) -> Callable[[Segmentation], bytes]:
-    """What makes the contents of a file of this name. Raises `UserError` for another suffix."""
+    """Return what makes the contents of a file of this name. Raise `UserError` if nothing does."""
     suffix = PurePath(path).suffix.lower()
     if suffix not in _BY_SUFFIX:
         raise UserError(f"{path}: end the name with one of {', '.join(_BY_SUFFIX)}")
@@ -160,26 +156,26 @@ def by_suffix(path: str) -> Callable[[Segmentation], bytes]:
 
 
 def names_of(name: str, kind: str, count: int) -> list[str]:
-    """The files of an image of this `name` that may be written for `count` classes."""
-    return [
-        file.name.format(name=name, number=number)
-        for file in FORMATS[kind]
-        for number in range(count if file.per_class else 1)
-    ]
+    """Return the files of an image of this `name` that may be written for `count` classes."""
+    return [path for path, _, _ in _files(name, kind, count)]
 
 
 def makers(
     name: str, kind: str, found: Segmentation, source: str
 ) -> Iterator[tuple[str, Callable[[], bytes | None]]]:
-    """`names_of`, each with what makes its contents."""
+    """Yield each of `names_of` with what makes its contents."""
+    for path, encode, number in _files(name, kind, len(found.classes)):
+        yield path, functools.partial(encode, found, number, source)
+
+
+def _files(name: str, kind: str, count: int) -> Iterator[tuple[str, Callable, int]]:
     for file in FORMATS[kind]:
-        for number in range(len(found.classes) if file.per_class else 1):
-            path = file.name.format(name=name, number=number)
-            yield path, functools.partial(file.encode, found, number, source)
+        for number in range(count if file.per_class else 1):
+            yield file.name.format(name=name, number=number), file.encode, number
 
 
 def check(kinds: Sequence[str], classes: Vocabulary) -> None:
-    """Raises `UserError` for class names that a format cannot hold."""
+    """Raise `UserError` for class names that a format cannot hold."""
     if "cvat" not in kinds:
         return
     for name in classes.names:
@@ -193,9 +189,9 @@ def check(kinds: Sequence[str], classes: Vocabulary) -> None:
 def summary(
     kind: str, read: Callable[[str], bytes], names: Sequence[str], classes: Vocabulary
 ) -> dict[str, bytes]:
-    """What a set of images of these `names` needs beside their files, which `read` gives by name.
+    """Make what a set of images needs beside their files, which `read` gives by name.
 
-    A zip for CVAT is as large in memory as on disk.
+    names: of the results of each image. A zip for CVAT is as large in memory as on disk.
     """
     if kind == "coco":
         return {"coco.json": _joined_coco([read(f"{name}_coco.json") for name in names], classes)}
@@ -208,11 +204,6 @@ def summary(
     if kind == "cvat":
         return _cvat(read, names, classes)
     return {}
-
-
-def read_in(directory: str) -> Callable[[str], bytes]:
-    """`read` of `summary` for files in a folder, local or gs://."""
-    return lambda name: epath.Path(os.path.join(directory, name)).read_bytes()
 
 
 def _joined_coco(found: Sequence[bytes], classes: Vocabulary) -> bytes:
@@ -228,7 +219,7 @@ def _joined_coco(found: Sequence[bytes], classes: Vocabulary) -> bytes:
 def _cvat(
     read: Callable[[str], bytes], names: Sequence[str], classes: Vocabulary
 ) -> dict[str, bytes]:
-    """CVAT's "Segmentation mask 1.1"; black is what nobody has annotated."""
+    """Make CVAT's "Segmentation mask 1.1"; black is what nobody has annotated."""
     colors = cvat_colors(classes).tolist()
     lines = [
         f"{name}:{','.join(map(str, c))}::\n" for name, c in zip(classes.names, colors, strict=True)
@@ -249,7 +240,7 @@ def _cvat(
 
 
 def cvat_colors(classes: Vocabulary) -> np.ndarray:
-    """uint8 [K, 3], all different and none black but that of a class named background."""
+    """Return colours uint8 [K, 3], all different, black only for a class named background."""
     used = {(0, 0, 0)}
     colors = []
     for name, wanted in zip(classes.names, classes.palette().tolist(), strict=True):

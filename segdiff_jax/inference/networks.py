@@ -1,6 +1,10 @@
-"""The networks on the devices of a mesh: views → latents, jobs → gray maps, in calls of few shapes.
+"""The networks on the devices of a mesh, called with few shapes. They know no words and no files.
 
-They know neither words nor photos. Each device works by itself; all of them are used by default.
+latents   views uint8 [I, H, W, 3], one a device and call → latents [I, h, w, c]
+maps      jobs (image, pass, member) int [J, 3], in equal calls that are halved where memory ends:
+            pass → context, image → latent
+            → sampling.sampler_on, each device by itself, one call ahead
+          → gray maps [J, H, W]
 """
 
 import logging
@@ -30,7 +34,7 @@ from segdiff_jax.parallel.placement import equal_parts, for_use, on_mesh, rows_o
 
 # Numbers of passes int [B] → their contexts [B, L, D] and mask [B, L] or None.
 Contexts = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
-Done = Callable[[int], None]  # is told how many more passes are finished
+Done = Callable[[int], None]  # is told how many more jobs are finished
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +56,10 @@ class Networks:
         self.schedule = on_mesh(make_schedule(config.diffusion), mesh)
         # By the names of `config.sampler.decoder`; of a linear one no graph, only its arrays.
         self.decoders: dict[str, tuple[Any, Any]] = {"vae": (self.vae, self.vae_params)}
-        self._most: int | None = None  # passes in one call that fit into memory; None: not known
+        self._most: int | None = None  # jobs in one call that fit into memory; None: not known
 
     def add_decoders(self, linear: LinearDecoder | None, tiny: TinyVAE | None) -> None:
+        """Add those that are given to the choices for `config.sampler.decoder`."""
         if linear is not None:
             self.decoders["linear"] = None, on_mesh(linear, self.mesh)
         if tiny is not None:
@@ -62,7 +67,7 @@ class Networks:
             self.decoders["tiny"] = graph, on_mesh(params, self.mesh)
 
     def check_decoder(self, name: str) -> None:
-        """Raises `UserError` that says how to come by a decoder that is not there."""
+        """Raise `UserError` that says how to come by a decoder if there is none of this `name`."""
         mend = {
             "linear": "run its training again, which only fits one if it is finished (of an "
             "export: then export it again)",
@@ -76,9 +81,9 @@ class Networks:
             )
 
     def latents(self, views: np.ndarray) -> np.ndarray:
-        """Views uint8 [I, H, W, 3] → latents [I, h, w, c].
+        """Encode views uint8 [I, H, W, 3] as latents [I, h, w, c].
 
-        One view a device and call, so that no number of them compiles anew.
+        Each call takes one view a device, so that no number of them compiles anew.
         """
         parts = [
             sampling.encode(self.vae, self.vae_params, spread_rows(part, self.mesh))
@@ -87,9 +92,9 @@ class Networks:
         return np.concatenate([processes.gathered(p) for p in parts])[: len(views)]
 
     def reconstruct(self, pixels: np.ndarray) -> np.ndarray:
-        """Images [J, H, W, 3] in [-1, 1] at the networks' size, through the VAE and back.
+        """Send images [I, H, W, 3] in [-1, 1], at the networks' size, through the VAE and back.
 
-        Raises `UserError` where that is not finite.
+        Raise `UserError` if the result is not finite.
         """
         found = sampling.reconstruct(self.vae, self.vae_params, spread_rows(pixels, self.mesh))
         decoded = processes.gathered(found)[: len(pixels)]
@@ -104,21 +109,22 @@ class Networks:
         jobs: np.ndarray,
         sampler: SamplerConfig,
         seed: int,
-        done: Done | None = None,
+        done: Done,
     ) -> np.ndarray:
-        """Unclipped gray maps [J, H, W] of jobs (image, pass, member) int [J, 3].
+        """Return the unclipped gray maps [J, H, W] of jobs (image, pass, member) int [J, 3].
 
         They run in equal calls of `sampler.batch_size` rows (or the next multiple of the devices)
-        where there are as many, else of one of the few sizes of `rows_of_call`. What does not fit
-        into memory is halved, once and for all.
+        where there are as many, else of one of the few sizes of `rows_of_call`. A size that does
+        not fit into memory is halved for this call and all later ones.
 
-        Raises `NotFinite`, and `UserError` where not even one pass a device fits.
+        Raise `NotFinite` if a map is, and `UserError` if not even one job a device fits.
         """
+        start = self._starter(latents, contexts, sampler, seed)
         while True:
             most = min(sampler.batch_size, self._most or sampler.batch_size)
             size = rows_of_call(len(jobs), most, self.mesh.size)
             try:
-                maps = self._in_calls_of(size, latents, contexts, jobs, sampler, seed, done)
+                maps = _in_calls_of(size, jobs, start, done)
             except jax.errors.JaxRuntimeError as error:
                 # Other processes, whose memory did suffice, would wait for this one for ever.
                 if "RESOURCE_EXHAUSTED" not in str(error) or processes.count() > 1:
@@ -136,23 +142,20 @@ class Networks:
                 sampling.check_finite(maps, jobs)
                 return maps
 
-    def _in_calls_of(self, size, latents, contexts, jobs, sampler, seed, done) -> np.ndarray:
+    def _starter(
+        self, latents: np.ndarray, contexts: Contexts, sampler: SamplerConfig, seed: int
+    ) -> Callable[[np.ndarray], jax.Array]:
+        """Return a function that starts jobs on the devices and does not wait for their maps."""
         key = jax.random.key_data(jax.random.key(seed))
         key = jax.random.wrap_key_data(place(key, replicated(self.mesh)))
-        sample, running = sampling.sampler_on(self.mesh), None
+        sample = sampling.sampler_on(self.mesh)
         decoder, decoder_params = self.decoders[sampler.decoder]
-        found: list[np.ndarray] = []
 
-        def finish(result: jax.Array) -> None:
-            found.append(processes.gathered(result))
-            if done:
-                done(min(size, len(jobs) - size * (len(found) - 1)))
-
-        for part in equal_parts(jobs, size):
-            image, pass_, member = part.T
+        def start(jobs: np.ndarray) -> jax.Array:
+            image, pass_, member = jobs.T
             rows = *contexts(pass_), latents[image], member.astype(np.int32)
             with processes.at_work("compiles or runs the sampler"):
-                result = sample(
+                return sample(
                     self.unet,
                     decoder,
                     sampler.steps,
@@ -164,23 +167,18 @@ class Networks:
                     *jax.tree.map(lambda array: spread_rows(array, self.mesh), rows),
                     key,
                 )
-            # One call ahead: the devices do not wait, nor do they hold the inputs of all calls.
-            if running is not None:
-                finish(running)
-            running = result
-        if running is not None:
-            finish(running)
-        return np.concatenate(found)[: len(jobs)]
+
+        return start
 
     def checksum(self) -> str:
-        """CRC-32 of the UNet's weights, eight digits: tells one model from another."""
+        """Return the CRC-32 of the UNet's weights, eight digits: it tells models apart."""
         found = 0
         for leaf in jax.tree.leaves(self.unet_params):
             found = zlib.crc32(np.asarray(leaf.addressable_data(0)).tobytes(), found)
         return f"{found:08x}"
 
     def why_not_finite(self) -> str:
-        """The likely reason, and what to do."""
+        """Return the likely reason for a value that is not finite, and what to do."""
         for name, params in (("UNet", self.unet_params), ("VAE", self.vae_params)):
             if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
                 return f"the weights of the {name} are not: use another checkpoint, or restore it"
@@ -194,3 +192,23 @@ class Networks:
             "the weights are, so it is an overflow on the way: use an earlier checkpoint, "
             "or train on with a lower optimizer.learning_rate"
         )
+
+
+def _in_calls_of(
+    size: int, jobs: np.ndarray, start: Callable[[np.ndarray], jax.Array], done: Done
+) -> np.ndarray:
+    """Return the maps [J, H, W] of jobs that `start` gets in equal parts of `size`."""
+    found: list[np.ndarray] = []
+    running: list[jax.Array] = []
+
+    def finish(maps: jax.Array) -> None:
+        found.append(processes.gathered(maps))
+        done(min(size, len(jobs) - size * (len(found) - 1)))
+
+    for part in equal_parts(jobs, size):
+        running.append(start(part))
+        # One call ahead: the devices do not wait, nor do they hold the inputs of all calls.
+        if len(running) > 1:
+            finish(running.pop(0))
+    finish(running.pop())
+    return np.concatenate(found)[: len(jobs)]

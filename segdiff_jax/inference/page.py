@@ -1,4 +1,4 @@
-"""The HTML page that shows results: figures, images side by side with their classes, tables."""
+"""The HTML page that shows results: figures, pictures side by side with their classes, tables."""
 
 import base64
 import io
@@ -13,6 +13,8 @@ from PIL import Image
 from segdiff_jax import files
 from segdiff_jax.inference import pictures
 
+_GAP = 6  # pixels between the pictures of a contact sheet
+
 
 class Table(NamedTuple):
     """A table of the page. Numbers get three decimals, None a dash."""
@@ -25,11 +27,15 @@ class Table(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Images side by side. Each is PNG or JPEG bytes to embed, or a file name beside the page."""
+    """Pictures side by side, each of which opens at its full size.
+
+    A picture is PNG or JPEG bytes to embed, or the name of a file beside the page.
+    """
 
     caption: str
-    images: Mapping[str, bytes | str]  # title -> image
-    legend: Mapping[str, Sequence[int]] = {}  # class in the images -> RGB
+    images: Mapping[str, bytes | str]  # title -> picture
+    legend: Mapping[str, Sequence[int]] = {}  # class in the pictures -> RGB, 0…255 each
+    originals: Mapping[str, str] = {}  # title of a reduced picture -> address of the whole one
 
 
 def comparison(
@@ -40,7 +46,7 @@ def comparison(
     truth: np.ndarray | None = None,
     uncertainty: np.ndarray | None = None,
 ) -> Row:
-    """One embedded row of the page: image / truth / prediction / uncertainty, those given.
+    """Make an embedded row of the page: image / truth / prediction / uncertainty, those given.
 
     `image` is uint8 [H, W, 3], `truth` and `prediction` are labels [H, W], `uncertainty` [H, W].
     `colors` are those of the classes in id order; the row's legend names what it shows.
@@ -59,27 +65,27 @@ def comparison(
 
 
 def no_class(shown: bool | np.bool_) -> dict[str, tuple[int, int, int]]:
-    """The entry of a legend for pixels without a class (ignored, or *other*), if there are any."""
+    """Return a legend's entry for pixels without a class (ignored, or *other*), if `shown`."""
     return {"no class": pictures.OTHER_COLOR} if shown else {}
 
 
-def contact_sheet(rows: Sequence[Row], height: int = 160, gap: int = 6) -> Image.Image:
-    """The embedded images of comparison rows in one picture, each scaled to `height`."""
+def contact_sheet(rows: Sequence[Row], height: int = 160) -> Image.Image:
+    """Put the embedded images of rows into one picture, each scaled to `height` pixels."""
     strips = []
     for row in rows:
         embedded = [data for data in row.images.values() if isinstance(data, bytes)]
         shown = [Image.open(io.BytesIO(data)).convert("RGB") for data in embedded]
         sizes = [(round(p.width * height / p.height), height) for p in shown]
-        strip = Image.new("RGB", (sum(w + gap for w, _ in sizes) - gap, height), "white")
+        strip = Image.new("RGB", (sum(w + _GAP for w, _ in sizes) - _GAP, height), "white")
         left = 0
         for picture, size in zip(shown, sizes, strict=True):
             strip.paste(picture.resize(size, Image.Resampling.NEAREST), (left, 0))
-            left += size[0] + gap
+            left += size[0] + _GAP
         strips.append(strip)
     width = max(strip.width for strip in strips)
-    sheet = Image.new("RGB", (width, len(strips) * (height + gap) - gap), "white")
+    sheet = Image.new("RGB", (width, len(strips) * (height + _GAP) - _GAP), "white")
     for index, strip in enumerate(strips):
-        sheet.paste(strip, (0, index * (height + gap)))
+        sheet.paste(strip, (0, index * (height + _GAP)))
     return sheet
 
 
@@ -88,7 +94,7 @@ def class_table(
     colors: Mapping[str, Sequence[int]] | None = None,
     groups: Mapping[str, str] | None = None,
 ) -> Table:
-    """The IoU of every class with a bar, and its colour.
+    """Make a table of the IoU of every class, with a bar and its colour.
 
     `groups` may give a class a word for a second column, such as "trained" or "novel".
     """
@@ -108,7 +114,7 @@ def page(
     rows: Sequence[Row] = (),
     note: str = "",
 ) -> None:
-    """Writes one HTML page with its style inside: headline figures, rows of images, tables.
+    """Write one HTML page with its style inside: headline figures, rows of pictures, tables.
 
     Args:
       path: the file, local or `gs://`; written whole or not at all.

@@ -35,7 +35,7 @@ _KEPT_BYTES = 256 * 2**20  # of decoded photos between the check and their use
 
 
 def argument(text: str) -> str:
-    """For `type=` of --images: "-", a URL, or as `cli.path`."""
+    """Check a value of --images, for `type=` of argparse: "-", a URL, or as `cli.path`."""
     return text if text == STDIN or is_url(text) else cli.path(text)
 
 
@@ -48,10 +48,10 @@ def is_url(path: str) -> bool:
 
 
 def find(arguments: Sequence[str]) -> list[str]:
-    """Files and URLs that --images names, each once, in the order of the arguments, then by name.
+    """Return files and URLs that --images names, each once, by the order of the arguments and name.
 
     Folders give their images (by extension) and those of all folders below, but for hidden ones.
-    Raises `UserError` for an argument that names nothing.
+    Raise `UserError` for an argument that names nothing.
     """
     found: dict[str, str] = {}  # identity -> path as named
     for one in arguments:
@@ -61,13 +61,13 @@ def find(arguments: Sequence[str]) -> list[str]:
 
 
 def identity(path: str) -> str:
-    """The same for all names of one file."""
+    """Return what is the same for all names of one file."""
     remote = path == STDIN or files.is_remote(path)
     return path if remote else os.path.realpath(path)
 
 
 def file_name(path: str) -> str:
-    """The name of a photo's file, as far as it has one."""
+    """Return the name of a photo's file, as far as it has one."""
     if is_url(path):
         last = PurePosixPath(unquote(urlsplit(path).path)).name
         return re.sub(r"[\x00-\x1f/\\]", "_", last) or urlsplit(path).netloc
@@ -75,7 +75,7 @@ def file_name(path: str) -> str:
 
 
 def without_results(paths: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`paths` parted into photos and the files that an earlier command wrote beside them.
+    """Part `paths` into photos and the files that an earlier command wrote beside them.
 
     The latter are those that the marker of their folder lists (`ownership`), nothing else.
     """
@@ -95,7 +95,8 @@ def without_results(paths: Sequence[str]) -> tuple[list[str], list[str]]:
 class Photos:
     """Reads photos by the names that `find` gave.
 
-    max_pixels, max_value: as of `images.read_photo`. folder: of files for what the network sends.
+    max_pixels: of a photo; None: as `data` says. folder: of files for what the network sends.
+    digests: path → SHA-256 of the photos whose bytes were read.
     """
 
     def __init__(self, data: DataConfig, max_pixels: int | None, folder: str):
@@ -106,17 +107,17 @@ class Photos:
         self.digests: dict[str, str] = {}
 
     def read(self, path: str) -> images.Photo:
-        """The decoded photo. Raises `UnreadableError`, and as `images.read_photo` does."""
+        """Return the decoded photo. Raise as `images.read_photo` does."""
         return self._decoded.pop(path, None) or self._decode(path, self._bytes(path))
 
     def digest(self, path: str) -> str:
-        """The SHA-256 of the photo's bytes. Raises `UnreadableError`."""
+        """Return the SHA-256 of the photo's bytes. Raise `UnreadableError` if it has none."""
         if path not in self.digests:
             self._hash(path, self._bytes(path))
         return self.digests[path]
 
     def check(self, path: str) -> images.Photo:
-        """`read` and `digest`; decoded photos are kept for `read`, as many as 256 MB hold."""
+        """Decode a photo and compute its digest; keep it for `read`, as long as 256 MB hold all."""
         data = self._bytes(path)
         self._hash(path, data)
         photo = self._decode(path, data)
@@ -128,8 +129,7 @@ class Photos:
         self.digests[path] = hashlib.sha256(data).hexdigest()
 
     def _decode(self, path: str, data: bytes) -> images.Photo:
-        limits = self._max_pixels, self._max_value
-        return images.read_photo(path, limits[0], max_value=limits[1], data=data)
+        return images.read_photo(path, self._max_pixels, max_value=self._max_value, data=data)
 
     def _bytes(self, path: str) -> bytes:
         if path != STDIN and not is_url(path):
@@ -152,7 +152,7 @@ def _from_stdin() -> bytes:
 
 
 def _download(url: str) -> bytes:
-    """What is at an address. Raises `UnreadableError`, of one line, where that is no photo."""
+    """Fetch what is at an address. Raise `UnreadableError`, of one line, if that is no photo."""
     wait = waiting.Wait(urlsplit(url).netloc, waiting.NETWORK, "check the address and the network")
 
     def fetch() -> bytes:
@@ -186,10 +186,10 @@ def _download(url: str) -> bytes:
 def checked(
     photos: Photos, paths: Sequence[str], done: Mapping[str, str], skip: bool, progress: Progress
 ) -> dict[str, str]:
-    """Decodes every photo once, before anything is loaded or written: path → why it cannot be.
+    """Decode every photo once, before anything is loaded or written; return path → what is wrong.
 
     done: the digests of photos that were read by an earlier run; the same bytes are not decoded.
-    Raises `UserError`, which names them, unless they are to be skipped and others are left.
+    Raise `UserError`, which names all bad ones, unless they are to be skipped and others are left.
     """
     found: dict[str, images.UnreadableError] = {}
     guessed: Counter[int] = Counter()
@@ -250,7 +250,7 @@ def _images_in(folder: str) -> list[str]:
 
 
 def _below(folder: str, seen: set[str]) -> Iterator[str]:
-    """The images in a folder and below. Links are followed, but to no folder a second time."""
+    """Yield the images in a folder and below. Links are followed, to no folder a second time."""
     if identity(folder) in seen:
         return
     seen.add(identity(folder))
@@ -284,7 +284,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _literal_start(pattern: str) -> str:
-    """`pattern` with its first folders escaped, as far as there are folders of just these names."""
+    """Return `pattern` with its first folders escaped, as far as folders have just these names."""
     parts = pattern.split(os.sep)
     for count in range(len(parts) - 1, 0, -1):
         start = os.sep.join(parts[:count])

@@ -24,7 +24,7 @@ _RAMP = np.stack(
 
 
 def colorize(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Colours of a label map: uint8 [H, W, 3].
+    """Return the colours of a label map: uint8 [H, W, 3].
 
     Args:
       labels: integers [H, W]; whatever is no row of the palette is *other* and becomes black.
@@ -41,7 +41,7 @@ def overlay(
     alpha: float = 0.5,
     legend: bool = True,
 ) -> Image.Image:
-    """The photo with its labels painted over, RGB. *Other* leaves the photo as it is.
+    """Paint labels over a photo, RGB. *Other* leaves the photo as it is.
 
     Args:
       photo: uint8 [H, W, 3].
@@ -63,7 +63,7 @@ def overlay(
 
 
 def present(labels: np.ndarray, palette: np.ndarray) -> list[int]:
-    """The classes in label maps [..., H, W], most pixels first."""
+    """Return the classes in label maps [..., H, W], most pixels first."""
     return _present(_known(labels, len(palette)), palette)
 
 
@@ -77,7 +77,7 @@ def _present(known: np.ndarray, palette: np.ndarray) -> list[int]:
 
 
 def _painted(known: np.ndarray, palette: np.ndarray) -> Image.Image:
-    """The colours, RGB, of what `_known` gives."""
+    """Return the colours, RGB, of what `_known` gives."""
     table = np.concatenate([np.asarray(palette, np.uint8), np.array([OTHER_COLOR], np.uint8)])
     if known.dtype != np.uint8:
         return Image.fromarray(table[known])
@@ -86,22 +86,20 @@ def _painted(known: np.ndarray, palette: np.ndarray) -> Image.Image:
     return picture.convert("RGB")
 
 
-def uncertainty_map(uncertainty: np.ndarray, high: float | None = None) -> np.ndarray:
-    """Uncertainty as colours from black (certain) over red to pale yellow: uint8 [H, W, 3].
+def uncertainty_map(uncertainty: np.ndarray) -> np.ndarray:
+    """Paint uncertainty [H, W], 0 or more, from black (certain) over red to pale yellow.
 
-    Args:
-      uncertainty: [H, W], 0 or more.
-      high: value that gets the brightest colour; None = the largest one of this map.
+    The largest value of this map gets the brightest colour. The colours are uint8 [H, W, 3].
     """
     values = np.asarray(uncertainty, np.float32)
-    top = float(values.max(initial=0.0)) if high is None else high
+    top = float(values.max(initial=0.0))
     last = len(_RAMP) - 1
     steps = np.clip(values * (last / top if top > 0 else 0.0), 0, last)
     return np.rint(_RAMP).astype(np.uint8)[np.rint(steps).astype(np.uint16)]
 
 
 def label_png(labels: np.ndarray, palette: np.ndarray) -> bytes:
-    """A label map as a PNG file whose pixel values are the class ids.
+    """Encode a label map as a PNG file whose pixel values are the class ids.
 
     Up to 255 classes: palette PNG, *other* = 255, black. More: 16-bit gray, *other* = 65535.
     """
@@ -116,9 +114,9 @@ def label_png(labels: np.ndarray, palette: np.ndarray) -> bytes:
 
 
 def encode(image: Image.Image | np.ndarray, photo: bool = False, level: int = 6) -> bytes:
-    """PNG bytes, or with `photo` JPEG bytes, of a PIL image or an array.
+    """Encode a PIL image or an array as PNG, or with `photo` as JPEG.
 
-    level: of PNG's compression; 1 takes a fifth of the time for a picture with a photo in it.
+    level: of PNG's compression, 0…9; 1 takes a fifth of the time of 6 for a picture with a photo.
     """
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer = io.BytesIO()
@@ -131,20 +129,20 @@ def encode(image: Image.Image | np.ndarray, photo: bool = False, level: int = 6)
 
 @functools.cache
 def template(name: str) -> jinja2.Template:
-    """One of the HTML templates beside this file. All that is put into them is escaped."""
+    """Return one of the HTML templates beside this file. All that is put into them is escaped."""
     loader = jinja2.PackageLoader("segdiff_jax.inference")
     return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template(name)
 
 
 def _known(labels: np.ndarray, count: int) -> np.ndarray:
-    """Labels as unsigned [H, W], in which `count` stands for all that are not in 0…count-1."""
+    """Return labels as unsigned [H, W]; `count` stands for all that are not in 0…count-1."""
     numbers = np.asarray(labels).astype(np.int32, copy=False).view(np.uint32)
     known = np.minimum(numbers, np.uint32(count))
     return known.astype(np.uint8) if count < 256 else known
 
 
 def with_legend(picture: Image.Image, entries: Sequence[tuple[str, Any]]) -> Image.Image:
-    """The picture with a legend of (name, colour) in lines below it."""
+    """Return the picture with a legend of (name, colour) in lines below it."""
     if not entries:
         return picture
     size = max(10, min(picture.width, picture.height) // 24)
@@ -168,6 +166,7 @@ def with_legend(picture: Image.Image, entries: Sequence[tuple[str, Any]]) -> Ima
 
 
 def _shorten(text: str, font: Any, width: float) -> str:
+    """Return as many letters of `text` as fit `width` pixels, of several at least one."""
     text = " ".join(text.split())  # a line break would upset the layout
     most = int(width) + 1  # letters: none is narrower than a pixel, and a name may be very long
     if len(text) <= most and font.getlength(text) <= width:

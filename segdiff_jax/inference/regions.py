@@ -8,7 +8,7 @@ from scipy.spatial import cKDTree
 
 
 def rle(mask: np.ndarray) -> dict[str, Any]:
-    """A mask bool [H, W] as COCO's compressed encoding: {"size": [H, W], "counts": text}.
+    """Encode a mask bool [H, W] as COCO does in short: {"size": [H, W], "counts": text}.
 
     Runs of 0 and 1 in turn, 0 first, down the columns; from the third on as differences to the run
     before the last, in groups of five bits with a bit that says whether another follows.
@@ -29,7 +29,7 @@ def rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def polygons(mask: np.ndarray) -> list[np.ndarray]:
-    """The rings int [n, 2] of (x, y) around a mask bool [H, W], along the edges of its pixels.
+    """Return the rings int [n, 2] of (x, y) around a mask bool [H, W], along its pixels' edges.
 
     The mask is on the right of each ring's direction (y points down), so outer rings run clockwise
     as one sees them. Where two pixels meet at a corner only, their rings stay apart.
@@ -41,7 +41,7 @@ def polygons(mask: np.ndarray) -> list[np.ndarray]:
         ring, (x, y), (dx, dy) = [start], start, following[start][0]
         while True:
             choices = following[x, y]
-            # To the right, so as to stay around one pixel where two meet.
+            # Turn right where pixels meet at a corner, so as to stay around one of them.
             step = max(choices, key=lambda turn: dx * turn[1] - dy * turn[0])
             choices.remove(step)
             if not choices:
@@ -57,7 +57,7 @@ def polygons(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _edges(padded: np.ndarray) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """Of a mask [H + 2, W + 2]: from each corner (x, y), the unit steps along its border."""
+    """Return the unit steps along the border of a mask [H + 2, W + 2], by the corner they leave."""
     following: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def add(where: np.ndarray, begin: tuple[int, int], step: tuple[int, int]) -> None:
@@ -74,7 +74,7 @@ def _edges(padded: np.ndarray) -> dict[tuple[int, int], list[tuple[int, int]]]:
 
 
 def parts(mask: np.ndarray, tolerance: float) -> list[np.ndarray]:
-    """One ring int [n, 2] of (x, y) for each connected part of a mask bool [H, W].
+    """Return one ring int [n, 2] of (x, y) for each connected part of a mask bool [H, W].
 
     A hole is joined to its outer ring by a seam there and back, which encloses nothing: formats
     without holes hold them so. Corners within `tolerance` pixels of the rest are left out.
@@ -82,14 +82,15 @@ def parts(mask: np.ndarray, tolerance: float) -> list[np.ndarray]:
     labels, _ = ndimage.label(mask)
     found = []
     for number, window in enumerate(ndimage.find_objects(labels), 1):
+        # The outer ring is the one that reaches furthest to the right.
         rings = sorted(polygons(labels[window] == number), key=lambda ring: -ring[:, 0].max())
-        outer, *holes = [simplified(ring, tolerance) for ring in rings]  # which reaches further
+        outer, *holes = [simplified(ring, tolerance) for ring in rings]
         found.append(_joined(outer, holes) + [window[1].start, window[0].start])
     return found
 
 
 def _joined(outer: np.ndarray, holes: list[np.ndarray]) -> np.ndarray:
-    """One ring: at the corner that is the nearest to each hole, there and around it and back."""
+    """Join rings to one, which leaves the outer at the corner nearest to each hole and returns."""
     detours: dict[int, list[np.ndarray]] = {}
     tree = cKDTree(outer)
     for hole in holes:
@@ -105,7 +106,7 @@ def _joined(outer: np.ndarray, holes: list[np.ndarray]) -> np.ndarray:
 
 
 def simplified(ring: np.ndarray, tolerance: float) -> np.ndarray:
-    """A ring [n, 2] with fewer corners (Douglas and Peucker, 1973), of three at least."""
+    """Leave out corners of a ring [n, 2] (Douglas and Peucker, 1973), but for three of them."""
     closed = np.concatenate([ring, ring[:1]]).astype(np.float64)
     far = int(np.hypot(*(closed - closed[0]).T).argmax())
     keep = {0, far, len(ring)}

@@ -18,9 +18,9 @@ from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
 
 
 def parse_classes(text: str) -> Vocabulary:
-    """The value of --classes: "a; b, synonym", "@file", or the name of a packaged vocabulary.
+    """Read the value of --classes: "a; b, synonym", "@file", or the name of a packaged vocabulary.
 
-    Raises `UserError` for an empty list, an empty or a repeated name, an unreadable file.
+    Raise `UserError` for an empty list, an empty or a repeated name, an unreadable file.
     """
     text = text.strip()
     if text in vocabulary.packaged():
@@ -34,10 +34,10 @@ def parse_classes(text: str) -> Vocabulary:
 
 
 def as_vocabulary(classes: Any) -> Vocabulary:
-    """The classes that a caller in Python means: texts and `ClassEntry`s, or a `Vocabulary`.
+    """Return the classes that a caller in Python means: texts and `ClassEntry`s, or a `Vocabulary`.
 
     "building, edifice" names synonyms; one text that looks like a whole list is warned about.
-    Raises `TypeError` for what is no list of them, and `UserError` as `Vocabulary` does.
+    Raise `TypeError` for what is no list of them, and `UserError` as `Vocabulary` does.
     """
     if isinstance(classes, Vocabulary):
         return classes
@@ -64,11 +64,11 @@ def as_vocabulary(classes: Any) -> Vocabulary:
 
 
 def as_photo(image: Any, data: DataConfig) -> np.ndarray:
-    """uint8 [H, W, 3] of a path (local or gs://), a PIL image, or an array that is one already.
+    """Return uint8 [H, W, 3] of a path (local or gs://), a PIL image, or an array that is one.
 
     data: max_pixels and max_value of it count, as for the photos of a data set.
 
-    Raises `UserError` for a file that cannot be read, `TypeError` for what is no image and
+    Raise `UserError` for a file that cannot be read, `TypeError` for what is no image and
     `ValueError` for an array of another shape.
     """
     if isinstance(image, str | os.PathLike):
@@ -90,6 +90,7 @@ def as_photo(image: Any, data: DataConfig) -> np.ndarray:
 
 
 def _mend(shape: tuple[int, ...]) -> str:
+    """Say how an array of this shape becomes a photo, where that can be told."""
     if len(shape) == 2:
         return ", a gray one as np.stack([image] * 3, axis=-1)"
     if len(shape) == 4:
@@ -106,16 +107,16 @@ class Settings(TypedDict, total=False):
 
     steps: int | None  # of denoising, from 1 on
     ensemble: int | None  # samples to merge, from 1 on; their spread is the uncertainty
-    shortlist: int | None  # classes that get the full budget; 0 = all
-    tiles: int | None  # windows along the longer side of a large image; 0 = it is seen as a whole
+    shortlist: int | None  # classes that get the whole budget; 0 = all
+    tiles: int | None  # windows along each side of a large image, at most; 0 = as a whole only
     threshold: float | None  # 0…1: pixels whose best score is below are *other*
     closed: bool | None  # every pixel gets a class
 
 
 def chosen(config: Config, settings: Settings) -> tuple[SamplerConfig, CodecConfig]:
-    """`config` with the `settings` of a call in place.
+    """Return sampler and codec of `config` with the `settings` of a call in place.
 
-    Raises `TypeError` for another name, `ValueError` for a value out of range.
+    Raise `TypeError` for another name, `ValueError` for a value out of range.
     """
     lowest = {"steps": 1, "ensemble": 1, "shortlist": 0, "tiles": 0}
     given: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}

@@ -25,28 +25,21 @@ from segdiff_jax.text.vocabulary import Vocabulary, same_name
 # How much a score may move for what lies beyond [0, 1]: it decides between equal scores only, and
 # a score that is equal to the threshold still reaches it.
 _TIE = 1e-4
-_SHOWN = 640  # pixels of the longer side in a notebook
+_NOTEBOOK = 640  # pixels of the longer side of the overlay in a notebook
 
 
 @dataclass(frozen=True, repr=False)
 class Segmentation:
-    """What one image gave.
+    """What one photo [H, W] gave, asked for K classes."""
 
-    photo: uint8 [H, W, 3].
-    labels: int32 [H, W] at the image's own size; index into `classes`, or `other_label(K)`.
-    uncertainty: float32 [H, W], spread of the ensemble for the winning class, in units of the gray
-      map's range (0 = unanimous); None for N = 1.
-    vocabulary: the classes that were asked for, with synonyms and colours.
-    network_scores: float32 [h, w, K] in [0, 1], at the networks' size, without padding.
-    confidence: float32 [H, W] in [0, 1], the highest score of each pixel, to four decimals.
-    """
-
-    photo: np.ndarray
-    labels: np.ndarray
+    photo: np.ndarray  # uint8 [H, W, 3], RGB
+    labels: np.ndarray  # int32 [H, W]: index into `classes`, or `other_label(K)`
+    # float32 [H, W], 0 = unanimous: the spread of the ensemble for the winning class, in units of
+    # the gray map's range. None for one sample.
     uncertainty: np.ndarray | None
-    vocabulary: Vocabulary
-    network_scores: np.ndarray
-    confidence: np.ndarray
+    vocabulary: Vocabulary  # the classes that were asked for, with synonyms and colours
+    network_scores: np.ndarray  # float32 [h, w, K] in [0, 1] at the networks' size, no padding
+    confidence: np.ndarray  # float32 [H, W] in [0, 1]: the highest score, to four decimals
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -54,11 +47,11 @@ class Segmentation:
 
     @functools.cached_property
     def scores(self) -> np.ndarray:
-        """float32 [H, W, K]. Made when asked for: 150 classes of 12 megapixels take 7 GB."""
+        """float32 [H, W, K] in [0, 1]. Made when read: 150 classes of 12 megapixels take 7 GB."""
         return geometry.enlarge(self.network_scores, self.labels.shape)
 
     def shares(self) -> dict[str, float]:
-        """The share of pixels of each class that is present, largest first."""
+        """Return the share of pixels, 0…1, of each class that is present, largest first."""
         return dict(self._shares)
 
     @functools.cached_property
@@ -68,28 +61,31 @@ class Segmentation:
         return {self.classes[i]: float(pixels[i] / self.labels.size) for i in order}
 
     def legend(self) -> dict[str, tuple[int, int, int]]:
-        """The colour (RGB) of each class that is present, largest first."""
+        """Return the colour (RGB) of each class that is present, largest first."""
         colors = dict(zip(self.classes, self.vocabulary.palette().tolist(), strict=True))
         return {name: tuple(colors[name]) for name in self.shares()}
 
     def mask(self, name: str) -> np.ndarray:
-        """Where a class is, bool [H, W]. Raises `UserError` for a class that was not asked for."""
+        """Return where a class is, bool [H, W]. Raise `UserError` if it was not asked for."""
         for number, entry in enumerate(self.vocabulary.classes):
             if same_name(name) in map(same_name, entry.names):
                 return self.labels == number
         raise UserError(f"{name!r}: is none of the classes {', '.join(self.classes)}")
 
     def overlay(self, alpha: float = 0.5, legend: bool = True) -> Image.Image:
-        """The photo with its labels painted over. *Other* leaves the photo as it is."""
+        """Paint the labels over the photo. *Other* leaves the photo as it is.
+
+        alpha: weight of the colours, 0…1. legend: name the classes present below the photo.
+        """
         palette = self.vocabulary.palette()
         return pictures.overlay(self.photo, self.labels, palette, self.classes, alpha, legend)
 
     def rle(self) -> dict[str, dict[str, Any]]:
-        """The mask of each class that is present as COCO's compressed run-length encoding."""
+        """Return the mask of each class that is present as COCO's run-length encoding."""
         return {name: regions.rle(self.mask(name)) for name in self.shares()}
 
     def polygons(self) -> dict[str, list[np.ndarray]]:
-        """The outlines of each class that is present, int [n, 2] of (x, y) along pixel edges.
+        """Return the outlines of each class that is present, int [n, 2] of (x, y) along pixels.
 
         Outer rings run clockwise as one sees them, holes the other way round; filled by the
         even-odd rule they give the mask again.
@@ -97,14 +93,14 @@ class Segmentation:
         return {name: regions.polygons(self.mask(name)) for name in self.shares()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes one file, local or gs://: .png (class ids), .npz (scores) or .json (COCO).
+        """Write one file, local or gs://: .png (class ids), .npz (scores) or .json (COCO).
 
-        Raises `UserError` for another suffix and where it cannot be written.
+        Raise `UserError` for another suffix, and if the file cannot be written.
         """
         files.write_bytes(path, self.encoded(os.fspath(path)))
 
     def encoded(self, name: str) -> bytes:
-        """The contents of a file of this name, as of `save`."""
+        """Return the contents of a file of this name, as of `save`."""
         from segdiff_jax.inference.formats import by_suffix
 
         return by_suffix(name)(self)
@@ -118,7 +114,7 @@ class Segmentation:
 
     def _repr_html_(self) -> str:
         picture = self.overlay(legend=False)
-        picture.thumbnail((_SHOWN, _SHOWN))
+        picture.thumbnail((_NOTEBOOK, _NOTEBOOK))
         source = base64.b64encode(pictures.encode(picture, photo=True)).decode()
         return pictures.template("result.html").render(
             source=source, legend=self.legend(), shares=self.shares(), summary=repr(self)
@@ -133,7 +129,7 @@ def from_maps(
     settings: CodecConfig,
     fit: str,
 ) -> Segmentation:
-    """What the maps [P, h, w] of a photo uint8 [H, W, 3], and their spread, say at its own size.
+    """Return what maps [P, h, w] and their spread say of a photo uint8 [H, W, 3], at its own size.
 
     settings: `classes_per_pass`, `threshold` and `closed` of it count. fit: as config.data.fit.
     """
@@ -145,7 +141,7 @@ def from_maps(
 
 
 def class_ranks(gray: np.ndarray, count: int, settings: CodecConfig) -> np.ndarray:
-    """Maps [P, h, w] → `codec.ranks` of each of the `count` classes, [K, h, w]."""
+    """Return `codec.ranks` [K, h, w] of each of `count` classes in maps [P, h, w]."""
     ranks = codec.ranks(gray, codec.group_size(count, settings.classes_per_pass))
     return np.moveaxis(codec.join_passes(ranks, count), -1, 0)
 
@@ -157,7 +153,7 @@ def from_ranks(
     vocabulary: Vocabulary,
     settings: CodecConfig,
 ) -> Segmentation:
-    """What ranks [K, h, w] of a whole photo, and the spread [P, h, w], say at its own size.
+    """Return what ranks [K, h, w] and the spread [P, h, w] say of a whole photo, at its own size.
 
     Scores are enlarged before the best is chosen. Where the best are equal, most often at 0 because
     every map is dark, the maps decide by what lies beyond [-1, 1] or beneath the levels
@@ -181,5 +177,5 @@ def from_ranks(
 
 
 def other_label(num_classes: int) -> int:
-    """The label of *other*: 255, or 65535 where 255 is a class."""
+    """Return the label of *other*: 255, or 65535 where 255 is a class."""
     return codec.ignore_label(num_classes)

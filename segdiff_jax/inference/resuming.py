@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from segdiff_jax import files, ownership
@@ -15,9 +16,10 @@ _PICTURES = {"overlay", "uncertainty"}  # written whatever is asked for
 
 
 def earlier(output: str, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Of photos (path → name of the results): what O/<name>.json says, if all it names is there.
+    """Return what O/<name>.json says of each photo that has one, if all files it names are there.
 
-    Only what the folder's marker lists counts (`ownership`).
+    names: path of a photo → name of its results. Only what the folder's marker lists counts
+    (`ownership`).
     """
     ours = ownership.owned(output).get(writers.KIND, frozenset())
     folder, found = epath.Path(output), {}
@@ -31,7 +33,7 @@ def earlier(output: str, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
             if whole and DIGEST in said["settings"]:
                 found[path] = said
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # half of it, or of another version: it is done again
+            continue  # half of it, or of another version: the photo is segmented again
     return found
 
 
@@ -43,7 +45,7 @@ def _files(said: Mapping[str, Any]) -> list[str]:
 def changes(
     said: Mapping[str, Any], settings: Mapping[str, Any], classes: Vocabulary, kinds: Sequence[str]
 ) -> list[str]:
-    """How a photo was segmented otherwise than is asked now, such as "steps 10 → 20"; [] = not."""
+    """Say how a photo was segmented otherwise than is asked now, such as "steps 10 → 20"."""
     before, now = said["settings"], json.loads(files.to_json(settings))
     found = ["the photo"] if before[DIGEST] != now[DIGEST] else []
     keys = sorted({*before, *now} - {DIGEST})
@@ -54,10 +56,12 @@ def changes(
     return found + ([f"format {' '.join(had)}"] if had != sorted(set(kinds)) else [])
 
 
-def row(path: str, pixels: Any, said: Mapping[str, Any], classes: Vocabulary) -> page.Row:
-    """The photo's row of the page, as the run that segmented it had it."""
+def row(
+    output: str, path: str, pixels: np.ndarray, said: Mapping[str, Any], classes: Vocabulary
+) -> page.Row:
+    """Return the photo's row of the page, as the run that segmented it had it."""
     present = sorted((one for one in said["classes"] if one["pixels"]), key=lambda c: -c["pixels"])
     colors = dict(zip(classes.names, classes.palette().tolist(), strict=True))
     legend = {one["name"]: colors[one["name"]] for one in present}
     other = page.no_class(said["other"]["pixels"] > 0)
-    return writers.row(path, pixels, legend | other, said["files"])
+    return writers.row(output, path, pixels, legend | other, said["files"])

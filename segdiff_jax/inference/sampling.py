@@ -1,6 +1,10 @@
-"""What runs on the devices: photos → latents → jobs of the sampler → gray maps → merged maps.
+"""What runs on the devices, compiled for shapes and never for a vocabulary or an image.
 
-Each function is compiled for shapes, never for a vocabulary or an image.
+encode         photos [B, H, W, 3] → latents [B, h, w, c]
+sampler_on     jobs (image, pass, member), each device's part by itself:
+  sample_jobs    contexts, latents and members [J] → x_0 [J, h, w, c]
+  gray_maps      → unclipped gray maps [J, H, W], through the VAE or another decoder
+merge          members [I, P, N, H, W] → maps and their spread [I, P, H, W]
 """
 
 import functools
@@ -27,20 +31,20 @@ from segdiff_jax.parallel.placement import equal_parts, rows_of_call, spread_row
 
 @functools.partial(jax.jit, static_argnums=0)
 def encode(vae: nnx.GraphDef, params: Any, images: jax.Array) -> jax.Array:
-    """Photos uint8 [B, H, W, 3] → latents [B, h, w, c]."""
+    """Encode photos uint8 [B, H, W, 3] as latents [B, h, w, c]."""
     return encode_latents(nnx.merge(vae, params), codec.to_pixels(images))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def reconstruct(vae: nnx.GraphDef, params: Any, pixels: jax.Array) -> jax.Array:
-    """Pixels [B, H, W, 3] in [-1, 1] through the VAE and back."""
+    """Send pixels [B, H, W, 3] in [-1, 1] through the VAE and back."""
     network = nnx.merge(vae, params)
     return decode_latents(network, encode_latents(network, pixels))
 
 
 @functools.cache
 def sampler_on(mesh: Mesh) -> Any:
-    """`sample_jobs` under `jit`, on every device's part of the jobs; all but its arrays are static.
+    """Return `sample_jobs` under `jit`, for each device's part of the jobs; only arrays are traced.
 
     A job needs nothing from another: left to the partitioner, parameters that are cut up would be
     exchanged in every step.
@@ -71,11 +75,14 @@ def sample_jobs(
     members: jax.Array,
     key: jax.Array,
 ) -> jax.Array:
-    """Unclipped gray maps [J, H, W] of jobs: contexts [J, L, D], their mask [J, L], latents and
-    numbers of members [J].
+    """Return the unclipped gray maps [J, H, W] of jobs.
 
-    It knows no vocabulary and no images: what it is compiled for does not depend on them.
-    decoder: as of `gray_maps`. start: config.sampler.initial_noise.
+    Args:
+      decoder, decoder_params: as of `gray_maps`.
+      start: as config.sampler.initial_noise.
+      contexts: float [J, L, D], with the `mask` [J, L] of their tokens, None where all count.
+      image_latents: of the job's image, [J, h, w, c].
+      members: the number of the job's member, int [J].
     """
     network = nnx.merge(unet, unet_params)
 
@@ -96,7 +103,7 @@ def sample_jobs(
 
 
 def gray_maps(decoder: nnx.GraphDef | None, params: Any, latents: jax.Array) -> jax.Array:
-    """Latents [J, h, w, c] → unclipped gray maps [J, H, W].
+    """Decode latents [J, h, w, c] to unclipped gray maps [J, H, W].
 
     decoder: a VAE or a TinyVAE; None: `params` are a `LinearDecoder`.
     """
@@ -111,10 +118,10 @@ def gray_maps(decoder: nnx.GraphDef | None, params: Any, latents: jax.Array) -> 
 def merge_members(
     members: jax.Array, align: str, reduce: str, uncertainty: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Unclipped members [R, N, H, W] → unclipped maps and their spread [R, H, W].
+    """Merge unclipped members [R, N, H, W] to unclipped maps and their spread [R, H, W].
 
     Members are clipped before they are merged. Where the result is at an end of [-1, 1], it is then
-    moved on to where the members themselves meet.
+    moved beyond it, by as much as the unclipped members are when they are merged.
     """
     unit = (members.clip(-1.0, 1.0) + 1.0) / 2.0  # the ensemble's maths is for maps in [0, 1]
     combine = lambda maps: ensemble.ensemble(maps, align, reduce, uncertainty)  # noqa: E731
@@ -136,7 +143,7 @@ def _merge_spread(members, mesh, align, reduce, uncertainty):
 
 
 def merge(members: np.ndarray, sampler: SamplerConfig, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
-    """Members [I, P, N, H, W] → maps and spread [I, P, H, W], I × P shared out over `mesh`."""
+    """Merge members [I, P, N, H, W] to maps and spread [I, P, H, W], I × P spread over `mesh`."""
     if sampler.ensemble == 1:
         return members[:, :, 0], np.zeros_like(members[:, :, 0])
     images, passes, *rest = members.shape
@@ -155,19 +162,22 @@ def merge(members: np.ndarray, sampler: SamplerConfig, mesh: Mesh) -> tuple[np.n
 
 
 class NotFinite(Exception):
-    """Of image `image` the map of pass `map` has NaN or infinity in it."""
+    """The map of pass number `pass_` of image number `image` holds NaN or infinity."""
 
-    def __init__(self, image: int, map: int):
-        self.image, self.map = image, map
+    def __init__(self, image: int, pass_: int):
+        self.image, self.pass_ = image, pass_
 
 
 def check_finite(maps: np.ndarray, owners: np.ndarray) -> None:
-    """Raises `NotFinite` of the first such map of [..., H, W]; owners: its (image, map, ...)."""
+    """Raise `NotFinite` for the first such map of [..., H, W].
+
+    owners: the image and the pass of each, int [..., 2 or more].
+    """
     bad = np.argwhere(~np.isfinite(maps).all((-2, -1)))
     if bad.size:
         raise NotFinite(*owners[tuple(bad[0])][:2].tolist())
 
 
 def grid(images: int, passes: int, members: int) -> np.ndarray:
-    """Every (image, pass, member), int [J, 3], members fastest."""
+    """Return the jobs (image, pass, member) of all three, int [J, 3], members fastest."""
     return np.indices((images, passes, members)).reshape(3, -1).T

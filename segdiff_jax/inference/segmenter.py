@@ -2,14 +2,14 @@
 
 Segmenter.load(workdir | export | Hugging Face id | gs://…)
 
-image   → requests.as_photo    uint8 [H, W, 3]
-        → geometry.fit         [h, w, 3] at config.data.image_size; `tiles`: and its windows
-        → VAE                  latent: once an image, `Segmenter.encode`
-classes → requests.as_classes  Vocabulary
-        → CLIP                 prompt table: once a list, `Segmenter.table`
-both    → jobs                 image × pass × member
-        → networks             gray maps [J, h, w] → merged over members [P, h, w]
-        → result.from_maps     Segmentation at the photo's own size
+image   → requests.as_photo       uint8 [H, W, 3]
+        → geometry.fit            [h, w, 3] at config.data.image_size; `tiles`: and its windows
+        → Networks.latents        once an image, `Segmenter.encode`
+classes → requests.as_vocabulary  Vocabulary
+        → CLIP                    prompt table: once a list, `Segmenter.table`
+both    → Passes.shortlist        the passes that are worth the whole budget
+        → Passes.in_full          jobs image × pass × member → maps of the passes [P, h, w]
+        → result.from_maps        Segmentation at the photo's own size; `tiles`: from_ranks
 """
 
 import contextlib
@@ -48,16 +48,15 @@ class Encoded(NamedTuple):
     """An image that has been through the VAE: to be asked for many lists of classes."""
 
     photo: np.ndarray  # uint8 [H, W, 3]
-    latent: np.ndarray  # float32 [h, w, c]
+    latent: np.ndarray  # float32, one row of what `Networks.latents` gives
 
 
 class Segmenter:
     """A trained model, ready to segment. Make one with `load`.
 
-    mesh: devices that share the work, all of them by default: every pass of every image and member
-    runs on one. What a map shows does not depend on how many there are. With several processes,
-    all make the same calls and get the same results.
-    trained: the classes of the training. A model of one gray image for all classes knows no others.
+    mesh: devices that share the jobs, all of them by default. What a map shows does not depend on
+      how many there are. With several processes, all make the same calls and get the same results.
+    trained: the classes of the training. A model of one gray map for all classes knows no others.
     """
 
     def __init__(
@@ -78,12 +77,12 @@ class Segmenter:
 
     @staticmethod
     def load(checkpoint: str, which: str | int = "newest") -> "Segmenter":
-        """From a training workdir or an export: local, `gs://`, or OWNER/NAME of Hugging Face.
+        """Read a training workdir or an export: local, `gs://`, or OWNER/NAME of Hugging Face.
 
         which: "newest", "best" (by the mIoU of the training's validation) or a step, of the
         checkpoints of a training. `checkpoint_step` of the result says which was read.
 
-        Raises `UserError` if it is neither, has no such step, or holds another architecture.
+        Raise `UserError` if it is neither, has no such step, or holds another architecture.
         """
         folder = hub.local(checkpoint)
         networks, step = workdir.load_with_step(folder, which=which)
@@ -97,7 +96,7 @@ class Segmenter:
         return self.networks.mesh
 
     def add_decoders(self, linear: LinearDecoder | None, tiny: TinyVAE | None = None) -> None:
-        """More choices for `config.sampler.decoder`; a linear decoder also ranks shortlists."""
+        """Add choices for `config.sampler.decoder`; a linear decoder also ranks shortlists."""
         self.networks.add_decoders(linear, tiny)
 
     def __call__(
@@ -109,14 +108,14 @@ class Segmenter:
         progress: Progress | None = None,
         **settings: Unpack[Settings],
     ) -> Any:
-        """Segments an image into `classes` ("building, edifice" names synonyms): a `Segmentation`.
+        """Segment an image into `classes` ("building, edifice" names synonyms): a `Segmentation`.
 
         An image is a path, a PIL image, uint8 [H, W, 3], or what `encode` gave. A list of images is
         worked on in one batch and gives a list; for many use `stream`.
 
         Args:
           seed: the result depends on it and on nothing else that is random.
-          progress: called with (done, total) passes through the UNet.
+          progress: called with (done, total) jobs, one for each image, pass and member.
           settings: as of `requests.Settings`; those left out take the config's value.
 
         Raises:
@@ -134,11 +133,11 @@ class Segmenter:
             found = list(map(in_tiles, photos))
             return found if several else found[0]
         gray, spread = self.unclipped_maps(photos, wanted.classes, sampler, seed, progress=progress)
-        found = []
-        for number, image in enumerate(photos):
-            uncertain = spread[number] if sampler.ensemble > 1 else None
-            photo = _pixels(image)
-            found.append(self.segmentation(gray[number], uncertain, photo, wanted, decoding))
+        uncertain = spread if sampler.ensemble > 1 else [None] * len(photos)
+        found = [
+            self.segmentation(maps, spread_of_one, _pixels(image), wanted, decoding)
+            for maps, spread_of_one, image in zip(gray, uncertain, photos, strict=True)
+        ]
         return found if several else found[0]
 
     def stream(
@@ -150,7 +149,7 @@ class Segmenter:
         progress: Progress | None = None,
         **settings: Unpack[Settings],
     ) -> Iterator[Segmentation]:
-        """The `Segmentation` of each image, in order, in constant memory. Arguments as of a call.
+        """Yield the `Segmentation` of each image, in order. Arguments as of a call.
 
         While one result is in use (being written, say), the next image is in the networks and the
         one after that is read: three images are in memory, however many there are. `progress` is
@@ -162,7 +161,7 @@ class Segmenter:
         return _ahead(map(call, photos))
 
     def encode(self, image: Any) -> Encoded:
-        """`image` for many calls with other classes, seeds or settings: the VAE sees it once."""
+        """Prepare an image for many calls with other classes, seeds or settings."""
         photo = requests.as_photo(image, self.config.data)
         return Encoded(photo, self._latents([photo])[0])
 
@@ -177,11 +176,11 @@ class Segmenter:
         classes: Vocabulary,
         decoding: CodecConfig,
     ) -> Segmentation:
-        """What the (unclipped) maps [P, h, w] of one photo say at its own size: `from_maps`."""
+        """Return what the unclipped maps [P, h, w] of one photo say at its own size."""
         return from_maps(gray, spread, photo, classes, decoding, self.config.data.fit)
 
     def reconstruct(self, pixels: np.ndarray) -> np.ndarray:
-        """Images [J, H, W, 3] in [-1, 1] at the network's size, through the VAE and back."""
+        """Send images [I, h, w, 3] in [-1, 1] through the VAE and back, as of `Networks`."""
         return self.networks.reconstruct(pixels)
 
     def maps(
@@ -191,7 +190,7 @@ class Segmenter:
         sampler: SamplerConfig,
         seed: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Gray maps in [-1, 1] and their spread, each [I, P, h, w] at the network's size."""
+        """Return gray maps in [-1, 1] and their spread, each [I, P, h, w] at the networks' size."""
         gray, spread = self.unclipped_maps(images, classes, sampler, seed)
         return gray.clip(-1.0, 1.0), spread
 
@@ -204,14 +203,13 @@ class Segmenter:
         names: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`maps` that go beyond [-1, 1] where the decoder does: that orders classes of equal score.
+        """Return `maps` that go beyond [-1, 1] where the decoder does.
 
-        P = ⌈K/G⌉ passes. All images × passes × members run in equal chunks (`Networks.maps`); each
-        image is encoded once, as a whole: there are no tiles here. `names` are the images' in error
-        messages.
+        What lies beyond orders classes of equal score. There are P = ⌈K/G⌉ passes. Each image is
+        encoded once, as a whole: there are no tiles here. `names` are the images' in messages.
 
-        Raises `UserError` for classes that this model cannot tell apart or was not trained for,
-        and for maps that are not finite.
+        Raise `UserError` for classes that this model cannot tell apart or was not trained for, and
+        for maps that are not finite.
         """
         passes, groups = self._passes(classes, sampler, seed, progress)
         photos = [self._photo(image) for image in images]
@@ -231,10 +229,10 @@ class Segmenter:
         progress: Progress | None,
         image: Any,
     ) -> Segmentation:
-        """An image in windows, `sampler.tiles` along its longer side, averaged with it as a whole.
+        """Segment an image as a whole and in windows, at most `sampler.tiles` along each side.
 
-        A shortlist is that of the whole image. In memory: some windows, and ranks [K, h, w] of the
-        canvas that they cover.
+        A shortlist is that of the whole image. In memory are some windows, and ranks [K, h, w] of
+        the canvas that they cover.
         """
         photo, data = _pixels(image), self.config.data
         passes, groups = self._passes(classes.classes, sampler, seed, progress)
@@ -243,7 +241,7 @@ class Segmenter:
         passes.begin(1, 1 + len(plan.corners))
 
         def shown(gray: np.ndarray, spread: np.ndarray, view: np.ndarray) -> np.ndarray:
-            """Ranks, and of an ensemble the spread below them, of what is not padding."""
+            """Return ranks, and of an ensemble the spread below them, of what is not padding."""
             height, width = geometry.filled(view.shape[:2], data.image_size, data.fit)
             ranks = class_ranks(gray[:, :height, :width], len(classes), decoding)
             some = spread[: len(spread) if sampler.ensemble > 1 else 0, :height, :width]
@@ -270,7 +268,7 @@ class Segmenter:
         seed: int,
         progress: Progress | None,
     ) -> tuple[Passes, np.ndarray]:
-        """`Passes` of a list of classes, and the class ids int [P, G] of each; checks all of it."""
+        """Check the request; return its `Passes` and the class ids int [P, G] of each."""
         table, settings = self.table(classes), self.config.codec
         group = codec.group_size(len(classes), settings.classes_per_pass)
         groups = codec.groups(len(classes), group)
@@ -290,7 +288,10 @@ class Segmenter:
     def _saying_what_is_not_finite(
         self, classes: Sequence[ClassEntry], groups: np.ndarray, names: Sequence[str]
     ) -> Iterator[None]:
-        """Makes one line of `sampling.NotFinite`. names: of the images, "" where they have none."""
+        """Raise `UserError` of one line for `sampling.NotFinite`.
+
+        names: of the images, "" where they have none.
+        """
         try:
             yield
         except sampling.NotFinite as error:
@@ -298,16 +299,16 @@ class Segmenter:
             if not name and len(names) > 1:
                 name = f"image {error.image + 1} of {len(names)}"
             image = f"{name}: " if name else ""
-            shown = [classes[i].name for i in groups[error.map] if i != codec.PAD]
+            shown = [classes[i].name for i in groups[error.pass_] if i != codec.PAD]
             raise UserError(
                 f"{image}the map of {', '.join(map(vocabulary.shorten, shown[:3]))} is not "
                 f"finite: {self.networks.why_not_finite()}"
             ) from None
 
     def table(self, classes: Sequence[ClassEntry]) -> conditioning.PromptTable:
-        """Prompt embeddings on the host, encoded the first time a vocabulary is seen.
+        """Return prompt embeddings on the host, encoded the first time a vocabulary is seen.
 
-        Raises `UserError` for a vocabulary that the model cannot tell apart or does not know.
+        Raise `UserError` for a vocabulary that the model cannot tell apart or does not know.
         """
         key = tuple(classes)
         if key not in self._tables:
@@ -319,7 +320,7 @@ class Segmenter:
         return self._tables[key]
 
     def _latents(self, images: Sequence[Any]) -> np.ndarray:
-        """[I, h, w, c] of images."""
+        """Return `Networks.latents` of images, or those that `encode` has made."""
         if all(isinstance(image, Encoded) for image in images):
             return np.stack([image.latent for image in images])
         photos = map(_pixels, images)
@@ -337,7 +338,7 @@ _END = object()
 
 
 def _ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """`items`, the next of which is made in a thread while one is in use."""
+    """Yield `items`; the next is made in a thread while one is in use."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, items, _END)
         while (item := following.result()) is not _END:

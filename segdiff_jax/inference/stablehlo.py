@@ -47,7 +47,7 @@ def write(
     sampler: SamplerConfig,
     dtype: str = "float32",
 ) -> None:
-    """Writes `sampler.stablehlo`, and `sampler.json` that describes its inputs.
+    """Write `sampler.stablehlo`, and `sampler.json` that describes its inputs.
 
     The function is (image uint8 [H, W, 3], context float32 [P, L, D], key uint32 [2]) → gray maps
     float32 [P, H, W] in [-1, 1], merged over the ensemble. H and W are `config.data.image_size`.
@@ -87,7 +87,7 @@ def write(
 
 
 def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.Array]:
-    """The function that `write` exports, of weights and the inputs. Maps as `Segmenter.maps`."""
+    """Return the function that `write` exports, of weights and inputs: maps as `Segmenter.maps`."""
     height, width = model.config.data.image_size
     networks = model.networks
     structure = jax.tree.structure(_weights(model))
@@ -131,7 +131,7 @@ def _weights(model: Segmenter) -> dict[str, Any]:
 
 
 def _named_weights(model: Segmenter) -> dict[str, jax.Array]:
-    """The arrays by their path, "unet/conv_in/kernel", in the order of the tree."""
+    """Return the arrays by their path, "unet/conv_in/kernel", in the order of the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(_weights(model))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf
@@ -140,12 +140,13 @@ def _named_weights(model: Segmenter) -> dict[str, jax.Array]:
 
 
 def _size(model: Segmenter, dtype: str) -> int:
+    """Return the bytes that the weights take."""
     sizes = (leaf.size for leaf in jax.tree.leaves(_weights(model)))
     return sum(sizes) * jnp.dtype(dtype).itemsize
 
 
 def _stored(model: Segmenter, dtype: str) -> dict[str, np.ndarray]:
-    """The weights as numpy arrays of `dtype`: constants of the exported function."""
+    """Return the weights as numpy arrays of `dtype`: constants of the exported function."""
 
     def store(array: jax.Array) -> np.ndarray:
         with np.errstate(over="ignore"):
@@ -166,7 +167,7 @@ def _write_weights(model: Segmenter, path: epath.Path, dtype: str) -> None:
 
 
 def _inputs(model: Segmenter) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes and dtypes of image, context and key, with symbolic dimensions."""
+    """Return shapes and dtypes of image, context and key, with symbolic dimensions."""
     tokens = "L" if model.config.codec.context == "bound" else model.tokenizer.model_max_length
     context = jax.export.symbolic_shape(f"P, {tokens}, {model.text_encoder.config.hidden_size}")
     return (
@@ -177,7 +178,7 @@ def _inputs(model: Segmenter) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 
 def describe(model: Segmenter, sampler: SamplerConfig, dtype: str) -> dict[str, Any]:
-    """What a program must know to call the function and to read its maps, as JSON values."""
+    """Return what a program must know to call the function and to read its maps, as JSON values."""
     config = model.config
     inputs = {
         name: {

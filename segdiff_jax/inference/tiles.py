@@ -1,9 +1,7 @@
 """A large photo in windows as large as the networks' view, and one map made of what they show.
 
-    layout    photo [H, W] → a canvas, its smaller copy, and windows on it that overlap by a quarter
-    blended   maps of the windows and of the photo as a whole → their mean at the canvas' size
-
-Windows are weighted by the distance to their edges: what a network sees near one lacks context.
+layout    photo [H, W] → a canvas, its smaller copy, and windows on it that overlap by a quarter
+blended   maps of the windows and of the photo as a whole → their mean at the canvas' size
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +15,15 @@ OVERLAP = 0.25  # of a window, between neighbours
 
 
 class Layout(NamedTuple):
-    canvas: geometry.Size
-    window: geometry.Size  # the networks' view, or less where the canvas is smaller
-    corners: list[tuple[int, int]]  # top left, (y, x)
+    """Where the windows are, in pixels of the canvas."""
+
+    canvas: geometry.Size  # (height, width)
+    window: geometry.Size  # of the networks' view, or less where the canvas is smaller
+    corners: list[tuple[int, int]]  # of the windows, top left, (y, x)
 
 
 def layout(native: geometry.Size, view: geometry.Size, count: int) -> Layout:
-    """At most `count` windows of size `view` along each side of a photo, never enlarged."""
+    """Lay at most `count` windows of size `view` along each side of a photo, never enlarged."""
     reach = 1 + (count - 1) * (1 - OVERLAP)  # of all windows of a side, in windows
     scale = max(1.0, *(length / (side * reach) for length, side in zip(native, view, strict=True)))
     canvas = tuple(max(1, round(length / scale)) for length in native)
@@ -45,14 +45,14 @@ def blended(
     maps_of: Callable[[list[np.ndarray]], Sequence[np.ndarray]],
     at_once: int,
 ) -> np.ndarray:
-    """Maps float32 [C, h, w] at the size of `canvas`: half of them the windows, half `whole`.
+    """Return maps float32 [C, h, w] at the size of `canvas`: the mean of the windows' and `whole`.
 
     Windows weigh by the distance to their edges: what a network sees near one lacks context.
 
     Args:
       canvas: the photo, uint8 [h, w, 3].
       whole: the maps [C, ...] of the photo as a whole, at any size.
-      maps_of: views of `at_once` windows or fewer → the maps [C, ...] of each, at any size.
+      maps_of: at most `at_once` windows, uint8 → the maps [C, ...] of each, at any size.
     """
     height, width = plan.window
     total = np.zeros((len(whole), *plan.canvas), np.float32)

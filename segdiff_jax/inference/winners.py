@@ -12,13 +12,13 @@ from PIL import Image
 
 from segdiff_jax.data import geometry
 
-_ROUNDING = 1e-5  # of enlarged values, relative to which a map that is left out was clearly below
+_ROUNDING = 1e-5  # of enlarged values: a map that is left out is below the largest by more
 _CELLS = (1, 16)  # of the small maps in a block, (down, across)
-_PIXELS = 256  # at least as many a side has a block
+_PIXELS = 256  # along each side of a block, or more
 
 
 def largest(maps: np.ndarray, size: geometry.Size) -> tuple[np.ndarray, np.ndarray]:
-    """Of maps float32 [K, h, w]: the largest at each pixel of `size`, and which it is, int32.
+    """Return the largest of maps float32 [K, h, w] at each pixel of `size`, and which it is, int32.
 
     Of equal ones it is the first.
     """
@@ -36,7 +36,7 @@ def largest(maps: np.ndarray, size: geometry.Size) -> tuple[np.ndarray, np.ndarr
 
 
 def picked(maps: np.ndarray, which: np.ndarray) -> np.ndarray:
-    """Maps float32 [K, h, w] at the size of `which` int [H, W], each pixel of the map it names."""
+    """Return float32 [H, W], at each pixel the value of the map [K, h, w] that `which` names."""
     found = np.empty(which.shape, np.float32)
     pictures = [Image.fromarray(np.ascontiguousarray(one)) for one in maps]
     for place, box in _blocks(which.shape, maps.shape[1:]):
@@ -47,14 +47,14 @@ def picked(maps: np.ndarray, which: np.ndarray) -> np.ndarray:
 
 
 def _enlarged(picture: Image.Image, size: geometry.Size, box: geometry.Box) -> np.ndarray:
-    """The `box` (in pixels of the picture) at `size`, bilinear as `geometry.enlarge`."""
+    """Return the `box` (in pixels of the picture) at `size`, bilinear as `geometry.enlarge`."""
     return np.asarray(picture.resize(size[::-1], Image.Resampling.BILINEAR, box))
 
 
 def _blocks(
     size: geometry.Size, small: geometry.Size
 ) -> Iterator[tuple[tuple[slice, slice], geometry.Box]]:
-    """Parts of `size` that cover it, with their boxes in pixels of the small maps."""
+    """Yield parts of `size` that cover it, with their boxes in pixels of the small maps."""
     sides = [
         max(1, min(_PIXELS, whole), whole * cells // few)
         for whole, few, cells in zip(size, small, _CELLS, strict=True)
@@ -68,9 +68,9 @@ def _blocks(
 
 
 def _possible(maps: np.ndarray, size: geometry.Size) -> np.ndarray | None:
-    """Where each map may be the largest, bool [K, h + 1, w + 1]: between four neighbours each.
+    """Return where each map may be the largest, bool [K, h + 1, w + 1]: between four neighbours.
 
-    None where that would cost more than it spares: where maps are hardly enlarged.
+    Return None where that would cost more than it spares: where maps are hardly enlarged.
     """
     if size[0] * size[1] < 16 * maps.shape[1] * maps.shape[2] or len(maps) == 1:
         return None
@@ -82,7 +82,7 @@ def _possible(maps: np.ndarray, size: geometry.Size) -> np.ndarray | None:
 
 
 def _in_box(possible: np.ndarray, box: geometry.Box) -> np.ndarray:
-    """The numbers of the maps that may be the largest somewhere in a box."""
+    """Return the numbers of the maps that may be the largest somewhere in a box."""
     left, top, right, bottom = box
     # Pixel centres at y in [top, bottom] lie between the centres of rows y - 0.5 and y + 0.5.
     rows = slice(int(top + 0.5), int(np.ceil(bottom + 0.5)) + 1)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from etils import epath
@@ -16,24 +17,25 @@ from segdiff_jax import files, ownership
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import formats, page, pictures
-from segdiff_jax.inference.photos import file_name, identity
+from segdiff_jax.inference.photos import file_name, identity, is_url
 from segdiff_jax.inference.result import Segmentation, other_label
 from segdiff_jax.text.vocabulary import Vocabulary
 
 _LONGEST_NAME = 255  # bytes, on most file systems
 _THUMBNAIL = 640  # pixels of the longer side of photos inside index.html
-_ALWAYS = ("_overlay.png", "_uncertainty.png", ".json")
+_IN_BROWSERS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+_ALWAYS = ("_overlay.png", "_uncertainty.png", ".json")  # whatever formats are asked for
 
 KIND = "prediction"  # of a folder's marker (`ownership`)
 PAGE = "index.html"
 
 
 def names(paths: Sequence[str]) -> dict[str, str]:
-    """What the results of each of `paths` are called: <name>_labels.png and so on.
+    """Return what the results of each of `paths` are called: <name>_labels.png and so on.
 
     It is the file's stem, its whole name where several stems are equal, and with the names of the
-    folders above it where these are equal too: <folder>_<name>. Raises `UserError` where even so
-    two are the same, or one is too long for a file.
+    folders above it where these are equal too: <folder>_<name>. Raise `UserError` if even so two
+    are the same, or one is too long for a file.
     """
     named = {path: files.shown(file_name(path)) for path in paths}
     stems = {path: PurePath(name).stem for path, name in named.items()}
@@ -64,7 +66,7 @@ def _folders(path: str) -> list[str]:
 
 
 def outputs(names: Iterable[str], kinds: Sequence[str], count: int) -> list[str]:
-    """All files that may be written for images of these `names` and `count` classes."""
+    """Return all files that may be written for images of these `names` and `count` classes."""
     found = [end for kind in kinds for end in formats.SUMMARIES.get(kind, ())]
     for name in names:
         found += [path for kind in kinds for path in formats.names_of(name, kind, count)]
@@ -73,9 +75,9 @@ def outputs(names: Iterable[str], kinds: Sequence[str], count: int) -> list[str]
 
 
 def check_output(output: str, names: Mapping[str, str], written: Sequence[str]) -> None:
-    """Raises `UserError` if a file to be written would replace one of the photos, or one not ours.
+    """Raise `UserError` if a file to be written would replace one of the photos, or one not ours.
 
-    names: path → name, of `names`.
+    names: path → name of its results.
     """
     inputs = {identity(path) for path in names}
     for name in written:
@@ -88,7 +90,7 @@ def check_output(output: str, names: Mapping[str, str], written: Sequence[str]) 
 
 
 def all_settings(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """`settings` of the call, and those of the model that shape its results."""
+    """Return `settings` of the call, and those of the model that shape its results."""
     return dict(settings) | {
         "eta": config.sampler.eta,
         "align": config.sampler.align,
@@ -109,35 +111,35 @@ def write(
     path: str,
     found: Segmentation,
     settings: Mapping[str, Any],
-    kinds: Sequence[str] = ("labels",),
+    kinds: Sequence[str],
 ) -> page.Row:
-    """Writes the files of the image at `path`, all or none of them.
+    """Write the files of the image at `path`, all or none of them, and return its row of the page.
 
     target: the output folder and the image's name in it; "O/a" for O/a_labels.png and so on.
 
-    Returns the image's row for `page.page`. Raises `UserError` if a file cannot be written.
+    Raise `UserError` if a file cannot be written.
     """
     output, name = os.path.split(target)
     contents, written = contents_of(name, path, found, settings, kinds)
     _write_set(output, contents)
     _remove_stale(output, name, contents)
     legend = found.legend() | page.no_class((found.labels >= len(found.classes)).any())
-    return row(path, found.photo, legend, written)
+    return row(output, path, found.photo, legend, written)
 
 
 def contents_of(
     name: str, path: str, found: Segmentation, settings: Mapping[str, Any], kinds: Sequence[str]
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """(the files of one image, its description last; the names of those of each format)."""
+    """Return the files of one image, its description last, and which of them each format has."""
     contents = _pictured(name, path, found, kinds)
-    description = {"image": path} | _describe(name, found, settings)
+    description = {"image": path} | _describe(found, settings)
     description["files"] = _by_kind(name, found, kinds, contents)
     contents[f"{name}.json"] = files.to_json(description).encode("utf-8")
     return contents, description["files"]
 
 
 def _pictured(name: str, path: str, found: Segmentation, kinds: Sequence[str]) -> dict[str, bytes]:
-    """The files of one image but its description, made side by side: zlib lets threads run."""
+    """Make the files of one image but its description, side by side: zlib lets threads run."""
     source = files.shown(file_name(path))
     makers: dict[str, Callable[[], bytes | None]] = {}
     for kind in kinds:
@@ -152,23 +154,16 @@ def _pictured(name: str, path: str, found: Segmentation, kinds: Sequence[str]) -
         return {file: data for file, data in made if data is not None}
 
 
-def _describe(name: str, found: Segmentation, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What O/<name>.json says of one image. Shares are of the image's pixels and sum to 1."""
+def _describe(found: Segmentation, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what O/<name>.json says of one image. Shares are of its pixels and sum to 1."""
     other, spread = other_label(len(found.classes)), found.uncertainty
     height, width = found.labels.shape
     pixels = np.bincount(found.labels.ravel(), minlength=other + 1)
-
-    def count(label: int) -> dict[str, Any]:
-        return {"pixels": int(pixels[label]), "share": float(pixels[label] / found.labels.size)}
-
     return {
         "width": width,
         "height": height,
-        "classes": [
-            {"id": i, "name": e.name, "synonyms": list(e.synonyms), **count(i)}
-            for i, e in enumerate(found.vocabulary.classes)
-        ],
-        "other": {"id": other, **count(other)},
+        "classes": counted(found.vocabulary, pixels, found.labels.size),
+        "other": {"id": other, **_count(pixels[other], found.labels.size)},
         "uncertainty": None
         if spread is None
         else {"mean": float(spread.mean()), "max": float(spread.max())},
@@ -176,10 +171,22 @@ def _describe(name: str, found: Segmentation, settings: Mapping[str, Any]) -> di
     }
 
 
+def counted(classes: Vocabulary, pixels: np.ndarray, total: int) -> list[dict[str, Any]]:
+    """Return what a description says of each class, of which there are `pixels` int [K or more]."""
+    return [
+        {"id": i, "name": e.name, "synonyms": list(e.synonyms), **_count(pixels[i], total)}
+        for i, e in enumerate(classes.classes)
+    ]
+
+
+def _count(pixels: int, total: int) -> dict[str, Any]:
+    return {"pixels": int(pixels), "share": float(pixels / total)}
+
+
 def _by_kind(
     name: str, found: Segmentation, kinds: Sequence[str], contents: Mapping[str, bytes]
 ) -> dict[str, Any]:
-    """Which files there are of each format, a list where a format has several; and the pictures."""
+    """Name the files there are of each format, in a list where it has several, and the pictures."""
     written: dict[str, Any] = {}
     for kind in kinds:
         named = formats.names_of(name, kind, len(found.classes))
@@ -192,7 +199,7 @@ def _by_kind(
 
 
 def _write_set(output: str, contents: Mapping[str, bytes]) -> None:
-    """Writes all files of one image or, if one cannot be written, none of them."""
+    """Write all files of one image or, if one cannot be written, none of them."""
     written = []
     try:
         for name, data in contents.items():
@@ -205,7 +212,7 @@ def _write_set(output: str, contents: Mapping[str, bytes]) -> None:
 
 
 def _remove_stale(output: str, name: str, written: Mapping[str, bytes]) -> None:
-    """Removes what an earlier run with other settings wrote of an image: it would be wrong here."""
+    """Remove what an earlier run with other settings wrote of an image: it would be wrong here."""
     patterns = [file.name for kind in formats.FORMATS.values() for file in kind]
     named = [re.escape(p).replace(r"\{name\}", re.escape(name)) for p in patterns]
     ours = re.compile("|".join(p.replace(r"\{number\}", r"\d+") for p in named))
@@ -218,33 +225,57 @@ def _remove_stale(output: str, name: str, written: Mapping[str, bytes]) -> None:
 def write_summaries(
     output: str, names: Sequence[str], classes: Vocabulary, kinds: Sequence[str]
 ) -> None:
-    """Writes what formats of whole sets need beside the files of the images of these `names`.
+    """Write what formats of whole sets need beside the files of the images of these `names`.
 
     What an earlier run wrote of a format that is not asked for now is removed.
     """
+
+    def read(name: str) -> bytes:
+        return epath.Path(output, name).read_bytes()
+
     listed = ownership.owned(output).get(KIND, ())
     for kind in formats.SUMMARIES:
         if kind in kinds:
-            _write_set(output, formats.summary(kind, formats.read_in(output), names, classes))
+            _write_set(output, formats.summary(kind, read, names, classes))
             continue
         for stale in set(formats.SUMMARIES[kind]) & set(listed):
             epath.Path(output, stale).unlink(missing_ok=True)
 
 
 def row(
+    output: str,
     path: str,
     photo: np.ndarray,
     legend: Mapping[str, Sequence[int]],
     written: Mapping[str, Any],
 ) -> page.Row:
-    """The row of `page.page` for a photo uint8 [H, W, 3] whose files are `written`."""
-    thumbnail = Image.fromarray(photo)
-    thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    shown: dict[str, bytes | str] = {"image": pictures.encode(thumbnail, photo=True)}
+    """Return the row of O/index.html for a photo uint8 [H, W, 3] whose files are `written`.
+
+    The page holds a large photo reduced; a click then opens the photo itself, where a browser can.
+    """
+    picture, title, originals = Image.fromarray(photo), "image", {}
+    width, height = picture.size
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    if picture.size != (width, height):
+        small = f"{picture.width} × {picture.height}"
+        title = f"image, here at {small} of {width} × {height} pixels"
+        address = _address(output, path)
+        originals = {title: address} if address else {}
+    shown: dict[str, bytes | str] = {title: pictures.encode(picture, photo=True)}
     for kind in ("labels", "overlay", "uncertainty"):
         if written.get(kind):
             shown[kind] = written[kind]
-    return page.Row(path, shown, legend)
+    return page.Row(path, shown, legend, originals)
+
+
+def _address(output: str, path: str) -> str | None:
+    """Return where a browser that shows O/index.html finds a photo, None where it cannot."""
+    if is_url(path):
+        return path
+    shown = path.lower().endswith(_IN_BROWSERS)
+    if not shown or files.is_remote(path) or files.is_remote(output):
+        return None
+    return quote(os.fsencode(os.path.relpath(path, output)))
 
 
 def write_page(
@@ -254,7 +285,7 @@ def write_page(
     note: str,
     unreadable: Mapping[str, str],
 ) -> None:
-    """Writes index.html over all images; `unreadable`: those that were left out, and why."""
+    """Write index.html over all images. unreadable: those that were left out → why."""
     legend = page.Table(
         "Classes",
         ["class", "synonyms"],

@@ -24,14 +24,14 @@ _LONGEST_STEM = 80  # letters of a photo's name that its results keep
 class Limits(NamedTuple):
     """What one request may take."""
 
-    pixels: int = 32_000_000
+    pixels: int = 32_000_000  # of a photo
     megabytes: int = 40  # of an upload
     classes: int = 200  # below 255: the page holds labels in a byte
-    passes: int = 20_000  # steps × ensemble × classes
+    passes: int = 20_000  # calls of the UNet: steps × ensemble × passes
 
 
 def photo(path: str | None, limits: Limits) -> np.ndarray:
-    """uint8 [H, W, 3] of an upload. Raises `UserError`."""
+    """Read an upload, uint8 [H, W, 3]. Raise `UserError` for no photo and for too large a one."""
     if not path:
         raise UserError("Choose a photo first.")
     name = PurePath(path).name
@@ -53,14 +53,15 @@ def photo(path: str | None, limits: Limits) -> np.ndarray:
 
 
 def name_of(path: str) -> str:
-    """What the results of an upload are called."""
+    """Return what the results of an upload are called."""
     return re.sub(r"[^\w.-]+", "_", PurePath(path).stem)[:_LONGEST_STEM].strip("._") or "photo"
 
 
 def classes(text: Any, limits: Limits) -> Vocabulary:
-    """The classes of a text: one a line or between ";", "," before synonyms; or a packaged list.
+    """Return the classes of a text: one a line or between ";", "," before synonyms.
 
-    Raises `UserError`. Never reads a file, whatever the text says.
+    The text may also be the name of a packaged list. No file is read, whatever the text says.
+    Raise `UserError` for a text that gives no list.
     """
     if not isinstance(text, str) or not text.strip():
         raise UserError("Name what to look for: one class a line, such as sky.")
@@ -79,7 +80,7 @@ def classes(text: Any, limits: Limits) -> Vocabulary:
 
 
 def settings(asked: dict[str, Any], config: Config, count: int, limits: Limits) -> dict[str, Any]:
-    """`asked` (steps, ensemble, seed, closed) for `count` classes, checked. Raises `UserError`."""
+    """Check steps, ensemble, seed and closed, `asked` for `count` classes. Raise `UserError`."""
     steps = _whole("Steps", asked["steps"], 1, config.diffusion.num_train_timesteps)
     ensemble = _whole("Ensemble", asked["ensemble"], 1, 64)
     seed = _whole("Seed", asked["seed"], 0, 2**31 - 1)

@@ -50,7 +50,7 @@ class _Guard:
 
 @contextlib.contextmanager
 def running(page: gr.Blocks, host: str, port: int, limits: Limits) -> Iterator[str]:
-    """Serves the page in a thread; its address. Raises `UserError` where it cannot listen."""
+    """Serve the page in a thread and give its address. Raise `UserError` if it cannot listen."""
     most = limits.megabytes * 2**20
     page.state_session_capacity = _SESSIONS
     app = gr.mount_gradio_app(

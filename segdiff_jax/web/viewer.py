@@ -25,7 +25,7 @@ STYLE = (Path(__file__).parent / "page.css").read_text("utf-8")
 
 
 def data(found: Segmentation) -> str:
-    """The value of the viewer, JSON. Fewer than 255 classes."""
+    """Return the value of the viewer, JSON, for fewer than 255 classes."""
     height, width = found.labels.shape
     shrink = min(1.0, _LONGEST / max(height, width))
     size = max(1, round(height * shrink)), max(1, round(width * shrink))
@@ -52,13 +52,13 @@ def data(found: Segmentation) -> str:
 
 
 def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The size of one score map: that of the networks, or smaller so that all fit the message."""
+    """Return the size of one score map: the networks', or smaller so that all fit the message."""
     shrink = min(1.0, math.sqrt(_SCORES / math.prod(shape)))
     return max(1, int(shape[0] * shrink)), max(1, int(shape[1] * shrink))
 
 
 def _sheet(scores: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, int]:
-    """The maps [h, w, K] side by side in rows, uint8; how many are in a row."""
+    """Return the maps [h, w, K] side by side in rows, uint8, and how many are in a row."""
     maps = np.moveaxis(geometry.enlarge(scores, size), -1, 0)  # smaller, if anything
     across = math.ceil(math.sqrt(len(maps)))
     down = math.ceil(len(maps) / across)
