@@ -41,6 +41,11 @@ def nothing(num_classes: int) -> Sums:
     return Sums(matrix, edges, *(tally.nothing() for _ in range(4)))
 
 
+def added(one: Sums, other: Sums) -> Sums:
+    """Add the sums of other images."""
+    return Sums(*map(np.add, one, other))
+
+
 def count(
     labels: np.ndarray,
     prediction: np.ndarray,
