@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,8 @@ from segdiff_jax import aot, cli, files
 from segdiff_jax import config as configs
 from segdiff_jax.benchmarks.timing import Figure, NotRun, Ratio, Result, Spread
 from segdiff_jax.errors import UserError
-from segdiff_jax.parallel import chips, mesh, runtime
+from segdiff_jax.parallel import chips, mesh, roofline, runtime
+from segdiff_jax.version import code_version
 
 SUITES = {  # what each needs beside the package's own libraries
     "cpu": ("torch", "diffusers"),
@@ -145,7 +145,7 @@ def _report(args: argparse.Namespace, results: list[Result], before: list[float]
         "suite": args.suite,
         "small": args.small,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": code_version(),
         "machine": _machine() | {"load before": before, "load after": _load()},
         "versions": _versions(),
         "ratios": of(Ratio),
@@ -180,20 +180,6 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str | None:
-    """Of the repository that this file is part of; None where it is of none."""
-    here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
-    try:
-        subprocess.run(
-            [*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True
-        )
-        described = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(described, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def _tpu(small: bool) -> Iterator[Result]:
     """The anchor of docs/performance.md, by the compiler: FLOPs over the networks' own, memory."""
     jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
@@ -207,7 +193,7 @@ def _tpu(small: bool) -> Iterator[Result]:
         config.model.preset, config.data.image_size = "tiny", (32, 32)
     chip, devices = chips.stand_ins(_TOPOLOGY)
     step = aot.make_step(config, mesh.make_mesh(config.mesh, devices))
-    made = aot.measure(step, chip, len(devices), None)
+    made = roofline.measure(step, chip, len(devices), None)
     name = f"training step of {config.model.preset} on {_TOPOLOGY}, 4 a chip"
     if not made["fits"]:
         yield NotRun(name, made["why"])

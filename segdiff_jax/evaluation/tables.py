@@ -11,7 +11,7 @@ from typing import Any
 
 from segdiff_jax import files
 from segdiff_jax.errors import UserError
-from segdiff_jax.training.run import code_version
+from segdiff_jax.version import code_version
 
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
