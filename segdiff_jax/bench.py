@@ -1,4 +1,4 @@
-"""Times this package side by side with what people use instead: `segdiff bench SUITE`.
+"""Time this package side by side with what people use instead: `segdiff bench SUITE`.
 
 suite ─► equal outputs asserted ─► rounds in turn ─► ratios, with machine, versions, commit ─► JSON
                                                      against an older JSON: what got worse
@@ -96,7 +96,7 @@ def _suite(name: str) -> Any:
 
 
 def _read(path: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The ratios of an earlier report of the same suite and size, by name."""
+    """Read the ratios of an earlier report of the same suite and size, by name."""
     try:
         old = json.loads(Path(path).read_text())
         found = {name: ratio["ratio"][0] + 0.0 for name, ratio in old["ratios"].items()}
@@ -112,7 +112,7 @@ def _read(path: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(ratios: dict[str, Any], old: dict[str, float]) -> list[str]:
-    """A line for each ratio that got worse by more than `WORSE`."""
+    """Return a line for each ratio that got worse by more than `WORSE`."""
     return [
         f"worse: {name}: {ratios[name]['ratio'][0]:.3g}, it was {before:.3g}"
         for name, before in old.items()
@@ -168,7 +168,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _load() -> list[float]:
-    """How many processes wanted a core, on average over 1, 5 and 15 minutes."""
+    """Return how many processes wanted a core, on average over 1, 5 and 15 minutes."""
     return list(os.getloadavg()) if hasattr(os, "getloadavg") else []
 
 
@@ -181,7 +181,7 @@ def _versions() -> dict[str, str]:
 
 
 def _tpu(small: bool) -> Iterator[Result]:
-    """The anchor of docs/performance.md, by the compiler: FLOPs over the networks' own, memory."""
+    """Ask the compiler for the anchor of docs/performance.md: FLOPs to the analytic, memory."""
     jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
     jax.config.update("jax_enable_compilation_cache", False)  # only devices can load what it holds
     config = configs.Config(

@@ -90,7 +90,7 @@ def _study(args: argparse.Namespace, config: Config, argv: Sequence[str]) -> Non
 
 
 def _earlier(path: Path, images: int | None) -> list[Any]:
-    """What a stopped run of the study has measured on as many images."""
+    """Read what a stopped run of the study has measured on as many images."""
     from segdiff_jax.evaluation.findings import Measurement
 
     if not path.exists():
@@ -100,7 +100,7 @@ def _earlier(path: Path, images: int | None) -> list[Any]:
 
 
 def _write(args: argparse.Namespace, study: Any, about: dict[str, Any], done: list[Any]) -> str:
-    """Table, plot and verdict as JSON, Markdown, PNG and a page; the Markdown."""
+    """Write table, plot and verdict as JSON, Markdown, PNG and a page; return the Markdown."""
     from segdiff_jax.evaluation import findings, tables
     from segdiff_jax.inference import page
 

@@ -78,7 +78,7 @@ def evaluate(
       ceiling: the ground truth through codec and VAE and back, in place of a prediction: what a
         perfect UNet would score. The summary then also says what the VAE leaves of the photos.
       open_vocabulary: pixels below `config.codec.threshold` are *other* and count as wrong.
-      synonyms: one of `asked.SYNONYMS`.
+      synonyms: "mean", "max" or "first", see `asked.of`.
       progress: called with (done, total) images.
       keep: a folder for what is done, and what tells this model and data from others, as JSON
         values. A stopped evaluation goes on from there; `parts.remove` when it is not needed.
@@ -128,7 +128,7 @@ class _Plan(NamedTuple):
     shown: list[int]  # images to keep for a report
     at_once: int  # images in a chunk
     asked: Asked
-    synonyms: str  # one of asked.SYNONYMS
+    synonyms: str  # "mean", "max" or "first"
     sampler: SamplerConfig
     seed: int
     decoding: CodecConfig

@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 def nothing(num_classes: int) -> Part:
-    """The part of no image."""
+    """Return the part of no image."""
     return Part(metrics.nothing(num_classes), [], Counter(), {})
 
 
