@@ -43,7 +43,7 @@ def added(one: Part, other: Part) -> Part:
 def of_all_processes(own: Part) -> Part:
     """Add the parts of all processes, rows in the order of the images. Maps stay where they are."""
     sums = metrics.Sums(*map(_summed, own.sums))
-    pixels = np.zeros(2**16, np.int64)  # of ids, which have at most 16 bits
+    pixels: np.ndarray = np.zeros(2**16, np.int64)  # of ids, which have at most 16 bits
     pixels[list(own.ids)] = list(own.ids.values())
     pixels = _summed(pixels)
     ids = Counter({int(i): int(pixels[i]) for i in np.flatnonzero(pixels)})
