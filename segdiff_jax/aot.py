@@ -1,9 +1,8 @@
 """What a TPU would make of a config: `python -m segdiff_jax.aot --config C --topology v5e:4x4`.
 
 config, topology ─► the step that train or the segmenter jits, on shapes with shardings
-                      ├─► trace: FLOPs of attention kernels, rounds of loops
-                      └─► compile: fits or not, HBM, FLOPs, bytes accessed, collectives
-and peaks, price ─► roofline, MFU, images/s, hours, dollars
+                 ─► `parallel.roofline`: what the compiler makes of it, on one chip and at its peaks
+                 ─► a table, or the largest batch that fits
 """
 
 import argparse
@@ -11,10 +10,7 @@ import dataclasses
 import importlib.metadata
 import math
 import os
-import re
 import sys
-import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,6 +35,7 @@ from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import attention_kernels, chips, rules
 from segdiff_jax.parallel import mesh as meshes
 from segdiff_jax.parallel.placement import multiple
+from segdiff_jax.parallel.roofline import Step, measure
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.conditioning import PromptTable, context
 from segdiff_jax.training.losses import Frozen
@@ -54,23 +51,6 @@ is config.model.preset, whatever config.init_from names. docs/performance.md say
 
 _GIB = 2**30
 _UNKNOWN_CLASSES = 150  # where only the data would tell: the prompt table is all it changes
-
-# An exchange between chips in a compiled program; "send" is one between slices. XLA may hide one
-# behind several fusions and write it into each, under the same channel.
-_COLLECTIVE = re.compile(
-    r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-(?:permute|broadcast)|send)"
-    r"(?:-start)?\(.*?\bchannel_id=(\d+)"
-)
-
-
-class Step(NamedTuple):
-    """A jitted function and what to lower it for. The counts are per call, over all chips."""
-
-    function: Any
-    arguments: tuple[Any, ...]  # ShapeDtypeStructs with shardings, or static values
-    batch: int  # training examples, or jobs of the sampler
-    images: float  # training examples, or segmented images
-    flops: float  # what the networks need, by the analytic count
 
 
 class _Networks(NamedTuple):
@@ -141,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def make_step(config: Config, mesh: Mesh, kind: str = "train", classes: int | None = None) -> Step:
-    """The step of `kind`, "train" or "sample", as it is jitted for `mesh`.
+    """Return the step of `kind`, "train" or "sample", as it is jitted for `mesh`.
 
     classes: K that the sampler is asked about; by default the config's vocabulary, or 150 where
     only the data would tell. Raises `UserError` for a batch that does not divide over the mesh.
@@ -183,7 +163,7 @@ def _linear_decoder(nets: _Networks) -> LinearDecoder:
 
 
 def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
-    """The step of config.stage, as `training.run` compiles it."""
+    """Return the step of config.stage as `training.run` compiles it."""
     count, size, vae_only = config.train.batch_size, config.data.image_size, config.stage == "vae"
     meshes.local_rows(mesh, count)  # as train does, for its error
     whole = meshes.replicated(mesh)
@@ -198,15 +178,7 @@ def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
     state = jax.eval_shape(lambda p: init_state(p, config), params)
     state = meshes.abstract(state, rules.state_sharding(state, mesh))
     cached = config.data.cache_latents and not vae_only
-    asked = config.e2e.classes if single else 0
-    shapes: dict[str, Any] = {"class_ids": ((count, asked or nets.group), jnp.int32)}
-    if cached:
-        latents = ((count, *nets.latent), jnp.float32)
-        shapes |= dict.fromkeys(("image_latents", "mask_latents"), latents)
-        shapes |= dict.fromkeys(("shown", "valid"), ((count, *nets.latent[:2]), jnp.bool_))
-    else:
-        shapes |= {"image": ((count, *size, 3), jnp.uint8), "labels": ((count, *size), jnp.uint8)}
-    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    batch = _train_batch(config, nets, cached)
     arguments = (
         state,
         meshes.abstract(frozen, whole),
@@ -222,8 +194,22 @@ def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
     return Step(compile_step(step, state, mesh), arguments, count, count, count * needed)
 
 
+def _train_batch(config: Config, nets: _Networks, cached: bool) -> dict[str, Any]:
+    """Return the shapes of a batch as the pipeline makes it, of pixels or of cached latents."""
+    count, size = config.train.batch_size, config.data.image_size
+    asked = config.e2e.classes if config.stage == "e2e" else nets.group
+    shapes: dict[str, Any] = {"class_ids": ((count, asked), jnp.int32)}
+    if cached:
+        latents = ((count, *nets.latent), jnp.float32)
+        shapes |= dict.fromkeys(("image_latents", "mask_latents"), latents)
+        shapes |= dict.fromkeys(("shown", "valid"), ((count, *nets.latent[:2]), jnp.bool_))
+    else:
+        shapes |= {"image": ((count, *size, 3), jnp.uint8), "labels": ((count, *size), jnp.uint8)}
+    return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+
+
 def _sample_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
-    """One call of the segmenter's sampler.
+    """Return one call of the segmenter's sampler.
 
     The images that it is worth are its UNet calls over those that an image needs: a shortlist
     needs one for every pass, and the full budget for its classes only.
@@ -239,7 +225,7 @@ def _sample_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
 
 
 def _sampler(config: Config, nets: _Networks, mesh: Mesh, jobs: int) -> tuple[Any, tuple[Any, ...]]:
-    """`sampling.sampler_on` and its arguments: all that this file knows of how it is called."""
+    """Return `sampling.sampler_on` and its arguments: all this file knows of how it is called."""
     whole, rows = meshes.replicated(mesh), meshes.rows_sharding(mesh)
     unet, unet_params = nnx.split(
         attention_kernels.with_attention(nets.unet, attention_kernels.on_device("tpu"))
@@ -264,63 +250,10 @@ def _sampler(config: Config, nets: _Networks, mesh: Mesh, jobs: int) -> tuple[An
     )
 
 
-def measure(step: Step, chip: chips.Chip, count: int, steps: int | None) -> dict[str, Any]:
-    """What `count` chips make of `step`, and of a run of so many `steps`.
-
-    XLA counts the body of a loop once. The other rounds are added from the traced function's matrix
-    products, and bytes are taken to grow by as much.
-    """
-    started, trace = time.monotonic(), step.function.trace(*step.arguments)
-    made: dict[str, Any] = {"fits": False, "hbm_of_chip": chip.hbm}
-    try:
-        program = trace.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return made | {"why": _excerpt(str(error))}
-    made |= {"fits": True, "compile_seconds": time.monotonic() - started}
-    memory, costs = program.memory_analysis(), program.cost_analysis()
-    hbm = {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,  # beside arguments
-        "temporaries": memory.temp_size_in_bytes,
-        "code": memory.generated_code_size_in_bytes,
-    }
-    traced, analytic = flops.traced(trace.jaxpr), step.flops / count
-    kernels, rounds = traced.kernels / count, (traced.run - traced.once) / count
-    total = costs["flops"] + rounds + kernels
-    accessed = costs["bytes accessed"] * (1 + rounds / costs["flops"])
-    counted = {"xla": costs["flops"], "loops": rounds, "kernels": kernels}
-    made["per_chip"] = {
-        "hbm": hbm | {"total": sum(hbm.values())},
-        "flops": counted | {"total": total, "analytic": analytic},
-        "bytes_accessed": accessed,
-        "collectives": Counter(name for name, _ in set(_COLLECTIVE.findall(program.as_text()))),
-    }
-    bounds = {"compute": total / chip.flops, "memory": accessed / chip.hbm_bandwidth}
-    slowest = max(bounds.values())
-    made["roofline"] = {f"{name}_seconds": seconds for name, seconds in bounds.items()} | {
-        "step_seconds": slowest,
-        "mfu": analytic / (slowest * chip.flops),
-        "images_per_second": step.images / slowest,
-    }
-    if steps is not None:  # of FLOPs alone too: the bytes are not HBM's only
-        hours = [steps * seconds / 3600 for seconds in (bounds["compute"], slowest)]
-        dollars = [count * chip.price * h for h in hours]
-        made["run"] = {"steps": steps, "hours": hours, "dollars": dollars, "price": chip.price}
-    return made
-
-
-def _excerpt(message: str) -> str:
-    """Of the compiler's message its reason and the largest buffers that it names, 24 lines."""
-    lines = message.removeprefix("RESOURCE_EXHAUSTED: ").splitlines()
-    return "\n".join([line.strip() for line in lines if line.strip(" =")][:24])
-
-
 def _search(
     config: Config, parts: int, kind: str, report: Callable[[Config], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The report of the largest batch per chip that fits: doubled or halved, then bisected."""
+    """Report the largest batch per chip that fits: doubled or halved, then bisected."""
     if kind == "train" and config.optimizer.accumulation > 1:
         raise UserError("--search: set config.optimizer.accumulation=1: a micro-batch has to fit")
     group = "train" if kind == "train" else "sampler"

@@ -1,4 +1,4 @@
-"""Times this package side by side with what people use instead: `segdiff bench SUITE`.
+"""Time this package side by side with what people use instead: `segdiff bench SUITE`.
 
 suite ─► equal outputs asserted ─► rounds in turn ─► ratios, with machine, versions, commit ─► JSON
                                                      against an older JSON: what got worse
@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,8 @@ from segdiff_jax import aot, cli, files
 from segdiff_jax import config as configs
 from segdiff_jax.benchmarks.timing import Figure, NotRun, Ratio, Result, Spread
 from segdiff_jax.errors import UserError
-from segdiff_jax.parallel import chips, mesh, runtime
+from segdiff_jax.parallel import chips, mesh, roofline, runtime
+from segdiff_jax.version import code_version
 
 SUITES = {  # what each needs beside the package's own libraries
     "cpu": ("torch", "diffusers"),
@@ -96,7 +96,7 @@ def _suite(name: str) -> Any:
 
 
 def _read(path: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The ratios of an earlier report of the same suite and size, by name."""
+    """Read the ratios of an earlier report of the same suite and size, by name."""
     try:
         old = json.loads(Path(path).read_text())
         found = {name: ratio["ratio"][0] + 0.0 for name, ratio in old["ratios"].items()}
@@ -112,7 +112,7 @@ def _read(path: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare(ratios: dict[str, Any], old: dict[str, float]) -> list[str]:
-    """A line for each ratio that got worse by more than `WORSE`."""
+    """Return a line for each ratio that got worse by more than `WORSE`."""
     return [
         f"worse: {name}: {ratios[name]['ratio'][0]:.3g}, it was {before:.3g}"
         for name, before in old.items()
@@ -145,7 +145,7 @@ def _report(args: argparse.Namespace, results: list[Result], before: list[float]
         "suite": args.suite,
         "small": args.small,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": code_version(),
         "machine": _machine() | {"load before": before, "load after": _load()},
         "versions": _versions(),
         "ratios": of(Ratio),
@@ -168,7 +168,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _load() -> list[float]:
-    """How many processes wanted a core, on average over 1, 5 and 15 minutes."""
+    """Return how many processes wanted a core, on average over 1, 5 and 15 minutes."""
     return list(os.getloadavg()) if hasattr(os, "getloadavg") else []
 
 
@@ -180,22 +180,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str | None:
-    """Of the repository that this file is part of; None where it is of none."""
-    here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
-    try:
-        subprocess.run(
-            [*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True
-        )
-        described = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(described, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def _tpu(small: bool) -> Iterator[Result]:
-    """The anchor of docs/performance.md, by the compiler: FLOPs over the networks' own, memory."""
+    """Ask the compiler for the anchor of docs/performance.md: FLOPs to the analytic, memory."""
     jax.config.update("jax_platforms", "cpu")  # the compiler needs no device
     jax.config.update("jax_enable_compilation_cache", False)  # only devices can load what it holds
     config = configs.Config(
@@ -207,7 +193,7 @@ def _tpu(small: bool) -> Iterator[Result]:
         config.model.preset, config.data.image_size = "tiny", (32, 32)
     chip, devices = chips.stand_ins(_TOPOLOGY)
     step = aot.make_step(config, mesh.make_mesh(config.mesh, devices))
-    made = aot.measure(step, chip, len(devices), None)
+    made = roofline.measure(step, chip, len(devices), None)
     name = f"training step of {config.model.preset} on {_TOPOLOGY}, 4 a chip"
     if not made["fits"]:
         yield NotRun(name, made["why"])

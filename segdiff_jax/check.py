@@ -1,4 +1,4 @@
-"""Checks a data set: `segdiff data check --config FILE`, `python -m segdiff_jax.check`."""
+"""Check a data set: `segdiff data check --config FILE`, `python -m segdiff_jax.check`."""
 
 import argparse
 import os
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
 
 
 def _check(config: Config, split: str, args: argparse.Namespace) -> bool:
-    """Prints, and writes the page of a split. Whether something is wrong with it."""
+    """Print, and write the page of a split; return whether something is wrong with it."""
     from segdiff_jax.data import survey
     from segdiff_jax.data.sources.source import evenly, open_source
     from segdiff_jax.progress import reporter
@@ -68,7 +68,7 @@ def _check(config: Config, split: str, args: argparse.Namespace) -> bool:
 
 
 def _write(output, split, source, rows, numbers, faults) -> None:
-    """check_SPLIT.html: what was printed, and photos under their labels."""
+    """Write check_SPLIT.html: what was printed, and photos under their labels."""
     from segdiff_jax import ownership
     from segdiff_jax.inference import page, pictures
 

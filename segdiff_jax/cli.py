@@ -38,7 +38,7 @@ JAX_NUM_PROCESSES and JAX_PROCESS_ID in their environment.
 
 
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> NoReturn:
-    """Calls `main` with the command line and exits: 0, or as `_exit_code` says.
+    """Call `main` with the command line and exit: 0, or as `_exit_code` says.
 
     A `UserError`, or a disk that fills up, becomes one line on stderr without a traceback.
     """
@@ -54,7 +54,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> NoR
 
 
 def _exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Of `main(argv)`: 0, 2 on bad input, 75 where a wait was given up, 130 on Ctrl-C."""
+    """Return 0, 2 on bad input, 75 where a wait was given up, 130 on Ctrl-C."""
     try:
         main(argv)
         return 0
@@ -73,7 +73,7 @@ def _exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
 
 
 def parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
-    """An argument parser for `python -m {prog}` whose errors are `UserError`s."""
+    """Make an argument parser for `python -m {prog}` whose errors are `UserError`s."""
     return _Parser(
         prog=f"python -m {prog}",
         description=description,
@@ -89,7 +89,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """The flag of every command that reads a trained model."""
+    """Add the flags of every command that reads a trained model."""
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -108,14 +108,14 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def which_checkpoint(text: str) -> str:
-    """For `type=` of an argument: newest, best or a step."""
+    """Check an argument, as its `type=`: newest, best or a step."""
     if text in ("newest", "best") or text.isdecimal():
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is neither newest nor best nor a step")
 
 
 def path(text: str) -> str:
-    """For `type=` of every argument that names a file or folder; `~` at its start is expanded.
+    """Expand `~` in an argument that names a file or folder, as its `type=`.
 
     An empty name would mean the current folder: nearly always a shell variable that is not set.
     """
@@ -134,12 +134,12 @@ def path(text: str) -> str:
 
 
 def positive_int(text: str) -> int:
-    """For `type=` of an argument: 1, 2, …"""
+    """Read 1, 2, … from an argument, as its `type=`."""
     return _int_from(text, 1)
 
 
 def natural_int(text: str) -> int:
-    """For `type=` of an argument: 0, 1, 2, …"""
+    """Read 0, 1, 2, … from an argument, as its `type=`."""
     return _int_from(text, 0)
 
 
@@ -156,7 +156,7 @@ def _int_from(text: str, low: int) -> int:
 
 
 def split_config_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separates `--config.a.b=v` from the other arguments.
+    """Separate `--config.a.b=v` from the other arguments.
 
     Also takes `--config.a.b v` and, for booleans, `--config.a.b` and `--noconfig.a.b`.
 
@@ -197,7 +197,7 @@ def load_config(
     use: str = "train",
     trained: Config | None = None,
 ) -> Config:
-    """The config that a file's `get_config()` returns, overridden and validated.
+    """Return the config that a file's `get_config()` returns, overridden and validated.
 
     Args:
       path_or_spec: a Python file, or `file.py:argument` to call `get_config("argument")`.
@@ -216,7 +216,7 @@ def load_config(
 
 
 def override_config(config: Config, overrides: Sequence[str], use: str = "train") -> Config:
-    """`config` with `--config.a.b=v` strings applied, validated. Raises as `load_config` does."""
+    """Apply `--config.a.b=v` strings to `config` and validate it. Raise as `load_config` does."""
     texts: dict[str, list[str]] = {}
     for override in overrides:
         key, separator, text = override.removeprefix(PREFIX).partition("=")
@@ -230,7 +230,7 @@ def override_config(config: Config, overrides: Sequence[str], use: str = "train"
 
 
 def _override(config: Config, key: str, texts: list[str]) -> Config:
-    """`config` with what was given for one key: the last text, but texts of a tuple add up."""
+    """Set one key of `config` to the last of `texts`; those of a tuple of strings add up."""
     kind = _field(key).type
     if kind == tuple[str, ...]:
         texts = [repr(fields.texts_from(text)) for text in texts]
@@ -281,7 +281,7 @@ def _read_config_file(spec: str, trained: Config | None) -> Config:
 
 
 def _check_fields(node: Any, prefix: str, path: str) -> None:
-    """Finds assignments in a config file that a dataclass lets pass: misspelt keys, wrong types."""
+    """Find assignments in a config file that a dataclass lets pass: misspelt keys, wrong types."""
     declared = {item.name: item for item in dataclasses.fields(node)}
     for name, value in vars(node).items():
         key = f"{prefix}{name}"
@@ -298,7 +298,7 @@ def _check_fields(node: Any, prefix: str, path: str) -> None:
 
 
 def _field(key: str) -> dataclasses.Field[Any]:
-    """The field of a dotted key. Raises `UserError` if there is none, or it is a group of them."""
+    """Return the field of a dotted key. Raise `UserError` for none, or a group of them."""
     known = {name: item for name, item, _ in fields.leaves(Config)}
     inside = [name for name in known if name.startswith(f"{key}.")]
     if inside:
@@ -326,7 +326,7 @@ def _one_line(text: str) -> str:
 
 
 def config_help() -> str:
-    """Every config key with its type, default and comment, for the end of `--help`."""
+    """List every config key with its type, default and comment, for the end of `--help`."""
     lines = ["config keys, each set with --config.KEY=VALUE (type, default):"]
     return "\n".join(lines + _help_lines(Config, ""))
 

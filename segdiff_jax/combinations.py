@@ -14,7 +14,7 @@ TEMPLATE_SETS = ("single", "scene", "vild14", "clip80")  # names for templates: 
 
 
 def check(c: "Config", own: "Config", use: str) -> None:
-    """Raises `UserError` for the first contradiction in `c`.
+    """Raise `UserError` for the first contradiction in `c`.
 
     `own` is `config.of_stage(c)`, `use` one of `config.USES`.
     """
@@ -29,7 +29,7 @@ def check(c: "Config", own: "Config", use: str) -> None:
 
 
 def check_image_size(c: "Config", factor: int, whose: str) -> None:
-    """Raises `UserError` unless views divide by `factor`, the downsampling of the VAE of `whose`.
+    """Raise `UserError` unless images divide by `factor`, the downsampling of the VAE of `whose`.
 
     The UNet takes latents of any size: what it halves unevenly it brings back to the size it was.
     """
@@ -43,7 +43,7 @@ def check_image_size(c: "Config", factor: int, whose: str) -> None:
 
 
 def check_sampler(sampler: "SamplerConfig") -> None:
-    """Raises `UserError` if more steps or members than one are asked of a start from zeros."""
+    """Raise `UserError` if more steps or members than one are asked of a start from zeros."""
     if sampler.initial_noise == "zero" and (sampler.steps, sampler.ensemble) != (1, 1):
         raise UserError(
             f"config.sampler.steps={sampler.steps}, ensemble={sampler.ensemble}: must both be 1 "

@@ -1,11 +1,11 @@
-"""Scores a model: `python -m segdiff_jax.evaluate --checkpoint W --output O`."""
+"""Score a model: `python -m segdiff_jax.evaluate --checkpoint W --output O`."""
 
 import argparse
 import contextlib
 import logging
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
@@ -13,6 +13,11 @@ from segdiff_jax import cli
 from segdiff_jax.combinations import check_image_size
 from segdiff_jax.config import Config, of_stage
 from segdiff_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from segdiff_jax.data.sources.source import Source
+    from segdiff_jax.evaluation.suite import Cost
+    from segdiff_jax.inference.segmenter import Segmenter
 
 _DESCRIPTION = (
     """Segment a labelled dataset and write O/metrics.json and O/index.html.
@@ -39,6 +44,9 @@ _TRAINED_FOR = (
     "sampler.initial_noise",
 )
 
+_KIND = "evaluation"  # of a folder's marker (`ownership`)
+_OUTPUTS = ("metrics.json", "index.html", "examples.png", "per_image.csv")
+
 
 def main(argv: list[str]) -> None:
     overrides, rest = cli.split_config_flags(argv)
@@ -64,7 +72,7 @@ def main(argv: list[str]) -> None:
 
 
 def _config_of(path: str | None, overrides: Sequence[str], trained: Config, where: str) -> Config:
-    """What a config file, or the checkpoint's own config, asks of the model."""
+    """Return what a config file, or the checkpoint's own config, asks of the model."""
     from segdiff_jax.parallel import processes
 
     if path:
@@ -89,7 +97,7 @@ def _config_of(path: str | None, overrides: Sequence[str], trained: Config, wher
 def _suite(
     args: argparse.Namespace, overrides: list[str], trained: Config, argv: Sequence[str]
 ) -> None:
-    """Every benchmark of configs/eval that has data below --data, and a table of them all."""
+    """Evaluate on each benchmark of configs/eval with data below --data; write a table of all."""
     from segdiff_jax import ownership
     from segdiff_jax.evaluation import parts, suite, tables
     from segdiff_jax.parallel import processes
@@ -120,44 +128,29 @@ def _suite(
 
 
 def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
-    """Every process evaluates, the first one writes. What metrics.json says."""
+    """Evaluate in every process, write in the first one; return what metrics.json says."""
     from segdiff_jax import ownership
     from segdiff_jax.data import label_summary
-    from segdiff_jax.data.sources.source import open_source
-    from segdiff_jax.evaluation import asked, parts, report, suite
+    from segdiff_jax.evaluation import parts, report
     from segdiff_jax.evaluation.evaluator import evaluate
-    from segdiff_jax.inference.segmenter import Segmenter
     from segdiff_jax.parallel import processes
     from segdiff_jax.progress import reporter
-    from segdiff_jax.weights import workdir
 
     first = processes.is_first()
     split = args.split or config.data.val_split
-    if config.data.source == "scenes" and split not in (
-        config.data.train_split,
-        config.data.val_split,
-    ):
-        raise UserError(
-            f"--split {split}: scenes have {config.data.train_split} and {config.data.val_split}"
-        )
-    source = open_source(config.data, split, config.seed)
-    processes.check_same("images", [len(source), list(source.vocabulary.names)])
+    source = _source(config, split)
     if first:
         ownership.check(args.output, _KIND, _OUTPUTS)
         print(source.vocabulary.summary())
-    networks, step = workdir.load_with_step(args.folder, which=args.which)
-    unet, vae, text_encoder, tokenizer, _ = networks
-    check_image_size(config, vae.config.downsampling, f"the VAE of {args.checkpoint}")
+    segmenter, cost = _segmenter(args, config, source)
     if first:
         label_summary.report(source, config.data, split)
-    trained = workdir.read_classes(args.folder)
-    segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, trained=trained)
-    segmenter.add_decoders(*workdir.load_decoders(args.folder, vae))
-    classes = len(asked.of(source, args.synonyms).vocabulary)
-    tokens = tokenizer.model_max_length
     data = {"source": config.data.source, "root": config.data.root, "split": split}
-    read = {"checkpoint": args.checkpoint, "checkpoint_step": step, "data": data}
-    cost = suite.cost(unet.config, vae.config, config, classes, tokens)
+    read = {
+        "checkpoint": args.checkpoint,
+        "checkpoint_step": segmenter.checkpoint_step,
+        "data": data,
+    }
     with contextlib.ExitStack() as stack:
         if first:
             stack.enter_context(ownership.claimed(args.output, _KIND, _OUTPUTS))
@@ -185,8 +178,37 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     return summary
 
 
-_KIND = "evaluation"  # of a folder's marker (`ownership`)
-_OUTPUTS = ("metrics.json", "index.html", "examples.png", "per_image.csv")
+def _source(config: Config, split: str) -> "Source":
+    """Open a split, the same one in all processes."""
+    from segdiff_jax.data.sources.source import open_source
+    from segdiff_jax.parallel import processes
+
+    own = config.data.train_split, config.data.val_split
+    if config.data.source == "scenes" and split not in own:
+        raise UserError(f"--split {split}: scenes have {own[0]} and {own[1]}")
+    source = open_source(config.data, split, config.seed)
+    processes.check_same("images", [len(source), list(source.vocabulary.names)])
+    return source
+
+
+def _segmenter(
+    args: argparse.Namespace, config: Config, source: "Source"
+) -> tuple["Segmenter", "Cost | None"]:
+    """Load the checkpoint; return with it what an image of `source` costs."""
+    from segdiff_jax.evaluation import asked, suite
+    from segdiff_jax.inference.segmenter import Segmenter
+    from segdiff_jax.weights import workdir
+
+    networks, step = workdir.load_with_step(args.folder, which=args.which)
+    unet, vae, text_encoder, tokenizer, _ = networks
+    check_image_size(config, vae.config.downsampling, f"the VAE of {args.checkpoint}")
+    trained = workdir.read_classes(args.folder)
+    segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, trained=trained)
+    segmenter.checkpoint_step = step
+    segmenter.add_decoders(*workdir.load_decoders(args.folder, vae))
+    classes = len(asked.of(source, args.synonyms).vocabulary)
+    tokens = tokenizer.model_max_length
+    return segmenter, suite.cost(unet.config, vae.config, config, classes, tokens)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -276,7 +298,7 @@ def _check_trained_for(checkpoint: str, config: Config, trained: Config) -> None
 
 
 def _check_open(wanted: bool, overrides: Sequence[str]) -> None:
-    """Raises `UserError` for a key of the codec that would have no effect on the scores."""
+    """Raise `UserError` for a key of the codec that would have no effect on the scores."""
     for key in ("threshold", "closed"):
         flag = f"{cli.PREFIX}codec.{key}"
         if any(override.startswith(f"{flag}=") for override in overrides):

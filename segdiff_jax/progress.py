@@ -16,7 +16,7 @@ Progress = Callable[[float, int], None]  # (done, total)
 
 @contextlib.contextmanager
 def working(what: str, enabled: bool = True) -> Iterator[None]:
-    """Shows on a terminal what is going on, and for how long; nothing elsewhere."""
+    """Show on a terminal what is going on, and for how long; nothing elsewhere."""
     if not enabled or not sys.stderr.isatty():
         yield
         return
@@ -41,10 +41,10 @@ def working(what: str, enabled: bool = True) -> Iterator[None]:
 
 
 def reporter(label: str, unit: str = "image", enabled: bool = True) -> Progress:
-    """A function to call with (0, total) at the start and with (done, total) after each piece.
+    """Return a function to call with (0, total) first and with (done, total) after each piece.
 
-    Shows rate and remaining time on stderr, or nothing where not `enabled` (all processes but the
-    first). The rate of lines starts after the first piece, whose time is mostly compilation.
+    It shows rate and remaining time on stderr, or nothing where not `enabled` (all processes but
+    the first). The rate of lines starts after the first piece, whose time is mostly compilation.
     A fraction of `done` is how much of the piece in work is finished.
     """
     if not enabled:

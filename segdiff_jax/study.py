@@ -61,10 +61,10 @@ def main(argv: list[str]) -> None:
 
 
 def _study(args: argparse.Namespace, config: Config, argv: Sequence[str]) -> None:
-    from segdiff_jax.evaluation import studies, tables
+    from segdiff_jax.evaluation import studies, tables, trainings
     from segdiff_jax.evaluation.findings import Measurement
 
-    study, config = studies.STUDIES[args.name], studies.on_budget(config, args.budget)
+    study, config = studies.STUDIES[args.name], trainings.on_budget(config, args.budget)
     names = [f"{args.name}.{suffix}" for suffix in ("json", "md", "png", "html")]
     runs, path = Path(args.output) / "runs", Path(args.output) / names[0]
     about = tables.origin("segdiff study", argv, {args.output: "O"})
@@ -73,13 +73,13 @@ def _study(args: argparse.Namespace, config: Config, argv: Sequence[str]) -> Non
         known = _earlier(path, args.limit)
         done: list[Measurement] = []
         for seed in args.seeds:
-            of_seed = studies.changed(config, {"seed": seed})
+            of_seed = trainings.changed(config, {"seed": seed})
             for case in sorted(study.cases(of_seed), key=lambda c: c.training.name):
                 found = next(
                     (m for m in known if (m.setting, m.seed) == (case.setting, seed)), None
                 )
                 if found is None:
-                    workdir = studies.trained(case.training, of_seed, runs)
+                    workdir = trainings.trained(case.training, of_seed, runs)
                     figures = studies.measure(case, of_seed, workdir, args.limit)
                     found = Measurement(case.setting, seed, figures)
                 done.append(found)
@@ -90,7 +90,7 @@ def _study(args: argparse.Namespace, config: Config, argv: Sequence[str]) -> Non
 
 
 def _earlier(path: Path, images: int | None) -> list[Any]:
-    """What a stopped run of the study has measured on as many images."""
+    """Read what a stopped run of the study has measured on as many images."""
     from segdiff_jax.evaluation.findings import Measurement
 
     if not path.exists():
@@ -100,7 +100,7 @@ def _earlier(path: Path, images: int | None) -> list[Any]:
 
 
 def _write(args: argparse.Namespace, study: Any, about: dict[str, Any], done: list[Any]) -> str:
-    """Table, plot and verdict as JSON, Markdown, PNG and a page; the Markdown."""
+    """Write table, plot and verdict as JSON, Markdown, PNG and a page; return the Markdown."""
     from segdiff_jax.evaluation import findings, tables
     from segdiff_jax.inference import page
 

@@ -1,4 +1,4 @@
-"""Trains a model: `python -m segdiff_jax.train --config configs/X.py --workdir W`."""
+"""Train a model: `python -m segdiff_jax.train --config configs/X.py --workdir W`."""
 
 import logging
 import os
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
 
 
 def train(config: Config, workdir: str, startup: "StartUp | None" = None) -> None:
-    """`training.run.train`, which is judged by an evaluation where the config asks for it."""
+    """Run a training, judged by an evaluation where the config asks for it."""
     from segdiff_jax.evaluation.validation import validator_of
     from segdiff_jax.training import run
 

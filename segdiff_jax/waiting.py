@@ -41,7 +41,7 @@ class NoAnswer(UserError):
 
 
 def limit(variable: str) -> float:
-    """Seconds of waiting allowed by `NETWORK` or `PROCESS`. `UserError` for a bad value."""
+    """Return the seconds that `NETWORK` or `PROCESS` allows. Raise `UserError` for a bad value."""
     text = os.environ.get(variable, "").strip()
     try:
         seconds = float(text) if text else _DEFAULTS[variable]
@@ -53,7 +53,7 @@ def limit(variable: str) -> float:
 
 
 def check_limits() -> None:
-    """Raises `UserError` for bad values, before anything is waited for."""
+    """Raise `UserError` for bad values, before anything is waited for."""
     for variable in _DEFAULTS:
         limit(variable)
 
@@ -82,30 +82,30 @@ class Wait:
         self._seen = self._marks = 0
 
     def seconds(self) -> float:
-        """How long this has been waited for."""
+        """Return how long this has been waited for."""
         return time.monotonic() - self._start
 
     def heard(self) -> None:
-        """Takes note of a sign of life."""
+        """Take note of a sign of life."""
         self._marks += 1
         if self._parent is not None:
             self._parent.heard()
 
     def watch(self, signs: Callable[[], int]) -> None:
-        """`signs()` counts the signs of life: while it changes, nothing is given up."""
+        """Count signs of life by `signs()`: while it changes, nothing is given up."""
         self._signs.append(signs)
         if self._parent is not None:
             self._parent.watch(signs)
 
     def pause(self) -> float:
-        """Seconds until `tick` is to be called, if the wait is not over."""
+        """Return the seconds until `tick` is to be called, if the wait is not over."""
         now = time.monotonic()
         first = min(FIRST_WORD, self._limit) - (now - self._start)
         later = min(1.0, NEXT_WORD, self._heard + self._limit - now)
         return max(0.01, first if first > 0 else later)
 
     def tick(self) -> None:
-        """Says that this waits, when it is time; raises `NoAnswer` when it was long enough."""
+        """Say that this waits, when it is time; raise `NoAnswer` when it was long enough."""
         now = time.monotonic()
         seen = self._marks + sum(1 + signs() for signs in self._signs)
         if seen != self._seen:
@@ -135,21 +135,21 @@ class Wait:
 
 
 def watch(signs: Callable[[], int]) -> None:
-    """`Wait.watch` of the wait in which this code runs, if any."""
+    """Call `Wait.watch` of the wait in which this code runs, if any."""
     wait = _current.get()
     if wait is not None:
         wait.watch(signs)
 
 
 def heard() -> None:
-    """`Wait.heard` of the wait in which this code runs, if any."""
+    """Call `Wait.heard` of the wait in which this code runs, if any."""
     wait = _current.get()
     if wait is not None:
         wait.heard()
 
 
 def bounded(call: Callable[[], Result], wait: Wait) -> Result:
-    """`call()` in a thread of its own, for as long as `wait` allows.
+    """Return `call()`, made in a thread of its own, for as long as `wait` allows.
 
     The thread is left behind when the wait ends before it: see `left_behind`.
     """
@@ -164,7 +164,7 @@ def bounded(call: Callable[[], Result], wait: Wait) -> Result:
 
 
 async def answered(awaitable: Awaitable[Result], wait: Wait) -> Result:
-    """`await awaitable`, for as long as `wait` allows. It is cancelled when the wait ends."""
+    """Await `awaitable` for as long as `wait` allows, and cancel it then."""
     token = _current.set(wait)
     try:
         task = asyncio.ensure_future(awaitable)
@@ -180,12 +180,12 @@ async def answered(awaitable: Awaitable[Result], wait: Wait) -> Result:
 
 
 def left_behind() -> bool:
-    """Whether calls that were given up still run. Python's own end may wait for them in vain."""
+    """Return whether calls that were given up still run: Python's own end may wait for them."""
     return any(thread.is_alive() for thread in _left)
 
 
 def in_background(call: Callable[[], Result]) -> "concurrent.futures.Future[Result]":
-    """Starts `call()` in a thread that does not keep the process from ending."""
+    """Start `call()` in a thread that does not keep the process from ending."""
     return _in_thread(call, _current.get())[0]
 
 

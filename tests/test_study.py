@@ -10,7 +10,7 @@ from PIL import Image
 from segdiff_jax import cli, config, study
 from segdiff_jax.data import scenes
 from segdiff_jax.errors import UserError
-from segdiff_jax.evaluation import studies, tables
+from segdiff_jax.evaluation import studies, tables, trainings
 from segdiff_jax.training import run
 from segdiff_jax.weights import workdir as workdirs
 
@@ -47,7 +47,7 @@ def finished(trained, micro_config, tmp_path):
         workdir = tmp_path / "runs" / f"annealed-{timesteps}-seed0"
         shutil.copytree(trained, workdir)
         changes = studies.training(short, timesteps).changes
-        workdirs.write_config(str(workdir), studies.changed(short, changes))
+        workdirs.write_config(str(workdir), trainings.changed(short, changes))
     shutil.copytree(f"{trained}/vae", tmp_path / "runs" / "vae-seed0")
     return tmp_path
 
@@ -108,7 +108,7 @@ def test_members_are_sampled_once(trained, micro_config):
     c = micro_config()
     source = studies.open_source(c.data, "val", 0)
     photo, classes = source[0]["image"], source.vocabulary.classes[:2]
-    small, large = (studies.changed(c, {"sampler.ensemble": n}).sampler for n in (2, 3))
+    small, large = (trainings.changed(c, {"sampler.ensemble": n}).sampler for n in (2, 3))
     plain, remembering = (studies._model(trained, "trailing", kept) for kept in (False, True))
     remembering.unclipped_maps([photo], classes, large, 0)
     found = remembering.unclipped_maps([photo], classes, small, 0)
@@ -135,8 +135,8 @@ def test_every_study_has_settings_of_its_own(micro_config):
         assert all(of_name.axis in case.setting for case in cases)
         for case in cases:
             for changes in (case.training.changes, case.changes):
-                studies.changed(micro_config(), changes, "evaluate")
-            studies.changed(micro_config(), case.training.changes, "train")
+                trainings.changed(micro_config(), changes, "evaluate")
+            trainings.changed(micro_config(), case.training.changes, "train")
 
 
 def test_panels(trained, config_file, tmp_path):

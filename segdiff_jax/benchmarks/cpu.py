@@ -27,7 +27,7 @@ _QUARTER = UNetConfig(block_out_channels=(80, 160, 320, 320), heads=(1, 2, 5, 5)
 
 
 def run(small: bool) -> Iterator[Result]:
-    """UNet forward, VAE both ways, a training step. About 10 GB of memory at full size."""
+    """Time a UNet, a VAE both ways, a training step. Takes 10 GB of memory at full size."""
     size, rounds = (8, 2) if small else (48, 5)
     with twins.cores(small), torch.no_grad():
         yield from _unet(NARROW if small else UNetConfig(), size, rounds)

@@ -65,7 +65,7 @@ _SMALL = _Sizes(cpu.NARROW, cpu.NARROW_VAE, 8, (2,), 3, 2, 2, 2, "float32", 1e-3
 
 
 def run(small: bool) -> Iterator[Result]:
-    """Training steps, the sampler, the kinds of attention, the VAE's decoder."""
+    """Time training steps, the sampler, the kinds of attention, the VAE's decoder."""
     if not small and jax.default_backend() != "gpu":
         raise UserError(
             f"bench gpu: JAX finds no NVIDIA card here, only {jax.default_backend()}: "
@@ -104,7 +104,7 @@ def _training(sizes: _Sizes, batch: int) -> Iterator[Result]:
 
 
 def _mfu(needed: float, found: Ratio) -> dict[str, float]:
-    """The share of the card's peak, by the analytic count; of an unknown card nothing."""
+    """Return the share of the card's peak, by the analytic count; of an unknown card nothing."""
     kind = jax.devices()[0].device_kind
     peaks = [peak for word, peak in _PEAKS.items() if word in kind]
     sides = {"MFU ours": found.ours, "MFU theirs": found.theirs} if peaks else {}
@@ -121,7 +121,7 @@ def _memory() -> dict[str, float]:
 
 
 def _attention(sizes: _Sizes) -> Iterator[Result]:
-    """The first level's self-attention with its gradients; cuDNN's is what training uses."""
+    """Time the first level's self-attention with its gradients; training uses cuDNN's."""
     length, width = sizes.latent**2, 64
     shape = 2 * sizes.batches[0], length, sizes.unet.heads[0], width
     *arrays, pull = (jnp.asarray(twins.normal(*shape, seed=i), sizes.dtype) for i in range(4))
@@ -140,7 +140,7 @@ def _attention(sizes: _Sizes) -> Iterator[Result]:
 
 
 def _sampler(sizes: _Sizes) -> Iterator[Result]:
-    """All classes and members of one photo, against a loop that has the classes in one batch."""
+    """Time all classes and members of a photo, against a loop with the classes in one batch."""
     model, twin, decoder = _segmenter(sizes)
     names = [f"thing {i}" for i in range(sizes.classes)]
     classes = vocabulary.from_names(names).classes
@@ -184,7 +184,7 @@ def _sampler(sizes: _Sizes) -> Iterator[Result]:
 
 
 def _segmenter(sizes: _Sizes) -> tuple[Segmenter, Any, Any]:
-    """(A segmenter, diffusers' UNet, diffusers' VAE); the text encoder is a small one."""
+    """Make a segmenter with a small text encoder, and diffusers' UNet and VAE of its weights."""
     words = ["a photo of a", *(f"thing {i}" for i in range(sizes.classes))]
     tokenizer = train_tokenizer(words, 1024, 77)
     text = CLIPTextConfig(

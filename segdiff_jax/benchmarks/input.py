@@ -14,19 +14,20 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from segdiff_jax.benchmarks.timing import Figure, Ratio, Result, Spread, check_equal, in_turn
+from segdiff_jax.benchmarks import photos
+from segdiff_jax.benchmarks.timing import Result, check_equal, in_turn, rate
 from segdiff_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
 from segdiff_jax.data import latent_cache, latents, pipeline, transforms
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.models import presets
 from segdiff_jax.models.vae import VAE
 
-_CLASSES, _BLOCK = 11, 16
+_CLASSES = 11
 _CROP = AugmentConfig(min_scale=1.0, max_scale=2.0, color_jitter=0.2)
 
 
 def run(small: bool) -> Iterator[Result]:
-    """Photos of CamVid's size, then 512-pixel crops of 1,000-pixel photos."""
+    """Time photos of CamVid's size, then 512-pixel crops of 1,000-pixel photos."""
     cases = {
         "480 × 360, as CamVid": ((360, 480), DataConfig(image_size=(96, 128))),
         "512-pixel crops of 1000 × 750": (
@@ -48,16 +49,15 @@ def run(small: bool) -> Iterator[Result]:
 
 
 def _write(root: Path, size: tuple[int, int], count: int) -> None:
-    """A folder of JPEGs that compress about as photos do, and of masks with areas in them."""
+    """Write a folder of JPEGs that compress about as photos do, and of masks with areas."""
     rng = np.random.default_rng(0)
     for folder in ("images", "masks"):
         (root / folder).mkdir(parents=True)
     (root / "classes.txt").write_text("".join(f"class {i}\n" for i in range(_CLASSES)))
     height, width = size
     for i in range(count):
-        coarse = rng.integers(0, 256, (height // _BLOCK + 2, width // _BLOCK + 2, 3), np.uint8)
-        photo = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-        photo.save(root / "images" / f"{i:03}.jpg", quality=90)
+        photo = photos.drawn(height, width, i, block=16, grain=0)
+        Image.fromarray(photo).save(root / "images" / f"{i:03}.jpg", quality=90)
         areas = rng.integers(0, _CLASSES, (height // 60 + 2, width // 60 + 2), np.uint8)
         mask = Image.fromarray(areas).resize((width, height), Image.Resampling.NEAREST)
         mask.save(root / "masks" / f"{i:03}.png")
@@ -65,17 +65,17 @@ def _write(root: Path, size: tuple[int, int], count: int) -> None:
 
 def _pipeline(name: str, config: Config, small: bool) -> Iterator[Result]:
     source = open_source(config.data, "train", 0)
-    photos = sorted(Path(config.data.root, "images").iterdir())
-    masks = sorted(Path(config.data.root, "masks").iterdir())
+    folders = (Path(config.data.root, kind) for kind in ("images", "masks"))
+    pairs = list(zip(*(sorted(folder.iterdir()) for folder in folders), strict=True))
     count, rounds = _examples(small)
 
-    def decode() -> list[tuple[np.ndarray, np.ndarray]]:
-        chosen = [(photos[i % len(photos)], masks[i % len(photos)]) for i in range(count)]
-        return [(np.asarray(Image.open(p)), np.asarray(Image.open(m))) for p, m in chosen]
+    def decode() -> list[tuple[np.ndarray, ...]]:
+        chosen = (pairs[i % len(pairs)] for i in range(count))
+        return [tuple(np.asarray(Image.open(path)) for path in pair) for pair in chosen]
 
-    for number, (photo, labels) in enumerate(decode()[: len(photos)]):
+    for number, decoded in enumerate(decode()[: len(pairs)]):
         record = source[number]
-        check_equal(name, (record["image"], record["labels"]), (photo, labels), 0.0)
+        check_equal(name, (record["image"], record["labels"]), decoded, 0.0)
     found = in_turn(
         f"input, {name}, to decoding alone, processor time",
         lambda: _take(pipeline.train_batches(source, config, seed=0), count),
@@ -83,7 +83,7 @@ def _pipeline(name: str, config: Config, small: bool) -> Iterator[Result]:
         rounds,
     )
     yield dataclasses.replace(found, ratio=found.cpu)
-    yield _per_core(f"input, {name}", found, count)
+    yield rate(f"input, {name}", count, found.ours_cpu, "images/s per core")
     records = [source[i] for i in range(len(source))]
     rng = np.random.default_rng(0)
 
@@ -99,7 +99,7 @@ def _pipeline(name: str, config: Config, small: bool) -> Iterator[Result]:
 
 
 def _cache(name: str, config: Config, folder: str, small: bool) -> Iterator[Result]:
-    """Latents of the preset `small`, which the networks are given in place of pixels."""
+    """Time latents of the preset `small`, which the networks are given in place of pixels."""
     vae = VAE(presets.architecture("small").vae, rngs=nnx.Rngs(0))
     source = open_source(config.data, "train", 0)
     cached = latent_cache.open_or_build(source, vae, config, folder)
@@ -117,7 +117,7 @@ def _cache(name: str, config: Config, folder: str, small: bool) -> Iterator[Resu
         rounds,
     )
     yield dataclasses.replace(found, ratio=found.cpu)
-    yield _per_core(f"latent cache, {name}", found, count)
+    yield rate(f"latent cache, {name}", count, found.ours_cpu, "images/s per core")
 
 
 def _examples(small: bool) -> tuple[int, int]:
@@ -136,8 +136,3 @@ def _take(batches: pipeline.TrainBatches, count: int) -> dict[str, np.ndarray]:
         return last
     finally:
         batches.close()
-
-
-def _per_core(name: str, found: Ratio, count: int) -> Figure:
-    median, low, high = (count / seconds for seconds in found.ours_cpu)
-    return Figure(name, Spread(median, high, low), "images/s per core")

@@ -16,14 +16,8 @@ from flax import nnx
 from PIL import Image
 
 from segdiff_jax import files
-from segdiff_jax.benchmarks import cpu, paper, twins
-from segdiff_jax.benchmarks.timing import (
-    Figure,
-    Result,
-    Spread,
-    check_equal,
-    in_turn,
-)
+from segdiff_jax.benchmarks import cpu, paper, photos, twins
+from segdiff_jax.benchmarks.timing import Result, check_equal, in_turn, rate
 from segdiff_jax.config import CodecConfig, Config, DataConfig, SamplerConfig, stored
 from segdiff_jax.data import geometry
 from segdiff_jax.diffusion.sampler import initial_noise, member_keys
@@ -51,7 +45,7 @@ _IMPORTS = "import jax, flax.nnx"
 
 
 def run(small: bool) -> Iterator[Result]:
-    """The pipeline of the paper, start-up, many photos, a large photo, many classes."""
+    """Time the pipeline of the paper, start-up, many photos, a large photo, many classes."""
     with twins.cores(small), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         in_one = _model(CodecConfig(classes_per_pass=0), folder / "in-one-image", small)
@@ -66,7 +60,7 @@ def run(small: bool) -> Iterator[Result]:
 
 
 def _model(decoding: CodecConfig, folder: Path, small: bool) -> Segmenter:
-    """A segmenter with random weights, which are written to `folder` too, as an export."""
+    """Make a segmenter with random weights, and write them to `folder` as an export."""
     preset = _NARROW if small else presets.architecture("small")
     words = ["a photo of a", *_NAMES, *(f"thing {i}" for i in range(10))]
     tokenizer = train_tokenizer(words, 1024, preset.text_encoder.max_position_embeddings)
@@ -88,18 +82,9 @@ def _model(decoding: CodecConfig, folder: Path, small: bool) -> Segmenter:
     return Segmenter(*networks, config, trained=vocabulary.from_names(_NAMES))
 
 
-def _photo(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Something for JPEG and PNG to compress about as well as a photo: smooth, with noise."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.integers(0, 256, (height // 32 + 2, width // 32 + 2, 3), np.uint8)
-    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-    grain = rng.integers(-6, 7, (height, width, 1), np.int16)
-    return (smooth + grain).clip(0, 255).astype(np.uint8)
-
-
 def _paper(model: Segmenter, folder: Path, steps: int, small: bool) -> Iterator[Result]:
     count, rounds = (2, 2) if small else (10, 3)
-    photo = _photo(*model.config.data.image_size)
+    photo = photos.drawn(*model.config.data.image_size)
     classes = vocabulary.from_names(_NAMES).classes
     plain = dataclasses.replace(model.config.sampler, steps=steps, ensemble=count)
     aligning = dataclasses.replace(plain, align="affine")
@@ -123,9 +108,9 @@ def _paper(model: Segmenter, folder: Path, steps: int, small: bool) -> Iterator[
 
 
 def _first_mask(model: Segmenter, folder: Path) -> Iterator[Result]:
-    """`predict` as a command, with its programs in the cache, beside the imports it needs."""
+    """Time `predict` as a command, its programs in the cache, beside the imports it needs."""
     photo, output = folder / "photo.png", folder / "masks"
-    Image.fromarray(_photo(360, 480)).save(photo)
+    Image.fromarray(photos.drawn(360, 480)).save(photo)
     command = [sys.executable, "-m", "segdiff_jax.predict", "--checkpoint", folder / "by-class"]
     command += ["--images", photo, "--classes", "; ".join(_NAMES[:4]), "--output", output]
     command += ["--format", "labels"]
@@ -149,11 +134,11 @@ def _first_mask(model: Segmenter, folder: Path) -> Iterator[Result]:
 
 
 def _many_photos(model: Segmenter, folder: Path, count: int) -> Iterator[Result]:
-    """All that is no network: reading, resizing, scores, labels and their file."""
+    """Time all that is no network: reading, resizing, scores, labels and their file."""
     folder.mkdir()
     paths = [folder / f"{i}.jpg" for i in range(count)]
     for seed, path in enumerate(paths):
-        Image.fromarray(_photo(360, 480, seed)).save(path, quality=90)
+        Image.fromarray(photos.drawn(360, 480, seed)).save(path, quality=90)
     classes = vocabulary.from_names(_NAMES)
     fitted = [_fitted(model, path) for path in paths]
 
@@ -175,8 +160,7 @@ def _many_photos(model: Segmenter, folder: Path, count: int) -> Iterator[Result]
     ours()
     found = in_turn(name, ours, networks, 3)
     yield found
-    median, low, high = (count / seconds for seconds in found.ours)
-    yield Figure(f"{count} photos of 480 × 360, 11 classes", Spread(median, high, low), "photos/s")
+    yield rate(f"{count} photos of 480 × 360, 11 classes", count, found.ours, "photos/s")
 
 
 def _fitted(model: Segmenter, path: Path) -> np.ndarray:
@@ -185,7 +169,7 @@ def _fitted(model: Segmenter, path: Path) -> np.ndarray:
 
 
 def _large_photo(model: Segmenter, size: tuple[int, int]) -> Iterator[Result]:
-    photo, data = _photo(*size), model.config.data
+    photo, data = photos.drawn(*size), model.config.data
     fitted = geometry.fit(photo, data.image_size, data.fit)
     classes = vocabulary.from_names(_NAMES)
     sampler = dataclasses.replace(model.config.sampler, ensemble=2)
@@ -197,8 +181,8 @@ def _large_photo(model: Segmenter, size: tuple[int, int]) -> Iterator[Result]:
 
 
 def _shortlist(model: Segmenter, count: int) -> Iterator[Result]:
-    """A shortlist of a tenth of the classes against the full budget for all of them."""
-    photo = _photo(*model.config.data.image_size)
+    """Time a shortlist of a tenth of the classes against the full budget for all of them."""
+    photo = photos.drawn(*model.config.data.image_size)
     classes = vocabulary.from_names([f"thing {i}" for i in range(count)]).classes
     every = dataclasses.replace(model.config.sampler, steps=4)
     some = dataclasses.replace(every, shortlist=count // 10 + 1)

@@ -71,7 +71,7 @@ def pair(
 
 
 def _drawn(step: int, shape: tuple[int, int, int, int], config: Config) -> losses.Corruption:
-    """The timesteps and the noise of a step, which depend on its number and the key only."""
+    """Draw the timesteps and the noise of a step, which depend on its number alone."""
     key = jax.random.fold_in(jax.random.key(0), step)
     schedule = make_schedule(config.diffusion)
     return losses.corrupt(key, shape, schedule, config.noise, config.train.terminal_share)

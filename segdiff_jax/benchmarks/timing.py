@@ -107,6 +107,12 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.median(values), min(values), max(values))
 
 
+def rate(name: str, count: int, seconds: Spread, unit: str) -> Figure:
+    """Return how many of `count` are done in a second, from the time for all of them."""
+    median, low, high = (count / value for value in seconds)
+    return Figure(name, Spread(median, high, low), unit)
+
+
 def check_equal(name: str, ours: Any, theirs: Any, tolerance: float) -> None:
     """Raise `UserError` unless ‖ours − theirs‖ ≤ tolerance · ‖theirs‖, array by array."""
     pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)

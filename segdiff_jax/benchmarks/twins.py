@@ -86,18 +86,18 @@ def _twin(component: str, kind: Any, values: dict[str, Any], network: nnx.Module
 
 
 def to_torch(array: Any) -> torch.Tensor:
-    """[B, H, W, C] → [B, C, H, W], where torch is to find it."""
+    """Move [B, H, W, C] to torch's device as [B, C, H, W]."""
     found = torch.from_numpy(np.array(np.asarray(array).transpose(0, 3, 1, 2), order="C"))
     return found.to(device())
 
 
 def from_torch(tensor: torch.Tensor) -> np.ndarray:
-    """The inverse of `to_torch`."""
+    """Invert `to_torch`."""
     return tensor.float().cpu().numpy().transpose(0, 2, 3, 1)
 
 
 def device() -> str:
-    """The device that both sides use: NVIDIA's if JAX computes on one."""
+    """Name the device that both sides use: NVIDIA's if JAX computes on one."""
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 

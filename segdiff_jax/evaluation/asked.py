@@ -8,8 +8,6 @@ import numpy as np
 from segdiff_jax.data.sources.source import Source
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary, same_name
 
-SYNONYMS = ("mean", "max", "first")
-
 
 class Asked(NamedTuple):
     """owner: int32 [A], of each class that is asked for, the class of the labels that it means.
@@ -22,19 +20,19 @@ class Asked(NamedTuple):
     other: int
 
     def labels(self, found: np.ndarray) -> np.ndarray:
-        """Answers int32 [H, W], in which all beyond A is *other*, as classes of the labels."""
+        """Map answers int32 [H, W], in which all beyond A is *other*, to classes of the labels."""
         other = np.iinfo(np.int32).max if self.other < 0 else self.other
         return np.append(self.owner, np.int32(other))[np.minimum(found, len(self.owner))]
 
     def highest(self, scores: np.ndarray, num_classes: int) -> np.ndarray:
-        """Of scores [A] the highest of each class of the labels: [K]."""
+        """Return of scores [A] the highest of each class of the labels: [K]."""
         found = np.zeros(num_classes, scores.dtype)
         np.maximum.at(found, self.owner, scores)
         return found
 
 
 def of(source: Source, synonyms: str = "mean") -> Asked:
-    """The classes of `source`, or what it has asked in their place.
+    """Return the classes of `source`, or what it has asked in their place.
 
     synonyms "mean": their prompts are averaged with the name's (the segmenter does that). "first":
     names alone, as CAT-Seg. "max": each is asked for by itself, and the class has the highest

@@ -1,28 +1,32 @@
-"""A model against a labelled dataset: predictions at native resolution, counted."""
+"""A model against a labelled dataset: predictions at native resolution, counted.
+
+images ─► chunks, of which each process reads its share
+       ─► fitted views, in all processes
+       ─► gray maps: sampled, or the ceiling's, painted from the labels
+       ─► part: what the labels at each image's own size count, of the process's share
+       ─► sums over the chunks, then over the processes ─► figures
+"""
 
 import dataclasses
-import functools
-import json
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from segdiff_jax import codec
-from segdiff_jax.config import SamplerConfig
+from segdiff_jax.config import CodecConfig, SamplerConfig
 from segdiff_jax.data import geometry, label_summary
 from segdiff_jax.data.sources.source import Source, count_ids, evenly
 from segdiff_jax.evaluation import asked as asking
-from segdiff_jax.evaluation import metrics, reconstruction
+from segdiff_jax.evaluation import metrics, parts, reconstruction
 from segdiff_jax.evaluation.asked import Asked
 from segdiff_jax.evaluation.parts import Part, Parts
-from segdiff_jax.inference.result import Segmentation
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.parallel import processes
-from segdiff_jax.parallel.placement import equal_parts, multiple
 from segdiff_jax.progress import Progress
+
+Own = Mapping[int, Mapping[str, Any]]  # of a chunk, what this process has read, by image
 
 
 class Example(NamedTuple):
@@ -56,7 +60,7 @@ def evaluate(
     progress: Progress | None = None,
     keep: tuple[str, Mapping[str, Any]] | None = None,
 ) -> Result:
-    """Segments the images of `source` into its own vocabulary and counts what is right.
+    """Segment the images of `source` into its own vocabulary and count what is right.
 
     The vocabulary is closed whatever `config.codec.closed` says, unless `open_vocabulary`: every
     annotated pixel has a class, so *other* can only be wrong.
@@ -74,7 +78,7 @@ def evaluate(
       ceiling: the ground truth through codec and VAE and back, in place of a prediction: what a
         perfect UNet would score. The summary then also says what the VAE leaves of the photos.
       open_vocabulary: pixels below `config.codec.threshold` are *other* and count as wrong.
-      synonyms: one of `asked.SYNONYMS`.
+      synonyms: "mean", "max" or "first", see `asked.of`.
       progress: called with (done, total) images.
       keep: a folder for what is done, and what tells this model and data from others, as JSON
         values. A stopped evaluation goes on from there; `parts.remove` when it is not needed.
@@ -88,118 +92,96 @@ def evaluate(
     """
     sampler = sampler or segmenter.config.sampler
     if ceiling:
-        sampler = dataclasses.replace(sampler, ensemble=1, shortlist=0)
-    asked = asking.of(source, "mean" if ceiling else synonyms)
-    classes, num_classes = asked.vocabulary.classes, len(source.vocabulary)
-    decoding = dataclasses.replace(segmenter.config.codec, closed=not open_vocabulary)
-    decide = functools.partial(segmenter.segmentation, classes=asked.vocabulary, decoding=decoding)
-    scored = functools.partial(_scored, decide, source, asked)
+        sampler, synonyms = dataclasses.replace(sampler, ensemble=1, shortlist=0), "mean"
+    asked = asking.of(source, synonyms)
+    classes = asked.vocabulary.classes
     total = len(source) if limit is None else min(limit, len(source))
-    chosen = evenly(total, len(source))
-    shown = set(evenly(min(examples, total), total))
-    size = min(total, _images_per_call(segmenter, len(classes), sampler))
-    sums = metrics.nothing(num_classes)
-    ids: Counter[int] = Counter()  # of the mask files: pixels
-    kept: list[Example] = []
-    per_image: list[tuple[int, metrics.OfImage]] = []  # with the image's number
-    photos: list[reconstruction.Sums] = []
+    plan = _Plan(
+        segmenter,
+        source,
+        images=evenly(total, len(source)),
+        shown=evenly(min(examples, total), total),
+        at_once=min(total, _images_per_call(segmenter, len(classes), sampler)),
+        asked=asked,
+        synonyms=synonyms,
+        sampler=sampler,
+        seed=seed,
+        decoding=dataclasses.replace(segmenter.config.codec, closed=not open_vocabulary),
+        ceiling=ceiling,
+    )
     if not ceiling:
         segmenter.table(classes)  # what is wrong with the classes is wrong before the first image
-    read = functools.partial(_read, source, segmenter.config.data.shortest)
-    stored = None
-    if keep and total and not ceiling:
-        about = _settings(segmenter, sampler, seed, ceiling) | dict(keep[1])
-        about |= {"open": open_vocabulary, "synonyms": synonyms}
-        about |= {"threshold": decoding.threshold, "images": chosen, "shown": sorted(shown)}
-        stored = Parts(keep[0], about, range(0, total, size))
-    if progress:
-        progress(0, total)
-    for start in range(0, total, size):
-        numbers = range(start, min(start + size, total))
-        part, own = stored.load(start) if stored else None, {}
+    stored = _stored(plan, *keep) if keep and not ceiling else None
+    counted, kept, photos = _run(plan, stored, progress or (lambda done, total: None))
+    counted = parts.of_all_processes(counted)
+    summary = _summary(plan, counted)
+    summary |= reconstruction.summarize(photos) if photos else {}
+    return Result(counted.sums.confusion, summary, kept, [row for _, row in counted.rows])
+
+
+class _Plan(NamedTuple):
+    """What is evaluated, and how. An image goes by its place among those chosen."""
+
+    segmenter: Segmenter
+    source: Source
+    images: list[int]  # of those chosen, their indices in the source
+    shown: list[int]  # images to keep for a report
+    at_once: int  # images in a chunk
+    asked: Asked
+    synonyms: str  # "mean", "max" or "first"
+    sampler: SamplerConfig
+    seed: int
+    decoding: CodecConfig
+    ceiling: bool
+
+    def owner(self, image: int) -> int:
+        """Return the process that reads and scores an image; process 0 has all that is shown."""
+        return 0 if image in self.shown else image % processes.count()
+
+
+def _run(
+    plan: _Plan, stored: Parts | None, progress: Progress
+) -> tuple[Part, list[Example], list[reconstruction.Sums]]:
+    """Return this process's part of all chunks, its examples, and what the VAE leaves of photos."""
+    total = len(plan.images)
+    counted = parts.nothing(len(plan.source.vocabulary))
+    examples: list[Example] = []
+    photos: list[reconstruction.Sums] = []
+    progress(0, total)
+    for start in range(0, total, plan.at_once):
+        chunk = range(start, min(start + plan.at_once, total))
+        own: Own = {}
+        part = stored.load(start) if stored else None
         if part is None:
-            owners = [_owner(i, shown) for i in numbers]
-            mine = [i for i in numbers if owners[i - start] == processes.index()]
-            own = {i: read(chosen[i]) for i in mine}
-            # One shape, one compilation: the last chunk is filled up with its last image.
-            full = [*range(len(numbers)), *[-1] * (size - len(numbers))]
-            images = _fitted(own, owners, "image", np.uint8, segmenter)[full]
-            spread = None
-            if ceiling:
-                kind = codec.label_type(num_classes)
-                labels = _fitted(own, owners, "labels", kind, segmenter)[full]
-                gray = _painted_and_back(segmenter, labels, len(classes), sampler)
-                sizes = [record["image"].shape[:2] for record in own.values()]
-                natives = _of_all(sizes, owners, np.zeros(2, int))
-                photos += _photos_and_back(segmenter, images, natives)
+            own = {i: _read(plan, i) for i in chunk if plan.owner(i) == processes.index()}
+            if plan.ceiling:
+                gray, spread = _painted(plan, chunk, own), None
+                photos += _reconstructed(plan, chunk, own)
             else:
-                names = [own[i]["name"] if i in own else f"image {chosen[i]}" for i in numbers]
-                names += names[-1:] * (size - len(names))
-                gray, spread = segmenter.unclipped_maps(list(images), classes, sampler, seed, names)
-            uncertain = spread if sampler.ensemble > 1 else None
-            part = _count(scored, own, start, gray, uncertain, shown, metrics.nothing(num_classes))
+                gray, spread = _sampled(plan, chunk, own)
+            part = _part(plan, chunk, own, gray, spread)
             if stored:
                 stored.save(start, part)
-        sums = metrics.Sums(*map(np.add, sums, part.sums))
-        per_image += part.rows
-        ids.update(part.ids)
+        counted = parts.added(counted, part)
         for i, (labels, uncertainty) in part.maps.items():
-            record = own[i] if i in own else read(chosen[i])
+            record = own[i] if i in own else _read(plan, i)
             shown_as = record["name"], record["image"], record["labels"]
-            kept.append(Example(*shown_as, labels, uncertainty))
-        if progress:
-            progress(numbers[-1] + 1, total)
-    sums = metrics.Sums(*map(_summed, sums))
-    summary = _summary(sums, segmenter, source, sampler, total, seed, ceiling)
-    summary["settings"] |= {"closed": not open_vocabulary}
-    if asked.vocabulary is not source.vocabulary:
-        summary["settings"] |= {"classes_asked": len(classes), "synonyms": synonyms}
-    if open_vocabulary:
-        summary["settings"]["threshold"] = decoding.threshold
-    summary["labels"] = label_summary.figures(source, _summed_ids(ids), total)
-    summary |= reconstruction.summarize(photos) if photos else {}
-    return Result(sums.confusion, summary, kept, _together(per_image))
+            examples.append(Example(*shown_as, labels, uncertainty))
+        progress(chunk[-1] + 1, total)
+    return counted, examples, photos
 
 
-def _owner(image: int, shown: Collection[int]) -> int:
-    """The process that reads and scores an image; process 0 shows what is to be shown."""
-    return 0 if image in shown else image % processes.count()
+def _stored(plan: _Plan, folder: str, about: Mapping[str, Any]) -> Parts:
+    """Open the parts in `folder` of this evaluation, of the model and data that `about` names."""
+    made_from = _settings(plan) | dict(about) | {"open": not plan.decoding.closed}
+    made_from |= {"synonyms": plan.synonyms, "threshold": plan.decoding.threshold}
+    made_from |= {"images": plan.images, "shown": plan.shown}
+    return Parts(folder, made_from, range(0, len(plan.images), plan.at_once))
 
 
-def _fitted(
-    own: Mapping[int, Any], owners: Sequence[int], name: str, kind: type, segmenter: Segmenter
-) -> np.ndarray:
-    """A chunk's "image" [I, h, w, 3] or "labels" [I, h, w] as the networks see them, in every host.
-
-    own: the records that this one has read; owners: of each image of the chunk, the process;
-    kind: the type of the array's values.
-    """
-    data = segmenter.config.data
-    fitted = [geometry.fit(record[name], data.image_size, data.fit) for record in own.values()]
-    shape = (*data.image_size, 3) if name == "image" else data.image_size
-    return _of_all(fitted, owners, np.zeros(shape, kind))
-
-
-def _of_all(own: Sequence[Any], owners: Sequence[int], empty: np.ndarray) -> np.ndarray:
-    """An array for each image of a chunk, [I, ...], of which this process has its `own`."""
-    rows = np.stack([empty] * max(map(owners.count, owners)))
-    for row, value in zip(rows, own, strict=False):
-        row[...] = value
-    every = processes.stacked(rows)  # [processes, rows, ...]
-    return every[owners, [owners[:i].count(owner) for i, owner in enumerate(owners)]]
-
-
-def _summed_ids(ids: Mapping[int, int]) -> dict[int, int]:
-    """{id of at most 16 bits: pixels} over all processes."""
-    pixels = np.zeros(2**16, np.int64)
-    pixels[list(ids)] = list(ids.values())
-    everywhere = _summed(pixels)
-    return {int(i): int(everywhere[i]) for i in np.flatnonzero(everywhere)}
-
-
-def _read(source: Source, shortest: int, index: int) -> dict[str, Any]:
-    """A pair, shrunk to a shorter side of `shortest` pixels where that is set and exceeded."""
-    record = source[index]
+def _read(plan: _Plan, image: int) -> dict[str, Any]:
+    """Read a pair, shrunk to `config.data.shortest` pixels where that is set and exceeded."""
+    record, shortest = plan.source[plan.images[image]], plan.segmenter.config.data.shortest
     height, width = record["labels"].shape
     if not 0 < shortest < min(height, width):
         return record
@@ -208,64 +190,85 @@ def _read(source: Source, shortest: int, index: int) -> dict[str, Any]:
     return {"ids": count_ids(record["labels"])} | record | smaller
 
 
-def _count(
-    scored: Callable[..., tuple[np.ndarray, np.ndarray | None, metrics.Sums, list[Any]]],
-    own: Mapping[int, Any],
-    start: int,
-    gray: np.ndarray,
-    spread: np.ndarray | None,
-    shown: Collection[int],
-    nothing: metrics.Sums,
-) -> Part:
-    """What the maps of a chunk, which begins with image `start`, add to the sums."""
-    part = Part(nothing, [], Counter(), {})
+def _views(plan: _Plan, chunk: range, own: Own, name: str) -> np.ndarray:
+    """Fit each "image" [I, h, w, 3] or "labels" [I, h, w] to the networks, in all processes.
+
+    I is `plan.at_once`, so that one compilation does: the last image fills up the last chunk.
+    """
+    data = plan.segmenter.config.data
+    fitted = [geometry.fit(record[name], data.image_size, data.fit) for record in own.values()]
+    empty = np.zeros((*data.image_size, 3), np.uint8)
+    if name == "labels":
+        empty = np.zeros(data.image_size, codec.label_type(len(plan.source.vocabulary)))
+    every = _of_all(plan, chunk, fitted, empty)
+    return every[np.minimum(np.arange(plan.at_once), len(every) - 1)]
+
+
+def _of_all(plan: _Plan, chunk: range, own: Sequence[Any], empty: np.ndarray) -> np.ndarray:
+    """Gather an array for each image of a chunk, [I, ...], of which this process has its `own`."""
+    owners = [plan.owner(i) for i in chunk]
+    rows = np.stack([empty] * max(map(owners.count, owners)))
+    for row, value in zip(rows, own, strict=False):
+        row[...] = value
+    every = processes.stacked(rows)  # [processes, rows, ...]
+    return every[owners, [owners[:i].count(owner) for i, owner in enumerate(owners)]]
+
+
+def _sampled(plan: _Plan, chunk: range, own: Own) -> tuple[np.ndarray, np.ndarray | None]:
+    """Sample the gray maps [I, P, h, w] of a chunk, and of an ensemble their spread."""
+    names = [own[i]["name"] if i in own else f"image {plan.images[i]}" for i in chunk]
+    names += names[-1:] * (plan.at_once - len(names))
+    photos, classes = list(_views(plan, chunk, own, "image")), plan.asked.vocabulary.classes
+    gray, spread = plan.segmenter.unclipped_maps(photos, classes, plan.sampler, plan.seed, names)
+    return gray, spread if plan.sampler.ensemble > 1 else None
+
+
+def _painted(plan: _Plan, chunk: range, own: Own) -> np.ndarray:
+    """Return the gray maps [I, P, h, w] of a chunk as a perfect sampler would."""
+    labels, count = _views(plan, chunk, own, "labels"), len(plan.asked.vocabulary)
+    return reconstruction.masks(plan.segmenter, labels, count, plan.sampler.batch_size)
+
+
+def _reconstructed(plan: _Plan, chunk: range, own: Own) -> list[reconstruction.Sums]:
+    """Compare each photo of a chunk with what the VAE leaves of it."""
+    sizes = [record["image"].shape[:2] for record in own.values()]
+    natives = _of_all(plan, chunk, sizes, np.zeros(2, int))
+    return reconstruction.photos(plan.segmenter, _views(plan, chunk, own, "image"), natives)
+
+
+def _part(plan: _Plan, chunk: range, own: Own, gray: np.ndarray, spread: np.ndarray | None) -> Part:
+    """Count what the maps of a chunk mean for the images that this process has read."""
+    part = parts.nothing(len(plan.source.vocabulary))
     for i, record in own.items():
-        uncertain = None if spread is None else spread[i - start]
-        labels, uncertainty, sums, rows = scored(gray[i - start], uncertain, record, i % 2 == 0)
-        part = part._replace(sums=metrics.Sums(*map(np.add, part.sums, sums)))
-        part.rows.extend((i, row) for row in rows)
-        part.ids.update(record.get("ids") or count_ids(record["labels"]))
-        if i in shown:
-            part.maps[i] = labels, uncertainty
+        uncertain = None if spread is None else spread[i - chunk.start]
+        part = parts.added(part, _of_image(plan, i, record, gray[i - chunk.start], uncertain))
     return part
 
 
-def _scored(
-    decide: Callable[..., Segmentation],
-    source: Source,
-    asked: Asked,
+def _of_image(
+    plan: _Plan,
+    image: int,
+    record: Mapping[str, Any],
     gray: np.ndarray,
     spread: np.ndarray | None,
-    record: Mapping[str, Any],
-    held_out: bool,
-) -> tuple[np.ndarray, np.ndarray | None, metrics.Sums, list[metrics.OfImage]]:
-    """Labels and uncertainty that the maps [P, h, w] of an image mean at its own size, and what
-    that adds to the sums."""
-    found, truth = decide(gray, spread, record["image"]), record["labels"]
-    names = source.vocabulary.names
+) -> Part:
+    """Count what the maps [P, h, w] of an image mean at its own size."""
+    asked, names, truth = plan.asked, plan.source.vocabulary.names, record["labels"]
+    found = plan.segmenter.segmentation(
+        gray, spread, record["image"], asked.vocabulary, plan.decoding
+    )
     labels = asked.labels(found.labels)
     highest = asked.highest(found.network_scores.max((0, 1)), len(names))
-    part = metrics.count(truth, labels, highest, found.confidence, found.uncertainty, held_out)
-    rows = metrics.of_image(record["name"], part, highest, names)
-    return labels, found.uncertainty, part, rows
-
-
-def _together(rows: list[tuple[int, metrics.OfImage]]) -> list[metrics.OfImage]:
-    """Those of all processes, in the order of the images."""
-    own = json.dumps(rows).encode("ascii")
-    longest = int(processes.stacked(np.array(len(own), np.int32)).max())
-    padded = np.frombuffer(own.ljust(longest), np.uint8)  # JSON may end with blanks
-    every = [row for text in processes.stacked(padded) for row in json.loads(text.tobytes())]
-    return [metrics.OfImage(*row) for _, row in sorted(every, key=lambda pair: pair[0])]
-
-
-def _summed(matrix: np.ndarray) -> np.ndarray:
-    """The sum over all processes of an int64 matrix; as bytes, since JAX would make it int32."""
-    return processes.stacked(matrix.view(np.uint8)).view(np.int64).sum(0)
+    held_out = image % 2 == 0
+    sums = metrics.count(truth, labels, highest, found.confidence, found.uncertainty, held_out)
+    rows = [(image, row) for row in metrics.of_image(record["name"], sums, highest, names)]
+    ids = Counter(record.get("ids") or count_ids(truth))
+    maps = {image: (labels, found.uncertainty)} if image in plan.shown else {}
+    return Part(sums, rows, ids, maps)
 
 
 def _images_per_call(segmenter: Segmenter, num_classes: int, sampler: SamplerConfig) -> int:
-    """As many whole images as fill one compiled call of the UNet, at least one.
+    """Return how many whole images fill one compiled call of the UNet, at least one.
 
     Memory: the host holds the maps of one image, or of at most `sampler.batch_size` passes.
     """
@@ -275,71 +278,33 @@ def _images_per_call(segmenter: Segmenter, num_classes: int, sampler: SamplerCon
     return max(1, sampler.batch_size // max(passes, in_full * sampler.ensemble))
 
 
-def _painted_and_back(
-    segmenter: Segmenter, labels: np.ndarray, num_classes: int, sampler: SamplerConfig
-) -> np.ndarray:
-    """Labels [I, h, w] → the unclipped maps [I, P, h, w] that a perfect sampler would return."""
-    config = segmenter.config
-    height, width = config.data.image_size
-    groups = codec.groups(num_classes, codec.group_size(num_classes, config.codec.classes_per_pass))
-    painted = np.stack(
-        [np.asarray(codec.encode(jnp.asarray(labels), jnp.asarray(ids))) for ids in groups], axis=1
-    )
-    jobs = painted.reshape(-1, height, width, 1)  # [I * P, h, w, 1]
-    chunk = multiple(min(sampler.batch_size, len(jobs)), segmenter.mesh.size)
-    pixels = (np.broadcast_to(p, (*p.shape[:3], 3)) for p in equal_parts(jobs, chunk))
-    back = [np.asarray(codec.to_gray(jnp.asarray(segmenter.reconstruct(part)))) for part in pixels]
-    return np.concatenate(back)[: len(jobs)].reshape(painted.shape)
-
-
-def _photos_and_back(
-    segmenter: Segmenter, images: np.ndarray, sizes: np.ndarray
-) -> list[reconstruction.Sums]:
-    """The first of `images` uint8 [I, h, w, 3] against themselves through the VAE.
-
-    sizes: int [n, 2], of the photos they are made from; what is padding does not count.
-    """
-    pixels, data = np.asarray(codec.to_pixels(images)), segmenter.config.data
-    decoded = segmenter.reconstruct(pixels)
-    sums = []
-    for native, before, after in zip(sizes.tolist(), pixels, decoded, strict=False):
-        height, width = geometry.filled((native[0], native[1]), data.image_size, data.fit)
-        shown = slice(height), slice(width)
-        sums.append(reconstruction.compare(before[shown], after[shown]))
-    return sums
-
-
-def _summary(
-    sums: metrics.Sums,
-    segmenter: Segmenter,
-    source: Source,
-    sampler: SamplerConfig,
-    images: int,
-    seed: int,
-    ceiling: bool,
-) -> dict[str, Any]:
+def _summary(plan: _Plan, counted: Part) -> dict[str, Any]:
+    source, total = plan.source, len(plan.images)
     names, novel = source.vocabulary.names, tuple(source.novel)
     trained = tuple(i for i in range(len(names)) if i not in set(novel))
     split = (trained, novel) if novel else (None, None)
-    settings = _settings(segmenter, sampler, seed, ceiling)
-    figures = metrics.summarize(sums.confusion, names, *split)
-    figures |= metrics.summarize_rest(sums, names)
-    if reasons := metrics.undefined(figures, sampler.ensemble > 1):
+    figures = metrics.summarize(counted.sums.confusion, names, *split)
+    figures |= metrics.summarize_rest(counted.sums, names)
+    if reasons := metrics.undefined(figures, plan.sampler.ensemble > 1):
         figures["undefined"] = reasons
-    return figures | {"images": images, "settings": settings}
+    settings = _settings(plan) | {"closed": plan.decoding.closed}
+    if plan.asked.vocabulary is not source.vocabulary:
+        settings |= {"classes_asked": len(plan.asked.vocabulary), "synonyms": plan.synonyms}
+    if not plan.decoding.closed:
+        settings["threshold"] = plan.decoding.threshold
+    labels = label_summary.figures(source, counted.ids, total)
+    return figures | {"images": total, "settings": settings, "labels": labels}
 
 
-def _settings(
-    segmenter: Segmenter, sampler: SamplerConfig, seed: int, ceiling: bool
-) -> dict[str, Any]:
-    config = segmenter.config
-    return dataclasses.asdict(sampler) | {
-        "seed": seed,
+def _settings(plan: _Plan) -> dict[str, Any]:
+    config = plan.segmenter.config
+    return dataclasses.asdict(plan.sampler) | {
+        "seed": plan.seed,
         "classes_per_pass": config.codec.classes_per_pass,
         "context": config.codec.context,
         "templates": list(config.prompts.templates),
         "image_size": list(config.data.image_size),
         "fit": config.data.fit,
         "shortest": config.data.shortest,
-        "ceiling": ceiling,
+        "ceiling": plan.ceiling,
     }

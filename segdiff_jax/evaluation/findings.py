@@ -60,13 +60,13 @@ class Row(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard deviation (n - 1) of one value or more."""
+    """Return mean and standard deviation (n - 1) of one value or more."""
     spread = statistics.stdev(values) if len(values) > 1 else None
     return Estimate(statistics.fmean(values), spread)
 
 
 def rows(measurements: Sequence[Measurement]) -> list[Row]:
-    """A row for each setting, in the order in which settings first appear."""
+    """Make a row for each setting, in the order in which settings first appear."""
     found: list[Row] = []
     for setting in _distinct(m.setting for m in measurements):
         same = [m.figures for m in measurements if m.setting == setting]
@@ -85,7 +85,7 @@ def _distinct(items: Any) -> list[Any]:
 
 
 def table(found: Sequence[Row], figures: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells: the settings, then the figures that some row has."""
+    """Return columns and cells: the settings, then the figures that some row has."""
     keys = list(found[0].setting) if found else []
     shown = [name for name in figures if any(name in row.figures for row in found)]
     cells = [
@@ -102,7 +102,7 @@ def _cell(value: Estimate | None) -> str:
 
 
 def verdict(claims: Sequence[Claim | Elbow], measurements: Sequence[Measurement]) -> str:
-    """A paragraph: for each claim whether the measurements agree with it, and by how much."""
+    """Say of each claim whether the measurements agree with it, and by how much."""
     judge = [
         _elbow(c, measurements) if isinstance(c, Elbow) else _claim(c, measurements) for c in claims
     ]
@@ -131,7 +131,7 @@ def _claim(claim: Claim, measurements: Sequence[Measurement]) -> str:
 
 
 def _vote(gain: Estimate) -> int:
-    """1: larger than chance, -1: smaller, 0: neither."""
+    """Return 1 for a gain beyond chance, -1 for a loss beyond it, 0 for neither."""
     chance = TOLERANCE if gain.spread is None else gain.spread
     return (gain.mean > chance) - (gain.mean < -chance)
 
@@ -169,7 +169,7 @@ def _elbow(claim: Elbow, measurements: Sequence[Measurement]) -> str:
 
 
 def _contexts(fixed: Setting, measurements: Sequence[Measurement]) -> list[Setting]:
-    """The settings without the keys of `fixed`."""
+    """Return the settings without the keys of `fixed`."""
     return _distinct({k: v for k, v in m.setting.items() if k not in fixed} for m in measurements)
 
 
@@ -193,7 +193,7 @@ def _plus_minus(value: Estimate) -> str:
 
 
 def plot(found: Sequence[Row], key: str, figures: Sequence[str], title: str) -> bytes:
-    """A PNG: each figure over the setting `key`, a line for each combination of the others."""
+    """Draw each figure over the setting `key`, a line for each combination of the others: PNG."""
     from matplotlib.figure import Figure  # only studies draw
 
     shown = [name for name in figures if any(name in row.figures for row in found)]

@@ -35,10 +35,15 @@ class Sums(NamedTuple):
 
 
 def nothing(num_classes: int) -> Sums:
-    """The sums of no image."""
+    """Return the sums of no image."""
     matrix = np.zeros((num_classes, num_classes + 1), np.int64)
     edges = np.zeros((num_classes, 3), np.int64)
     return Sums(matrix, edges, *(tally.nothing() for _ in range(4)))
+
+
+def added(one: Sums, other: Sums) -> Sums:
+    """Add the sums of other images."""
+    return Sums(*map(np.add, one, other))
 
 
 def count(
@@ -49,7 +54,7 @@ def count(
     uncertainty: np.ndarray | None,
     held_out: bool = False,
 ) -> Sums:
-    """The sums of one image.
+    """Return the sums of one image.
 
     Args:
       labels, prediction: integers [H, W] as `confusion` takes them.
@@ -93,7 +98,7 @@ class OfImage(NamedTuple):
 
 
 def of_image(image: str, part: Sums, highest: np.ndarray, names: Sequence[str]) -> list[OfImage]:
-    """The classes in the labels or the prediction of the image that `part` counts, by their ids."""
+    """List the classes in labels or prediction of the image that `part` counts, by their ids."""
     truth, prediction = part.confusion.sum(1), part.confusion[:, :-1].sum(0)  # [K] each
     both = part.confusion.diagonal()
     pixels = np.column_stack([truth, prediction, both, part.boundary])  # [K, 6]
@@ -104,7 +109,7 @@ def of_image(image: str, part: Sums, highest: np.ndarray, names: Sequence[str]) 
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts pixels by true class and predicted class. Matrices of several images add up.
+    """Count pixels by true class and predicted class. Matrices of several images add up.
 
     Args:
       labels: integers of any shape, 0…num_classes-1 or `codec.ignore_label`, which is not counted.
@@ -133,7 +138,7 @@ def confusion(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> 
 
 
 def boundary(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts pixels at the boundaries of the classes' masks. Counts of several images add up.
+    """Count pixels at the boundaries of the classes' masks. Counts of several images add up.
 
     A mask's boundary is what its erosion by a square takes away: by 3 x 3, once for each pixel in
     2 % of the image's diagonal (arXiv 2103.16562). Outside the image there is no mask. A prediction
@@ -157,7 +162,7 @@ def boundary(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> n
 
 
 def _uniform(ids: np.ndarray, width: int) -> np.ndarray:
-    """Where the square of 2 width + 1 pixels lies inside the image and holds one id: bool [H, W].
+    """Find where the square of 2 width + 1 pixels is inside the image and of one id: bool [H, W].
 
     That is what all masks keep when each is eroded by that square. Its pixels are equal if each
     equals its neighbours on the right and below, which a summed-area table counts for all squares
@@ -179,7 +184,7 @@ def _uniform(ids: np.ndarray, width: int) -> np.ndarray:
 
 
 def class_iou(matrix: np.ndarray) -> np.ndarray:
-    """Intersection over union of every class: float64 [K]; NaN where the union is empty.
+    """Return the intersection over union of every class: float64 [K]; NaN where that is empty.
 
     A pixel of class i predicted as *other* is in the union of i: a miss, and nobody's false alarm.
     """
@@ -194,7 +199,7 @@ def summarize(
     trained: Collection[int] | None = None,
     novel: Collection[int] | None = None,
 ) -> dict[str, Any]:
-    """The figures of `metrics.json`, as plain Python numbers in [0, 1].
+    """Return the figures of `metrics.json`, as plain Python numbers in [0, 1].
 
     Args:
       matrix: [K, K+1] from `confusion`.
@@ -233,7 +238,7 @@ def summarize(
 
 
 def summarize_rest(sums: Sums, names: Sequence[str]) -> dict[str, Any]:
-    """The figures of `metrics.json` that no confusion matrix tells.
+    """Return the figures of `metrics.json` that no confusion matrix tells.
 
     Returns:
       `boundary_miou_present`, `boundary_miou_union` and `per_class_boundary` {name: IoU}: as of
@@ -267,7 +272,7 @@ def summarize_rest(sums: Sums, names: Sequence[str]) -> dict[str, Any]:
 
 
 def undefined(figures: dict[str, Any], ensemble: bool = True) -> dict[str, str]:
-    """Why figures, or those of classes in them, are None: name → reason."""
+    """Say why figures, or those of classes in them, are None: name → reason."""
     certain = "an ensemble of one has no uncertainty"
     reasons = {
         "presence_auroc": "no class is in one image and not in another",

@@ -24,7 +24,7 @@ _LONGEST = 480  # pixels of a panel's longer side
 def write(
     output: str, checkpoint: str, config: Config, columns: Mapping[str, str], count: int
 ) -> None:
-    """Writes panels.png and panels.html: `count` photos of the validation split, evenly spread.
+    """Write panels.png and panels.html: `count` photos of the validation split, evenly spread.
 
     columns: name → folder of label maps, PNGs of class ids that are called as the photos are. The
     model's own labels follow, then the truth. Raises `UserError` for a map that is not there, or
@@ -54,7 +54,7 @@ def write(
 
 
 def _stored(folder: Path, record: Mapping) -> np.ndarray:
-    """The label map of a photo in another method's folder, int [H, W]."""
+    """Read the label map of a photo in another method's folder, int [H, W]."""
     names = (f"{record['name']}{end}.png" for end in ("", "_labels"))
     path = next((folder / name for name in names if (folder / name).exists()), None)
     if path is None:
@@ -67,7 +67,7 @@ def _stored(folder: Path, record: Mapping) -> np.ndarray:
 
 
 def named(labels: np.ndarray, classes: Vocabulary) -> Image.Image:
-    """A label map [H, W] in colours, the name of each class in the middle of its largest region."""
+    """Colour a label map [H, W], with the name of each class deep in its largest region."""
     picture = Image.fromarray(pictures.colorize(labels, classes.palette()))
     size, native = _size(picture.size), picture.size
     picture = picture.resize(size, Image.Resampling.NEAREST)
@@ -88,6 +88,6 @@ def named(labels: np.ndarray, classes: Vocabulary) -> Image.Image:
 
 
 def _size(native: Sequence[int]) -> tuple[int, int]:
-    """(width, height) at which a picture is shown: small ones are enlarged, so names fit."""
+    """Return (width, height) to show a picture at: small ones are enlarged, so names fit."""
     scale = _LONGEST / max(native)
     return round(native[0] * scale), round(native[1] * scale)

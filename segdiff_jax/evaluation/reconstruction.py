@@ -1,9 +1,15 @@
-"""What is left of a photo behind the VAE: what its latents do not hold, no UNet can segment by."""
+"""What is left of photos and masks behind the VAE: no UNet can do better than its latents hold."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+
+from segdiff_jax import codec
+from segdiff_jax.data import geometry
+from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.parallel.placement import equal_parts, multiple
 
 
 class Sums(NamedTuple):
@@ -19,7 +25,7 @@ class Sums(NamedTuple):
 
 
 def compare(photos: np.ndarray, decoded: np.ndarray) -> Sums:
-    """photos and decoded float [..., H, W, 3] in [-1, 1], of the same images."""
+    """Total up photos and what is decoded of them, float [..., H, W, 3] in [-1, 1]."""
     photos, decoded = photos.astype(np.float64), decoded.astype(np.float64)
     error = decoded - photos
     value, value_error = photos.mean(-1), error.mean(-1)
@@ -31,7 +37,7 @@ def compare(photos: np.ndarray, decoded: np.ndarray) -> Sums:
 
 
 def summarize(parts: Sequence[Sums]) -> dict[str, float | None]:
-    """Of all images of `parts`: mean absolute error in gray values of 255, and explained shares.
+    """Return the mean absolute error of all images, in gray values of 255, and explained shares.
 
     A share R² = 1 - Σ error² / Σ (x - mean)²: 1 is perfect, 0 is no better than one gray for all.
     None where the photos have nothing to explain.
@@ -50,3 +56,35 @@ def _explained(moments: np.ndarray, count: int) -> float | None:
     variance = float(np.sum(squares - total**2 / count))
     # Sums of squares leave a rest where there is no variance.
     return None if variance < 1e-9 * count else 1.0 - float(np.sum(error)) / variance
+
+
+def photos(segmenter: Segmenter, images: np.ndarray, natives: np.ndarray) -> list[Sums]:
+    """Compare the first of `images` uint8 [I, h, w, 3] with themselves through the VAE.
+
+    natives: int [n, 2], the sizes of the photos they are made from; padding does not count.
+    """
+    pixels, data = np.asarray(codec.to_pixels(images)), segmenter.config.data
+    decoded = segmenter.reconstruct(pixels)
+    sums = []
+    for native, before, after in zip(natives.tolist(), pixels, decoded, strict=False):
+        height, width = geometry.filled((native[0], native[1]), data.image_size, data.fit)
+        shown = slice(height), slice(width)
+        sums.append(compare(before[shown], after[shown]))
+    return sums
+
+
+def masks(segmenter: Segmenter, labels: np.ndarray, num_classes: int, at_once: int) -> np.ndarray:
+    """Paint labels [I, h, w] and take them through the VAE: unclipped maps [I, P, h, w].
+
+    at_once: how many maps a call of the VAE has, rounded up to the devices.
+    """
+    size = codec.group_size(num_classes, segmenter.config.codec.classes_per_pass)
+    groups = codec.groups(num_classes, size)
+    painted = np.stack(
+        [np.asarray(codec.encode(jnp.asarray(labels), jnp.asarray(ids))) for ids in groups], axis=1
+    )
+    jobs = painted.reshape(-1, *labels.shape[1:], 1)  # [I * P, h, w, 1]
+    chunk = multiple(min(at_once, len(jobs)), segmenter.mesh.size)
+    pixels = (np.broadcast_to(p, (*p.shape[:3], 3)) for p in equal_parts(jobs, chunk))
+    back = [np.asarray(codec.to_gray(jnp.asarray(segmenter.reconstruct(part)))) for part in pixels]
+    return np.concatenate(back)[: len(jobs)].reshape(painted.shape)

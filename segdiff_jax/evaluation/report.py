@@ -46,7 +46,7 @@ _FURTHER = {
 def write(
     output: str, summary: dict[str, Any], result: Result, source: Source, per_image: bool = False
 ) -> None:
-    """Writes metrics.json, index.html, examples.png where there are examples, and per_image.csv.
+    """Write metrics.json, index.html, examples.png where there are examples, and per_image.csv.
 
     `summary` is the result's with what else is to be said of the run.
     """
@@ -89,7 +89,7 @@ def write(
 
 
 def _table_of_images(rows: Sequence[OfImage]) -> str:
-    """CSV: a line for each image and each class in its labels or its prediction."""
+    """Return CSV: a line for each image and each class in its labels or its prediction."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow("class" if field == "name" else field for field in OfImage._fields)
@@ -98,7 +98,7 @@ def _table_of_images(rows: Sequence[OfImage]) -> str:
 
 
 def text_table(summary: dict[str, Any]) -> str:
-    """The figures, then the classes, aligned for a terminal."""
+    """Return the classes, then the figures, aligned for a terminal."""
 
     def show(value: float | None) -> str:
         return "    –" if value is None else f"{value:5.3f}"

@@ -1,43 +1,27 @@
 """The experiments of the paper's supplement: what each trains and measures, what is claimed.
 
-study ─► trainings × seeds   workdirs that all studies share: found again, gone on with, or trained
+study ─► trainings × seeds   workdirs that all studies share: `trainings`
       ─► cases               a training, and what is changed for sampling → figures
       ─► findings            table, plot, verdict
 """
 
-import copy
-import dataclasses
 import functools
-import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from segdiff_jax import config as configs
-from segdiff_jax import ownership
-from segdiff_jax.config import Config, of_stage, validate
+from segdiff_jax.config import Config
 from segdiff_jax.data.sources.source import open_source
-from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation.evaluator import evaluate
 from segdiff_jax.evaluation.findings import NAMES, Claim, Elbow, Setting
+from segdiff_jax.evaluation.trainings import Training, changed
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.progress import reporter
-from segdiff_jax.training import origin, run
 from segdiff_jax.weights import workdir as workdirs
-from segdiff_jax.weights.checkpoint import Checkpoints
-
-log = logging.getLogger(__name__)
 
 TERMINAL_SHARE = 0.9  # of "terminal" timesteps, where the config has only uniform ones
 NOISES = 10  # initial noises whose predictions are held against each other
-
-
-class Training(NamedTuple):
-    name: str
-    changes: Mapping[str, Any]  # of the config, by dotted keys
 
 
 class Case(NamedTuple):
@@ -62,7 +46,10 @@ class Study(NamedTuple):
 def training(
     config: Config, timesteps: str, kind: str = "annealed", group: int = -1, context: str = "mean"
 ) -> Training:
-    """timesteps "uniform", as in the paper, or "terminal": a share of them is the last one."""
+    """Name a training and what it changes.
+
+    timesteps: "uniform", as in the paper, or "terminal": a share of them is the last one.
+    """
     share = {"uniform": 0.0, "terminal": config.train.terminal_share or TERMINAL_SHARE}[timesteps]
     changes: dict[str, Any] = {"noise.kind": kind, "train.terminal_share": share}
     name = f"{kind}-{timesteps}"
@@ -228,92 +215,8 @@ STUDIES = {
 }
 
 
-def changed(config: Config, changes: Mapping[str, Any], use: str = "train") -> Config:
-    """`config` with dotted keys set, validated."""
-    new = copy.deepcopy(config)
-    for key, value in changes.items():
-        group, _, name = key.rpartition(".")
-        setattr(configs.get(new, group) if group else new, name, value)
-    return validate(new, use)
-
-
-def on_budget(config: Config, budget: str) -> Config:
-    """`config` as it is ("full"), or with half of its data of scenes and of its steps ("small")."""
-    if budget == "full":
-        return config
-    halved: tuple[str, ...] = ("train.steps", "optimizer.decay_steps")
-    halved += ("data.scenes.train_examples", "data.scenes.val_examples")
-    changes = {key: max(1, configs.get(config, key) // 2) for key in halved}
-    return changed(config, changes | {"vae.steps": config.vae.steps * 2 // 3})
-
-
-def trained(wanted: Training, config: Config, folder: Path) -> str:
-    """The workdir of a finished training of `config`, which has the seed; trained if need be.
-
-    Trainings of a seed begin with the same VAE, and copy the latents of one that has them. Raises
-    `UserError` for a workdir of this name that was trained with other settings.
-    """
-    config = changed(config, wanted.changes)
-    if not config.init_from:
-        vae = folder / f"vae-seed{config.seed}"
-        _train(dataclasses.replace(config, stage="vae"), vae)
-        config = dataclasses.replace(config, init_from=str(vae))
-    workdir = folder / f"{wanted.name}-seed{config.seed}"
-    if config.data.cache_latents and not workdir.exists():
-        _copy_latents(config, workdir)
-    _train(config, workdir)
-    return str(workdir)
-
-
-def _train(config: Config, workdir: Path) -> None:
-    """Trains to the end, unless that is done."""
-    if workdirs.is_workdir(str(workdir)):
-        _check_same(config, workdir)
-        with Checkpoints(workdir / workdirs.CHECKPOINTS, read_only=True) as checkpoints:
-            if (checkpoints.latest_step() or 0) >= of_stage(config).train.steps:
-                return
-    log.info("training %s", workdir)
-    run.train(config, str(workdir))
-
-
-# What a workdir must have been trained with, for its name to mean what it says.
-_OF_BOTH_STAGES: tuple[str, ...] = (
-    "seed",
-    "data.source",
-    "data.root",
-    "data.image_size",
-    "data.fit",
-    "model.preset",
-)
-_OF_DIFFUSION: tuple[str, ...] = ("noise", "codec", "optimizer.learning_rate", "train.batch_size")
-_OF_DIFFUSION += ("train.terminal_share", "train.balance", "train.hard_negatives")
-
-
-def _check_same(config: Config, workdir: Path) -> None:
-    stored, wanted = workdirs.read_config(str(workdir)), of_stage(config)
-    for key in _OF_BOTH_STAGES + (() if config.stage == "vae" else _OF_DIFFUSION):
-        had, now = configs.get(stored, key), configs.get(wanted, key)
-        if had != now:
-            raise UserError(
-                f"{workdir}: was trained with config.{key}={had!r}, now it is {now!r}: "
-                "choose another --output, or remove this folder"
-            )
-
-
-def _copy_latents(config: Config, workdir: Path) -> None:
-    """Gives a new workdir the latents of a sibling. Its training checks whether they fit."""
-    groups = config.codec.classes_per_pass
-    pattern = f"*-seed{config.seed}/{workdirs.LATENTS}/cache.json"
-    for cache in sorted(workdir.parent.glob(pattern)):
-        if workdirs.read_config(str(cache.parents[1])).codec.classes_per_pass == groups:
-            ownership.adopt(workdir, origin.KIND, {"config.json", workdirs.LATENTS})
-            workdirs.write_config(str(workdir), config)
-            shutil.copytree(cache.parent, workdir / workdirs.LATENTS)
-            return
-
-
 def _remembering(maps: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """`Networks.maps`, which samples each member of each map once, in however many ensembles."""
+    """Let `Networks.maps` sample each member of each map once, in however many ensembles."""
     known: dict[tuple[Any, ...], np.ndarray] = {}
 
     def remembered(latents, contexts, jobs, sampler, seed, done=None) -> np.ndarray:
@@ -341,7 +244,7 @@ def _model(workdir: str, spacing: str, remembering: bool) -> Segmenter:
 
 
 def measure(case: Case, config: Config, workdir: str, limit: int | None) -> dict[str, Any]:
-    """The figures of a case on the validation data of `config`."""
+    """Return the figures of a case on the validation data of `config`."""
     asked = changed(config, {"sampler.ensemble": 1} | dict(case.changes), "evaluate")
     source = open_source(config.data, config.data.val_split, config.seed)
     merged = "sampler.ensemble" in case.changes  # all members of all images are then in memory
@@ -375,7 +278,7 @@ def measure(case: Case, config: Config, workdir: str, limit: int | None) -> dict
 
 
 def agreement(predictions: Sequence[np.ndarray]) -> float:
-    """The chance that two of n predictions give a pixel the same label.
+    """Return the chance that two of n predictions give a pixel the same label.
 
     predictions: for each image labels [n, H, W].
     """

@@ -61,7 +61,10 @@ class Cost(NamedTuple):
 def cost(
     unet: UNetConfig, vae: VAEConfig, config: Config, num_classes: int, tokens: int
 ) -> Cost | None:
-    """tokens: that the text encoder reads. None for a decoder whose size is not in the config."""
+    """Count the cost of an image; None for a decoder whose size is not in the config.
+
+    tokens: that the text encoder reads.
+    """
     sampler, size = config.sampler, config.data.image_size
     if sampler.decoder == "tiny":
         return None
@@ -81,7 +84,7 @@ def write(
     found: Mapping[str, Mapping[str, Any]],
     missing: Mapping[str, str],
 ) -> str:
-    """Writes suite.json, .md and .html below `output`; returns the Markdown.
+    """Write suite.json, .md and .html below `output`; return the Markdown.
 
     about: title, command, commit, date. found: what metrics.json says, by the names of COLUMNS.
     missing: why a benchmark has no figure.

@@ -11,13 +11,13 @@ from typing import Any
 
 from segdiff_jax import files
 from segdiff_jax.errors import UserError
-from segdiff_jax.training.run import code_version
+from segdiff_jax.version import code_version
 
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
 def origin(command: str, argv: Sequence[str], places: Mapping[str | None, str]) -> dict[str, str]:
-    """Command, commit and date of a result. Folders of this machine go by the names in `places`."""
+    """Return command, commit and date of a result; folders go by their names in `places`."""
     words = [places.get(word, word) for word in argv]
     today = datetime.date.today().isoformat()
     return {
@@ -28,7 +28,7 @@ def origin(command: str, argv: Sequence[str], places: Mapping[str | None, str]) 
 
 
 def section(about: dict[str, Any]) -> str:
-    """Markdown of a result: its table, its verdict, and where its figures come from."""
+    """Return a result as Markdown: its table, its verdict, and where its figures come from."""
     lines = [about["columns"], ["---"] * len(about["columns"]), *about["cells"]]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     source = f"`{about['command']}`, commit `{about['commit']}`, {about['date']}."
@@ -36,7 +36,7 @@ def section(about: dict[str, Any]) -> str:
 
 
 def rewrite(document: str | os.PathLike[str]) -> list[str]:
-    """Renews each table between `<!-- table: FILE.json -->` and `<!-- end of table -->`.
+    """Renew each table between `<!-- table: FILE.json -->` and `<!-- end of table -->`.
 
     FILE is relative to the document. Returns the files. Raises `UserError` for a document without
     such marks, and for a file that is no result.

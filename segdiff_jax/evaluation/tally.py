@@ -16,12 +16,12 @@ _HOTTEST = 20.0  # temperatures beyond make no difference that scores could show
 
 
 def nothing() -> np.ndarray:
-    """The tally of no question."""
+    """Return the tally of no question."""
     return np.zeros((len(VALUES), 2), np.int64)
 
 
 def count(values: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    """The tally of values [n], 0 or more, and their answers bool [n]."""
+    """Tally values [n], 0 or more, and their answers bool [n]."""
     rounded = (np.clip(values, 0.0, VALUES[-1]) + 0.0).astype(np.float16)  # + 0: no negative zero
     rows = rounded.view(np.uint16).astype(np.int64)
     counts = np.bincount(2 * rows + np.asarray(answers, bool), minlength=2 * len(VALUES))
@@ -29,7 +29,7 @@ def count(values: np.ndarray, answers: np.ndarray) -> np.ndarray:
 
 
 def auroc(tally: np.ndarray) -> float | None:
-    """The chance that a yes has a higher value than a no; equal values count half.
+    """Return the chance that a yes has a higher value than a no; equal values count half.
 
     None without a yes, or without a no.
     """
@@ -41,7 +41,7 @@ def auroc(tally: np.ndarray) -> float | None:
 
 
 def best_mcc(tally: np.ndarray) -> float | None:
-    """Matthews' correlation of the answers with "value ≥ threshold", at the best threshold.
+    """Return Matthews' correlation of the answers with "value ≥ threshold", at the best threshold.
 
     0 is no better than chance. None without a yes, or without a no.
     """
@@ -57,7 +57,7 @@ def best_mcc(tally: np.ndarray) -> float | None:
 
 
 def aurc(tally: np.ndarray) -> float | None:
-    """The area under the risk-coverage curve, where a yes is an error and a value its warning.
+    """Return the area under the risk-coverage curve: a yes is an error, a value its warning.
 
     The mean, over all questions, of the share of errors among those with no higher value. 0 is
     perfect; the share of errors is what a useless warning gives. None without a question.
@@ -71,7 +71,7 @@ def aurc(tally: np.ndarray) -> float | None:
 
 
 def calibration_error(tally: np.ndarray, values: np.ndarray = VALUES) -> float | None:
-    """How far values in [0, 1] are from the share of yes, on average: in 15 bins of equal width.
+    """Return how far values in [0, 1] are from the share of yes, on average over 15 equal bins.
 
     values: float [V], what the values of the tally become. None without a question.
     """
@@ -84,14 +84,15 @@ def calibration_error(tally: np.ndarray, values: np.ndarray = VALUES) -> float |
 
 
 def tempered(temperature: float) -> np.ndarray:
-    """The values in [0, 1] after their logits are divided by a temperature: float [V]."""
+    """Return the values in [0, 1] after their logits are divided by a temperature: float [V]."""
     shares = VALUES.clip(_CERTAIN, 1.0 - _CERTAIN)
     return special.expit(special.logit(shares) / temperature)
 
 
 def temperature(tally: np.ndarray) -> float | None:
-    """The temperature at which values in [0, 1] predict the answers best, by their likelihood
-    (arXiv 1706.04599, section 4.2), between 1/20 and 20. None without a question.
+    """Fit the temperature, from 1/20 to 20, at which values in [0, 1] predict the answers best.
+
+    By their likelihood (arXiv 1706.04599, section 4.2). None without a question.
     """
     if not tally.any():
         return None

@@ -27,7 +27,7 @@ _LONGEST_SIDE = 512  # of their pictures, in pixels
 
 
 def validator_of(networks: Pretrained, config: Config, mesh: Mesh, classes: Vocabulary) -> Validate:
-    """`validate(step, state, telemetry)` on train.eval_examples images of the validation split.
+    """Return `validate(step, state, telemetry)`, on train.eval_examples images of the split.
 
     It writes "validation/<figure>" scalars and "validation/<i>" images (photo, truth, prediction
     side by side) and returns the figures of `metrics.summarize` that are numbers. The UNet of
@@ -66,7 +66,7 @@ def validator_of(networks: Pretrained, config: Config, mesh: Mesh, classes: Voca
 
 
 def _side_by_side(example: Example, palette: np.ndarray) -> np.ndarray:
-    """uint8 [3, H, W, 3]: photo, truth, prediction."""
+    """Draw photo, truth and prediction: uint8 [3, H, W, 3]."""
     photo = Image.fromarray(example.image)
     shown = [
         photo,

@@ -12,8 +12,6 @@ config, workdir ─► checks: folders, networks, data, devices          nothing
 import contextlib
 import dataclasses
 import logging
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +20,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from segdiff_jax import __version__, codec, ownership
+from segdiff_jax import codec, ownership
 from segdiff_jax.config import Config, of_stage
 from segdiff_jax.data import label_summary, latent_cache, latents, pipeline, preference
 from segdiff_jax.data.preference import Preference
@@ -48,6 +46,7 @@ from segdiff_jax.training.step import (
     vae_step,
 )
 from segdiff_jax.training.timing import StartUp
+from segdiff_jax.version import code_version
 from segdiff_jax.weights import mask_decoders, pretrained
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.checkpoint import Checkpoints
@@ -342,16 +341,3 @@ def _batches(run: Run, stage: Stage, example: int) -> pipeline.TrainBatches:
     return latents.train_batches(
         stored, config, config.seed, example, rows, preference=stage.preferred
     )
-
-
-def code_version() -> str:
-    """Return the package's version, and its commit where it runs from a checkout."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return __version__
-    try:
-        command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
-        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return __version__
-    return f"{__version__}+{found.stdout.strip()}"

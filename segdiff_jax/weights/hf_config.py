@@ -1,13 +1,6 @@
-"""The `config.json` files of Stable Diffusion folders ⇄ our configs.
+"""The `config.json` files of Stable Diffusion folders ⇄ our configs: which option means what."""
 
-A published config has dozens of options. Those that our modules have are read; each of the others
-must have the value that Stable Diffusion gives it, or the error names the key. An option nobody
-here has heard of is accepted only while it is off.
-"""
-
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from segdiff_jax import config as configs
 from segdiff_jax import fields
@@ -18,14 +11,13 @@ from segdiff_jax.models.clip_text import CLIPTextConfig
 from segdiff_jax.models.tiny_vae import TinyVAEConfig
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
+from segdiff_jax.weights import hf_options
+from segdiff_jax.weights.hf_options import OFF, Allowed, Json
 
-Json = dict[str, Any]
-
-_OFF: tuple[Any, ...] = (None, False, "", [], {})
-_UNET_FIXED: dict[str, tuple[Any, ...]] = {
-    "center_input_sample": _OFF,
+_UNET_FIXED: dict[str, Allowed] = {
+    "center_input_sample": OFF,
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "only_cross_attention": _OFF,
+    "only_cross_attention": OFF,
     "downsample_padding": (1,),
     "mid_block_scale_factor": (1,),
     "dropout": (0,),
@@ -42,14 +34,14 @@ _UNET_IGNORED = {
     "upcast_attention",  # our softmax is float32 in any case
     "addition_embed_type_num_heads",  # of addition_embed_type, which must be off
 }
-_VAE_FIXED: dict[str, tuple[Any, ...]] = {
+_VAE_FIXED: dict[str, Allowed] = {
     "act_fn": ("silu",),
     "shift_factor": (None, 0),
     "use_quant_conv": (True,),
     "use_post_quant_conv": (True,),
 }
 _VAE_IGNORED = {"sample_size", "force_upcast"}
-_TINY_VAE_FIXED: dict[str, tuple[Any, ...]] = {
+_TINY_VAE_FIXED: dict[str, Allowed] = {
     "act_fn": ("relu",),
     "upsample_fn": ("nearest",),
     "upsampling_scaling_factor": (2,),
@@ -59,73 +51,18 @@ _TINY_VAE_IGNORED = {
     *("block_out_channels", "force_upcast"),  # diffusers writes the first and does not read it
     *("latent_magnitude", "latent_shift"),  # of latents stored as bytes
 }
-_TEXT_FIXED: dict[str, tuple[Any, ...]] = {
+_TEXT_FIXED: dict[str, Allowed] = {
     "model_type": ("clip_text_model",),
     "hidden_act": tuple(clip_text.ACTIVATIONS),
 }
-_SCHEDULE_FIXED: dict[str, tuple[Any, ...]] = {
-    "trained_betas": _OFF,
+_SCHEDULE_FIXED: dict[str, Allowed] = {
+    "trained_betas": OFF,
     "clip_sample": (False,),
-    "thresholding": _OFF,
+    "thresholding": OFF,
     "beta_schedule": configs.BETA_SCHEDULES,
     "prediction_type": configs.PREDICTIONS,
     "timestep_spacing": configs.SPACINGS,
 }
-
-
-def _is_off(value: Any) -> bool:
-    """Return whether an option is nothing, or nothing for each level."""
-    return value in _OFF or (isinstance(value, list) and all(part in _OFF for part in value))
-
-
-def _check(values: Json, fixed: dict[str, tuple[Any, ...]], file: str) -> None:
-    for key, allowed in fixed.items():
-        value = values.get(key, allowed[0])
-        if value in allowed or (allowed is _OFF and _is_off(value)):
-            continue
-        wanted = "it switched off" if allowed is _OFF else " or ".join(map(repr, allowed))
-        raise UserError(
-            f"{file}: {key}={fields.shown(value)} is not supported: use a model with {wanted}"
-        )
-
-
-def _check_unknown(values: Json, known: set[str], file: str) -> None:
-    for key in sorted(set(values) - known):
-        if not key.startswith("_") and not _is_off(values[key]):
-            raise UserError(
-                f"{file}: {fields.shown(key)[1:-1]}={fields.shown(values[key])} is not supported: "
-                "use another model"
-            )
-
-
-def _read(cls: type, values: Json, renamed: dict[str, str], file: str, **defaults: Any) -> Any:
-    """Build a `cls` of entries named as its fields, or `renamed`, each checked as declared.
-
-    defaults: what missing entries mean, where it is not what they mean to `cls`.
-    """
-    made = {}
-    for item in dataclasses.fields(cls):
-        key = renamed.get(item.name, item.name)
-        value = values.get(key, defaults.get(item.name, item.default))
-        made[item.name] = fields.from_json(value, item.type)
-        fields.check(f"{file}: {key}", item, made[item.name])
-    return cls(**made)
-
-
-def _write(config: Any, renamed: dict[str, str]) -> Json:
-    """Invert `_read`."""
-    values = dataclasses.asdict(config).items()
-    return {renamed.get(k, k): list(v) if isinstance(v, tuple) else v for k, v in values}
-
-
-def _same_everywhere(values: Json, keys: tuple[str, ...]) -> Json:
-    """Return `values` with one number where the file has a list with the same for each level."""
-    changed = dict(values)
-    for key in keys:
-        value = values.get(key)
-        if isinstance(value, list) and value and all(n == value[0] for n in value):
-            changed[key] = value[0]
-    return changed
 
 
 def _divides(groups: int, widths: tuple[int, ...], key: str, file: str) -> None:
@@ -141,25 +78,23 @@ def _check_levels(count: int, file: str) -> None:
 
 def _cross_attention(values: Json, levels: int, file: str) -> tuple[bool, ...]:
     """Return which levels attend to the text, going down; the way up must mirror it."""
-    defaults = {"down_block_types": [True, True, True, False]}
-    defaults["up_block_types"] = defaults["down_block_types"][::-1]
     attends = {}
-    for key, default in defaults.items():
-        side = "Down" if key.startswith("down") else "Up"
-        kinds = {f"{side}Block2D": False, f"CrossAttn{side}Block2D": True}
+    for side, order in (("Down", 1), ("Up", -1)):
+        key, kinds = f"{side.lower()}_block_types", [f"{side}Block2D", f"CrossAttn{side}Block2D"]
         blocks = values.get(key)
         listed = blocks if isinstance(blocks, list) else [] if blocks is None else [blocks]
-        unknown = [block for block in listed if block not in list(kinds)]
+        unknown = [block for block in listed if block not in kinds]
         if unknown:
             raise UserError(
                 f"{file}: {key} holds {fields.shown(unknown[0])}: use one of {', '.join(kinds)}"
             )
-        attends[key] = tuple(kinds[block] for block in listed) if listed else tuple(default)
-        if len(attends[key]) != levels:
-            raise UserError(f"{file}: {key} has {len(attends[key])} levels instead of {levels}")
-    if attends["up_block_types"] != attends["down_block_types"][::-1]:
+        found = [block == kinds[1] for block in listed][::order] or [True, True, True, False]
+        if len(found) != levels:
+            raise UserError(f"{file}: {key} has {len(found)} levels instead of {levels}")
+        attends[side] = tuple(found)
+    if attends["Up"] != attends["Down"]:
         raise UserError(f"{file}: up_block_types must mirror down_block_types: use another model")
-    return attends["down_block_types"]
+    return attends["Down"]
 
 
 _UNET_NAMES = {
@@ -190,9 +125,9 @@ def check_unet(config: UNetConfig, file: str, keys: Mapping[str, str]) -> None:
 
 def read_unet(values: Json, file: str) -> UNetConfig:
     """Read `unet/config.json` as `UNetConfig`. Missing keys mean what they mean to diffusers."""
-    _check(values, {"_class_name": ("UNet2DConditionModel",)} | _UNET_FIXED, file)
+    hf_options.check(values, {"_class_name": ("UNet2DConditionModel",)} | _UNET_FIXED, file)
     single = ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim")
-    values, names = _same_everywhere(values, single), dict(_UNET_NAMES)
+    values, names = hf_options.same_everywhere(values, single), dict(_UNET_NAMES)
     if values.get("num_attention_heads"):
         names["heads"] = "num_attention_heads"
     widths = values.get("block_out_channels")
@@ -200,7 +135,7 @@ def read_unet(values: Json, file: str) -> UNetConfig:
     heads = values.get(names["heads"], 8)
     if not isinstance(heads, list | tuple):
         values |= {names["heads"]: [heads] * levels}
-    config = _read(
+    config = hf_options.read(
         UNetConfig,
         values,
         names,
@@ -212,13 +147,13 @@ def read_unet(values: Json, file: str) -> UNetConfig:
     )
     check_unet(config, file, names)
     read = set(write_unet(config)) | {"num_attention_heads"}
-    _check_unknown(values, read | set(_UNET_FIXED) | _UNET_IGNORED, file)
+    hf_options.check_unknown(values, read | set(_UNET_FIXED) | _UNET_IGNORED, file)
     return config
 
 
 def write_unet(config: UNetConfig) -> Json:
     """Invert `read_unet`, for `diffusers.UNet2DConditionModel`."""
-    values = _write(config, _UNET_NAMES)
+    values = hf_options.write(config, _UNET_NAMES)
     attends, shift = values.pop("cross_attention"), config.freq_shift
     return values | {
         "_class_name": "UNet2DConditionModel",
@@ -234,9 +169,9 @@ _VAE_NAMES = {"norm_groups": "norm_num_groups", "mid_attention": "mid_block_add_
 
 def read_vae(values: Json, file: str) -> VAEConfig:
     """Read `vae/config.json` as `VAEConfig`. Missing keys mean what they mean to diffusers."""
-    _check(values, {"_class_name": ("AutoencoderKL",)} | _VAE_FIXED, file)
+    hf_options.check(values, {"_class_name": ("AutoencoderKL",)} | _VAE_FIXED, file)
     absent = {"block_out_channels": (64,), "layers_per_block": 1}
-    config = _read(VAEConfig, values, _VAE_NAMES, file, **absent)
+    config = hf_options.read(VAEConfig, values, _VAE_NAMES, file, **absent)
     widths = config.block_out_channels
     _check_levels(len(widths), file)
     _divides(config.norm_groups, widths, "norm_num_groups", file)
@@ -244,14 +179,14 @@ def read_vae(values: Json, file: str) -> VAEConfig:
     for key, kind in kinds.items():
         if values.get(key, [kind]) != [kind] * len(widths):
             raise UserError(f"{file}: {key} must be {len(widths)} × {kind}")
-    _check_unknown(values, set(write_vae(config)) | set(_VAE_FIXED) | _VAE_IGNORED, file)
+    hf_options.check_unknown(values, set(write_vae(config)) | set(_VAE_FIXED) | _VAE_IGNORED, file)
     return config
 
 
 def write_vae(config: VAEConfig) -> Json:
     """Invert `read_vae`, for `diffusers.AutoencoderKL`."""
     levels = len(config.block_out_channels)
-    return _write(config, _VAE_NAMES) | {
+    return hf_options.write(config, _VAE_NAMES) | {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "down_block_types": ["DownEncoderBlock2D"] * levels,
@@ -268,10 +203,10 @@ _TINY_VAE_NAMES = {
 
 def read_tiny_vae(values: Json, file: str) -> TinyVAEConfig:
     """Read the `config.json` of an `AutoencoderTiny` as `TinyVAEConfig`."""
-    _check(values, {"_class_name": ("AutoencoderTiny",)} | _TINY_VAE_FIXED, file)
+    hf_options.check(values, {"_class_name": ("AutoencoderTiny",)} | _TINY_VAE_FIXED, file)
     widths = ("encoder_block_out_channels", "decoder_block_out_channels")
-    values = _same_everywhere(values, widths)
-    config = _read(TinyVAEConfig, values, _TINY_VAE_NAMES, file)
+    values = hf_options.same_everywhere(values, widths)
+    config = hf_options.read(TinyVAEConfig, values, _TINY_VAE_NAMES, file)
     if values.get(widths[1], config.width) != config.width:
         raise UserError(f"{file}: {widths[1]} must be as {widths[0]}: use another model")
     levels = len(config.encoder_blocks)
@@ -279,14 +214,14 @@ def read_tiny_vae(values: Json, file: str) -> TinyVAEConfig:
     if len(config.decoder_blocks) != levels:
         raise UserError(f"{file}: num_decoder_blocks must have {levels} levels: use another model")
     known = set(write_tiny_vae(config)) | set(_TINY_VAE_FIXED) | _TINY_VAE_IGNORED
-    _check_unknown(values, known, file)
+    hf_options.check_unknown(values, known, file)
     return config
 
 
 def write_tiny_vae(config: TinyVAEConfig) -> Json:
     """Invert `read_tiny_vae`, for `diffusers.AutoencoderTiny`."""
     widths = [config.width] * len(config.encoder_blocks)
-    return _write(config, _TINY_VAE_NAMES) | {
+    return hf_options.write(config, _TINY_VAE_NAMES) | {
         "_class_name": "AutoencoderTiny",
         "act_fn": "relu",
         "decoder_block_out_channels": widths,
@@ -296,8 +231,8 @@ def write_tiny_vae(config: TinyVAEConfig) -> Json:
 
 def read_text_encoder(values: Json, file: str) -> CLIPTextConfig:
     """Read `text_encoder/config.json` as `CLIPTextConfig`; ignore other keys of transformers."""
-    _check(values, _TEXT_FIXED, file)
-    config = _read(
+    hf_options.check(values, _TEXT_FIXED, file)
+    config = hf_options.read(
         CLIPTextConfig,
         values,
         {},
@@ -314,7 +249,7 @@ def read_text_encoder(values: Json, file: str) -> CLIPTextConfig:
 
 def write_text_encoder(config: CLIPTextConfig) -> Json:
     """Invert `read_text_encoder`, for `transformers.CLIPTextModel`."""
-    return _write(config, {}) | {
+    return hf_options.write(config, {}) | {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
         # The ids in Stable Diffusion's own files, wrong as they are: they only choose the pooled
@@ -333,9 +268,9 @@ def read_schedule(values: Json, file: str) -> DiffusionConfig:
     Missing keys mean what they mean to `diffusers.DDIMScheduler`, but `set_alpha_to_one` is true
     there alone.
     """
-    _check(values, _SCHEDULE_FIXED, file)
+    hf_options.check(values, _SCHEDULE_FIXED, file)
     ddim = values.get("_class_name", "DDIMScheduler") == "DDIMScheduler"
-    return _read(
+    return hf_options.read(
         DiffusionConfig,
         values,
         {},
@@ -353,7 +288,7 @@ def read_schedule(values: Json, file: str) -> DiffusionConfig:
 
 def write_schedule(config: DiffusionConfig) -> Json:
     """Invert `read_schedule`, for `diffusers.DDIMScheduler`."""
-    values = _write(config, {})
+    values = hf_options.write(config, {})
     del values["convert_prediction"]  # what a training may do, not what the weights are
     fixed = {"clip_sample": False, "thresholding": False, "trained_betas": None}
     return values | {"_class_name": "DDIMScheduler"} | fixed
