@@ -126,9 +126,6 @@ def make_step(config: Config, mesh: Mesh, kind: str = "train", classes: int | No
     classes: K that the sampler is asked about; by default the config's vocabulary, or 150 where
     only the data would tell. Raises `UserError` for a batch that does not divide over the mesh.
     """
-    if kind == "train":  # which may see crops only
-        seen = dataclasses.replace(config.data, image_size=config.data.train_size)
-        config = dataclasses.replace(config, data=seen)
     named = config.data.vocabulary
     if classes is None and (named or config.data.source == "scenes"):
         classes = len(vocabulary.load(named) if named else scenes.vocabulary())

@@ -33,13 +33,12 @@ def check_image_size(c: "Config", factor: int, whose: str) -> None:
 
     The UNet takes latents of any size: what it halves unevenly it brings back to the size it was.
     """
-    for name in ("image_size", "crop_size"):
-        height, width = getattr(c.data, name)
-        if height % factor or width % factor:
-            raise UserError(
-                f"config.data.{name}={height},{width}: must be multiples of {factor}, "
-                f"the downsampling of {whose}"
-            )
+    height, width = c.data.image_size
+    if height % factor or width % factor:
+        raise UserError(
+            f"config.data.image_size={height},{width}: must be multiples of {factor}, "
+            f"the downsampling of {whose}"
+        )
 
 
 def check_sampler(sampler: "SamplerConfig") -> None:
@@ -127,12 +126,6 @@ def _of_a_training(c: "Config", own: "Config") -> Iterator[str]:
             f"config.data.augment.min_scale={c.data.augment.min_scale}: must be at most "
             f"config.data.augment.max_scale={c.data.augment.max_scale}"
         )
-    (height, width), (most_high, most_wide) = c.data.crop_size, c.data.image_size
-    if any(c.data.crop_size) and not (0 < height <= most_high and 0 < width <= most_wide):
-        yield (
-            f"config.data.crop_size={height},{width}: must lie within config.data.image_size="
-            f"{most_high},{most_wide}, of which training sees a part, or be 0,0 for all of it"
-        )
     if c.stage == "diffusion" and not c.init_from and c.vae.steps < 1:
         yield (
             "config.init_from is empty and config.vae.steps is 0: "
@@ -197,11 +190,10 @@ def _of_cached_latents(c: "Config") -> Iterator[str]:
             "config.data.cache_latents holds one class per latent (or all of them): "
             "use config.codec.classes_per_pass=1 or 0, or turn the cache off"
         )
-    scales = c.data.augment.min_scale, c.data.augment.max_scale
-    cropped = scales != (1.0, 1.0) or any(c.data.crop_size)
-    if not c.data.augment.views and (cropped or c.data.augment.color_jitter > 0):
+    scaled = (c.data.augment.min_scale, c.data.augment.max_scale) != (1.0, 1.0)
+    if not c.data.augment.views and (scaled or c.data.augment.color_jitter > 0):
         yield (
-            "config.data.cache_latents cannot hold a new crop or colour jitter for every "
+            "config.data.cache_latents cannot hold a new scale-crop or colour jitter for every "
             "example: set config.data.augment.views to a number of views per pair, "
             "or turn the cache off"
         )

@@ -44,7 +44,7 @@ class AugmentConfig:
     """Training augmentation. Image and labels always move together."""
 
     flip: bool = True  # mirror half of the views
-    min_scale: float = number(1.0, 0.1, 10.0)  # of the scale that fits image_size
+    min_scale: float = number(1.0, 0.1, 10.0)  # of the scale that fits; 1.0 to 1.0 = no crop
     max_scale: float = number(1.0, 0.1, 10.0)  # at least min_scale
     color_jitter: float = number(0.0, 0.0, 0.99)  # brightness, contrast, saturation in 1 ± this
     views: int = number(0, 0)  # n: one of n fixed views of each pair; 0: new for every example
@@ -74,7 +74,6 @@ class DataConfig:
     max_value: int = number(0, 0, 65535)  # white in 16-bit gray photos; 0 = by each photo's range
     max_pixels: int = number(89_478_485, 1)  # larger images are not read
     image_size: tuple[int, int] = number((96, 128), 8, 16384)  # (height, width) the networks see
-    crop_size: tuple[int, int] = number((0, 0), 0, 16384)  # that training sees of it; 0, 0 = all
     fit: str = choice("pad", FITS)  # how a photo of another shape gets there: data/geometry.py
     shortest: int = number(0, 0, 65535)  # side to which evaluation shrinks larger pairs; 0 = never
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -84,11 +83,6 @@ class DataConfig:
     class_balance: bool = False  # ask for rare classes more often, by inverse frequency
     max_unreadable: float = number(0.01, 0.0, 1.0)  # share of pairs that training may skip
     workers: int = number(0, 0, 256)  # Grain worker processes; 0 = threads in this process
-
-    @property
-    def train_size(self) -> tuple[int, int]:
-        """(height, width) of a training view."""
-        return self.crop_size if any(self.crop_size) else self.image_size
 
 
 @dataclass

@@ -70,18 +70,6 @@ def test_latent_cache_needs_a_finite_number_of_views():
     assert validate(config)
 
 
-def test_a_crop_lies_within_the_view():
-    config = valid()
-    config.data.image_size = (64, 80)
-    assert config.data.train_size == (64, 80)
-    config.data.crop_size = (32, 80)
-    assert validate(config) and config.data.train_size == (32, 80)
-    for size in ((72, 32), (32, 88), (0, 32), (32, 0)):
-        config.data.crop_size = size
-        with pytest.raises(UserError, match=r"config\.data\.crop_size=.*image_size=64,80"):
-            validate(config)
-
-
 def test_stored_configs_come_back():
     config = valid()
     config.data.image_size = (64, 80)

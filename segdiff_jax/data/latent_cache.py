@@ -149,8 +149,6 @@ def fingerprint(source: Source, vae: VAE, config: Config) -> dict[str, Any]:
         "augment": dataclasses.asdict(data.augment),
         "all_in_one_image": _in_one_image(config),
     }
-    if any(data.crop_size):  # caches made before there were crops stay valid
-        made_from["crop_size"] = list(data.crop_size)
     return json.loads(json.dumps(made_from))
 
 
@@ -321,5 +319,5 @@ def _in_one_image(config: Config) -> bool:
 
 
 def _latent_shape(vae: VAE, config: Config) -> tuple[int, int, int]:
-    height, width = (size // vae.config.downsampling for size in config.data.train_size)
+    height, width = (size // vae.config.downsampling for size in config.data.image_size)
     return height, width, vae.config.latent_channels

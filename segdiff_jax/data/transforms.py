@@ -11,14 +11,14 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 def augment(
     image: np.ndarray, labels: np.ndarray, rng: np.random.Generator, data: DataConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a view, at data.train_size, of a photo and its labels. What is not photo is ignored.
+    """Draw a view, at data.image_size, of a photo and its labels. What is not photo is ignored.
 
-    With min_scale = max_scale = 1 and no crop_size it is the view of `geometry.fit`. Otherwise the
-    photo is scaled, at its own aspect ratio, by a factor from [min_scale, max_scale] of what fits
-    it to image_size (by the rule "stretch": of what covers that), and cropped or padded at random.
+    With min_scale = max_scale = 1 it is the view of `geometry.fit`. Otherwise the photo is scaled,
+    at its own aspect ratio, by a factor from [min_scale, max_scale] of what fits it (by the rule
+    "stretch": of what covers `size`), and cropped or padded at random.
     """
     config, size = data.augment, data.image_size
-    if (config.min_scale, config.max_scale) == (1.0, 1.0) and data.train_size == tuple(size):
+    if (config.min_scale, config.max_scale) == (1.0, 1.0):
         step = -1 if draw_flip(rng, config) else 1  # before it is padded, which is on the right
         image, labels = (geometry.fit(a[:, ::step], size, data.fit) for a in (image, labels))
     else:
@@ -38,8 +38,8 @@ def draw_flip(rng: np.random.Generator, config: AugmentConfig) -> bool:
 def _scale_crop(
     image: np.ndarray, labels: np.ndarray, rng: np.random.Generator, data: DataConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    config, size, native = data.augment, data.train_size, image.shape[:2]
-    scale = max(geometry.scales(native, data.image_size, data.fit))
+    config, size, native = data.augment, data.image_size, image.shape[:2]
+    scale = max(geometry.scales(native, size, data.fit))
     scale *= rng.uniform(config.min_scale, config.max_scale)
     (top, bottom), rows = _span(native[0], size[0], scale, rng)
     (left, right), columns = _span(native[1], size[1], scale, rng)

@@ -45,7 +45,7 @@ def settle(config: Config, workdir: str, source: Source) -> None:
 
 def fit(vae: VAE, config: Config, source: Source) -> LinearDecoder:
     """Fit the linear map from latents of the training's gray masks to those masks."""
-    height, width = (pixels // vae.config.downsampling for pixels in config.data.train_size)
+    height, width = (pixels // vae.config.downsampling for pixels in config.data.image_size)
     least, most = _MASKS
     count = min(max(_POSITIONS // (height * width), least), most)
     graph, params = nnx.split(vae)

@@ -151,7 +151,7 @@ def _train_vae(run: Run) -> None:
     _begin(run)
     attention = attention_kernels.on_mesh(run.mesh)
     graph = nnx.graphdef(attention_kernels.with_attention(vae, attention))
-    work = flops.train_example(None, vae.config, config.data.train_size, 0)
+    work = flops.train_example(None, vae.config, config.data.image_size, 0)
     state = _train(run, Stage(vae, build, vae_step(graph, config, run.mesh), None, work))
     params = processes.gathered(state.ema or state.params)
     if processes.is_first():
@@ -185,7 +185,7 @@ def _unet_stage(run: Run) -> Stage:
         validate = run.make_validator(judged, config, run.mesh, classes)
     group = codec.group_size(len(classes), config.codec.classes_per_pass)
     tokens = group if config.codec.context == "bound" else table.hidden.shape[1]
-    size, cached = config.data.train_size, config.data.cache_latents
+    size, cached = config.data.image_size, config.data.cache_latents
     make_step, decoder = diffusion_step, None
     work = flops.train_example(unet.config, vae.config, size, tokens, cached)
     if config.stage == "e2e":

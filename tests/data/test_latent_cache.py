@@ -194,7 +194,6 @@ def test_a_cache_that_fits_is_used_and_a_stale_one_is_built_again(
     assert opened(other_vae=scaled)
     for change in (
         {"image_size": (32, 36)},
-        {"crop_size": (16, 16), "augment": AugmentConfig(views=2)},
         {"fit": "stretch"},
         {"augment": AugmentConfig(flip=False)},
         {"root": "b"},
