@@ -25,7 +25,8 @@ def get_config() -> Config:
             cache_latents=True,
         ),
         model=ModelConfig(preset="small"),
-        codec=CodecConfig(classes_per_pass=1, negatives=0.15, closed=True),
+        # A pole is never more likely than the house behind it: half of the classes would never win.
+        codec=CodecConfig(classes_per_pass=1, negatives=0.15, closed=True, logit_adjustment=1.0),
         # To a random text encoder the words of a sentence around the class are only dilution.
         prompts=PromptsConfig(templates=("{class}",)),
         optimizer=OptimizerConfig(

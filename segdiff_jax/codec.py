@@ -28,6 +28,7 @@ from segdiff_jax.shapes import (
 IGNORE = 255  # in labels of 8 bits: not annotated; in predictions: *other*
 IGNORE_16 = 65535  # the same in labels of 16 bits, where 255 is a class
 PAD = -1  # in class_ids: an empty slot of the group
+_LEAST_SHARE = 1e-4  # of the labelled pixels: rarer classes are adjusted as much as this one
 MAX_GROUP = 255  # more gray levels than 8 bits hold cannot be told apart
 
 
@@ -155,6 +156,20 @@ def ranks(gray: Any, size: int) -> Any:
     above = gray[..., None] - xp.asarray(_levels(size), xp.float32)
     top = xp.asarray(np.arange(size) == size - 1)
     return 1.0 + xp.where(top & (above > 0), above, -xp.abs(above)) * (size / 2.0)
+
+
+def adjusted(ranks: Any, share: float, tau: float) -> Any:
+    """Raise the ranks [...] of a class that has the part `share` of the labelled pixels.
+
+    The odds of a score s in [0, 1], s / (1 - s), grow by ((1 - share) / share)^tau (logit
+    adjustment, arXiv 2007.07314): certain scores stay, a doubt about a rare class counts for more
+    than one about a common class. What lies beyond [0, 1] is left as it is.
+    """
+    xp = _numpy_of(ranks)
+    share = min(max(share, _LEAST_SHARE), 1.0 - _LEAST_SHARE)
+    odds = ((1.0 - share) / share) ** tau
+    inside = xp.clip(ranks, 0.0, 1.0)
+    return ranks + (inside * odds / (inside * odds + (1.0 - inside)) - inside)
 
 
 def join_passes(pass_scores: Any, num_classes: int) -> Any:

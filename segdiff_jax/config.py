@@ -100,6 +100,7 @@ class CodecConfig:
     negatives: float = number(0.25, 0.0, 1.0)  # share of training slots with an absent class
     threshold: float = number(0.5, 0.0, 1.0)  # scores below it are *other* (255), unless closed
     closed: bool = False  # closed vocabulary: every pixel gets a class
+    logit_adjustment: float = number(0.0, 0.0, 2.0)  # τ: how much more easily rare classes win
 
 
 @dataclass

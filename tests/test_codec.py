@@ -152,3 +152,15 @@ def test_level_codes_tell_the_levels_apart_and_do_not_depend_on_the_group_size(d
     assert distance.min() > 0.1
     # level 0 is slot 1 of 2 and slot 2 of 4
     np.testing.assert_allclose(codec.level_code(2, dim)[0], codec.level_code(4, dim)[1], atol=1e-6)
+
+
+@settings(deadline=None)
+@given(st.floats(1e-3, 0.999), st.floats(0.0, 2.0), st.lists(st.floats(0.01, 0.99), min_size=1))
+def test_an_adjustment_multiplies_the_odds_of_a_score(share, tau, scores):
+    given = np.array(scores, np.float32)
+    found = codec.adjusted(given, share, tau)
+    odds, factor = given / (1 - given), ((1 - share) / share) ** tau
+    np.testing.assert_allclose(found, odds * factor / (1 + odds * factor), rtol=1e-3, atol=1e-6)
+    assert (np.diff(codec.adjusted(np.sort(given), share, tau)) >= 0).all(), "order stays"
+    sure = np.array([-0.5, 0.0, 1.0, 1.5], np.float32)
+    np.testing.assert_allclose(codec.adjusted(sure, share, tau), sure, rtol=1e-6)

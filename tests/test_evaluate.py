@@ -1,6 +1,7 @@
 """`python -m segdiff_jax.evaluate`: what it writes, and what it says of bad input."""
 
 import csv
+import dataclasses
 import json
 import os
 
@@ -11,6 +12,9 @@ from flax import nnx
 from PIL import Image
 
 from segdiff_jax import cli, evaluate, ownership, train
+from segdiff_jax.config import DataConfig
+from segdiff_jax.data import label_summary
+from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.text import vocabulary
 from segdiff_jax.weights import workdir
 
@@ -455,3 +459,33 @@ def test_flags_of_the_suite(files, capsys):
     ):
         code, output = _run(files, capsys, *flags, config=False)
         assert code == 2 and words in output.err
+
+
+def test_shares_of_classes_are_those_of_the_masks(data):
+    source = open_source(DataConfig(source="folder", root=str(data)), "val", 0)
+    shares = label_summary.report(source, DataConfig(root=str(data)), "val")
+    masks = np.stack([np.asarray(Image.open(p)) for p in (data / "val" / "masks").iterdir()])
+    sky = (masks == 0).sum() / (masks != 255).sum()
+    np.testing.assert_allclose(shares, [sky, 1 - sky, 0], atol=1e-5)
+
+
+def test_an_adjustment_needs_a_model_that_knows_its_shares(files, capsys):
+    adjusted = "--config.codec.logit_adjustment=1.0"
+    code, output = _run(files, capsys, adjusted)
+    assert code == 2 and "logit_adjustment=1.0: this model does not say how often" in output.err
+
+    classes = vocabulary.load(files / "data" / "classes.txt")
+    counted = dataclasses.replace(classes, shares=(0.9, 0.05, 0.05))
+    (files / "w" / "classes.json").write_text(vocabulary.to_json(counted))
+    code, output = _run(files, capsys, adjusted)
+    assert code == 0, output.err
+    values = json.loads((files / "o" / "metrics.json").read_text())
+    assert values["settings"]["logit_adjustment"] == 1.0
+
+
+def test_a_training_that_counts_no_labels_refuses_an_adjustment(tmp_path, capsys):
+    argv = ["--config", "configs/demo.py", "--workdir", str(tmp_path / "w")]
+    with pytest.raises(SystemExit):
+        cli.run(train.main, [*argv, "--config.codec.logit_adjustment=1.0"])
+    assert "config.data.source='scenes'" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()

@@ -38,15 +38,17 @@ class Survey(NamedTuple):
     guessed: Counter[int]  # range by which a 16-bit photo was read: photos
 
 
-def report(source: Source, config: DataConfig, split: str) -> None:
+def report(source: Source, config: DataConfig, split: str) -> tuple[float, ...]:
     """Log the labels of up to two seconds' worth of pairs, spread over `source`, in a line.
 
+    Return the part of the labelled pixels that each class has, 0…1.
+
     What is nearly always a mistake gets a warning of its own. Drawn and packed data sets, whose
-    labels are as they must be, are passed over. Raises `UserError` for a wrong mask, and if no
-    pixel has a class.
+    labels are as they must be, are passed over, and give (). Raises `UserError` for a wrong mask,
+    and if no pixel has a class.
     """
     if not isinstance(source, PairSource):
-        return
+        return ()
     survey = _survey(source)
     found = figures(source, survey.ids, survey.seen)
     log.info("labels of %r: %s", split, _line(found, survey))
@@ -57,14 +59,15 @@ def report(source: Source, config: DataConfig, split: str) -> None:
         )
     for warning in _warnings(source, config, survey, found):
         log.warning("labels of %r: %s", split, warning)
+    pixels = _pixels_of_classes(source, survey.ids)
+    each = [pixels[number] for number in range(len(source.vocabulary))]
+    return tuple(round(count / sum(each), 6) for count in each) if sum(each) else ()
 
 
 def figures(source: Source, ids: Mapping[int, int], pairs: int) -> dict[str, Any]:
     """Return what metrics.json says of the labels; `ids`: pixels of each id of the mask files."""
     total, lookup = sum(ids.values()), getattr(source, "lookup", None)
-    pixels: Counter[int] = Counter()
-    for value, count in ids.items():
-        pixels[value if lookup is None else int(lookup[value])] += count
+    pixels = _pixels_of_classes(source, ids)
     names = source.vocabulary.names
     ignored = codec.ignore_label(len(names)) if lookup is None else IGNORED
     return {
@@ -73,6 +76,14 @@ def figures(source: Source, ids: Mapping[int, int], pairs: int) -> dict[str, Any
         "absent_classes": [name for i, name in enumerate(names) if not pixels[i]],
         "share_ignored": pixels[ignored] / total if total else None,
     }
+
+
+def _pixels_of_classes(source: Source, ids: Mapping[int, int]) -> Counter[int]:
+    """Count the pixels of each class, and of *ignore*, from those of each id of the mask files."""
+    lookup, pixels = getattr(source, "lookup", None), Counter[int]()
+    for value, count in ids.items():
+        pixels[value if lookup is None else int(lookup[value])] += count
+    return pixels
 
 
 def _survey(source: PairSource) -> Survey:

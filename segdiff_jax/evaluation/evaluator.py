@@ -302,6 +302,7 @@ def _settings(plan: _Plan) -> dict[str, Any]:
         "seed": plan.seed,
         "classes_per_pass": config.codec.classes_per_pass,
         "context": config.codec.context,
+        "logit_adjustment": config.codec.logit_adjustment,
         "templates": list(config.prompts.templates),
         "image_size": list(config.data.image_size),
         "fit": config.data.fit,

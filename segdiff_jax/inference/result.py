@@ -135,15 +135,21 @@ def from_maps(
     """
     height, width = geometry.filled(photo.shape[:2], gray.shape[1:], fit)
     shown = slice(None), slice(height), slice(width)
-    ranks = class_ranks(np.asarray(gray)[shown], len(vocabulary), settings)
+    ranks = class_ranks(np.asarray(gray)[shown], vocabulary, settings)
     spread = None if spread is None else spread[shown]
     return from_ranks(ranks, spread, photo, vocabulary, settings)
 
 
-def class_ranks(gray: np.ndarray, count: int, settings: CodecConfig) -> np.ndarray:
-    """Return `codec.ranks` [K, h, w] of each of `count` classes in maps [P, h, w]."""
+def class_ranks(gray: np.ndarray, vocabulary: Vocabulary, settings: CodecConfig) -> np.ndarray:
+    """Return `codec.ranks` [K, h, w] of each class in maps [P, h, w], adjusted by its share."""
+    count = len(vocabulary)
     ranks = codec.ranks(gray, codec.group_size(count, settings.classes_per_pass))
-    return np.moveaxis(codec.join_passes(ranks, count), -1, 0)
+    joined = np.moveaxis(codec.join_passes(ranks, count), -1, 0)
+    if not settings.logit_adjustment:
+        return joined
+    tau = settings.logit_adjustment
+    each = zip(joined, vocabulary.shares, strict=True)
+    return np.stack([codec.adjusted(one, share, tau) for one, share in each])
 
 
 def from_ranks(

@@ -6,8 +6,9 @@ import logging
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -56,6 +57,8 @@ class Vocabulary:
 
     name: str
     classes: tuple[ClassEntry, ...]
+    # Of each class, its part of the labelled pixels of a training, 0…1; () where nobody counted.
+    shares: tuple[float, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not self.classes:
@@ -244,6 +247,17 @@ def first_difference(classes: Sequence[ClassEntry], others: Sequence[ClassEntry]
     return f"there are {len(others)} classes, not {len(classes)}"
 
 
+def with_shares(wanted: Vocabulary, trained: Vocabulary) -> Vocabulary:
+    """Return `wanted` with the shares that `trained` has for classes of these names.
+
+    A class that the training did not know gets their median: it is neither rare nor common.
+    """
+    known = {same_name(e.name): x for e, x in zip(trained.classes, trained.shares, strict=True)}
+    median = float(np.median(list(known.values())))
+    shares = tuple(known.get(same_name(name), median) for name in wanted.names)
+    return replace(wanted, shares=shares)
+
+
 def check_known(
     classes: Sequence[ClassEntry], trained: Vocabulary | None, classes_per_pass: int
 ) -> None:
@@ -270,22 +284,26 @@ def check_known(
 
 
 def to_json(vocabulary: Vocabulary) -> str:
-    """Serialise what `load` reads from a `.json` file: names, synonyms and colours in id order."""
-    classes = [
+    """Serialise what `load` reads from a `.json` file: names, synonyms, … in id order."""
+    classes: list[dict[str, Any]] = [
         {"name": e.name, "synonyms": list(e.synonyms)}
         | ({} if e.color is None else {"color": [int(c) for c in e.color]})
         for e in vocabulary.classes
     ]
+    for entry, share in zip(classes, vocabulary.shares, strict=False):
+        entry["share"] = share
     value = {"name": vocabulary.name, "classes": classes}
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def _from_json(content: str, name: str) -> Vocabulary:
     try:
+        classes = json.loads(content)["classes"]
         entries = [
             ClassEntry(c["name"], tuple(c["synonyms"]), tuple(c["color"]) if "color" in c else None)
-            for c in json.loads(content)["classes"]
+            for c in classes
         ]
+        shares = tuple(float(c["share"]) for c in classes if "share" in c)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{name}: no class list of this program: restore it") from error
-    return Vocabulary(name, tuple(entries))
+    return Vocabulary(name, tuple(entries), shares if len(shares) == len(entries) else ())

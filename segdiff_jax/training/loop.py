@@ -48,6 +48,7 @@ class Run:
     startup: StartUp
     make_validator: MakeValidator | None = None
     guard: Callable[[], None] | None = None  # of `Checkpoints`; in the first process
+    shares: tuple[float, ...] = ()  # of each class, as counted: `Vocabulary.shares`
     until_end: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
 

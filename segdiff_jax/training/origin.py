@@ -10,7 +10,7 @@ from etils import epath
 from segdiff_jax import ownership
 from segdiff_jax.combinations import check_image_size
 from segdiff_jax.config import Config, DiffusionConfig, of_stage
-from segdiff_jax.data.sources.source import Source
+from segdiff_jax.data.sources.source import PairSource, Source
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote, reading
@@ -159,6 +159,15 @@ def check_balance(config: Config, source: Source) -> None:
         raise UserError(
             f"config.train.balance={balance}: must be 0 with config.codec.classes_per_pass={group} "
             f"of {trained} classes: a pass that shows every class has nothing to weigh it against"
+        )
+
+
+def check_shares(config: Config, source: Source) -> None:
+    """Raise `UserError` where nobody counts the classes whose shares the codec is to use."""
+    if config.codec.logit_adjustment and not isinstance(source, PairSource):
+        raise UserError(
+            f"config.codec.logit_adjustment={config.codec.logit_adjustment}: must be 0 with "
+            f"config.data.source={config.data.source!r}, whose labels are not counted"
         )
 
 

@@ -90,12 +90,14 @@ def train(
     origin.check(config, workdir)
     source = open_source(config.data, config.data.train_split, config.seed)
     origin.check_balance(config, source)
+    origin.check_shares(config, source)
     workdirs.settle_classes(workdir, source.vocabulary, write=False)
     if config.train.eval_every and config.stage != "vae":
         open_source(config.data, config.data.val_split, config.seed)
+    shares: tuple[float, ...] = ()
     if not nested and processes.is_first():
         log.info("%s", source.vocabulary.summary())
-        label_summary.report(source, config.data, config.data.train_split)
+        shares = label_summary.report(source, config.data, config.data.train_split)
     startup.done("data")
     processes.barrier()  # all have looked
     held = lock.held(workdir) if processes.is_first() else contextlib.nullcontext()
@@ -104,6 +106,7 @@ def train(
         origin.check_start(config, workdir)  # who held the lock before may have begun something
         devices = mesh.make_mesh(config.mesh)
         run = Run(of_stage(config), workdir, source, devices, startup, make_validator, guard)
+        run.shares = shares
         with run.until_end:
             if config.stage == "vae":
                 _train_vae(run)
@@ -128,7 +131,8 @@ def _begin(run: Run) -> None:
                 "there: choose a --workdir that all machines share, such as gs://..."
             )
     write = processes.is_first()
-    workdirs.settle_classes(run.workdir, run.source.vocabulary, write=write)
+    counted = dataclasses.replace(run.source.vocabulary, shares=run.shares)
+    workdirs.settle_classes(run.workdir, counted, write=write)
 
 
 def _write_config(run: Run) -> None:

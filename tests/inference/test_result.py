@@ -1,5 +1,6 @@
 """A result in the forms that are asked of it, read back by decoders of this file's own."""
 
+import dataclasses
 import io
 import json
 import re
@@ -194,3 +195,19 @@ def test_scores_are_the_enlarged_ones():
     found = result((40, 40))
     expected = geometry.unfit(found.network_scores, (40, 40), "stretch")
     np.testing.assert_array_equal(found.scores, expected)
+
+
+def test_a_rare_class_wins_by_the_adjustment_that_its_share_asks_for():
+    gray = np.broadcast_to(np.float32([0.4, -0.4, -1.0])[:, None, None], (3, 8, 8))  # 0.7, 0.3, 0
+    photo, classes = np.zeros((16, 16, 3), np.uint8), dataclasses.replace(CLASSES)
+    shares = dataclasses.replace(CLASSES, shares=(0.8, 0.1, 0.1))
+
+    def found(vocabulary, tau):
+        settings = CodecConfig(logit_adjustment=tau)
+        return from_maps(gray, None, photo, vocabulary, settings, "pad")
+
+    assert (found(classes, 0.0).labels == 0).all()
+    adjusted = found(shares, 1.0)
+    assert (adjusted.labels == 1).all()
+    # Odds of 7/3 times 1/4, and of 3/7 times 9.
+    np.testing.assert_allclose(adjusted.scores[0, 0], [7 / 19, 27 / 34, 0], atol=1e-5)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -190,3 +192,15 @@ def test_a_stored_list_is_the_list(tmp_path):
         path.write_text(broken)
         with pytest.raises(UserError, match="classes.json"):
             vocabulary.load(path)
+
+
+def test_shares_of_classes_are_stored_and_go_by_name(tmp_path):
+    path = tmp_path / "classes.json"
+    trained = vocabulary.from_names(["sky", "building, edifice", "pole"])
+    path.write_text(vocabulary.to_json(trained), "utf-8")
+    assert vocabulary.load(path).shares == ()
+    trained = dataclasses.replace(trained, shares=(0.6, 0.3, 0.1))
+    path.write_text(vocabulary.to_json(trained), "utf-8")
+    assert vocabulary.load(path).shares == (0.6, 0.3, 0.1)
+    wanted = vocabulary.from_names(["Pole", "zebra", "sky"])
+    assert vocabulary.with_shares(wanted, trained).shares == (0.1, 0.3, 0.6)
