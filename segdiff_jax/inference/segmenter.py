@@ -177,19 +177,9 @@ class Segmenter:
         decoding: CodecConfig,
     ) -> Segmentation:
         """Return what the unclipped maps [P, h, w] of one photo say at its own size."""
-        classes = self._with_shares(classes, decoding)
+        if decoding.logit_adjustment:
+            classes = vocabulary.with_shares(classes, self.trained)
         return from_maps(gray, spread, photo, classes, decoding, self.config.data.fit)
-
-    def _with_shares(self, classes: Vocabulary, decoding: CodecConfig) -> Vocabulary:
-        """Return `classes` with what `decoding` needs to know of how often they occur."""
-        if not decoding.logit_adjustment:
-            return classes
-        if self.trained is None or not self.trained.shares:
-            raise UserError(
-                f"config.codec.logit_adjustment={decoding.logit_adjustment}: this model does not "
-                "say how often its classes occurred in training: set it to 0"
-            )
-        return vocabulary.with_shares(classes, self.trained)
 
     def reconstruct(self, pixels: np.ndarray) -> np.ndarray:
         """Send images [I, h, w, 3] in [-1, 1] through the VAE and back, as of `Networks`."""
@@ -247,7 +237,8 @@ class Segmenter:
         the canvas that they cover.
         """
         photo, data = _pixels(image), self.config.data
-        classes = self._with_shares(classes, decoding)
+        if decoding.logit_adjustment:
+            classes = vocabulary.with_shares(classes, self.trained)
         passes, groups = self._passes(classes.classes, sampler, seed, progress)
         plan = tiles.layout(photo.shape[:2], data.image_size, sampler.tiles)
         canvas = geometry.resize(photo, plan.canvas)

@@ -247,11 +247,17 @@ def first_difference(classes: Sequence[ClassEntry], others: Sequence[ClassEntry]
     return f"there are {len(others)} classes, not {len(classes)}"
 
 
-def with_shares(wanted: Vocabulary, trained: Vocabulary) -> Vocabulary:
+def with_shares(wanted: Vocabulary, trained: Vocabulary | None) -> Vocabulary:
     """Return `wanted` with the shares that `trained` has for classes of these names.
 
     A class that the training did not know gets their median: it is neither rare nor common.
+    Raise `UserError` if the training counted none.
     """
+    if trained is None or not trained.shares:
+        raise UserError(
+            "this model does not say how often its classes occurred in training: set "
+            "config.codec.logit_adjustment to 0"
+        )
     known = {same_name(e.name): x for e, x in zip(trained.classes, trained.shares, strict=True)}
     median = float(np.median(list(known.values())))
     shares = tuple(known.get(same_name(name), median) for name in wanted.names)
