@@ -12,8 +12,8 @@ from segdiff_jax.errors import UserError
 _DESCRIPTION = """Read every pair of a data set, and say what it holds and what is wrong with it.
 
 Counts, ids, pixels and images of each class, broken files, masks that do not fit, copies whose ids
-are shifted by one. With --output, a page with ten photos under their labels. Exits 1 if something
-is wrong.
+are shifted by one. With --output, a page for each split, with ten photos under their labels. Exits
+1 if something is wrong.
 """
 _KIND, _OVERLAYS, _FAULTS, _SIDE = "data check", 10, 10, 640
 

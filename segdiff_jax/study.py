@@ -38,8 +38,10 @@ def main(argv: list[str]) -> None:
         for path in tables.rewrite(args.tables):
             print(f"written into {args.tables}: {path}")
         return
-    if not args.name or not args.output:
-        raise UserError(f"name a study, {', '.join(NAMES)}, and its --output")
+    if not args.name:
+        raise UserError(f"name a study: {', '.join(NAMES)}")
+    if not args.output:
+        raise UserError(f"--output is missing: name a folder for what study {args.name} finds")
     if not args.config and not _DEMO.exists():
         raise UserError("--config is missing: name a file with get_config()")
     if args.name != "panels" and not importlib.util.find_spec("matplotlib"):

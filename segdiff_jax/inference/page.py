@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from segdiff_jax import files
 from segdiff_jax.inference import pictures
 
 _GAP = 6  # pixels between the pictures of a contact sheet
+_NAMES = 20  # pixels of the line with their names
 
 
 class Table(NamedTuple):
@@ -70,23 +71,36 @@ def no_class(shown: bool | np.bool_) -> dict[str, tuple[int, int, int]]:
 
 
 def contact_sheet(rows: Sequence[Row], height: int = 160) -> Image.Image:
-    """Put the embedded images of rows into one picture, each scaled to `height` pixels."""
-    strips = []
-    for row in rows:
-        embedded = [data for data in row.images.values() if isinstance(data, bytes)]
-        shown = [Image.open(io.BytesIO(data)).convert("RGB") for data in embedded]
-        sizes = [(round(p.width * height / p.height), height) for p in shown]
-        strip = Image.new("RGB", (sum(w + _GAP for w, _ in sizes) - _GAP, height), "white")
-        left = 0
-        for picture, size in zip(shown, sizes, strict=True):
-            strip.paste(picture.resize(size, Image.Resampling.NEAREST), (left, 0))
-            left += size[0] + _GAP
-        strips.append(strip)
+    """Put the embedded images of rows into one picture, each scaled to `height` pixels.
+
+    The first row's names of the images stand above them.
+    """
+    strips = [_strip(row, height) for row in rows]
+    strips.insert(0, _strip(rows[0], height, named=True))
     width = max(strip.width for strip in strips)
-    sheet = Image.new("RGB", (width, len(strips) * (height + _GAP) - _GAP), "white")
-    for index, strip in enumerate(strips):
-        sheet.paste(strip, (0, index * (height + _GAP)))
+    tall = sum(strip.height + _GAP for strip in strips) - _GAP
+    sheet, top = Image.new("RGB", (width, tall), "white"), 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height + _GAP
     return sheet
+
+
+def _strip(row: Row, height: int, named: bool = False) -> Image.Image:
+    """Put the embedded images of a row side by side, or with `named` their names alone."""
+    shown = {name: data for name, data in row.images.items() if isinstance(data, bytes)}
+    pictures = [Image.open(io.BytesIO(data)).convert("RGB") for data in shown.values()]
+    sizes = [(round(p.width * height / p.height), height) for p in pictures]
+    tall = _NAMES if named else height
+    strip = Image.new("RGB", (sum(w + _GAP for w, _ in sizes) - _GAP, tall), "white")
+    draw, font, left = ImageDraw.Draw(strip), ImageFont.load_default(0.7 * _NAMES), 0
+    for name, picture, size in zip(shown, pictures, sizes, strict=True):
+        if named:
+            draw.text((left + size[0] / 2, tall / 2), name, "black", font, "mm")
+        else:
+            strip.paste(picture.resize(size, Image.Resampling.NEAREST), (left, 0))
+        left += size[0] + _GAP
+    return strip
 
 
 def class_table(

@@ -242,6 +242,8 @@ def test_contact_sheet_shows_every_image_at_the_same_height():
     partly = page_lib.comparison("a", image, labels, colors, truth=ignored)
     assert partly.legend == {"b": (200, 100, 50), "no class": (0, 0, 0)}
     sheet = np.asarray(page_lib.contact_sheet([row, row], height=16))
-    assert sheet.shape == (2 * 16 + 6, 3 * 32 + 2 * 6, 3)
+    assert sheet.shape == (20 + 2 * (6 + 16), 3 * 32 + 2 * 6, 3)
+    names, sheet = sheet[:20], sheet[26:]
+    assert all((names[:, left : left + 32] == 0).any() for left in (0, 38, 76)), "one above each"
     assert (sheet[:16, 32:38] == 255).all() and (sheet[16:22] == 255).all()
     assert (sheet[2:14, 40:68] == (200, 100, 50)).all()
