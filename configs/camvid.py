@@ -20,24 +20,24 @@ def get_config() -> Config:
             source="folder",
             image_size=(96, 128),
             # 367 pairs of a few streets are learnt by heart without other scales and colours.
-            augment=AugmentConfig(flip=True, max_scale=1.75, color_jitter=0.4, views=6),
+            augment=AugmentConfig(min_scale=0.8, max_scale=1.5, color_jitter=0.4, views=8),
             cache_images=True,  # for the VAE stage
             cache_latents=True,
         ),
         model=ModelConfig(preset="small"),
         # A pole is never more likely than the house behind it: half of the classes would never win.
-        codec=CodecConfig(classes_per_pass=1, negatives=0.15, closed=True, logit_adjustment=1.0),
+        codec=CodecConfig(classes_per_pass=1, negatives=0.15, closed=True, logit_adjustment=0.85),
         # To a random text encoder the words of a sentence around the class are only dilution.
         prompts=PromptsConfig(templates=("{class}",)),
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
             warmup_steps=50,
-            decay_steps=5000,
+            decay_steps=5500,
             final_fraction=0.1,
             ema_decay=0.998,
         ),
         train=TrainConfig(
-            steps=5000,
+            steps=5500,
             batch_size=16,
             terminal_share=0.8,
             balance=0.5,  # half of the classes are thin or rare
