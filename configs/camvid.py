@@ -41,7 +41,7 @@ def get_config() -> Config:
             batch_size=16,
             terminal_share=0.8,
             balance=0.5,  # half of the classes are thin or rare
-            checkpoint_every=1000,
+            checkpoint_every=500,
             log_every=50,
         ),
         # AdamW learns the faint colours of a street last: docs/results.md.

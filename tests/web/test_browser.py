@@ -143,6 +143,7 @@ def test_scores_under_the_pointer(shown, served):
 
 def test_downloads_in_the_formats_of_predict(shown):
     shown.get_by_role("button", name="Download", exact=False).first.click()
+    shown.locator("#formats input").first.wait_for()  # `all` does not wait for what unfolds
     for box in shown.locator("#formats input").all():
         box.check()
     with shown.expect_download() as caught:
