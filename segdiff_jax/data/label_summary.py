@@ -14,6 +14,7 @@ from segdiff_jax.data import chance, images
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.sources.layouts import IGNORED
 from segdiff_jax.data.sources.source import Look, PairSource, Source
+from segdiff_jax.data.survey import pixels_of_classes
 from segdiff_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def report(source: Source, config: DataConfig, split: str) -> tuple[float, ...]:
         )
     for warning in _warnings(source, config, survey, found):
         log.warning("labels of %r: %s", split, warning)
-    pixels = _pixels_of_classes(source, survey.ids)
+    pixels = pixels_of_classes(survey.ids, getattr(source, "lookup", None))
     each = [pixels[number] for number in range(len(source.vocabulary))]
     return tuple(round(count / sum(each), 6) for count in each) if sum(each) else ()
 
@@ -67,7 +68,7 @@ def report(source: Source, config: DataConfig, split: str) -> tuple[float, ...]:
 def figures(source: Source, ids: Mapping[int, int], pairs: int) -> dict[str, Any]:
     """Return what metrics.json says of the labels; `ids`: pixels of each id of the mask files."""
     total, lookup = sum(ids.values()), getattr(source, "lookup", None)
-    pixels = _pixels_of_classes(source, ids)
+    pixels = pixels_of_classes(ids, lookup)
     names = source.vocabulary.names
     ignored = codec.ignore_label(len(names)) if lookup is None else IGNORED
     return {
@@ -76,14 +77,6 @@ def figures(source: Source, ids: Mapping[int, int], pairs: int) -> dict[str, Any
         "absent_classes": [name for i, name in enumerate(names) if not pixels[i]],
         "share_ignored": pixels[ignored] / total if total else None,
     }
-
-
-def _pixels_of_classes(source: Source, ids: Mapping[int, int]) -> Counter[int]:
-    """Count the pixels of each class, and of *ignore*, from those of each id of the mask files."""
-    lookup, pixels = getattr(source, "lookup", None), Counter[int]()
-    for value, count in ids.items():
-        pixels[value if lookup is None else int(lookup[value])] += count
-    return pixels
 
 
 def _survey(source: PairSource) -> Survey:

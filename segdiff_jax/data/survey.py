@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -46,10 +46,15 @@ def check(source: Source, config: DataConfig, numbers: list[int], progress: Prog
         if seen.fault:
             faults.append(seen.fault)
         progress(done, len(numbers))
+    return Checked(len(numbers), ids, shown, pixels_of_classes(ids, lookup), faults)
+
+
+def pixels_of_classes(ids: Mapping[int, int], lookup: np.ndarray | None) -> Counter[int]:
+    """Add up the pixels of each class (`class_of`) from those of each id in the mask files."""
     pixels: Counter[int] = Counter()
     for value, count in ids.items():
         pixels[class_of(value, lookup)] += count
-    return Checked(len(numbers), ids, shown, pixels, faults)
+    return pixels
 
 
 def class_of(value: int, lookup: np.ndarray | None) -> int:
