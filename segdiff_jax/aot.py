@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from segdiff_jax import cli, codec, files
 from segdiff_jax.combinations import check_image_size
-from segdiff_jax.config import Config, of_stage, to_dict
+from segdiff_jax.config import Config, to_dict
 from segdiff_jax.data.sources import scenes
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
@@ -36,6 +36,7 @@ from segdiff_jax.parallel import attention_kernels, chips, rules
 from segdiff_jax.parallel import mesh as meshes
 from segdiff_jax.parallel.placement import multiple
 from segdiff_jax.parallel.roofline import Step, measure
+from segdiff_jax.stages import of_stage
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.conditioning import PromptTable, context
 from segdiff_jax.training.losses import Frozen
@@ -230,7 +231,7 @@ def _sampler(config: Config, nets: _Networks, mesh: Mesh, jobs: int) -> tuple[An
     vae = attention_kernels.with_attention(nets.vae, plain)
     decoder: Any = nnx.graphdef(vae)
     decoder_params: Any = nnx.state(vae)
-    if config.sampler.decoder == "linear":
+    if config.sampler.decoder in ("linear", "joint"):  # sharpened on the host, after the sampler
         decoder, decoder_params = None, _linear_decoder(nets)
     schedule, key = jax.eval_shape(lambda: (make_schedule(config.diffusion), jax.random.key(0)))
     kind, ids = config.codec.context, jax.ShapeDtypeStruct((jobs, nets.group), jnp.int32)

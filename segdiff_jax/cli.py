@@ -21,8 +21,9 @@ from ml_collections import config_flags
 
 from segdiff_jax import config as config_module
 from segdiff_jax import fields, files, waiting
-from segdiff_jax.config import Config, check_overridden, get, validate
+from segdiff_jax.config import Config, validate
 from segdiff_jax.errors import UserError
+from segdiff_jax.stages import check_overridden, get
 
 PREFIX = "--config."
 

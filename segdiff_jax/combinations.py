@@ -107,6 +107,11 @@ def _of_an_evaluation(c: "Config") -> Iterator[str]:
             f"config.sampler.shortlist={c.sampler.shortlist}: must be 0 unless "
             "config.codec.classes_per_pass=1: a pass of several classes leaves none of them out"
         )
+    if c.sampler.decoder == "joint" and c.codec.classes_per_pass != 1:
+        yield (
+            "config.sampler.decoder='joint': needs config.codec.classes_per_pass=1, for it "
+            "sharpens the map of one class: use vae"
+        )
     total, steps, offset = (
         c.diffusion.num_train_timesteps,
         c.sampler.steps,
@@ -140,6 +145,21 @@ def _of_a_training(c: "Config", own: "Config") -> Iterator[str]:
         yield (
             f"config.codec.classes_per_pass={c.codec.classes_per_pass}: must be 1 with "
             "config.stage='e2e', where a pass shows one class and config.e2e.classes compete"
+        )
+    if c.stage == "joint":
+        yield (
+            "config.stage='joint': is not trained by itself: set config.joint.steps, and the "
+            "training of a UNet ends with it (run it again where it is done)"
+        )
+    if c.sampler.decoder == "joint" and not c.joint.steps:
+        yield (
+            "config.sampler.decoder='joint': needs config.joint.steps, without which the training "
+            "ends without such a decoder"
+        )
+    if c.joint.steps and c.codec.classes_per_pass != 1:
+        yield (
+            f"config.codec.classes_per_pass={c.codec.classes_per_pass}: must be 1 with "
+            "config.joint.steps, for a joint decoder sharpens the map of one class"
         )
     if c.stage == "vae" and c.vae.steps < 1:
         yield "config.vae.steps=0: must be at least 1 with config.stage='vae'"

@@ -9,23 +9,22 @@ bounds stand beside it and no key can be without a check. What makes no sense to
 """
 
 import contextlib
-import copy
 import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from segdiff_jax import __version__, combinations, fields
+from segdiff_jax import __version__, combinations, fields, stages
 from segdiff_jax.errors import UserError
 from segdiff_jax.fields import choice, number
 from segdiff_jax.files import check_scheme
 
-STAGES = ("vae", "diffusion", "e2e")
+STAGES = ("vae", "diffusion", "e2e", "joint")
 OPTIMIZERS = ("adamw", "muon")
 BETA_SCHEDULES = ("scaled_linear", "linear")
 PREDICTIONS = ("v_prediction", "epsilon", "sample")
-DECODERS = ("vae", "linear", "tiny")
+DECODERS = ("vae", "linear", "tiny", "joint")
 STARTS = ("gaussian", "zero", "multires")  # of the sampler: x_T
 SPACINGS = ("trailing", "leading", "linspace")
 PATHS = ("data.root", "data.vocabulary", "init_from", "init_tokenizer")  # name files or folders
@@ -197,6 +196,21 @@ class E2EConfig:
 
 
 @dataclass
+class JointConfig:
+    """The joint decoder, which sees the photo beside the maps: trained last, where it has steps.
+
+    Warm-up, clipping, betas, epsilon, accumulation and EMA are the optimizer's.
+    """
+
+    steps: int = number(0, 0)  # 0 = none; the learning rate's decay ends with them
+    batch_size: int = number(8, 1, 1_000_000)  # photos, over all devices
+    classes: int = number(11, 1, 255)  # that compete for a photo's pixels; a pass of the UNet each
+    learning_rate: float = number(3e-3, 0.0, 1e3)  # after the warm-up
+    final_fraction: float = number(0.05, 0.0, 1.0, above=True)  # as optimizer.final_fraction
+    weight_decay: float = number(0.01, 0.0, 1e3)  # as optimizer.weight_decay
+
+
+@dataclass
 class SamplerConfig:
     steps: int = number(10, 1)  # T of DDIM: calls of the UNet for a map
     ensemble: int = number(1, 1, 10_000)  # N: maps that are merged
@@ -205,7 +219,7 @@ class SamplerConfig:
     align: str = choice("none", ("affine", "none"))  # of members: scale and shift fitted, or not
     reduce: str = choice("median", ("median", "mean"))  # of members to one map
     uncertainty: str = choice("mad", ("mad", "std"))  # of members: median or standard deviation
-    decoder: str = choice("vae", DECODERS)  # of mask latents; a linear one is fitted by a training
+    decoder: str = choice("vae", DECODERS)  # of mask latents: see docs/method.md
     shortlist: int = number(0, 0)  # M; 0 = every class gets the full budget
     batch_size: int = number(32, 1, 1_000_000)  # UNet passes in one compiled call, over all devices
     tiles: int = number(0, 0, 1000)  # windows along a large photo, of predict; 0 = none
@@ -240,76 +254,9 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     e2e: E2EConfig = field(default_factory=E2EConfig)
+    joint: JointConfig = field(default_factory=JointConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-
-
-# By stage: what stands in for keys of other groups, while the VAE is trained (alone or as the first
-# stage) and in the single-step stage.
-_OF_STAGE: dict[str, dict[str, str]] = {
-    "vae": {
-        "train.steps": "vae.steps",
-        "train.batch_size": "vae.batch_size",
-        "optimizer.method": "vae.optimizer",
-        "optimizer.learning_rate": "vae.learning_rate",
-        "optimizer.decay_steps": "vae.steps",
-        "optimizer.final_fraction": "vae.final_fraction",
-        "optimizer.weight_decay": "vae.weight_decay",
-        "optimizer.ema_decay": "vae.ema_decay",
-    },
-    "e2e": {"sampler.initial_noise": "e2e.noise"},
-}
-_NOT_OF_STAGE: dict[str, dict[str, Any]] = {
-    "vae": {"train.eval_every": 0, "optimizer.accumulation": 1, "data.cache_latents": False},
-    "e2e": {
-        "train.terminal_share": 0.0,  # all is trained there
-        "train.balance": 0.0,  # the Dice term weighs classes of few pixels
-        "data.cache_latents": False,  # the loss is about labels, which a cache of latents lacks
-        "sampler.steps": 1,
-        "sampler.ensemble": 1,
-    },
-}
-
-
-def of_stage(config: Config) -> Config:
-    """`config` with the settings of its own stage where all stages look for them.
-
-    The steps, batches and optimiser of the VAE stage are in `vae`; all that trains reads them where
-    those of the diffusion stage are. Applying it again changes nothing.
-    """
-    if config.stage not in _OF_STAGE:
-        return config
-    changed = copy.deepcopy(config)
-    for key, source in _OF_STAGE[config.stage].items():
-        _put(changed, key, get(config, source))
-    for key, value in _NOT_OF_STAGE[config.stage].items():
-        _put(changed, key, value)
-    return changed
-
-
-def check_overridden(config: Config, overridden: list[str]) -> None:
-    """Raises `UserError` for a key that was set by hand but is not of the config's stage."""
-    own, foreign = (table.get(config.stage, {}) for table in (_OF_STAGE, _NOT_OF_STAGE))
-    stage = "VAE" if config.stage == "vae" else config.stage
-    for key in overridden:
-        if key in own:
-            raise UserError(f"config.{key}: the {stage} stage has its own: set config.{own[key]}")
-        if key in foreign:
-            raise UserError(f"config.{key}: plays no part in the {stage} stage: leave it out")
-
-
-def get(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
-
-
-def _put(config: Config, key: str, value: Any) -> None:
-    """Sets the value of a dotted key."""
-    group, _, name = key.rpartition(".")
-    setattr(get(config, group) if group else config, name, value)
 
 
 def _check_path(key: str, value: str) -> None:
@@ -331,7 +278,7 @@ def validate(config: Config, use: str = "train") -> Config:
         fields.check(f"config.{key}", item, value)
         if key in PATHS and value:
             _check_path(key, value)
-    combinations.check(config, of_stage(config), use)
+    combinations.check(config, stages.of_stage(config), use)
     return config
 
 

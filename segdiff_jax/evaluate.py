@@ -11,8 +11,9 @@ from etils import epath
 
 from segdiff_jax import cli
 from segdiff_jax.combinations import check_image_size
-from segdiff_jax.config import Config, of_stage
+from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
+from segdiff_jax.stages import of_stage
 
 if TYPE_CHECKING:
     from segdiff_jax.data.sources.source import Source
@@ -205,7 +206,7 @@ def _segmenter(
     trained = workdir.read_classes(args.folder)
     segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, trained=trained)
     segmenter.checkpoint_step = step
-    segmenter.add_decoders(*workdir.load_decoders(args.folder, vae))
+    segmenter.add_decoders(workdir.load_decoders(args.folder, vae, text_encoder))
     classes = len(asked.of(source, args.synonyms).vocabulary)
     tokens = tokenizer.model_max_length
     return segmenter, suite.cost(unet.config, vae.config, config, classes, tokens)

@@ -20,8 +20,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary
 
 if TYPE_CHECKING:
-    from segdiff_jax.models.linear_decoder import LinearDecoder
-    from segdiff_jax.models.tiny_vae import TinyVAE
+    from segdiff_jax.weights.mask_decoders import Decoders
     from segdiff_jax.weights.workdir import Networks
 
 _DESCRIPTION = (
@@ -59,7 +58,7 @@ def main(argv: list[str]) -> None:
     networks = workdir.load_networks(folder, args.weights, args.which)
     trained = workdir.read_classes(folder)
     if args.format == "diffusers":
-        decoders = workdir.load_decoders(folder, networks[1])
+        decoders = workdir.load_decoders(folder, *networks[1:3])
         write_folder(networks, args.output, args.dtype, trained, decoders)
     else:
         from segdiff_jax.inference import stablehlo
@@ -165,7 +164,7 @@ def write_folder(
     directory: os.PathLike[str] | str,
     dtype: str = "float32",
     trained: vocabulary.Vocabulary | None = None,
-    decoders: "tuple[LinearDecoder | None, TinyVAE | None]" = (None, None),
+    decoders: "Decoders | None" = None,
 ) -> None:
     """Write everything that `workdir.load_networks` returns as a Stable Diffusion folder.
 
@@ -173,6 +172,8 @@ def write_folder(
     for `portable`). trained: the classes of the training. decoders: as `workdir.load_decoders`
     gives them. Raise `UserError` as `weights.pretrained.save` does.
     """
+    from flax import nnx
+
     from segdiff_jax.weights import mask_decoders, pretrained, workdir
     from segdiff_jax.weights.model_card import model_card
 
@@ -180,11 +181,14 @@ def write_folder(
     config = portable(config)
     settings = json.dumps(stored(config), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     card = model_card(config, unet.config, vae.config)
-    linear, tiny = decoders
-    parts = pretrained.Pretrained(unet, vae, text_encoder, tokenizer, config.diffusion, tiny)
+    decoders = decoders or mask_decoders.Decoders()
+    frozen = vae, text_encoder, tokenizer
+    parts = pretrained.Pretrained(unet, *frozen, config.diffusion, decoders.tiny)
     extra: dict[str, str | bytes] = {"README.md": card, workdir.EXPORT_SETTINGS: settings}
-    if linear is not None:
-        extra[mask_decoders.LINEAR] = mask_decoders.linear_to_bytes(linear)
+    if decoders.linear is not None:
+        extra[mask_decoders.LINEAR] = mask_decoders.linear_to_bytes(decoders.linear)
+    if decoders.joint is not None:
+        extra[mask_decoders.JOINT] = mask_decoders.joint_to_bytes(nnx.state(decoders.joint))
     if trained is not None:
         # Not its name, which is a path of the machine that trained.
         own = dataclasses.replace(trained, name=workdir.CLASSES)

@@ -37,6 +37,9 @@ ClassIds = Integer[Array, "G"]  # of one pass, in level order
 GroupIds = Integer[Array, "*batch G"]  # the same for every example
 Levels = Float[Array, "G"]
 GrayMap = Float[Array, "*map"]  # [..., H, W], the gray image of a pass, about [-1, 1]
+ClassMaps = Float[Array, "B K H W"]  # gray maps or logits of K classes asked of each photo
+ClassText = Float[Array, "B K D"]  # their pooled prompts
+Features = Float[Array, "B h w c"]  # of photos, in blocks of pixels
 PassScores = Float[Array, "*map G"]
 ClassScores = Float[Array, "*map K"]
 

@@ -1,14 +1,16 @@
 """What `validate` refuses, and that the stored form of a config comes back as it was."""
 
+import dataclasses
 import json
 import math
 
 import pytest
 
 from segdiff_jax import __version__
-from segdiff_jax.config import Config, from_dict, of_stage, stored, to_dict, validate
+from segdiff_jax.config import Config, from_dict, stored, to_dict, validate
 from segdiff_jax.errors import UserError
 from segdiff_jax.fields import leaves
+from segdiff_jax.stages import of_stage
 
 
 def valid() -> Config:
@@ -149,4 +151,38 @@ def test_the_vae_stage_takes_its_own_settings():
     assert of_stage(own) == own and config.train.steps == 25_000
     config.vae.steps = 0
     with pytest.raises(UserError, match=r"config\.vae\.steps=0"):
+        validate(config)
+
+
+def test_the_joint_decoder_takes_its_own_settings():
+    config = valid()
+    config.codec.classes_per_pass = 1
+    config.joint.steps, config.sampler.decoder = 9, "joint"
+    assert validate(config)
+    own = of_stage(dataclasses.replace(config, stage="joint"))
+    assert (own.train.steps, own.train.batch_size, own.train.eval_every) == (9, 8, 0)
+    assert (own.optimizer.learning_rate, own.optimizer.decay_steps) == (3e-3, 9)
+    assert own.data.augment.views == 0 and not own.data.cache_latents
+    assert of_stage(own) == own
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("stage", "joint", r"config\.stage='joint': is not trained by itself"),
+        (
+            "codec.classes_per_pass",
+            0,
+            r"config\.sampler\.decoder='joint': .*classes_per_pass=1",
+        ),
+        ("joint.steps", 0, r"config\.sampler\.decoder='joint': needs config\.joint\.steps"),
+    ],
+)
+def test_what_contradicts_a_joint_decoder(key, value, says):
+    config = valid()
+    config.codec.classes_per_pass = 1
+    config.joint.steps, config.sampler.decoder = 9, "joint"
+    group, _, name = key.rpartition(".")
+    setattr(getattr(config, group) if group else config, name, value)
+    with pytest.raises(UserError, match=says):
         validate(config)

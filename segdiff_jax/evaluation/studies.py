@@ -237,7 +237,7 @@ def _model(workdir: str, spacing: str, remembering: bool) -> Segmenter:
     networks, _ = workdirs.load_with_step(workdir)
     config = changed(networks[-1], {"diffusion.timestep_spacing": spacing}, "model")
     model = Segmenter(*networks[:-1], config, trained=workdirs.read_classes(workdir))
-    model.add_decoders(*workdirs.load_decoders(workdir, networks[1]))
+    model.add_decoders(workdirs.load_decoders(workdir, *networks[1:3]))
     if remembering:
         model.networks.maps = _remembering(model.networks.maps)  # type: ignore[method-assign]
     return model

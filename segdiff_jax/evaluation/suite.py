@@ -75,6 +75,8 @@ def cost(
     call = flops.unet(unet, height, width, seen).forward
     decode, rank = (flops.mask_decode(vae, kind, *size) for kind in (sampler.decoder, "linear"))
     needed = flops.maps(call, passes, sampler, decode, rank) + flops.vae_encode(vae, *size)
+    if sampler.decoder == "joint":
+        needed += flops.sharpening(min(sampler.shortlist, passes) or passes, *size)
     return Cost(flops.unet_calls(passes, sampler), needed / 1e12)
 
 

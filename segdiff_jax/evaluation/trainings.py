@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from segdiff_jax import config as configs
 from segdiff_jax import ownership
-from segdiff_jax.config import Config, of_stage, validate
+from segdiff_jax.config import Config, validate
 from segdiff_jax.errors import UserError
+from segdiff_jax.stages import get, of_stage
 from segdiff_jax.training import origin, run
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.checkpoint import Checkpoints
@@ -41,7 +41,7 @@ def changed(config: Config, changes: Mapping[str, Any], use: str = "train") -> C
     new = copy.deepcopy(config)
     for key, value in changes.items():
         group, _, name = key.rpartition(".")
-        setattr(configs.get(new, group) if group else new, name, value)
+        setattr(get(new, group) if group else new, name, value)
     return validate(new, use)
 
 
@@ -51,7 +51,7 @@ def on_budget(config: Config, budget: str) -> Config:
         return config
     halved: tuple[str, ...] = ("train.steps", "optimizer.decay_steps")
     halved += ("data.scenes.train_examples", "data.scenes.val_examples")
-    changes = {key: max(1, configs.get(config, key) // 2) for key in halved}
+    changes = {key: max(1, get(config, key) // 2) for key in halved}
     return changed(config, changes | {"vae.steps": config.vae.steps * 2 // 3})
 
 
@@ -87,7 +87,7 @@ def _train(config: Config, workdir: Path) -> None:
 def _check_same(config: Config, workdir: Path) -> None:
     stored, wanted = workdirs.read_config(str(workdir)), of_stage(config)
     for key in _OF_BOTH_STAGES + (() if config.stage == "vae" else _OF_DIFFUSION):
-        had, now = configs.get(stored, key), configs.get(wanted, key)
+        had, now = get(stored, key), get(wanted, key)
         if had != now:
             raise UserError(
                 f"{workdir}: was trained with config.{key}={had!r}, now it is {now!r}: "

@@ -1,6 +1,7 @@
 """The networks on the devices of a mesh, called with few shapes. They know no words and no files.
 
 latents   views uint8 [I, H, W, 3], one a device and call → latents [I, h, w, c]
+sharpened views, maps of classes, their text → maps by the joint decoder
 maps      jobs (image, pass, member) int [J, 3], in equal calls that are halved where memory ends:
             pass → context, image → latent
             → sampling.sampler_on, each device by itself, one call ahead
@@ -22,15 +23,15 @@ from segdiff_jax.config import Config, SamplerConfig
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import sampling
+from segdiff_jax.models import joint_decoder
 from segdiff_jax.models.attention import plain
 from segdiff_jax.models.layers import kernels_as_multiplied
-from segdiff_jax.models.linear_decoder import LinearDecoder
-from segdiff_jax.models.tiny_vae import TinyVAE
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import attention_kernels, processes
 from segdiff_jax.parallel.mesh import place, replicated
 from segdiff_jax.parallel.placement import equal_parts, for_use, on_mesh, rows_of_call, spread_rows
+from segdiff_jax.weights.mask_decoders import Decoders
 
 # Numbers of passes int [B] → their contexts [B, L, D] and mask [B, L] or None.
 Contexts = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
@@ -58,19 +59,26 @@ class Networks:
         self.decoders: dict[str, tuple[Any, Any]] = {"vae": (self.vae, self.vae_params)}
         self._most: int | None = None  # jobs in one call that fit into memory; None: not known
 
-    def add_decoders(self, linear: LinearDecoder | None, tiny: TinyVAE | None) -> None:
+    def add_decoders(self, decoders: Decoders) -> None:
         """Add those that are given to the choices for `config.sampler.decoder`."""
-        if linear is not None:
-            self.decoders["linear"] = None, on_mesh(linear, self.mesh)
-        if tiny is not None:
-            graph, params = nnx.split(tiny)
+        if decoders.linear is not None:
+            self.decoders["linear"] = None, on_mesh(decoders.linear, self.mesh)
+        if decoders.tiny is not None:
+            graph, params = nnx.split(decoders.tiny)
             self.decoders["tiny"] = graph, on_mesh(params, self.mesh)
+        if decoders.joint is not None:
+            joint, joint_params = nnx.split(decoders.joint)
+            self._joint = joint, on_mesh(joint_params, self.mesh)
+            self._joint_head = jax.tree.map(np.asarray, decoders.joint.head())
+            # The maps that it sharpens are those it was trained on.
+            self.decoders["joint"] = self.decoders["linear"]
 
     def check_decoder(self, name: str) -> None:
         """Raise `UserError` that says how to come by a decoder if there is none of this `name`."""
         mend = {
             "linear": "run its training again, which only fits one if it is finished (of an "
             "export: then export it again)",
+            "joint": "train it: run its training again with config.joint.steps",
             "tiny": "copy an AutoencoderTiny of its latent space (madebyollin/taesd is one of "
             "Stable Diffusion 1 and 2) to tiny_vae/, of a workdir pretrained/tiny_vae/",
         }
@@ -90,6 +98,26 @@ class Networks:
             for part in equal_parts(views, self.mesh.size)
         ]
         return np.concatenate([processes.gathered(p) for p in parts])[: len(views)]
+
+    def sharpened(self, views: np.ndarray, maps: np.ndarray, text: np.ndarray) -> np.ndarray:
+        """Sharpen maps by the joint decoder.
+
+        Args:
+          views: uint8 [I, H, W, 3], what the networks saw of each photo.
+          maps: of C classes of each, unclipped [I, C, H, W].
+          text: the pooled prompts of these classes [I, C, D].
+        """
+        graph, params = self._joint
+        sharp = np.empty_like(maps)
+        for start, part in zip(
+            range(0, len(views), self.mesh.size), equal_parts(views, self.mesh.size), strict=True
+        ):
+            rows = slice(start, start + self.mesh.size)
+            seen = sampling.features(graph, params, spread_rows(part, self.mesh))
+            seen = processes.gathered(seen)[: len(maps[rows])]
+            found = joint_decoder.logits(self._joint_head, seen, text[rows], maps[rows])
+            sharp[rows] = joint_decoder.to_maps(found)
+        return sharp
 
     def reconstruct(self, pixels: np.ndarray) -> np.ndarray:
         """Send images [I, H, W, 3] in [-1, 1], at the networks' size, through the VAE and back.

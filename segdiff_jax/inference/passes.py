@@ -21,9 +21,10 @@ from segdiff_jax.progress import Progress
 
 
 class Passes:
-    """The `count` passes of a list of classes, with the budget of `sampler` and one seed.
+    """The passes of a list of classes, with the budget of `sampler` and one seed.
 
     contexts: of numbers of passes, as `Networks.maps` takes them.
+    text: the pooled prompts of the passes' classes [P, D], for the joint decoder.
     progress: called with (done, total) jobs, from `begin` on.
     budget: jobs that one view takes in full.
     """
@@ -32,12 +33,13 @@ class Passes:
         self,
         networks: Networks,
         contexts: Contexts,
-        count: int,
+        text: np.ndarray,
         sampler: SamplerConfig,
         seed: int,
         progress: Progress | None,
     ):
-        self._networks, self._contexts, self._count = networks, contexts, count
+        self._networks, self._contexts, self._text = networks, contexts, text
+        self._count = count = len(text)
         self._sampler, self._seed, self._progress = sampler, seed, progress
         self._short = 0 < sampler.shortlist < count
         self.budget = (sampler.shortlist if self._short else count) * sampler.ensemble
@@ -72,9 +74,12 @@ class Passes:
         order = np.lexsort((-brightness, -presence))  # the brighter map of two absent ones
         return np.sort(order[:, : self._sampler.shortlist], axis=1)
 
-    def in_full(self, latents: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def in_full(
+        self, latents: np.ndarray, views: np.ndarray | None, kept: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return unclipped maps and their spread [I, P, H, W]; only passes `kept` [I, M] are run.
 
+        views: uint8 [I, H, W, 3], of which `latents` are, for the joint decoder.
         The maps of all others are darker than any of these, so that their classes win nowhere.
         Raise `NotFinite` if a map or its spread is.
         """
@@ -85,6 +90,8 @@ class Passes:
         size = maps.shape[1:]
         maps = maps.reshape(images, some, members, *size)
         merged, merged_spread = sampling.merge(maps, self._sampler, self._networks.mesh)
+        if views is not None:
+            merged = self._networks.sharpened(views, merged, self._text[kept])
         gray, spread = merged, merged_spread
         if some < self._count:
             gray = np.full((images, self._count, *size), min(-1.0, merged.min()) - 1.0, np.float32)

@@ -36,6 +36,12 @@ def encode(vae: nnx.GraphDef, params: Any, images: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def features(joint: nnx.GraphDef, params: Any, images: jax.Array) -> jax.Array:
+    """See photos uint8 [B, H, W, 3] as a `JointDecoder` does: [B, H/2, W/2, 64]."""
+    return nnx.merge(joint, params).features(codec.to_pixels(images))
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def reconstruct(vae: nnx.GraphDef, params: Any, pixels: jax.Array) -> jax.Array:
     """Send pixels [B, H, W, 3] in [-1, 1] through the VAE and back."""
     network = nnx.merge(vae, params)

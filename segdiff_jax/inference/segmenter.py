@@ -32,8 +32,6 @@ from segdiff_jax.inference.passes import Passes
 from segdiff_jax.inference.requests import Settings
 from segdiff_jax.inference.result import Segmentation, class_ranks, from_maps, from_ranks
 from segdiff_jax.models.clip_text import CLIPText
-from segdiff_jax.models.linear_decoder import LinearDecoder
-from segdiff_jax.models.tiny_vae import TinyVAE
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel.mesh import make_mesh
@@ -42,6 +40,7 @@ from segdiff_jax.text import conditioning, vocabulary
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
 from segdiff_jax.weights import hub, workdir
+from segdiff_jax.weights.mask_decoders import Decoders
 
 
 class Encoded(NamedTuple):
@@ -88,16 +87,16 @@ class Segmenter:
         networks, step = workdir.load_with_step(folder, which=which)
         segmenter = Segmenter(*networks, trained=workdir.read_classes(folder))
         segmenter.checkpoint_step = step
-        segmenter.add_decoders(*workdir.load_decoders(folder, networks[1]))
+        segmenter.add_decoders(workdir.load_decoders(folder, *networks[1:3]))
         return segmenter
 
     @property
     def mesh(self) -> Mesh:
         return self.networks.mesh
 
-    def add_decoders(self, linear: LinearDecoder | None, tiny: TinyVAE | None = None) -> None:
+    def add_decoders(self, decoders: Decoders) -> None:
         """Add choices for `config.sampler.decoder`; a linear decoder also ranks shortlists."""
-        self.networks.add_decoders(linear, tiny)
+        self.networks.add_decoders(decoders)
 
     def __call__(
         self,
@@ -219,8 +218,8 @@ class Segmenter:
         filled = [geometry.filled(_pixels(p).shape[:2], size, rule) for p in photos]
         passes.begin(len(photos), len(photos))
         with self._saying_what_is_not_finite(classes, groups, names or [""] * len(photos)):
-            latents = self._latents(photos)
-            return passes.in_full(latents, passes.shortlist(latents, filled))
+            latents, views = self._latents(photos), self._views(photos, sampler)
+            return passes.in_full(latents, views, passes.shortlist(latents, filled))
 
     def _in_tiles(
         self,
@@ -252,14 +251,15 @@ class Segmenter:
             return np.concatenate([ranks, some])
 
         def maps_of(views: Sequence[np.ndarray]) -> list[np.ndarray]:
-            found = passes.in_full(self._latents(views), np.repeat(kept, len(views), axis=0))
+            latents, seen = self._latents(views), self._views(views, sampler)
+            found = passes.in_full(latents, seen, np.repeat(kept, len(views), axis=0))
             return [shown(*maps) for maps in zip(*found, views, strict=True)]
 
         with self._saying_what_is_not_finite(classes.classes, groups, [""]):
             latent = self._latents([image])
             filled = geometry.filled(photo.shape[:2], data.image_size, data.fit)
             kept = passes.shortlist(latent, [filled])
-            (gray,), (spread,) = passes.in_full(latent, kept)
+            (gray,), (spread,) = passes.in_full(latent, self._views([image], sampler), kept)
             at_once = 1 + 4 * sampler.batch_size // passes.budget
             mean = tiles.blended(canvas, plan, shown(gray, spread, photo), maps_of, at_once)
         ranks, uncertain = mean[: len(classes)], mean[len(classes) :]
@@ -281,12 +281,18 @@ class Segmenter:
                 f"a shortlist (sampler.shortlist={sampler.shortlist}) needs one class per pass, "
                 f"but this model paints {group} classes: set it to 0"
             )
+        if sampler.decoder == "joint" and group > 1:
+            raise UserError(
+                "sampler.decoder=joint needs one class per pass, "
+                f"but this model paints {group} classes: use vae"
+            )
         check_sampler(sampler)
         self.networks.check_decoder(sampler.decoder)
         contexts = lambda numbers: conditioning.context(  # noqa: E731
             table, groups[numbers], settings.context
         )
-        return Passes(self.networks, contexts, len(groups), sampler, seed, progress), groups
+        text = np.asarray(table.pooled)[groups[:, 0]]
+        return Passes(self.networks, contexts, text, sampler, seed, progress), groups
 
     @contextlib.contextmanager
     def _saying_what_is_not_finite(
@@ -327,11 +333,15 @@ class Segmenter:
         """Return `Networks.latents` of images, or those that `encode` has made."""
         if all(isinstance(image, Encoded) for image in images):
             return np.stack([image.latent for image in images])
-        photos = map(_pixels, images)
+        return self.networks.latents(self._fitted(images))
+
+    def _views(self, images: Sequence[Any], sampler: SamplerConfig) -> np.ndarray | None:
+        """Return what the networks see of images, for a decoder that sees it too; else None."""
+        return self._fitted(images) if sampler.decoder == "joint" else None
+
+    def _fitted(self, images: Sequence[Any]) -> np.ndarray:
         data = self.config.data
-        return self.networks.latents(
-            np.stack([geometry.fit(photo, data.image_size, data.fit) for photo in photos])
-        )
+        return np.stack([geometry.fit(_pixels(i), data.image_size, data.fit) for i in images])
 
 
 def _pixels(image: np.ndarray | Encoded) -> np.ndarray:

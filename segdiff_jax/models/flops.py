@@ -20,6 +20,7 @@ import math
 from typing import Any, NamedTuple
 
 from segdiff_jax.config import E2EConfig, SamplerConfig
+from segdiff_jax.models import joint_decoder
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
 
@@ -117,10 +118,21 @@ def linear_decode(latent_channels: int, factor: int, height: int, width: int) ->
 
 
 def mask_decode(config: VAEConfig, decoder: str, height: int, width: int) -> float:
-    """Count the FLOPs of one map of height × width pixels by the "linear" decoder, or the VAE's."""
-    if decoder == "linear":
+    """Count the FLOPs of one map of height × width pixels by a `sampler.decoder`, but "tiny".
+
+    "joint" decodes as "linear" does; what follows is in `sharpening`.
+    """
+    if decoder in ("linear", "joint"):
         return linear_decode(config.latent_channels, config.downsampling, height, width)
     return vae_decode(config, height, width)
+
+
+def sharpening(classes: int, height: int, width: int) -> float:
+    """Count the FLOPs of the joint decoder for `classes` maps of one photo of height × width."""
+    blocks, channels = height * width / joint_decoder.BLOCK**2, joint_decoder.WIDTH
+    seen = _conv(blocks, 3 * joint_decoder.BLOCK**2, channels, 1)
+    seen += len(joint_decoder.DILATIONS) * _conv(blocks, channels, channels)
+    return seen + 2.0 * classes * height * width * channels
 
 
 def unet_calls(passes: int, sampler: SamplerConfig) -> int:
@@ -189,6 +201,21 @@ def e2e_example(
     step = unet(unet_config, height, width, tokens).train
     decoded = 2.0 * mask_decode(vae_config, e2e.decoder, *size)
     return e2e.classes * (step + decoded) + vae_encode(vae_config, *size)
+
+
+def joint_example(
+    unet_config: UNetConfig,
+    vae_config: VAEConfig,
+    size: tuple[int, int],
+    tokens: int,
+    classes: int,
+) -> float:
+    """Count the FLOPs of one photo of the joint decoder's stage, as `train_example` does."""
+    height, width = (pixels // vae_config.downsampling for pixels in size)
+    step = unet(unet_config, height, width, tokens).forward
+    decoded = mask_decode(vae_config, "joint", *size)
+    trained = 3.0 * sharpening(classes, *size)
+    return classes * (step + decoded) + vae_encode(vae_config, *size) + trained
 
 
 def _conv(positions: float, channels_in: int, channels_out: int, size: int = 3) -> float:

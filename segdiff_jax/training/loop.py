@@ -13,16 +13,20 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from segdiff_jax.config import Config
 from segdiff_jax.data import pipeline
+from segdiff_jax.data.preference import Preference
 from segdiff_jax.data.sources.source import Source
 from segdiff_jax.errors import UserError
+from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import mesh, processes
 from segdiff_jax.text.vocabulary import Vocabulary
 from segdiff_jax.training.losses import Frozen
-from segdiff_jax.training.step import TrainState
+from segdiff_jax.training.networks import Build
+from segdiff_jax.training.step import StepFunction, TrainState
 from segdiff_jax.training.stop import GracefulStop, Stopped
 from segdiff_jax.training.telemetry import Telemetry
 from segdiff_jax.training.timing import ProfileWindow, StartUp
@@ -50,6 +54,20 @@ class Run:
     guard: Callable[[], None] | None = None  # of `Checkpoints`; in the first process
     shares: tuple[float, ...] = ()  # of each class, as counted: `Vocabulary.shares`
     until_end: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+
+
+@dataclasses.dataclass
+class Stage:
+    """What a stage trains, and on what."""
+
+    network: nnx.Module  # arrays on the mesh, or shapes that `build` fills
+    build: Build | None  # makes the arrays; None: `network` has them
+    step: StepFunction
+    frozen: Frozen | None  # None in the VAE stage
+    flops: float  # of one example
+    encoder: VAE | None = None  # of the latent cache that takes the place of pixels
+    preferred: Preference | None = None  # which absent and which rare classes are asked for
+    validate: Validate | None = None
 
 
 @dataclasses.dataclass

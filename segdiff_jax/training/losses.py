@@ -12,17 +12,13 @@ from segdiff_jax.diffusion import noise as noise_lib
 from segdiff_jax.diffusion import sampler as samplers
 from segdiff_jax.diffusion import schedule as schedule_lib
 from segdiff_jax.models import linear_decoder
+from segdiff_jax.models.joint_decoder import LOGITS_PER_GRAY, JointDecoder
 from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
 from segdiff_jax.text import conditioning
 
 Batch = dict[str, Any]
-
-# Of one unit of gray in the single-step stage. A class is certain at gray 1 with the others at -1,
-# where the softmax gives it 0.99: what is left drives no map beyond the range of masks, as it would
-# if one unit were one logit (0.6), nor is it deaf to errors of a tenth of that range.
-LOGITS_PER_GRAY = 5.0
 
 
 class Frozen(NamedTuple):
@@ -32,6 +28,7 @@ class Frozen(NamedTuple):
     schedule: schedule_lib.Schedule
     table: conditioning.PromptTable  # encoded prompts of all classes
     decoder: LinearDecoder | None = None  # of masks, where the loss on labels goes through it
+    unet: Any = None  # of the joint decoder's stage, as `vae`
 
 
 class Corruption(NamedTuple):
@@ -175,8 +172,32 @@ def e2e_loss(
 ) -> jax.Array:
     """`label_loss` of the maps that the sampler's single step gives from `noise` [B, h, w, c].
 
-    Each of the C classes of a photo is a pass of the UNet; the photo is encoded once. The gradient
-    comes through the decoder.
+    The gradient comes through the decoder.
+    """
+    return label_loss(_asked_maps(unet, frozen, batch, noise, config), batch, weights)
+
+
+def joint_loss(
+    decoder: JointDecoder,
+    frozen: Frozen,
+    batch: Batch,
+    noise: jax.Array,
+    weights: LabelWeights,
+    config: Config,
+) -> jax.Array:
+    """`label_loss` of what a joint decoder makes of those maps: no gradient reaches the UNet."""
+    maps = jax.lax.stop_gradient(_asked_maps(frozen.unet, frozen, batch, noise, config))
+    text = jnp.asarray(frozen.table.pooled)[jnp.maximum(batch["class_ids"], 0)]  # [B, C, D]
+    logits = decoder.logits(codec.to_pixels(batch["image"]), text, maps)
+    return label_loss(logits / LOGITS_PER_GRAY, batch, weights)
+
+
+def _asked_maps(
+    unet: UNet, frozen: Frozen, batch: Batch, noise: jax.Array, config: Config
+) -> jax.Array:
+    """Unclipped gray maps [B, C, H, W] of the classes asked, by one step of the sampler.
+
+    Each of the C classes of a photo is a pass of the UNet; the photo is encoded once.
     """
     asked = batch["class_ids"].shape[1]
     ids = jnp.maximum(batch["class_ids"], 0).reshape(-1, 1)  # [B·C, 1]; empty slots do not count
@@ -189,7 +210,7 @@ def e2e_loss(
         return unet(sample, jnp.full(len(ids), t), context, mask)
 
     x0 = samplers.sample(predict, frozen.schedule, start, steps=1)
-    return label_loss(_decoded(frozen, x0, asked, config.model.remat), batch, weights)
+    return _decoded(frozen, x0, asked, config.model.remat)
 
 
 def _decoded(frozen: Frozen, latents: jax.Array, asked: int, remat: bool) -> jax.Array:

@@ -9,13 +9,14 @@ from etils import epath
 
 from segdiff_jax import ownership
 from segdiff_jax.combinations import check_image_size
-from segdiff_jax.config import Config, DiffusionConfig, of_stage
+from segdiff_jax.config import Config, DiffusionConfig
 from segdiff_jax.data.sources.source import PairSource, Source
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote, reading
 from segdiff_jax.models import presets
 from segdiff_jax.parallel.mesh import local_rows, make_mesh
+from segdiff_jax.stages import of_stage
 from segdiff_jax.weights import hub, mask_decoders, pretrained
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.checksums import flat
@@ -49,7 +50,8 @@ SWITCHES = ("optimizer.ema_decay",)  # the value may change, zero and not zero m
 KIND = "workdir"  # of a run's names in the marker that lists them (`ownership`)
 _TENSORBOARD, _COMPILED = "tensorboard", "compile_cache"
 _FOLDERS = (
-    *(workdirs.CHECKPOINTS, workdirs.PRETRAINED, workdirs.VAE_STAGE, workdirs.LATENTS),
+    *(workdirs.CHECKPOINTS, workdirs.PRETRAINED, workdirs.VAE_STAGE, workdirs.JOINT_STAGE),
+    workdirs.LATENTS,
     *(_TENSORBOARD, _COMPILED),
 )
 
@@ -86,6 +88,8 @@ def check_start(config: Config, workdir: str) -> None:
         workdirs.check_not_inside(start, "config.init_from")
     mesh = make_mesh(config.mesh)
     local_rows(mesh, of_stage(config).train.batch_size)
+    if config.joint.steps:
+        local_rows(mesh, config.joint.batch_size)
     own_vae = config.stage != "vae" and not start
     if own_vae and not pretrained.is_whole(epath.Path(workdir) / workdirs.PRETRAINED):
         local_rows(mesh, config.vae.batch_size)
@@ -129,7 +133,7 @@ def names(config: Config, workdir: str) -> set[str]:
     A workdir of a version that kept no list owns what lies there under the names of a run. A folder
     that is only added to, TensorBoard's, may be the user's, and then stays off the list.
     """
-    diffusion = config.stage != "vae"
+    diffusion = config.stage not in ("vae", "joint")
     with reading(workdir):
         folder = epath.Path(workdir)
         held = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
@@ -137,6 +141,8 @@ def names(config: Config, workdir: str) -> set[str]:
         wanted = {"config.json", workdirs.CLASSES, workdirs.CHECKPOINTS, workdirs.PRETRAINED}
         wanted |= {_TENSORBOARD}
         wanted |= {mask_decoders.LINEAR} if diffusion else set()
+        wanted |= {mask_decoders.JOINT} if config.stage == "joint" else set()
+        wanted |= {workdirs.JOINT_STAGE} if diffusion and config.joint.steps else set()
         wanted |= {workdirs.LATENTS} if diffusion and config.data.cache_latents else set()
         wanted |= {workdirs.VAE_STAGE} if diffusion and unmade and not config.init_from else set()
         wanted |= {_COMPILED} if is_remote(folder) else set()

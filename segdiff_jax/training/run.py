@@ -6,7 +6,8 @@ config, workdir ─► checks: folders, networks, data, devices          nothing
   stage "diffusion"  ─► the frozen VAE and text encoder, ├─► Setup ─► loop ─► the last state
     which the VAE    └► UNet ────────────────────────────┤
     stage makes first where nothing gives them           │
-  stage "e2e"        ─► the same, of a diffusion training┘
+  stage "e2e"        ─► the same, of a diffusion training│
+  stage "joint"      ─► the same and a decoder, last ────┘
 """
 
 import contextlib
@@ -21,9 +22,8 @@ from etils import epath
 from flax import nnx
 
 from segdiff_jax import codec, ownership
-from segdiff_jax.config import Config, of_stage
+from segdiff_jax.config import Config
 from segdiff_jax.data import label_summary, latent_cache, latents, pipeline, preference
-from segdiff_jax.data.preference import Preference
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
@@ -32,12 +32,12 @@ from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import attention_kernels, mesh, processes, rules
+from segdiff_jax.stages import of_stage
 from segdiff_jax.text import conditioning
-from segdiff_jax.training import lock, mask_decoder, networks, origin
-from segdiff_jax.training.loop import MakeValidator, Run, Setup, Validate, loop
+from segdiff_jax.training import joint, lock, mask_decoder, networks, origin
+from segdiff_jax.training.loop import MakeValidator, Run, Setup, Stage, loop
 from segdiff_jax.training.losses import Frozen
 from segdiff_jax.training.step import (
-    StepFunction,
     TrainState,
     compile_step,
     diffusion_step,
@@ -53,20 +53,6 @@ from segdiff_jax.weights.checkpoint import Checkpoints
 from segdiff_jax.weights.pretrained import Pretrained
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class Stage:
-    """What a stage trains, and on what."""
-
-    network: nnx.Module  # arrays on the mesh, or shapes that `build` fills
-    build: networks.Build | None  # makes the arrays; None: `network` has them
-    step: StepFunction
-    frozen: Frozen | None  # None in the VAE stage
-    flops: float  # of one example
-    encoder: VAE | None = None  # of the latent cache that takes the place of pixels
-    preferred: Preference | None = None  # which absent and which rare classes are asked for
-    validate: Validate | None = None
 
 
 def train(
@@ -110,9 +96,14 @@ def train(
         with run.until_end:
             if config.stage == "vae":
                 _train_vae(run)
+            elif config.stage == "joint":
+                _begin(run)
+                joint.write(run, _train(run, joint.prepare(run)))
             else:
                 _train(run, _unet_stage(run))
                 mask_decoder.settle(config, workdir, source)
+                if config.joint.steps:
+                    _train_joint(run)
 
 
 def _begin(run: Run) -> None:
@@ -210,6 +201,15 @@ def _unet_stage(run: Run) -> Stage:
     )
 
 
+def _train_joint(run: Run) -> None:
+    """Train the joint decoder on the finished UNet, in a folder below."""
+    config = run.config
+    untraced = dataclasses.replace(config.train, profile_steps=0)
+    last = dataclasses.replace(config, stage="joint", init_from=run.workdir, train=untraced)
+    folder = str(epath.Path(run.workdir) / workdirs.JOINT_STAGE)
+    train(last, folder, run.startup, nested=True)
+
+
 def _frozen_networks(run: Run) -> tuple[VAE, CLIPText, Any]:
     """Load the networks that are not trained; copy them into the workdir first."""
     dtype, folder = jnp.dtype(run.config.model.dtype), epath.Path(run.workdir) / workdirs.PRETRAINED
@@ -246,7 +246,7 @@ def _starting_point(run: Run) -> str:
 
 
 def _nothing_to_do(run: Run, done: int) -> None:
-    key = "vae.steps" if run.config.stage == "vae" else "train.steps"
+    key = f"{stage}.steps" if (stage := run.config.stage) in ("vae", "joint") else "train.steps"
     log.info(
         "%s: nothing to do: the %s stage has done %d steps, and config.%s is %d: raise it to go on",
         *(run.workdir, run.config.stage, done, key, run.config.train.steps),
@@ -333,8 +333,9 @@ def _set_up(
 def _batches(run: Run, stage: Stage, example: int) -> pipeline.TrainBatches:
     """Return the rows that this process feeds from `example` on, cached latents or pixels."""
     config, rows = run.config, mesh.local_rows(run.mesh, run.config.train.batch_size)
-    if config.stage == "e2e":  # the classes that compete are drawn as those of a pass are
-        group = dataclasses.replace(config.codec, classes_per_pass=config.e2e.classes)
+    compete = {"e2e": config.e2e.classes, "joint": config.joint.classes}
+    if config.stage in compete:  # they are drawn as those of a pass are
+        group = dataclasses.replace(config.codec, classes_per_pass=compete[config.stage])
         config = dataclasses.replace(config, codec=group)
     if stage.encoder is None:
         return pipeline.train_batches(

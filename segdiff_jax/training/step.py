@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from segdiff_jax.config import Config
 from segdiff_jax.diffusion import sampler as samplers
+from segdiff_jax.models.joint_decoder import JointDecoder
 from segdiff_jax.models.layers import kernels_as_multiplied
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
@@ -96,6 +97,32 @@ def e2e_step(
     unet: nnx.GraphDef[UNet], vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None
 ) -> StepFunction:
     """Return `step` of the single-step stage; the rest is as of `diffusion_step`."""
+    return _step_on_labels(unet, vae, losses.e2e_loss, config, mesh)
+
+
+def joint_step(
+    decoder: nnx.GraphDef[JointDecoder],
+    unet: nnx.GraphDef[UNet],
+    vae: nnx.GraphDef[VAE],
+    config: Config,
+    mesh: Mesh | None = None,
+) -> StepFunction:
+    """Return `step` of the joint decoder's stage; the rest is as of `diffusion_step`."""
+
+    def loss_of(module, frozen, *rest):
+        return losses.joint_loss(module, frozen._replace(unet=nnx.merge(unet, frozen.unet)), *rest)
+
+    return _step_on_labels(decoder, vae, loss_of, config, mesh)
+
+
+def _step_on_labels(
+    network: nnx.GraphDef,
+    vae: nnx.GraphDef[VAE],
+    loss_of: Callable[..., jax.Array],
+    config: Config,
+    mesh: Mesh | None,
+) -> StepFunction:
+    """Return `step` of a stage that trains `network` by the labels of one step of the sampler."""
 
     def step(state: TrainState, frozen: losses.Frozen, batch: losses.Batch, key: jax.Array):
         frozen = frozen._replace(vae=nnx.merge(vae, frozen.vae))
@@ -103,14 +130,15 @@ def e2e_step(
         count, height, width = batch["labels"].shape
         shape = (count, height // factor, width // factor, channels)
         # All classes of a photo start from the same noise, as in the sampler.
-        noise = samplers.initial_noise(jax.random.fold_in(key, state.step), shape, config.e2e.noise)
+        drawn = jax.random.fold_in(key, state.step)
+        noise = samplers.initial_noise(drawn, shape, config.sampler.initial_noise)
 
         def loss_fn(params, micro):
-            module, (rows, start, weights) = nnx.merge(unet, params), micro
-            return losses.e2e_loss(module, frozen, rows, start, weights, config)
+            module, (rows, start, weights) = nnx.merge(network, params), micro
+            return loss_of(module, frozen, rows, start, weights, config)
 
         everything = (batch, noise, losses.label_weights(batch))
-        params = _for_use(unet, state.params, mesh)
+        params = _for_use(network, state.params, mesh)
         grad_fn = _grad_fn(loss_fn, mesh)
         loss, grads = _accumulate(grad_fn, params, everything, config.optimizer.accumulation)
         return _update(state, grads, {"loss": loss}, config)

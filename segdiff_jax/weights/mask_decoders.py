@@ -1,25 +1,38 @@
 """Files of decoders that take the place of the VAE's, in the folder of a model.
 
 linear_decoder.safetensors            fitted when a training ends
+joint_decoder.safetensors (joint/)    trained after it, where config.joint.steps is not 0
 tiny_vae/ (of a workdir: pretrained/) an AutoencoderTiny of the same latent space, put there by hand
 """
 
 import os
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from etils import epath
+from flax import nnx
 
 from segdiff_jax import files
 from segdiff_jax.errors import UserError
+from segdiff_jax.models.joint_decoder import JointDecoder
 from segdiff_jax.models.layers import Dtype
 from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.tiny_vae import TinyVAE
 from segdiff_jax.models.vae import VAEConfig
 from segdiff_jax.weights import pretrained, safetensors_files
 
-LINEAR, TINY = "linear_decoder.safetensors", "tiny_vae"
+LINEAR, TINY, JOINT = "linear_decoder.safetensors", "tiny_vae", "joint_decoder.safetensors"
+
+
+class Decoders(NamedTuple):
+    """What a model has beside its VAE's decoder: None for what it lacks."""
+
+    linear: LinearDecoder | None = None
+    tiny: TinyVAE | None = None
+    joint: JointDecoder | None = None
 
 
 def linear_to_bytes(decoder: LinearDecoder) -> bytes:
@@ -38,11 +51,48 @@ def read_linear(folder: os.PathLike[str] | str, vae: VAEConfig) -> LinearDecoder
             return None
     pixels = vae.downsampling**2
     expected = {"kernel": (3, 3, vae.latent_channels, pixels), "bias": (pixels,)}
+    return LinearDecoder(**_arrays(path, expected, "fitted to this VAE"))
+
+
+def joint_to_bytes(params: nnx.State) -> bytes:
+    """Serialise the contents of `joint_decoder.safetensors`: the state of a `JointDecoder`."""
+    leaves = nnx.to_flat_state(params)
+    return safetensors.numpy.save({_name(key): np.asarray(leaf[...]) for key, leaf in leaves})
+
+
+def read_joint(
+    folder: os.PathLike[str] | str, text_width: int, dtype: Dtype = jnp.float32
+) -> JointDecoder | None:
+    """Read the joint decoder in the folder of a model; None if there is none.
+
+    Raises `UserError` for a damaged file, and for one that reads text of another width.
+    """
+    path = epath.Path(folder) / JOINT
+    with files.reading(path):
+        if not path.exists():
+            return None
+    build = lambda: JointDecoder(text_width, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
+    graph, state = nnx.split(nnx.eval_shape(build))
+    leaves = list(nnx.to_flat_state(state))
+    shapes = {_name(key): leaf.shape for key, leaf in leaves}
+    arrays = _arrays(path, shapes, "trained for this text encoder")
+    filled = [(key, leaf.replace(arrays[_name(key)])) for key, leaf in leaves]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def _name(key: tuple[Any, ...]) -> str:
+    return ".".join(map(str, key))
+
+
+def _arrays(
+    path: epath.Path, expected: dict[str, tuple[int, ...]], made: str
+) -> dict[str, jax.Array]:
+    """Read arrays of these names and shapes from a file, or raise `UserError`."""
     with safetensors_files.opened([path]) as (file,):
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if {name: array.shape for name, array in arrays.items()} != expected:
-        raise UserError(f"{path}: was not fitted to this VAE: delete it and run the training again")
-    return LinearDecoder(**{name: jnp.asarray(array) for name, array in arrays.items()})
+        raise UserError(f"{path}: was not {made}: delete it and run the training again")
+    return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
 def read_tiny(

@@ -3,6 +3,7 @@
 W/config.json     the run's config
 W/classes.json    the classes it is trained with, in id order; an export has it too
 W/vae/            the VAE stage, where the run began from nothing: a workdir of its own
+W/joint/          the joint decoder's stage, after the UNet's: a workdir of its own
 W/pretrained/     a Hugging Face folder with the frozen networks: VAE, text encoder, tokenizer
 W/latents/        VAE latents of the training pairs, where data.cache_latents is on
 W/checkpoints/    Orbax: parameters, optimiser, EMA; with the config and the UNet's architecture
@@ -33,8 +34,6 @@ from segdiff_jax.data.sources.source import IMAGE_EXTENSIONS
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote, reading, write_json, write_text
 from segdiff_jax.models.clip_text import CLIPText
-from segdiff_jax.models.linear_decoder import LinearDecoder
-from segdiff_jax.models.tiny_vae import TinyVAE
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel.mesh import abstract
@@ -49,7 +48,8 @@ from segdiff_jax.weights.hub import INDEX
 
 log = logging.getLogger(__name__)
 
-PRETRAINED, CHECKPOINTS, VAE_STAGE, LATENTS = "pretrained", "checkpoints", "vae", "latents"
+PRETRAINED, CHECKPOINTS, LATENTS = "pretrained", "checkpoints", "latents"
+VAE_STAGE, JOINT_STAGE = "vae", "joint"
 EXPORT_SETTINGS = "segdiff.json"  # the config, in an exported folder
 CLASSES = "classes.json"
 BEST_METRIC = "miou_present"  # of validation; the checkpoint where it was highest is kept
@@ -114,7 +114,7 @@ def _other_kind(folder: epath.Path, data_root: str) -> str | None:
             return "is the folder of config.data.root"
         if any(os.path.isdir(p) and same(p) for p in (os.path.expanduser("~"), os.sep)):
             return "is a home folder or the root of the disk"
-    for name in (CHECKPOINTS, PRETRAINED, VAE_STAGE, LATENTS):
+    for name in (CHECKPOINTS, PRETRAINED, VAE_STAGE, JOINT_STAGE, LATENTS):
         if name in held and (not (folder / name).is_dir() or any((folder / name).iterdir())):
             return (
                 f"holds {name} but no config.json, so there is no training that could go on "
@@ -248,7 +248,7 @@ def load_unet(
     weights, which: as of `load_networks`. With `mesh`, each device reads its own part.
     """
     config = read_config(path)
-    if config.stage == "vae":
+    if config.stage in ("vae", "joint"):
         check_not_inside(path)
         raise UserError(
             f"{path}: holds the {config.stage!r} stage, which cannot segment: "
@@ -333,12 +333,17 @@ def load_frozen(
     return vae, text_encoder, tokens
 
 
-def load_decoders(path: str, vae: VAE) -> tuple[LinearDecoder | None, TinyVAE | None]:
+def load_decoders(path: str, vae: VAE, text_encoder: CLIPText) -> mask_decoders.Decoders:
     """Load what a run or an export has beside the decoder of its `vae`."""
     folder = epath.Path(path)
-    networks = folder / PRETRAINED if is_workdir(path) else folder
-    linear = mask_decoders.read_linear(folder, vae.config)
-    return linear, mask_decoders.read_tiny(networks, vae.config, vae.dtype)
+    networks, joint = folder, folder
+    if is_workdir(path):
+        networks, joint = folder / PRETRAINED, folder / JOINT_STAGE
+    return mask_decoders.Decoders(
+        mask_decoders.read_linear(folder, vae.config),
+        mask_decoders.read_tiny(networks, vae.config, vae.dtype),
+        mask_decoders.read_joint(joint, text_encoder.config.hidden_size, vae.dtype),
+    )
 
 
 def _load_export(path: str) -> Networks:

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from segdiff_jax.config import E2EConfig, SamplerConfig
 from segdiff_jax.models import flops, linear_decoder, presets
+from segdiff_jax.models.joint_decoder import JointDecoder
 from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
@@ -89,6 +90,21 @@ def test_a_photo_of_the_single_step_stage_goes_through_the_decoder_that_it_train
     for decoder, decoded in decoders.items():
         found = flops.e2e_example(unet, vae, (64, 96), 10, E2EConfig(classes=3, decoder=decoder))
         assert found == pytest.approx(3 * (step + 2 * decoded) + encoded)
+
+
+def test_the_joint_decoder_and_a_photo_of_its_stage():
+    size, classes = (64, 96), 5
+    decoder = nnx.eval_shape(lambda: JointDecoder(7, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(decoder)
+    see = lambda params, pixels: nnx.merge(graph, params).features(pixels)  # noqa: E731
+    seen = traced(see, params, floats(1, *size, 3)).run
+    found = flops.sharpening(classes, *size)
+    assert found == pytest.approx(seen + 2 * classes * 64 * 96 * 64)  # a product for each pixel
+
+    unet, vae, _ = presets.architecture("tiny")
+    passes = classes * (flops.unet(unet, 8, 12, 10).forward + 2 * 9 * 8 * 12 * 16 * 64)
+    example = flops.joint_example(unet, vae, size, 10, classes)
+    assert example == pytest.approx(passes + flops.vae_encode(vae, *size) + 3 * found)
 
 
 def test_products_and_convolutions_by_hand_and_by_xla():

@@ -42,16 +42,21 @@ def test_a_finished_training_has_one_and_so_has_its_export(
     trained, micro_config, train_optimized, tmp_path
 ):
     networks = workdir.load_networks(trained)
-    vae = networks[1]
-    linear, tiny = workdir.load_decoders(trained, vae)
-    assert tiny is None and linear.kernel.shape[:3] == (3, 3, vae.config.latent_channels)
-    export.write_folder(networks, tmp_path / "model", decoders=(linear, None))
-    again, _ = workdir.load_decoders(str(tmp_path / "model"), vae)
-    np.testing.assert_array_equal(again.kernel, linear.kernel)
+    vae, text_encoder = networks[1:3]
+    decoders = workdir.load_decoders(trained, vae, text_encoder)
+    linear = decoders.linear
+    assert decoders.tiny is decoders.joint is None and linear.kernel.shape[:3] == (
+        3,
+        3,
+        vae.config.latent_channels,
+    )
+    export.write_folder(networks, tmp_path / "model", decoders=decoders)
+    again = workdir.load_decoders(str(tmp_path / "model"), vae, text_encoder)
+    np.testing.assert_array_equal(again.linear.kernel, linear.kernel)
 
     copy = tmp_path / "run"  # as of an earlier version, without one
     shutil.copytree(trained, copy)
     (copy / mask_decoders.LINEAR).unlink()
     train_optimized(micro_config(), str(copy))
-    fitted, _ = workdir.load_decoders(str(copy), vae)
-    np.testing.assert_allclose(fitted.kernel, linear.kernel, atol=1e-3)
+    fitted = workdir.load_decoders(str(copy), vae, text_encoder)
+    np.testing.assert_allclose(fitted.linear.kernel, linear.kernel, atol=1e-3)

@@ -1,0 +1,127 @@
+"""The joint decoder's stage: where its gradient goes, what it learns, and what it leaves."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_e2e import B, C, H, K, W, make_batch, make_config
+from test_run import steps_of
+from test_step import SmallUNet
+
+from segdiff_jax import export
+from segdiff_jax.config import Config, JointConfig
+from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.errors import UserError
+from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.models.joint_decoder import LOGITS_PER_GRAY, JointDecoder
+from segdiff_jax.text.conditioning import PromptTable
+from segdiff_jax.training import losses
+from segdiff_jax.training.step import init_state, joint_step
+from segdiff_jax.weights import mask_decoders
+from segdiff_jax.weights import workdir as workdirs
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+WIDTH = 5  # of the text
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_networks):
+    """(decoder, UNet, VAE, frozen), all but the last as (graph, parameters)."""
+    unet, vae = nnx.split(SmallUNet(nnx.Rngs(0))), nnx.split(tiny_networks[1])
+    decoder = nnx.split(JointDecoder(WIDTH, rngs=nnx.Rngs(1)))
+    hidden = np.random.default_rng(0).normal(size=(K, 7, WIDTH)).astype(np.float32)
+    table = PromptTable(jnp.asarray(hidden), jnp.asarray(hidden[:, 0]))
+    frozen = losses.Frozen(vae[1], make_schedule(Config().diffusion), table, unet=unet[1])
+    return decoder, unet, vae, frozen
+
+
+def test_a_new_one_has_the_loss_of_the_maps_and_no_gradient_reaches_the_unet(setup):
+    (graph, params), (unet, unet_params), (vae, _), frozen = setup
+    frozen, batch = frozen._replace(vae=nnx.merge(vae, frozen.vae)), make_batch()
+    factor, channels = frozen.vae.config.downsampling, frozen.vae.config.latent_channels
+    noise = jax.random.normal(jax.random.key(0), (B, H // factor, W // factor, channels))
+    weights, config = losses.label_weights(batch), make_config()
+
+    def loss(params, unet_params):
+        known = frozen._replace(unet=nnx.merge(unet, unet_params))
+        decoder = nnx.merge(graph, params)
+        return losses.joint_loss(decoder, known, batch, noise, weights, config)
+
+    value, (own, others) = jax.value_and_grad(loss, (0, 1))(params, unet_params)
+    plain = losses.e2e_loss(nnx.merge(unet, unet_params), frozen, batch, noise, weights, config)
+    np.testing.assert_allclose(value, plain, rtol=1e-5)
+    assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(own)) > 0
+    assert all((g == 0).all() for g in jax.tree.leaves(others))
+
+
+def test_it_learns_from_the_photo_what_the_maps_do_not_show(setup):
+    (graph, params), (unet, _), (vae, _), frozen = setup
+    config = make_config(learning_rate=1e-2)
+    batch = make_batch()
+    batch["labels"] = np.where(batch["labels"] == 255, 255, batch["labels"] % 2).astype(np.uint8)
+    batch["image"] = np.repeat(np.where(batch["labels"] == 1, 220, 30)[..., None], 3, -1)
+    batch["image"] = batch["image"].astype(np.uint8)
+    batch["class_ids"] = np.tile(np.array([0, 1, -1], np.int32), (B, 1))
+    step = jax.jit(joint_step(graph, unet, vae, config))
+    state, found = init_state(params, config), []
+    for _ in range(30):
+        state, metrics = step(state, frozen, batch, jax.random.key(0))
+        found.append(float(metrics["loss"]))
+    assert found[-1] < 0.3 * found[0]
+
+
+@pytest.fixture(scope="module")
+def finished(trained, micro_config, train_optimized, tmp_path_factory):
+    """A training that went on to a joint decoder of two steps."""
+    workdir = tmp_path_factory.mktemp("joint") / "run"
+    shutil.copytree(trained, workdir)
+    config = micro_config()
+    config.joint = JointConfig(steps=2, batch_size=2, classes=C)
+    train_optimized(config, str(workdir))
+    return str(workdir)
+
+
+def test_a_finished_training_goes_on_to_it_and_does_not_train_it_again(
+    finished, micro_config, train_optimized
+):
+    assert steps_of(f"{finished}/joint")[-1] == 2
+    path = Path(finished, "joint", mask_decoders.JOINT)
+    before = path.read_bytes()
+    config = micro_config()
+    config.joint = JointConfig(steps=2, batch_size=2, classes=C)
+    train_optimized(config, finished)
+    assert path.read_bytes() == before and steps_of(f"{finished}/joint") == [2]
+
+
+def test_an_export_has_it_too_and_sharpens_as_the_training_does(finished, tmp_path):
+    networks = workdirs.load_networks(finished)
+    decoders = workdirs.load_decoders(finished, *networks[1:3])
+    assert decoders.joint is not None
+    export.write_folder(
+        networks, tmp_path / "model", trained=workdirs.read_classes(finished), decoders=decoders
+    )
+    photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    names = ["plain red circle", "background"]
+    models = [Segmenter.load(str(path)) for path in (finished, tmp_path / "model")]
+    scores = []
+    for model, decoder in ((models[0], "linear"), (models[0], "joint"), (models[1], "joint")):
+        model.config.sampler.decoder = decoder
+        scores.append(model(photo, names).scores)
+    plain, *sharp = scores
+    np.testing.assert_array_equal(*sharp)
+    assert np.abs(sharp[0] - plain).max() > 1e-3
+
+
+def test_its_file_says_when_it_is_of_another_text_encoder(finished, tmp_path):
+    path = f"{finished}/joint"
+    width = workdirs.load_networks(finished)[2].config.hidden_size
+    assert mask_decoders.read_joint(tmp_path, width) is None
+    assert mask_decoders.read_joint(path, width).head().scale == pytest.approx(
+        LOGITS_PER_GRAY, abs=0.1
+    )
+    with pytest.raises(UserError, match=r"joint_decoder\.safetensors: was not trai"):
+        mask_decoders.read_joint(path, width + 1)
