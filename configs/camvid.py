@@ -1,10 +1,11 @@
-"""CamVid, 11 classes, from nothing on two CPU cores: both stages in under an hour."""
+"""CamVid, 11 classes, from nothing on two CPU cores: all stages in under an hour."""
 
 from segdiff_jax.config import (
     AugmentConfig,
     CodecConfig,
     Config,
     DataConfig,
+    JointConfig,
     ModelConfig,
     OptimizerConfig,
     PromptsConfig,
@@ -25,19 +26,19 @@ def get_config() -> Config:
             cache_latents=True,
         ),
         model=ModelConfig(preset="small"),
-        # A pole is never more likely than the house behind it: half of the classes would never win.
-        codec=CodecConfig(classes_per_pass=1, negatives=0.15, closed=True, logit_adjustment=0.85),
+        # A pole is never more likely than the house behind it: rare classes would never win.
+        codec=CodecConfig(classes_per_pass=1, negatives=0.15, closed=True, logit_adjustment=0.5),
         # To a random text encoder the words of a sentence around the class are only dilution.
         prompts=PromptsConfig(templates=("{class}",)),
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
             warmup_steps=50,
-            decay_steps=5500,
+            decay_steps=4000,
             final_fraction=0.1,
             ema_decay=0.998,
         ),
         train=TrainConfig(
-            steps=5500,
+            steps=4000,
             batch_size=16,
             terminal_share=0.8,
             balance=0.5,  # half of the classes are thin or rare
@@ -48,5 +49,7 @@ def get_config() -> Config:
         vae=VAEConfig(
             steps=1200, batch_size=8, learning_rate=4e-3, optimizer="muon", mask_share=0.375
         ),
-        sampler=SamplerConfig(steps=1, ensemble=1, batch_size=66),
+        # Latents of 12 × 16 positions have no edges, and nothing that is thin.
+        joint=JointConfig(steps=600, batch_size=8, classes=11),
+        sampler=SamplerConfig(steps=1, ensemble=1, batch_size=66, decoder="joint"),
     )

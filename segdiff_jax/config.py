@@ -199,14 +199,14 @@ class E2EConfig:
 class JointConfig:
     """The joint decoder, which sees the photo beside the maps: trained last, where it has steps.
 
-    Warm-up, clipping, betas, epsilon, accumulation and EMA are the optimizer's.
+    Warm-up, clipping, betas, epsilon, accumulation and EMA are the optimizer's; the method is Muon.
     """
 
     steps: int = number(0, 0)  # 0 = none; the learning rate's decay ends with them
     batch_size: int = number(8, 1, 1_000_000)  # photos, over all devices
-    classes: int = number(11, 1, 255)  # that compete for a photo's pixels; a pass of the UNet each
-    learning_rate: float = number(3e-3, 0.0, 1e3)  # after the warm-up
-    final_fraction: float = number(0.05, 0.0, 1.0, above=True)  # as optimizer.final_fraction
+    classes: int = number(8, 1, 255)  # that compete for a photo's pixels; a pass of the UNet each
+    learning_rate: float = number(6e-3, 0.0, 1e3)  # after the warm-up
+    final_fraction: float = number(0.1, 0.0, 1.0, above=True)  # as optimizer.final_fraction
     weight_decay: float = number(0.01, 0.0, 1e3)  # as optimizer.weight_decay
 
 

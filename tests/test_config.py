@@ -161,7 +161,7 @@ def test_the_joint_decoder_takes_its_own_settings():
     assert validate(config)
     own = of_stage(dataclasses.replace(config, stage="joint"))
     assert (own.train.steps, own.train.batch_size, own.train.eval_every) == (9, 8, 0)
-    assert (own.optimizer.learning_rate, own.optimizer.decay_steps) == (3e-3, 9)
+    assert (own.optimizer.learning_rate, own.optimizer.decay_steps) == (6e-3, 9)
     assert own.data.augment.views == 0 and not own.data.cache_latents
     assert of_stage(own) == own
 
