@@ -28,9 +28,9 @@ _DESCRIPTION = (
 
 diffusers: a folder in Stable Diffusion's layout, for diffusers and transformers (docs/pytorch.md)
 and for --checkpoint of predict, evaluate and export, with a model card and the config.
-stablehlo: the sampler (image, prompt embeddings, key -> map) as one file for jax.export, weights
-included up to 2 GiB and beside it from there on, which runs on CPU, CUDA and TPU without this
-package; sampler.json describes it.
+stablehlo: the sampler (image, prompt embeddings, key -> map, decoded by the VAE) as one file for
+jax.export, weights included up to 2 GiB and beside it from there on, which runs on CPU, CUDA and
+TPU without this package; sampler.json describes it.
 
 """
     + waiting.HELP

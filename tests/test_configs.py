@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from segdiff_jax import cli, codec, config
+from segdiff_jax import cli, codec, config, stages
 from segdiff_jax.config import Config
 from segdiff_jax.data.sources import scenes
 from segdiff_jax.errors import UserError
@@ -86,7 +86,7 @@ def test_ade_in_one_step_goes_on_from_ade():
     one, ade = _load("ade_e2e"), _load("ade")
     assert one.stage == "e2e" and one.train.batch_size * one.e2e.classes == ade.train.batch_size
     assert (one.data, one.codec, one.prompts) == (ade.data, ade.codec, ade.prompts)
-    assert config.of_stage(one).sampler == one.sampler
+    assert stages.of_stage(one).sampler == one.sampler
     no_start = ["--config.data.root=/data", "--config.init_from="]
     with pytest.raises(UserError, match="config.init_from"):
         cli.load_config(str(ROOT / "configs" / "ade_e2e.py"), no_start)

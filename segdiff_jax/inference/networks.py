@@ -66,11 +66,11 @@ class Networks:
         if decoders.tiny is not None:
             graph, params = nnx.split(decoders.tiny)
             self.decoders["tiny"] = graph, on_mesh(params, self.mesh)
-        if decoders.joint is not None:
+        if decoders.joint is not None and "linear" in self.decoders:
             joint, joint_params = nnx.split(decoders.joint)
             self._joint = joint, on_mesh(joint_params, self.mesh)
             self._joint_head = jax.tree.map(np.asarray, decoders.joint.head())
-            # The maps that it sharpens are those it was trained on.
+            # What it sharpens are maps like those that it was trained on.
             self.decoders["joint"] = self.decoders["linear"]
 
     def check_decoder(self, name: str) -> None:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
+from commands import Run
 from flax import nnx
 from test_e2e import B, C, H, K, W, make_batch, make_config
 from test_run import steps_of
@@ -125,3 +127,18 @@ def test_its_file_says_when_it_is_of_another_text_encoder(finished, tmp_path):
     )
     with pytest.raises(UserError, match=r"joint_decoder\.safetensors: was not trai"):
         mask_decoders.read_joint(path, width + 1)
+
+
+@pytest.mark.slow
+def test_on_two_devices_as_on_one(trained, tmp_path):
+    flags = ("joint.steps=3", "joint.batch_size=4", "joint.classes=3", "optimizer.warmup_steps=1")
+    found = []
+    for devices in (1, 2):
+        workdir = tmp_path / str(devices) / "run"
+        shutil.copytree(trained, workdir)
+        with Run(workdir, *(f"--config.{flag}" for flag in flags), devices=devices) as started:
+            started.finished()
+        found.append(safetensors.numpy.load_file(workdir / "joint" / mask_decoders.JOINT))
+    one, two = found
+    for name, array in one.items():
+        np.testing.assert_allclose(two[name], array, atol=1e-3)
