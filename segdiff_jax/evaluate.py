@@ -47,6 +47,7 @@ _TRAINED_FOR = (
 
 _KIND = "evaluation"  # of a folder's marker (`ownership`)
 _OUTPUTS = ("metrics.json", "index.html", "examples.png", "per_image.csv")
+_PREDICTIONS = "predictions"
 
 
 def main(argv: list[str]) -> None:
@@ -87,11 +88,6 @@ def _config_of(path: str | None, overrides: Sequence[str], trained: Config, wher
             "otherwise than in its training",
             *(config.data.fit, where, trained.data.fit),
         )
-    if config.sampler.tiles and processes.is_first():
-        logging.warning(
-            "config.sampler.tiles=%d: evaluation sees whole images", config.sampler.tiles
-        )
-    config.sampler.tiles = 0
     return config
 
 
@@ -140,8 +136,9 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     first = processes.is_first()
     split = args.split or config.data.val_split
     source = _source(config, split)
+    outputs = (*_OUTPUTS, *([_PREDICTIONS] if args.predictions else []))
     if first:
-        ownership.check(args.output, _KIND, _OUTPUTS)
+        ownership.check(args.output, _KIND, outputs)
         print(source.vocabulary.summary())
     segmenter, cost = _segmenter(args, config, source)
     if first:
@@ -154,7 +151,7 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     }
     with contextlib.ExitStack() as stack:
         if first:
-            stack.enter_context(ownership.claimed(args.output, _KIND, _OUTPUTS))
+            stack.enter_context(ownership.claimed(args.output, _KIND, outputs))
         result = evaluate(
             segmenter,
             source,
@@ -165,6 +162,7 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
             open_vocabulary=args.open,
             synonyms=args.synonyms,
             progress=reporter("evaluate", enabled=first),
+            predictions=os.path.join(args.output, _PREDICTIONS) if args.predictions else "",
             keep=(parts.folder_of(args.output), read | {"vocabulary": source.vocabulary.names}),
         )
         summary = result.summary | read | ({} if args.ceiling or not cost else cost._asdict())
@@ -262,6 +260,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also write per_image.csv: for each image and class the pixels of truth, prediction "
         "and both, of whole masks and of boundaries, so that another metric needs no second run",
+    )
+    add(
+        "--predictions",
+        action="store_true",
+        help="also write predictions/<name>.png: the predicted class ids of each image, from which "
+        "any other metric can be computed",
     )
     add(
         "--synonyms",

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -116,6 +117,19 @@ def test_per_image_table_gives_the_figures_again(files, capsys):
     assert all(0 <= float(line["score"]) <= 1 for line in lines)
     assert _run(files, capsys, "--limit", "1")[0] == 0
     assert not (files / "o" / "per_image.csv").exists(), "it would be another run's"
+
+
+def test_predictions_lie_in_a_folder_of_their_own(files, capsys):
+    predictions = files / "o" / "predictions"
+    predictions.mkdir(parents=True)
+    (predictions / "mine.png").write_bytes(b"")
+    code, output = _run(files, capsys, "--predictions")
+    assert code == 2 and "predictions: would be replaced" in output.err
+    shutil.rmtree(predictions)
+    for _ in range(2):  # the second time it is ours
+        code, output = _run(files, capsys, "--predictions")
+        assert code == 0, output.err
+        assert sorted(path.name for path in predictions.iterdir()) == ["p0.png", "p1.png", "p2.png"]
 
 
 def test_the_classes_are_printed_and_checked(files, data, capsys, tiny_config):

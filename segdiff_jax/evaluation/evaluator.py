@@ -3,25 +3,31 @@
 images ─► chunks, of which each process reads its share
        ─► fitted views, in all processes
        ─► gray maps: sampled, or the ceiling's, painted from the labels
+          (with `sampler.tiles` each photo goes through the segmenter by itself, in one process)
        ─► part: what the labels at each image's own size count, of the process's share
        ─► sums over the chunks, then over the processes ─► figures
 """
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from segdiff_jax import codec
-from segdiff_jax.config import CodecConfig, SamplerConfig
-from segdiff_jax.data import geometry, label_summary
+from segdiff_jax import codec, files
+from segdiff_jax.config import SamplerConfig
+from segdiff_jax.data import geometry
 from segdiff_jax.data.sources.source import Source, count_ids, evenly
+from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import asked as asking
 from segdiff_jax.evaluation import metrics, parts, reconstruction
-from segdiff_jax.evaluation.asked import Asked
+from segdiff_jax.evaluation import plan as plans
 from segdiff_jax.evaluation.parts import Part, Parts
+from segdiff_jax.evaluation.plan import Plan
+from segdiff_jax.inference import pictures
+from segdiff_jax.inference.result import Segmentation
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.parallel import processes
 from segdiff_jax.progress import Progress
@@ -59,6 +65,7 @@ def evaluate(
     synonyms: str = "mean",
     progress: Progress | None = None,
     keep: tuple[str, Mapping[str, Any]] | None = None,
+    predictions: str = "",
 ) -> Result:
     """Segment the images of `source` into its own vocabulary and count what is right.
 
@@ -82,21 +89,29 @@ def evaluate(
       progress: called with (done, total) images.
       keep: a folder for what is done, and what tells this model and data from others, as JSON
         values. A stopped evaluation goes on from there; `parts.remove` when it is not needed.
+      predictions: a folder that gets the predicted class ids of each image, as <name>.png.
 
     Returns:
       `Result`. Where the source names novel classes, the summary has the trained / novel split.
 
     Raises:
       UserError: an image or its labels cannot be read, or its maps are not finite; the message
-        names the file. The model cannot tell the classes apart, or does not know them.
+        names the file. The model cannot tell the classes apart, or does not know them. Windows
+        are asked of several processes: the photos at their own size are where they were read.
     """
     sampler = sampler or segmenter.config.sampler
+    if sampler.tiles > 1 and processes.count() > 1:
+        raise UserError(
+            f"config.sampler.tiles={sampler.tiles}: windows are evaluated by one process: "
+            f"start one, or leave them out"
+        )
     if ceiling:
-        sampler, synonyms = dataclasses.replace(sampler, ensemble=1, shortlist=0), "mean"
+        sampler = dataclasses.replace(sampler, ensemble=1, shortlist=0, tiles=0)
+        synonyms = "mean"
     asked = asking.of(source, synonyms)
     classes = asked.vocabulary.classes
     total = len(source) if limit is None else min(limit, len(source))
-    plan = _Plan(
+    plan = Plan(
         segmenter,
         source,
         images=evenly(total, len(source)),
@@ -108,39 +123,20 @@ def evaluate(
         seed=seed,
         decoding=dataclasses.replace(segmenter.config.codec, closed=not open_vocabulary),
         ceiling=ceiling,
+        predictions=predictions,
     )
     if not ceiling:
         segmenter.table(classes)  # what is wrong with the classes is wrong before the first image
     stored = _stored(plan, *keep) if keep and not ceiling else None
     counted, kept, photos = _run(plan, stored, progress or (lambda done, total: None))
     counted = parts.of_all_processes(counted)
-    summary = _summary(plan, counted)
+    summary = plans.summary(plan, counted)
     summary |= reconstruction.summarize(photos) if photos else {}
     return Result(counted.sums.confusion, summary, kept, [row for _, row in counted.rows])
 
 
-class _Plan(NamedTuple):
-    """What is evaluated, and how. An image goes by its place among those chosen."""
-
-    segmenter: Segmenter
-    source: Source
-    images: list[int]  # of those chosen, their indices in the source
-    shown: list[int]  # images to keep for a report
-    at_once: int  # images in a chunk
-    asked: Asked
-    synonyms: str  # "mean", "max" or "first"
-    sampler: SamplerConfig
-    seed: int
-    decoding: CodecConfig
-    ceiling: bool
-
-    def owner(self, image: int) -> int:
-        """Return the process that reads and scores an image; process 0 has all that is shown."""
-        return 0 if image in self.shown else image % processes.count()
-
-
 def _run(
-    plan: _Plan, stored: Parts | None, progress: Progress
+    plan: Plan, stored: Parts | None, progress: Progress
 ) -> tuple[Part, list[Example], list[reconstruction.Sums]]:
     """Return this process's part of all chunks, its examples, and what the VAE leaves of photos."""
     total = len(plan.images)
@@ -152,13 +148,14 @@ def _run(
         chunk = range(start, min(start + plan.at_once, total))
         own: Own = {}
         part = stored.load(start) if stored else None
+        gray: np.ndarray | None
         if part is None:
             own = {i: _read(plan, i) for i in chunk if plan.owner(i) == processes.index()}
             if plan.ceiling:
                 gray, spread = _painted(plan, chunk, own), None
                 photos += _reconstructed(plan, chunk, own)
             else:
-                gray, spread = _sampled(plan, chunk, own)
+                gray, spread = (None, None) if plan.in_tiles else _sampled(plan, chunk, own)
             part = _part(plan, chunk, own, gray, spread)
             if stored:
                 stored.save(start, part)
@@ -171,15 +168,15 @@ def _run(
     return counted, examples, photos
 
 
-def _stored(plan: _Plan, folder: str, about: Mapping[str, Any]) -> Parts:
+def _stored(plan: Plan, folder: str, about: Mapping[str, Any]) -> Parts:
     """Open the parts in `folder` of this evaluation, of the model and data that `about` names."""
-    made_from = _settings(plan) | dict(about) | {"open": not plan.decoding.closed}
+    made_from = plans.settings(plan) | dict(about) | {"open": not plan.decoding.closed}
     made_from |= {"synonyms": plan.synonyms, "threshold": plan.decoding.threshold}
-    made_from |= {"images": plan.images, "shown": plan.shown}
+    made_from |= {"images": plan.images, "shown": plan.shown, "predictions": plan.predictions}
     return Parts(folder, made_from, range(0, len(plan.images), plan.at_once))
 
 
-def _read(plan: _Plan, image: int) -> dict[str, Any]:
+def _read(plan: Plan, image: int) -> dict[str, Any]:
     """Read a pair, shrunk to `config.data.shortest` pixels where that is set and exceeded."""
     record, shortest = plan.source[plan.images[image]], plan.segmenter.config.data.shortest
     height, width = record["labels"].shape
@@ -190,7 +187,7 @@ def _read(plan: _Plan, image: int) -> dict[str, Any]:
     return {"ids": count_ids(record["labels"])} | record | smaller
 
 
-def _views(plan: _Plan, chunk: range, own: Own, name: str) -> np.ndarray:
+def _views(plan: Plan, chunk: range, own: Own, name: str) -> np.ndarray:
     """Fit each "image" [I, h, w, 3] or "labels" [I, h, w] to the networks, in all processes.
 
     I is `plan.at_once`, so that one compilation does: the last image fills up the last chunk.
@@ -204,7 +201,7 @@ def _views(plan: _Plan, chunk: range, own: Own, name: str) -> np.ndarray:
     return every[np.minimum(np.arange(plan.at_once), len(every) - 1)]
 
 
-def _of_all(plan: _Plan, chunk: range, own: Sequence[Any], empty: np.ndarray) -> np.ndarray:
+def _of_all(plan: Plan, chunk: range, own: Sequence[Any], empty: np.ndarray) -> np.ndarray:
     """Gather an array for each image of a chunk, [I, ...], of which this process has its `own`."""
     owners = [plan.owner(i) for i in chunk]
     rows = np.stack([empty] * max(map(owners.count, owners)))
@@ -214,7 +211,7 @@ def _of_all(plan: _Plan, chunk: range, own: Sequence[Any], empty: np.ndarray) ->
     return every[owners, [owners[:i].count(owner) for i, owner in enumerate(owners)]]
 
 
-def _sampled(plan: _Plan, chunk: range, own: Own) -> tuple[np.ndarray, np.ndarray | None]:
+def _sampled(plan: Plan, chunk: range, own: Own) -> tuple[np.ndarray, np.ndarray | None]:
     """Sample the gray maps [I, P, h, w] of a chunk, and of an ensemble their spread."""
     names = [own[i]["name"] if i in own else f"image {plan.images[i]}" for i in chunk]
     names += names[-1:] * (plan.at_once - len(names))
@@ -223,41 +220,67 @@ def _sampled(plan: _Plan, chunk: range, own: Own) -> tuple[np.ndarray, np.ndarra
     return gray, spread if plan.sampler.ensemble > 1 else None
 
 
-def _painted(plan: _Plan, chunk: range, own: Own) -> np.ndarray:
+def _painted(plan: Plan, chunk: range, own: Own) -> np.ndarray:
     """Return the gray maps [I, P, h, w] of a chunk as a perfect sampler would."""
     labels, count = _views(plan, chunk, own, "labels"), len(plan.asked.vocabulary)
     return reconstruction.masks(plan.segmenter, labels, count, plan.sampler.batch_size)
 
 
-def _reconstructed(plan: _Plan, chunk: range, own: Own) -> list[reconstruction.Sums]:
+def _reconstructed(plan: Plan, chunk: range, own: Own) -> list[reconstruction.Sums]:
     """Compare each photo of a chunk with what the VAE leaves of it."""
     sizes = [record["image"].shape[:2] for record in own.values()]
     natives = _of_all(plan, chunk, sizes, np.zeros(2, int))
     return reconstruction.photos(plan.segmenter, _views(plan, chunk, own, "image"), natives)
 
 
-def _part(plan: _Plan, chunk: range, own: Own, gray: np.ndarray, spread: np.ndarray | None) -> Part:
-    """Count what the maps of a chunk mean for the images that this process has read."""
+def _part(
+    plan: Plan, chunk: range, own: Own, gray: np.ndarray | None, spread: np.ndarray | None
+) -> Part:
+    """Count what the maps of a chunk mean for the images that this process has read.
+
+    Without maps, the segmenter is asked for each photo by itself, in windows.
+    """
     part = parts.nothing(len(plan.source.vocabulary))
     for i, record in own.items():
-        uncertain = None if spread is None else spread[i - chunk.start]
-        part = parts.added(part, _of_image(plan, i, record, gray[i - chunk.start], uncertain))
+        if gray is None:
+            found = _in_tiles(plan, record)
+        else:
+            found = plan.segmenter.segmentation(
+                gray[i - chunk.start],
+                None if spread is None else spread[i - chunk.start],
+                record["image"],
+                plan.asked.vocabulary,
+                plan.decoding,
+            )
+        part = parts.added(part, _of_image(plan, i, record, found))
     return part
 
 
-def _of_image(
-    plan: _Plan,
-    image: int,
-    record: Mapping[str, Any],
-    gray: np.ndarray,
-    spread: np.ndarray | None,
-) -> Part:
-    """Count what the maps [P, h, w] of an image mean at its own size."""
+def _in_tiles(plan: Plan, record: Mapping[str, Any]) -> Segmentation:
+    sampler = plan.sampler
+    try:
+        return plan.segmenter(
+            record["image"],
+            plan.asked.vocabulary,
+            seed=plan.seed,
+            closed=plan.decoding.closed,
+            steps=sampler.steps,
+            ensemble=sampler.ensemble,
+            shortlist=sampler.shortlist,
+            tiles=sampler.tiles,
+        )
+    except UserError as error:
+        raise UserError(f"{record['name']}: {error}") from error
+
+
+def _of_image(plan: Plan, image: int, record: Mapping[str, Any], found: Segmentation) -> Part:
+    """Count what was found in an image, at its own size."""
     asked, names, truth = plan.asked, plan.source.vocabulary.names, record["labels"]
-    found = plan.segmenter.segmentation(
-        gray, spread, record["image"], asked.vocabulary, plan.decoding
-    )
     labels = asked.labels(found.labels)
+    if plan.predictions:
+        data = pictures.label_png(labels, plan.source.vocabulary.palette())
+        name = record["name"].replace("/", "_")
+        files.write_bytes(os.path.join(plan.predictions, f"{name}.png"), data)
     highest = asked.highest(found.network_scores.max((0, 1)), len(names))
     held_out = image % 2 == 0
     sums = metrics.count(truth, labels, highest, found.confidence, found.uncertainty, held_out)
@@ -272,40 +295,9 @@ def _images_per_call(segmenter: Segmenter, num_classes: int, sampler: SamplerCon
 
     Memory: the host holds the maps of one image, or of at most `sampler.batch_size` passes.
     """
+    if sampler.tiles > 1:
+        return 1
     group = codec.group_size(num_classes, segmenter.config.codec.classes_per_pass)
     passes = codec.num_groups(num_classes, group)
     in_full = min(sampler.shortlist, passes) or passes  # passes that get the whole budget
     return max(1, sampler.batch_size // max(passes, in_full * sampler.ensemble))
-
-
-def _summary(plan: _Plan, counted: Part) -> dict[str, Any]:
-    source, total = plan.source, len(plan.images)
-    names, novel = source.vocabulary.names, tuple(source.novel)
-    trained = tuple(i for i in range(len(names)) if i not in set(novel))
-    split = (trained, novel) if novel else (None, None)
-    figures = metrics.summarize(counted.sums.confusion, names, *split)
-    figures |= metrics.summarize_rest(counted.sums, names)
-    if reasons := metrics.undefined(figures, plan.sampler.ensemble > 1):
-        figures["undefined"] = reasons
-    settings = _settings(plan) | {"closed": plan.decoding.closed}
-    if plan.asked.vocabulary is not source.vocabulary:
-        settings |= {"classes_asked": len(plan.asked.vocabulary), "synonyms": plan.synonyms}
-    if not plan.decoding.closed:
-        settings["threshold"] = plan.decoding.threshold
-    labels = label_summary.figures(source, counted.ids, total)
-    return figures | {"images": total, "settings": settings, "labels": labels}
-
-
-def _settings(plan: _Plan) -> dict[str, Any]:
-    config = plan.segmenter.config
-    return dataclasses.asdict(plan.sampler) | {
-        "seed": plan.seed,
-        "classes_per_pass": config.codec.classes_per_pass,
-        "context": config.codec.context,
-        "logit_adjustment": config.codec.logit_adjustment,
-        "templates": list(config.prompts.templates),
-        "image_size": list(config.data.image_size),
-        "fit": config.data.fit,
-        "shortest": config.data.shortest,
-        "ceiling": plan.ceiling,
-    }

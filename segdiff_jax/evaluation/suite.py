@@ -61,12 +61,12 @@ class Cost(NamedTuple):
 def cost(
     unet: UNetConfig, vae: VAEConfig, config: Config, num_classes: int, tokens: int
 ) -> Cost | None:
-    """Count the cost of an image; None for a decoder whose size is not in the config.
+    """Count the cost of an image; None where its photo decides it (windows), or a file ("tiny").
 
     tokens: that the text encoder reads.
     """
     sampler, size = config.sampler, config.data.image_size
-    if sampler.decoder == "tiny":
+    if sampler.decoder == "tiny" or sampler.tiles > 1:
         return None
     group = codec.group_size(num_classes, config.codec.classes_per_pass)
     passes = codec.num_groups(num_classes, group)

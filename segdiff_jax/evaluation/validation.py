@@ -40,10 +40,10 @@ def validator_of(networks: Pretrained, config: Config, mesh: Mesh, classes: Voca
     graph: Any = nnx.graphdef(networks.unet)
     vae, text, tokenizer = networks.vae, networks.text_encoder, networks.tokenizer
     assert vae is not None and text is not None and tokenizer is not None
-    # A linear decoder is fitted when the training ends; maps are judged as the UNet means them.
+    # Other decoders come when the training ends; whole maps are judged as the UNet means them.
     judged = dataclasses.replace(
         config,
-        sampler=dataclasses.replace(config.sampler, decoder="vae"),
+        sampler=dataclasses.replace(config.sampler, decoder="vae", tiles=0),
         codec=dataclasses.replace(config.codec, logit_adjustment=0.0),
     )
     source = open_source(config.data, config.data.val_split, config.seed)

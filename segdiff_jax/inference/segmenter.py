@@ -162,7 +162,7 @@ class Segmenter:
     def encode(self, image: Any) -> Encoded:
         """Prepare an image for many calls with other classes, seeds or settings."""
         photo = requests.as_photo(image, self.config.data)
-        return Encoded(photo, self._latents([photo])[0])
+        return Encoded(photo, self.networks.latents(self._fitted([photo]))[0])
 
     def _photo(self, image: Any) -> Any:
         return image if isinstance(image, Encoded) else requests.as_photo(image, self.config.data)
@@ -218,7 +218,7 @@ class Segmenter:
         filled = [geometry.filled(_pixels(p).shape[:2], size, rule) for p in photos]
         passes.begin(len(photos), len(photos))
         with self._saying_what_is_not_finite(classes, groups, names or [""] * len(photos)):
-            latents, views = self._latents(photos), self._views(photos, sampler)
+            latents, views = self._seen(photos, sampler)
             return passes.in_full(latents, views, passes.shortlist(latents, filled))
 
     def _in_tiles(
@@ -251,15 +251,14 @@ class Segmenter:
             return np.concatenate([ranks, some])
 
         def maps_of(views: Sequence[np.ndarray]) -> list[np.ndarray]:
-            latents, seen = self._latents(views), self._views(views, sampler)
-            found = passes.in_full(latents, seen, np.repeat(kept, len(views), axis=0))
+            found = passes.in_full(*self._seen(views, sampler), kept.repeat(len(views), axis=0))
             return [shown(*maps) for maps in zip(*found, views, strict=True)]
 
         with self._saying_what_is_not_finite(classes.classes, groups, [""]):
-            latent = self._latents([image])
+            latent, seen = self._seen([image], sampler)
             filled = geometry.filled(photo.shape[:2], data.image_size, data.fit)
             kept = passes.shortlist(latent, [filled])
-            (gray,), (spread,) = passes.in_full(latent, self._views([image], sampler), kept)
+            (gray,), (spread,) = passes.in_full(latent, seen, kept)
             at_once = 1 + 4 * sampler.batch_size // passes.budget
             mean = tiles.blended(canvas, plan, shown(gray, spread, photo), maps_of, at_once)
         ranks, uncertain = mean[: len(classes)], mean[len(classes) :]
@@ -329,15 +328,16 @@ class Segmenter:
             )
         return self._tables[key]
 
-    def _latents(self, images: Sequence[Any]) -> np.ndarray:
-        """Return `Networks.latents` of images, or those that `encode` has made."""
+    def _seen(
+        self, images: Sequence[Any], sampler: SamplerConfig
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return the latents of images and, for a decoder that sees them too, their views."""
+        sees = sampler.decoder == "joint"
         if all(isinstance(image, Encoded) for image in images):
-            return np.stack([image.latent for image in images])
-        return self.networks.latents(self._fitted(images))
-
-    def _views(self, images: Sequence[Any], sampler: SamplerConfig) -> np.ndarray | None:
-        """Return what the networks see of images, for a decoder that sees it too; else None."""
-        return self._fitted(images) if sampler.decoder == "joint" else None
+            latents = np.stack([image.latent for image in images])
+            return latents, self._fitted(images) if sees else None
+        views = self._fitted(images)
+        return self.networks.latents(views), views if sees else None
 
     def _fitted(self, images: Sequence[Any]) -> np.ndarray:
         data = self.config.data

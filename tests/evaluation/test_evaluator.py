@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import metrics
 from segdiff_jax.evaluation.evaluator import evaluate
 from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.parallel import processes
 from segdiff_jax.text import vocabulary
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -88,6 +90,31 @@ def test_limit_spreads_over_the_source(model):
     read.clear()
     evaluate(model, Watched(count=3), limit=99)
     assert read == [0, 1, 2]
+
+
+def test_windows_count_as_photos_that_are_segmented_in_windows(model, monkeypatch):
+    source = MemorySource(3, sizes=((40, 56), (48, 32)))
+    sampler = dataclasses.replace(model.config.sampler, tiles=2, ensemble=2)
+    result = evaluate(model, source, seed=1, sampler=sampler, examples=1)
+    expected = np.zeros((3, 4), np.int64)
+    for record in source.records:
+        found = model(record["image"], source.vocabulary, seed=1, closed=True, tiles=2, ensemble=2)
+        expected += metrics.confusion(record["labels"], found.labels, 3)
+    np.testing.assert_array_equal(result.confusion, expected)
+    assert result.examples[0].uncertainty.shape == (40, 56)
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(UserError, match=r"config\.sampler\.tiles=2: .* one process"):
+        evaluate(model, source, sampler=sampler)
+
+
+def test_predictions_are_kept_as_class_ids(model, tmp_path):
+    source = MemorySource(3)
+    result = evaluate(model, source, predictions=str(tmp_path / "predictions"))
+    confusion = np.zeros((3, 4), np.int64)
+    for record in source.records:
+        with Image.open(tmp_path / "predictions" / f"{record['name']}.png") as picture:
+            confusion += metrics.confusion(record["labels"], np.array(picture), 3)
+    np.testing.assert_array_equal(confusion, result.confusion)
 
 
 def test_ensemble_gives_uncertainty(model):
