@@ -57,6 +57,7 @@ class Networks:
         self.schedule = on_mesh(make_schedule(config.diffusion), mesh)
         # By the names of `config.sampler.decoder`; of a linear one no graph, only its arrays.
         self.decoders: dict[str, tuple[Any, Any]] = {"vae": (self.vae, self.vae_params)}
+        self._joint: tuple[nnx.GraphDef, Any] | None = None  # graph and parameters
         self._most: int | None = None  # jobs in one call that fit into memory; None: not known
 
     def add_decoders(self, decoders: Decoders) -> None:
@@ -107,6 +108,7 @@ class Networks:
           maps: of C classes of each, unclipped [I, C, H, W].
           text: the pooled prompts of these classes [I, C, D].
         """
+        assert self._joint is not None  # as `check_decoder` makes sure
         graph, params = self._joint
         sharp = np.empty_like(maps)
         for start, part in zip(
@@ -199,9 +201,9 @@ class Networks:
         return start
 
     def checksum(self) -> str:
-        """Return the CRC-32 of the UNet's weights, eight digits: it tells models apart."""
+        """Return the CRC-32 of what a training changes, eight digits: it tells models apart."""
         found = 0
-        for leaf in jax.tree.leaves(self.unet_params):
+        for leaf in jax.tree.leaves((self.unet_params, self._joint and self._joint[1])):
             found = zlib.crc32(np.asarray(leaf.addressable_data(0)).tobytes(), found)
         return f"{found:08x}"
 

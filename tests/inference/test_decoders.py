@@ -84,12 +84,14 @@ def _joint(model):
 
 
 def test_a_joint_decoder_sees_the_photo(model, image):
+    without = model.networks.checksum()
     model.add_decoders(Decoders(_constant(0.25), joint=_joint(model)))
     model.config.sampler.decoder = "joint"
     scores = model(image, CLASSES).network_scores
     # The maps are the same everywhere, so what differs from pixel to pixel is of the photo.
     assert scores.std((0, 1)).min() > 1e-3
     np.testing.assert_array_equal(model(model.encode(image), CLASSES).network_scores, scores)
+    assert model.networks.checksum() != without  # `predict` does photos again with another one
     other = model(255 - image, CLASSES).network_scores
     assert np.abs(other - scores).max() > 1e-3
 
