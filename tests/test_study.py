@@ -127,16 +127,19 @@ def test_agreement():
     assert studies.agreement([labels]) == pytest.approx(np.mean(pairs))
 
 
-def test_every_study_has_settings_of_its_own(micro_config):
+@pytest.mark.parametrize("joint", [False, True])
+def test_every_study_has_settings_of_its_own(micro_config, joint):
+    config = micro_config()
+    if joint:  # a training of several classes in a map cannot have one
+        config.joint.steps, config.sampler.decoder = 1, "joint"
     for name, of_name in studies.STUDIES.items():
-        cases = of_name.cases(micro_config())
+        cases = of_name.cases(config)
         settings = [tuple(case.setting.items()) for case in cases]
         assert len(set(settings)) == len(settings), name
         assert all(of_name.axis in case.setting for case in cases)
         for case in cases:
-            for changes in (case.training.changes, case.changes):
-                trainings.changed(micro_config(), changes, "evaluate")
-            trainings.changed(micro_config(), case.training.changes, "train")
+            studied = trainings.changed(config, case.training.changes, "train")
+            trainings.changed(studied, case.changes, "evaluate")
 
 
 def test_panels(trained, config_file, tmp_path):

@@ -52,6 +52,8 @@ def training(
     """
     share = {"uniform": 0.0, "terminal": config.train.terminal_share or TERMINAL_SHARE}[timesteps]
     changes: dict[str, Any] = {"noise.kind": kind, "train.terminal_share": share}
+    if config.sampler.decoder == "joint":  # what the UNet gets wrong would be mended by the photo
+        changes |= {"joint.steps": 0, "sampler.decoder": "vae"}
     name = f"{kind}-{timesteps}"
     if group >= 0 and (group, context) != (config.codec.classes_per_pass, config.codec.context):
         name += f"-g{group or 'all'}-{context}"
