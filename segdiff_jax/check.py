@@ -15,7 +15,7 @@ Counts, ids, pixels and images of each class, broken files, masks that do not fi
 are shifted by one. With --output, a page for each split, with ten photos under their labels. Exits
 1 if something is wrong.
 """
-_KIND, _OVERLAYS, _FAULTS, _SIDE = "data check", 10, 10, 640
+_KIND, _OVERLAYS, _FAULTS, _SIDE = "data check", 10, 10, 2048
 
 
 def main(argv: list[str]) -> None:
