@@ -155,11 +155,30 @@ def label_loss(maps: jax.Array, batch: Batch, weights: LabelWeights) -> jax.Arra
     log_shares = jax.nn.log_softmax(jnp.concatenate([none, logits], axis=1), axis=1)
     answer = jnp.concatenate([~truth.any(1, keepdims=True), truth], axis=1)
     cross_entropy = -jnp.where(answer, log_shares, 0.0).sum(1)  # [B, H, W]
-    valid = codec.valid_mask(jnp.asarray(batch["labels"]))[:, None]
-    shares = jnp.exp(log_shares[:, 1:]) * valid
-    overlap, total = (shares * truth).sum((2, 3)), (shares + truth).sum((2, 3))  # [B, C]
-    dice = 1.0 - 2.0 * overlap / jnp.maximum(1.0, total)  # a class that counts has a pixel
+    dice = _dice(jnp.exp(log_shares[:, 1:]), truth, batch)
     return (weights.pixels * cross_entropy).sum() + (weights.classes * dice).sum()
+
+
+def mask_loss(logits: jax.Array, batch: Batch, weights: LabelWeights) -> jax.Array:
+    """Binary cross-entropy of pixels, summed over classes, + Dice loss of classes [B, C, H, W].
+
+    Each class asked is judged by itself, as in MaskFormer (arXiv 2107.06278), so that what it scores
+    does not depend on the others. In a softmax over all classes there are, of which one is always
+    right, all logits may rise together, and as scores of their own they would all be 1. Empty
+    slots take no part. Additive as `label_loss` is.
+    """
+    truth = _truth(batch)
+    asked = (jnp.asarray(batch["class_ids"]) != codec.PAD)[:, :, None, None]
+    entropy = jnp.where(asked, jax.nn.softplus(jnp.where(truth, -logits, logits)), 0.0).sum(1)
+    dice = _dice(jax.nn.sigmoid(logits), truth, batch)
+    return (weights.pixels * entropy).sum() + (weights.classes * dice).sum()
+
+
+def _dice(shares: jax.Array, truth: jax.Array, batch: Batch) -> jax.Array:
+    """Dice loss [B, C] of shares of pixels [B, C, H, W]; a class that counts has a pixel."""
+    shares = shares * codec.valid_mask(jnp.asarray(batch["labels"]))[:, None]
+    overlap, total = (shares * truth).sum((2, 3)), (shares + truth).sum((2, 3))
+    return 1.0 - 2.0 * overlap / jnp.maximum(1.0, total)
 
 
 def e2e_loss(
@@ -185,11 +204,10 @@ def joint_loss(
     weights: LabelWeights,
     config: Config,
 ) -> jax.Array:
-    """`label_loss` of what a joint decoder makes of those maps: no gradient reaches the UNet."""
+    """`mask_loss` of what a joint decoder makes of those maps: no gradient reaches the UNet."""
     maps = jax.lax.stop_gradient(_asked_maps(frozen.unet, frozen, batch, noise, config))
     text = jnp.asarray(frozen.table.pooled)[jnp.maximum(batch["class_ids"], 0)]  # [B, C, D]
-    logits = decoder.logits(codec.to_pixels(batch["image"]), text, maps)
-    return label_loss(logits / LOGITS_PER_GRAY, batch, weights)
+    return mask_loss(decoder.logits(codec.to_pixels(batch["image"]), text, maps), batch, weights)
 
 
 def _asked_maps(
