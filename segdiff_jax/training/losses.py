@@ -162,7 +162,7 @@ def label_loss(maps: jax.Array, batch: Batch, weights: LabelWeights) -> jax.Arra
 def mask_loss(logits: jax.Array, batch: Batch, weights: LabelWeights) -> jax.Array:
     """Binary cross-entropy of pixels, summed over classes, + Dice loss of classes [B, C, H, W].
 
-    Each class asked is judged by itself, as in MaskFormer (arXiv 2107.06278), so that what it scores
+    Each class asked is judged by itself, as in MaskFormer (arXiv 2107.06278), so that its score
     does not depend on the others. In a softmax over all classes there are, of which one is always
     right, all logits may rise together, and as scores of their own they would all be 1. Empty
     slots take no part. Additive as `label_loss` is.

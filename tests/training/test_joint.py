@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 from commands import Run
 from flax import nnx
 from test_e2e import B, C, H, K, W, make_batch, make_config
 from test_run import steps_of
 from test_step import SmallUNet
 
-from segdiff_jax import export
+from segdiff_jax import codec, export
 from segdiff_jax.config import Config, JointConfig
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
@@ -41,7 +42,32 @@ def setup(tiny_networks):
     return decoder, unet, vae, frozen
 
 
-def test_a_new_one_has_the_loss_of_the_maps_and_no_gradient_reaches_the_unet(setup):
+def test_mask_loss_and_its_gradient_are_those_of_torch():
+    batch = make_batch()
+    logits = np.random.default_rng(1).normal(0, 3, (B, C, H, W)).astype(np.float32)
+    weights = losses.label_weights(batch)
+    found, gradient = jax.value_and_grad(losses.mask_loss)(jnp.asarray(logits), batch, weights)
+    leaf = torch.tensor(logits, requires_grad=True)
+    entropies, dices = [], []
+    for rows, labels, ids in zip(leaf, batch["labels"], batch["class_ids"], strict=True):
+        valid, summed = torch.tensor(labels != 255), torch.zeros(labels.shape)
+        for row, class_id in zip(rows, ids[ids >= 0], strict=False):
+            truth = torch.tensor(labels == class_id).float()
+            summed = summed + torch.nn.functional.binary_cross_entropy_with_logits(
+                row, truth, reduction="none"
+            )
+            if truth.any():
+                share = row.sigmoid()[valid]
+                overlap = (share * truth[valid]).sum()
+                dices.append(1 - 2 * overlap / (share.sum() + truth.sum()))
+        entropies.append(summed[valid])
+    expected = torch.cat(entropies).mean() + torch.stack(dices).mean()
+    expected.backward()
+    np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
+    np.testing.assert_allclose(gradient, leaf.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_new_one_has_the_loss_of_the_maps_and_no_gradient_reaches_the_unet(setup, monkeypatch):
     (graph, params), (unet, unet_params), (vae, _), frozen = setup
     frozen, batch = frozen._replace(vae=nnx.merge(vae, frozen.vae)), make_batch()
     factor, channels = frozen.vae.config.downsampling, frozen.vae.config.latent_channels
@@ -54,8 +80,10 @@ def test_a_new_one_has_the_loss_of_the_maps_and_no_gradient_reaches_the_unet(set
         return losses.joint_loss(decoder, known, batch, noise, weights, config)
 
     value, (own, others) = jax.value_and_grad(loss, (0, 1))(params, unet_params)
-    plain = losses.e2e_loss(nnx.merge(unet, unet_params), frozen, batch, noise, weights, config)
-    np.testing.assert_allclose(value, plain, rtol=1e-5)
+    own_unet = nnx.merge(unet, unet_params)
+    monkeypatch.setattr(losses, "label_loss", lambda maps, *_: LOGITS_PER_GRAY * maps)
+    logits = losses.e2e_loss(own_unet, frozen, batch, noise, weights, config)
+    np.testing.assert_allclose(value, losses.mask_loss(logits, batch, weights), rtol=1e-5)
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(own)) > 0
     assert all((g == 0).all() for g in jax.tree.leaves(others))
 
@@ -74,6 +102,22 @@ def test_it_learns_from_the_photo_what_the_maps_do_not_show(setup):
         state, metrics = step(state, frozen, batch, jax.random.key(0))
         found.append(float(metrics["loss"]))
     assert found[-1] < 0.3 * found[0]
+
+
+def test_scores_mean_something_where_every_class_was_always_asked(setup):
+    """No pixel is ever none of the classes: as in a closed vocabulary."""
+    (graph, params), (unet, _), (vae, _), frozen = setup
+    config, batch = make_config(learning_rate=1e-2), make_batch()
+    batch["labels"] = (batch["labels"] % 2).astype(np.uint8)
+    batch["class_ids"] = np.tile(np.array([0, 1, -1], np.int32), (B, 1))
+    step = jax.jit(joint_step(graph, unet, vae, config))
+    state = init_state(params, config)
+    for _ in range(20):
+        state, _ = step(state, frozen, batch, jax.random.key(0))
+    text = jnp.asarray(frozen.table.pooled)[jnp.asarray(batch["class_ids"][:, :2])]
+    pixels = codec.to_pixels(batch["image"])
+    logits = nnx.merge(graph, state.params).logits(pixels, text, jnp.zeros((B, 2, H, W)))
+    assert 0.8 < float(jax.nn.sigmoid(logits).sum(1).mean()) < 1.2  # one of the two is right
 
 
 @pytest.fixture(scope="module")
