@@ -27,7 +27,7 @@ def get_config() -> Config:
         ),
         model=ModelConfig(preset="small"),
         # A pole is never more likely than the house behind it: rare classes would never win.
-        codec=CodecConfig(classes_per_pass=1, negatives=0.15, closed=True, logit_adjustment=0.5),
+        codec=CodecConfig(classes_per_pass=1, negatives=0.15, closed=True, logit_adjustment=0.75),
         # To a random text encoder the words of a sentence around the class are only dilution.
         prompts=PromptsConfig(templates=("{class}",)),
         optimizer=OptimizerConfig(

@@ -97,7 +97,7 @@ def e2e_step(
     unet: nnx.GraphDef[UNet], vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None
 ) -> StepFunction:
     """Return `step` of the single-step stage; the rest is as of `diffusion_step`."""
-    return _step_on_labels(unet, vae, losses.e2e_loss, config, mesh)
+    return _step_on_labels(unet, vae, losses.e2e_loss, config.e2e.noise, config, mesh)
 
 
 def joint_step(
@@ -112,17 +112,21 @@ def joint_step(
     def loss_of(module, frozen, *rest):
         return losses.joint_loss(module, frozen._replace(unet=nnx.merge(unet, frozen.unet)), *rest)
 
-    return _step_on_labels(decoder, vae, loss_of, config, mesh)
+    return _step_on_labels(decoder, vae, loss_of, config.sampler.initial_noise, config, mesh)
 
 
 def _step_on_labels(
     network: nnx.GraphDef,
     vae: nnx.GraphDef[VAE],
     loss_of: Callable[..., jax.Array],
+    start_from: str,
     config: Config,
     mesh: Mesh | None,
 ) -> StepFunction:
-    """Return `step` of a stage that trains `network` by the labels of one step of the sampler."""
+    """Return `step` of a stage that trains `network` by the labels of one step of the sampler.
+
+    start_from: as config.sampler.initial_noise.
+    """
 
     def step(state: TrainState, frozen: losses.Frozen, batch: losses.Batch, key: jax.Array):
         frozen = frozen._replace(vae=nnx.merge(vae, frozen.vae))
@@ -131,7 +135,7 @@ def _step_on_labels(
         shape = (count, height // factor, width // factor, channels)
         # All classes of a photo start from the same noise, as in the sampler.
         drawn = jax.random.fold_in(key, state.step)
-        noise = samplers.initial_noise(drawn, shape, config.sampler.initial_noise)
+        noise = samplers.initial_noise(drawn, shape, start_from)
 
         def loss_fn(params, micro):
             module, (rows, start, weights) = nnx.merge(network, params), micro
