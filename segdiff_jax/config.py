@@ -199,12 +199,13 @@ class E2EConfig:
 class JointConfig:
     """The joint decoder, which sees the photo beside the maps: trained last, where it has steps.
 
-    Warm-up, clipping, betas, epsilon, accumulation and EMA are the optimizer's; the method is Muon.
+    Warm-up, clipping, betas, epsilon and EMA are the optimizer's; the method is Muon. No gradients
+    are accumulated.
     """
 
     steps: int = number(0, 0)  # 0 = none; the learning rate's decay ends with them
     batch_size: int = number(8, 1, 1_000_000)  # photos, over all devices
-    classes: int = number(8, 1, 255)  # that compete for a photo's pixels; a pass of the UNet each
+    classes: int = number(8, 1, 255)  # asked of a photo in a step; a pass of the UNet each
     learning_rate: float = number(6e-3, 0.0, 1e3)  # after the warm-up
     final_fraction: float = number(0.1, 0.0, 1.0, above=True)  # as optimizer.final_fraction
     weight_decay: float = number(0.01, 0.0, 1e3)  # as optimizer.weight_decay
@@ -222,7 +223,7 @@ class SamplerConfig:
     decoder: str = choice("vae", DECODERS)  # of mask latents: see docs/method.md
     shortlist: int = number(0, 0)  # M; 0 = every class gets the full budget
     batch_size: int = number(32, 1, 1_000_000)  # UNet passes in one compiled call, over all devices
-    tiles: int = number(0, 0, 1000)  # windows along a large photo, of predict; 0 = none
+    tiles: int = number(0, 0, 1000)  # windows along a large photo; 0 = none
 
 
 @dataclass

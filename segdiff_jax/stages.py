@@ -42,6 +42,8 @@ _NOT_OF_STAGE: dict[str, dict[str, Any]] = {
     },
     "joint": {
         "train.eval_every": 0,
+        "train.profile_steps": 0,  # a trace is of the stage that was asked for
+        "optimizer.accumulation": 1,  # of the UNet's batches
         "data.cache_latents": False,  # it sees photos
         "data.augment.views": 0,  # which nothing keeps: each example is a new one
         "optimizer.method": "muon",  # AdamW needs three times the photos: docs/results.md

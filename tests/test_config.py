@@ -158,11 +158,14 @@ def test_the_joint_decoder_takes_its_own_settings():
     config = valid()
     config.codec.classes_per_pass = 1
     config.joint.steps, config.sampler.decoder = 9, "joint"
+    # Three do not divide the decoder's batch of eight.
+    config.train.batch_size, config.optimizer.accumulation, config.train.profile_steps = 9, 3, 1
     assert validate(config)
     own = of_stage(dataclasses.replace(config, stage="joint"))
     assert (own.train.steps, own.train.batch_size, own.train.eval_every) == (9, 8, 0)
     assert (own.optimizer.learning_rate, own.optimizer.decay_steps) == (6e-3, 9)
     assert own.data.augment.views == 0 and not own.data.cache_latents
+    assert own.optimizer.accumulation == 1 and own.train.profile_steps == 0
     assert of_stage(own) == own
 
 

@@ -103,7 +103,7 @@ def evaluate(
     if sampler.tiles > 1 and processes.count() > 1:
         raise UserError(
             f"config.sampler.tiles={sampler.tiles}: windows are evaluated by one process: "
-            f"start one, or leave them out"
+            "start one, or leave them out"
         )
     if ceiling:
         sampler = dataclasses.replace(sampler, ensemble=1, shortlist=0, tiles=0)
@@ -257,18 +257,9 @@ def _part(
 
 
 def _in_tiles(plan: Plan, record: Mapping[str, Any]) -> Segmentation:
-    sampler = plan.sampler
+    asked = plan.asked.vocabulary, plan.sampler, plan.decoding, plan.seed
     try:
-        return plan.segmenter(
-            record["image"],
-            plan.asked.vocabulary,
-            seed=plan.seed,
-            closed=plan.decoding.closed,
-            steps=sampler.steps,
-            ensemble=sampler.ensemble,
-            shortlist=sampler.shortlist,
-            tiles=sampler.tiles,
-        )
+        return plan.segmenter.in_tiles(record["image"], *asked)
     except UserError as error:
         raise UserError(f"{record['name']}: {error}") from error
 

@@ -90,14 +90,16 @@ class Networks:
             )
 
     def latents(self, views: np.ndarray) -> np.ndarray:
-        """Encode views uint8 [I, H, W, 3] as latents [I, h, w, c].
+        """Encode views uint8 [I, H, W, 3] as latents [I, h, w, c]."""
+        return self._of_views(sampling.encode, self.vae, self.vae_params, views)
 
-        Each call takes one view a device, so that no number of them compiles anew.
+    def _of_views(self, call: Any, graph: nnx.GraphDef, params: Any, views: np.ndarray) -> Any:
+        """Return what `call(graph, params, views)` gives [I, ...], one view a device at a time.
+
+        So no number of views compiles anew.
         """
-        parts = [
-            sampling.encode(self.vae, self.vae_params, spread_rows(part, self.mesh))
-            for part in equal_parts(views, self.mesh.size)
-        ]
+        each = equal_parts(views, self.mesh.size)
+        parts = [call(graph, params, spread_rows(part, self.mesh)) for part in each]
         return np.concatenate([processes.gathered(p) for p in parts])[: len(views)]
 
     def sharpened(self, views: np.ndarray, maps: np.ndarray, text: np.ndarray) -> np.ndarray:
@@ -109,17 +111,8 @@ class Networks:
           text: the pooled prompts of these classes [I, C, D].
         """
         assert self._joint is not None  # as `check_decoder` makes sure
-        graph, params = self._joint
-        sharp = np.empty_like(maps)
-        for start, part in zip(
-            range(0, len(views), self.mesh.size), equal_parts(views, self.mesh.size), strict=True
-        ):
-            rows = slice(start, start + self.mesh.size)
-            seen = sampling.features(graph, params, spread_rows(part, self.mesh))
-            seen = processes.gathered(seen)[: len(maps[rows])]
-            found = joint_decoder.logits(self._joint_head, seen, text[rows], maps[rows])
-            sharp[rows] = joint_decoder.to_maps(found)
-        return sharp
+        seen = self._of_views(sampling.features, *self._joint, views)
+        return joint_decoder.to_maps(joint_decoder.logits(self._joint_head, seen, text, maps))
 
     def reconstruct(self, pixels: np.ndarray) -> np.ndarray:
         """Send images [I, H, W, 3] in [-1, 1], at the networks' size, through the VAE and back.

@@ -128,8 +128,7 @@ class Segmenter:
         if not photos:
             return []
         if sampler.tiles > 1:
-            in_tiles = functools.partial(self._in_tiles, wanted, sampler, decoding, seed, progress)
-            found = list(map(in_tiles, photos))
+            found = [self.in_tiles(p, wanted, sampler, decoding, seed, progress) for p in photos]
             return found if several else found[0]
         gray, spread = self.unclipped_maps(photos, wanted.classes, sampler, seed, progress=progress)
         uncertain = spread if sampler.ensemble > 1 else [None] * len(photos)
@@ -221,14 +220,14 @@ class Segmenter:
             latents, views = self._seen(photos, sampler)
             return passes.in_full(latents, views, passes.shortlist(latents, filled))
 
-    def _in_tiles(
+    def in_tiles(
         self,
+        image: np.ndarray | Encoded,
         classes: Vocabulary,
         sampler: SamplerConfig,
         decoding: CodecConfig,
         seed: int,
-        progress: Progress | None,
-        image: Any,
+        progress: Progress | None = None,
     ) -> Segmentation:
         """Segment an image as a whole and in windows, at most `sampler.tiles` along each side.
 

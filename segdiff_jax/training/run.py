@@ -203,9 +203,7 @@ def _unet_stage(run: Run) -> Stage:
 
 def _train_joint(run: Run) -> None:
     """Train the joint decoder on the finished UNet, in a folder below."""
-    config = run.config
-    untraced = dataclasses.replace(config.train, profile_steps=0)
-    last = dataclasses.replace(config, stage="joint", init_from=run.workdir, train=untraced)
+    last = dataclasses.replace(run.config, stage="joint", init_from=run.workdir)
     folder = str(epath.Path(run.workdir) / workdirs.JOINT_STAGE)
     train(last, folder, run.startup, nested=True)
 
@@ -333,9 +331,9 @@ def _set_up(
 def _batches(run: Run, stage: Stage, example: int) -> pipeline.TrainBatches:
     """Return the rows that this process feeds from `example` on, cached latents or pixels."""
     config, rows = run.config, mesh.local_rows(run.mesh, run.config.train.batch_size)
-    compete = {"e2e": config.e2e.classes, "joint": config.joint.classes}
-    if config.stage in compete:  # they are drawn as those of a pass are
-        group = dataclasses.replace(config.codec, classes_per_pass=compete[config.stage])
+    asked = {"e2e": config.e2e.classes, "joint": config.joint.classes}
+    if config.stage in asked:  # they are drawn as those of a pass are
+        group = dataclasses.replace(config.codec, classes_per_pass=asked[config.stage])
         config = dataclasses.replace(config, codec=group)
     if stage.encoder is None:
         return pipeline.train_batches(
