@@ -55,10 +55,10 @@ def main(argv: list[str]) -> None:
     runtime.start()
     folder = hub.local(args.checkpoint)
     _check_output(args, folder, workdir.read_config(folder))
-    networks = workdir.load_networks(folder, args.weights, args.which)
+    networks, step = workdir.load_networks(folder, args.weights, args.which)
     trained = workdir.read_classes(folder)
     if args.format == "diffusers":
-        decoders = workdir.load_decoders(folder, *networks[1:3])
+        decoders = workdir.load_decoders(folder, networks, step)
         write_folder(networks, args.output, args.dtype, trained, decoders)
     else:
         from segdiff_jax.inference import stablehlo
@@ -166,7 +166,7 @@ def write_folder(
     trained: vocabulary.Vocabulary | None = None,
     decoders: "Decoders | None" = None,
 ) -> None:
-    """Write everything that `workdir.load_networks` returns as a Stable Diffusion folder.
+    """Write the networks and config of `workdir.load_networks` as a Stable Diffusion folder.
 
     The bytes depend on the arguments only, and loading the folder gives the arguments back (but
     for `portable`). trained: the classes of the training. decoders: as `workdir.load_decoders`

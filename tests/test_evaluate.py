@@ -56,7 +56,7 @@ def files(tmp_path, data, tiny_networks, tiny_config, monkeypatch):
     workdir.write_config(str(tmp_path / "w"), tiny_config())
     monkeypatch.setattr(
         workdir,
-        "load_with_step",
+        "load_networks",
         lambda path, which: (
             (*tiny_networks, workdir.read_config(path)),
             {"newest": 6, "best": 2}[which],
@@ -132,6 +132,20 @@ def test_predictions_lie_in_a_folder_of_their_own(files, capsys):
         assert sorted(path.name for path in predictions.iterdir()) == ["p0.png", "p1.png", "p2.png"]
 
 
+def test_photos_of_the_same_name_keep_a_prediction_each(files, data, capsys):
+    for kind in ("images", "masks"):
+        for number in range(3):
+            folder = data / "val" / kind / f"day{number}"
+            folder.mkdir()
+            (data / "val" / kind / f"p{number}.png").rename(folder / "p.png")
+    code, output = _run(files, capsys, "--predictions")
+    assert code == 0, output.err
+    written = sorted((files / "o" / "predictions").rglob("*.png"))
+    assert [path.parent.name for path in written] == ["day0", "day1", "day2"]
+    rows = (files / "o" / "per_image.csv").read_text().splitlines()
+    assert {row.split(",")[0] for row in rows[1:]} == {f"day{n}/p.png" for n in range(3)}
+
+
 def test_the_classes_are_printed_and_checked(files, data, capsys, tiny_config):
     code, output = _run(files, capsys, "--limit", "1")
     assert code == 0 and "3 classes, 1 synonym: sky; building (= edifice); road" in output.out
@@ -161,7 +175,7 @@ def test_maps_that_are_not_finite_have_no_score(files, capsys, tiny_networks, mo
     nnx.update(broken, jax.tree.map(lambda x: x * np.nan, nnx.state(vae)))
     monkeypatch.setattr(
         workdir,
-        "load_with_step",
+        "load_networks",
         lambda path, which: ((unet, broken, *rest, workdir.read_config(path)), 6),
     )
     code, output = _run(files, capsys, *more)

@@ -25,7 +25,7 @@ def place(tmp_path, tiny_networks, tiny_config, monkeypatch):
     workdir.write_config(str(tmp_path / "w"), tiny_config())
     monkeypatch.setattr(
         workdir,
-        "load_with_step",
+        "load_networks",
         lambda path, which: (
             (*tiny_networks, workdir.read_config(path)),
             {"newest": 6, "best": 2}[which],
@@ -511,7 +511,7 @@ def test_an_output_is_not_touched_before_the_checkpoint_is_known_to_load(
     def damaged(path, which):
         raise UserError(f"{path}: every checkpoint is damaged")
 
-    monkeypatch.setattr(workdir, "load_with_step", damaged)
+    monkeypatch.setattr(workdir, "load_networks", damaged)
     assert _run(place, capsys)[0] == 2
     assert not (place / "o").exists()
 

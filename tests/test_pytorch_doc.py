@@ -68,7 +68,7 @@ def check(ours, labels, scores, config):
 
 def test_a_trained_model_paints_the_same_masks_in_torch(trained, blocks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    *modules, config = workdir.load_networks(trained)
+    (*modules, config), _ = workdir.load_networks(trained)
     steps = dataclasses.replace(config.sampler, steps=4)
     # Training was short: the best of three bad scores, or else every pixel would be *other*.
     codec = dataclasses.replace(config.codec, closed=True)

@@ -270,8 +270,7 @@ def _of_image(plan: Plan, image: int, record: Mapping[str, Any], found: Segmenta
     labels = asked.labels(found.labels)
     if plan.predictions:
         data = pictures.label_png(labels, plan.source.vocabulary.palette())
-        name = record["name"].replace("/", "_")
-        files.write_bytes(os.path.join(plan.predictions, f"{name}.png"), data)
+        files.write_bytes(os.path.join(plan.predictions, f"{record['name']}.png"), data)
     highest = asked.highest(found.network_scores.max((0, 1)), len(names))
     held_out = image % 2 == 0
     sums = metrics.count(truth, labels, highest, found.confidence, found.uncertainty, held_out)

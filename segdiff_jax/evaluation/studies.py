@@ -236,10 +236,10 @@ def _remembering(maps: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 
 @functools.lru_cache(maxsize=1)  # the cases of a training follow one another
 def _model(workdir: str, spacing: str, remembering: bool) -> Segmenter:
-    networks, _ = workdirs.load_with_step(workdir)
+    networks, step = workdirs.load_networks(workdir)
     config = changed(networks[-1], {"diffusion.timestep_spacing": spacing}, "model")
     model = Segmenter(*networks[:-1], config, trained=workdirs.read_classes(workdir))
-    model.add_decoders(workdirs.load_decoders(workdir, *networks[1:3]))
+    model.add_decoders(workdirs.load_decoders(workdir, networks, step))
     if remembering:
         model.networks.maps = _remembering(model.networks.maps)  # type: ignore[method-assign]
     return model

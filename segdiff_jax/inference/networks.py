@@ -79,7 +79,8 @@ class Networks:
         mend = {
             "linear": "run its training again, which only fits one if it is finished (of an "
             "export: then export it again)",
-            "joint": "train it: run its training again with config.joint.steps",
+            "joint": "run its training again with config.joint.steps, which trains one for the "
+            "newest checkpoint",
             "tiny": "copy an AutoencoderTiny of its latent space (madebyollin/taesd is one of "
             "Stable Diffusion 1 and 2) to tiny_vae/, of a workdir pretrained/tiny_vae/",
         }

@@ -84,10 +84,10 @@ class Segmenter:
         Raise `UserError` if it is neither, has no such step, or holds another architecture.
         """
         folder = hub.local(checkpoint)
-        networks, step = workdir.load_with_step(folder, which=which)
+        networks, step = workdir.load_networks(folder, which=which)
         segmenter = Segmenter(*networks, trained=workdir.read_classes(folder))
         segmenter.checkpoint_step = step
-        segmenter.add_decoders(workdir.load_decoders(folder, *networks[1:3]))
+        segmenter.add_decoders(workdir.load_decoders(folder, networks, step))
         return segmenter
 
     @property

@@ -2,7 +2,7 @@
 
 W, a finished training ─► UNet, VAE, linear decoder, prompts: frozen ─► maps of the classes asked
 photo, maps, text ─► JointDecoder ─► loss on labels                      (`losses.joint_loss`)
-W/joint, the workdir of this stage ─► joint_decoder.safetensors
+W/joint/STEP, the workdir of this stage ─► joint_decoder.safetensors
 """
 
 import jax.numpy as jnp
@@ -27,10 +27,14 @@ from segdiff_jax.weights import workdir as workdirs
 
 
 def prepare(run: Run) -> Stage:
-    """Prepare the "joint" stage, whose `init_from` is the workdir of the UNet."""
+    """Prepare the "joint" stage.
+
+    Its `init_from` is the workdir of the UNet, its own `workdirs.joint_folder` of the UNet's step.
+    """
     config, workdir = run.config, run.config.init_from
     dtype = jnp.dtype(config.model.dtype)
-    unet, *_ = workdirs.load_unet(workdir, mesh=run.mesh)
+    step = epath.Path(run.workdir).name
+    unet, *_ = workdirs.load_unet(workdir, mesh=run.mesh, which=step)
     folder = str(epath.Path(workdir) / workdirs.PRETRAINED)
     vae, text_encoder, tokenizer = workdirs.load_frozen(folder, dtype)
     table = conditioning.encode_prompts(

@@ -100,10 +100,10 @@ def train(
                 _begin(run)
                 joint.write(run, _train(run, joint.prepare(run)))
             else:
-                _train(run, _unet_stage(run))
+                done = int(_train(run, _unet_stage(run)).step)
                 mask_decoder.settle(config, workdir, source)
                 if config.joint.steps:
-                    _train_joint(run)
+                    _train_joint(run, done)
 
 
 def _begin(run: Run) -> None:
@@ -201,10 +201,10 @@ def _unet_stage(run: Run) -> Stage:
     )
 
 
-def _train_joint(run: Run) -> None:
-    """Train the joint decoder on the finished UNet, in a folder below."""
+def _train_joint(run: Run, step: int) -> None:
+    """Train the joint decoder of the UNet that is finished at `step`, in a folder below."""
     last = dataclasses.replace(run.config, stage="joint", init_from=run.workdir)
-    folder = str(epath.Path(run.workdir) / workdirs.JOINT_STAGE)
+    folder = str(workdirs.joint_folder(run.workdir, step))
     train(last, folder, run.startup, nested=True)
 
 

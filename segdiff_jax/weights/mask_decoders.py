@@ -1,7 +1,7 @@
 """Files of decoders that take the place of the VAE's, in the folder of a model.
 
 linear_decoder.safetensors            fitted when a training ends
-joint_decoder.safetensors (joint/)    trained after it, where config.joint.steps is not 0
+joint_decoder.safetensors (joint/STEP/)  trained after it, where config.joint.steps is not 0
 tiny_vae/ (of a workdir: pretrained/) an AutoencoderTiny of the same latent space, put there by hand
 """
 

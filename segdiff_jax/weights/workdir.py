@@ -3,7 +3,7 @@
 W/config.json     the run's config
 W/classes.json    the classes it is trained with, in id order; an export has it too
 W/vae/            the VAE stage, where the run began from nothing: a workdir of its own
-W/joint/          the joint decoder's stage, after the UNet's: a workdir of its own
+W/joint/STEP/     the joint decoder's stage, on the UNet of that step: a workdir of its own
 W/pretrained/     a Hugging Face folder with the frozen networks: VAE, text encoder, tokenizer
 W/latents/        VAE latents of the training pairs, where data.cache_latents is on
 W/checkpoints/    Orbax: parameters, optimiser, EMA; with the config and the UNet's architecture
@@ -208,19 +208,16 @@ def checkpoint_metadata(config: Config, unet: UNetConfig | None) -> dict[str, An
     return {"config": to_dict(config), "unet": architecture, VERSION_KEY: __version__}
 
 
-def load_networks(path: str, weights: str | None = None, which: str | int = "newest") -> Networks:
+def load_networks(
+    path: str, weights: str | None = None, which: str | int = "newest"
+) -> tuple[Networks, int | None]:
     """Load everything needed to segment, from a training workdir or an exported folder.
+
+    Return with it the step of the checkpoint; None for an export.
 
     weights: "ema" | "raw" of a training; by default the EMA where the training kept one.
     which: "newest", "best" (by the mIoU of its validation) or a step, of a training's checkpoints.
     """
-    return load_with_step(path, weights, which)[0]
-
-
-def load_with_step(
-    path: str, weights: str | None = None, which: str | int = "newest"
-) -> tuple[Networks, int | None]:
-    """Do what `load_networks` does, and return the step of the checkpoint; None for an export."""
     config = read_config(path)
     if not is_workdir(path):
         if weights:
@@ -333,15 +330,24 @@ def load_frozen(
     return vae, text_encoder, tokens
 
 
-def load_decoders(path: str, vae: VAE, text_encoder: CLIPText) -> mask_decoders.Decoders:
-    """Load what a run or an export has beside the decoder of its `vae`."""
+def joint_folder(path: str, step: int) -> epath.Path:
+    """Return the workdir of the joint decoder that goes with the UNet of this step alone."""
+    return epath.Path(path) / JOINT_STAGE / str(step)
+
+
+def load_decoders(path: str, networks: Networks, step: int | None) -> mask_decoders.Decoders:
+    """Load what a run or an export has beside the decoder of its VAE.
+
+    networks, step: as `load_networks` returns them.
+    """
+    _, vae, text_encoder, *_ = networks
     folder = epath.Path(path)
-    networks, joint = folder, folder
-    if is_workdir(path):
-        networks, joint = folder / PRETRAINED, folder / JOINT_STAGE
+    tiny, joint = folder, folder
+    if step is not None:
+        tiny, joint = folder / PRETRAINED, joint_folder(path, step)
     return mask_decoders.Decoders(
         mask_decoders.read_linear(folder, vae.config),
-        mask_decoders.read_tiny(networks, vae.config, vae.dtype),
+        mask_decoders.read_tiny(tiny, vae.config, vae.dtype),
         mask_decoders.read_joint(joint, text_encoder.config.hidden_size, vae.dtype),
     )
 

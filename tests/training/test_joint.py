@@ -131,21 +131,46 @@ def finished(trained, micro_config, train_optimized, tmp_path_factory):
     return str(workdir)
 
 
+def joint_of(workdir) -> Path:
+    """Return the folder of the joint decoder that goes with the newest checkpoint."""
+    return Path(workdirs.joint_folder(workdir, steps_of(workdir)[-1]))
+
+
 def test_a_finished_training_goes_on_to_it_and_does_not_train_it_again(
     finished, micro_config, train_optimized
 ):
-    assert steps_of(f"{finished}/joint")[-1] == 2
-    path = Path(finished, "joint", mask_decoders.JOINT)
+    folder = joint_of(finished)
+    assert steps_of(folder)[-1] == 2
+    path = folder / mask_decoders.JOINT
     before = path.read_bytes()
     config = micro_config()
     config.joint = JointConfig(steps=2, batch_size=2, classes=C)
     train_optimized(config, finished)
-    assert path.read_bytes() == before and steps_of(f"{finished}/joint") == [2]
+    assert path.read_bytes() == before and steps_of(folder) == [2]
+
+
+def test_a_unet_that_goes_on_gets_another_and_the_earlier_one_keeps_its_own(
+    finished, micro_config, train_optimized, tmp_path
+):
+    workdir, before = tmp_path / "run", joint_of(finished)
+    shutil.copytree(finished, workdir)
+    config = micro_config()
+    config.joint = JointConfig(steps=2, batch_size=2, classes=C)
+    config.train.steps += 1
+    train_optimized(config, str(workdir))
+    kept = workdir / "joint" / before.name / mask_decoders.JOINT
+    assert kept.read_bytes() == (before / mask_decoders.JOINT).read_bytes()
+    assert joint_of(workdir).name == str(config.train.steps)
+    newest, earlier = (
+        Segmenter.load(str(workdir), which).networks for which in ("newest", int(before.name))
+    )
+    kernels = [np.asarray(n._joint_head.kernel) for n in (newest, earlier)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0
 
 
 def test_an_export_has_it_too_and_sharpens_as_the_training_does(finished, tmp_path):
-    networks = workdirs.load_networks(finished)
-    decoders = workdirs.load_decoders(finished, *networks[1:3])
+    networks, step = workdirs.load_networks(finished)
+    decoders = workdirs.load_decoders(finished, networks, step)
     assert decoders.joint is not None
     export.write_folder(
         networks, tmp_path / "model", trained=workdirs.read_classes(finished), decoders=decoders
@@ -163,8 +188,8 @@ def test_an_export_has_it_too_and_sharpens_as_the_training_does(finished, tmp_pa
 
 
 def test_its_file_says_when_it_is_of_another_text_encoder(finished, tmp_path):
-    path = f"{finished}/joint"
-    width = workdirs.load_networks(finished)[2].config.hidden_size
+    path = joint_of(finished)
+    width = workdirs.load_networks(finished)[0][2].config.hidden_size
     assert mask_decoders.read_joint(tmp_path, width) is None
     assert mask_decoders.read_joint(path, width).head().scale == pytest.approx(
         LOGITS_PER_GRAY, abs=0.1
@@ -182,7 +207,7 @@ def test_on_two_devices_as_on_one(trained, tmp_path):
         shutil.copytree(trained, workdir)
         with Run(workdir, *(f"--config.{flag}" for flag in flags), devices=devices) as started:
             started.finished()
-        found.append(safetensors.numpy.load_file(workdir / "joint" / mask_decoders.JOINT))
+        found.append(safetensors.numpy.load_file(joint_of(workdir) / mask_decoders.JOINT))
     one, two = found
     for name, array in one.items():
         np.testing.assert_allclose(two[name], array, atol=1e-3)

@@ -41,22 +41,21 @@ def test_the_file_of_another_vae_and_a_damaged_one_are_refused(tmp_path):
 def test_a_finished_training_has_one_and_so_has_its_export(
     trained, micro_config, train_optimized, tmp_path
 ):
-    networks = workdir.load_networks(trained)
-    vae, text_encoder = networks[1:3]
-    decoders = workdir.load_decoders(trained, vae, text_encoder)
+    networks, step = workdir.load_networks(trained)
+    decoders = workdir.load_decoders(trained, networks, step)
     linear = decoders.linear
     assert decoders.tiny is decoders.joint is None and linear.kernel.shape[:3] == (
         3,
         3,
-        vae.config.latent_channels,
+        networks[1].config.latent_channels,
     )
     export.write_folder(networks, tmp_path / "model", decoders=decoders)
-    again = workdir.load_decoders(str(tmp_path / "model"), vae, text_encoder)
+    again = workdir.load_decoders(str(tmp_path / "model"), networks, None)
     np.testing.assert_array_equal(again.linear.kernel, linear.kernel)
 
     copy = tmp_path / "run"  # as of an earlier version, without one
     shutil.copytree(trained, copy)
     (copy / mask_decoders.LINEAR).unlink()
     train_optimized(micro_config(), str(copy))
-    fitted = workdir.load_decoders(str(copy), vae, text_encoder)
+    fitted = workdir.load_decoders(str(copy), networks, step)
     np.testing.assert_allclose(fitted.linear.kernel, linear.kernel, atol=1e-3)

@@ -1,10 +1,11 @@
 """Datasets as random-access, picklable sequences of image/label pairs."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from etils import epath
 
 from segdiff_jax.config import SOURCES, DataConfig
 from segdiff_jax.data import images
@@ -24,7 +25,7 @@ from segdiff_jax.text.vocabulary import Vocabulary
 
 
 class Source(Protocol):
-    """source[i] = {"image": uint8 [H, W, 3], "labels": [H, W], "name": str}.
+    """source[i] = {"image": uint8 [H, W, 3], "labels": [H, W], "name": str, of this pair alone}.
 
     Labels are uint8, 255 for *ignore*; of more than 255 classes uint16 and 65535
     (`codec.label_type`). Sources of files add "ids": {id in the mask file: pixels}. A source may
@@ -96,6 +97,7 @@ class PairSource:
     def __init__(self, layout: Layout, config: DataConfig):
         self.pairs, self.vocabulary, self.lookup, self.asked = layout
         self.config = config
+        self._names = _names([image for image, _ in self.pairs])
         self._memory = Memory(config.cache_images)
         classes = np.unique(self.lookup[self.lookup >= 0])
         if len(classes) != len(self.vocabulary):
@@ -138,8 +140,7 @@ class PairSource:
         ids = count_ids(labels)
         self._check_ids(ids, mask_path)
         labels = to_labels(labels, self.lookup, len(self.vocabulary))
-        name = epath.Path(image_path).stem
-        return {"image": image, "labels": labels, "name": name, "ids": ids}
+        return {"image": image, "labels": labels, "name": self._names[index], "ids": ids}
 
     def _check_sizes(self, index: int, image: tuple[int, ...], mask: tuple[int, ...]) -> None:
         if image == mask:
@@ -171,6 +172,16 @@ def evenly(count: int, length: int) -> list[int]:
     Neighbouring pairs are often frames of one video.
     """
     return [i * length // count for i in range(count)]
+
+
+def _names(photos: Sequence[str]) -> list[str]:
+    """Return a name for each of these paths: its stem, or its place where stems occur twice."""
+    paths = [PurePosixPath(photo) for photo in photos]
+    stems = [path.stem for path in paths]
+    if len(set(stems)) == len(stems):
+        return stems
+    shared = len(os.path.commonprefix([path.parts for path in paths]))
+    return ["/".join(path.parts[shared:]) for path in paths]
 
 
 def count_ids(labels: np.ndarray) -> dict[int, int]:
