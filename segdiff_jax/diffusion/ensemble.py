@@ -20,6 +20,7 @@ REGULARIZER = 0.02
 TINY = 1e-12
 SHRINK = 1e-6  # stands in for scale 0 where that is the optimum: see `align`
 STEP, DESCENT = 0.03, 300  # first step and number of steps of the descent after BFGS
+NETWORK = 24  # members up to which `median` compares them one by one; it has N²/2 comparisons
 
 
 def merge(
@@ -30,10 +31,26 @@ def merge(
     reduce "median" | "mean". uncertainty "mad" (median absolute deviation from the merged map)
     | "std" (population standard deviation), in the units of `maps`; zero for N = 1.
     """
-    merged = jnp.median(maps, axis=0) if reduce == "median" else jnp.mean(maps, axis=0)
+    merged = median(maps) if reduce == "median" else jnp.mean(maps, axis=0)
     if uncertainty == "mad":
-        return merged, jnp.median(jnp.abs(maps - merged), axis=0)
+        return merged, median(jnp.abs(maps - merged))
     return merged, jnp.std(maps, axis=0)
+
+
+def median(members: jax.Array) -> jax.Array:
+    """Compute the median of members [N, ...] by odd-even transposition, as [...].
+
+    A sorting network is minima and maxima of whole maps. XLA's sort, which `jnp.median` calls, goes
+    from pixel to pixel: 180 times as slow for 10 maps of 96 × 128 on a CPU.
+    """
+    count = members.shape[0]
+    if count > NETWORK:
+        return jnp.median(members, axis=0)
+    rows = list(members)
+    for turn in range(count):
+        for i in range(turn % 2, count - 1, 2):
+            rows[i : i + 2] = jnp.minimum(*rows[i : i + 2]), jnp.maximum(*rows[i : i + 2])
+    return (rows[(count - 1) // 2] + rows[count // 2]) / 2.0
 
 
 def ensemble(
@@ -89,10 +106,12 @@ def align(maps: Members, reduce: str = "median") -> tuple[PerMember, PerMember]:
     flat = (maps * scale0[:, None, None] + shift0[:, None, None]).reshape(count, -1)
     disagreement = _pairwise_rms(flat)
 
-    def extremes(parameters: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def extremes(parameters: jax.Array) -> jax.Array:
         scale, shift = parameters[:count, None], parameters[count:, None]
         merged, _ = merge(flat * scale + shift, reduce)
-        return jnp.min(merged), jnp.max(merged)
+        # The gradient is that of the two pixels alone, and costs what two pixels cost.
+        ends = jnp.stack([jnp.argmin(merged), jnp.argmax(merged)])
+        return merge(flat[:, ends] * scale + shift, reduce)[0]
 
     def gauge_free(parameters: jax.Array) -> jax.Array:
         bottom, top = extremes(parameters)

@@ -129,7 +129,7 @@ def test_degenerate_maps_stay_finite(count):
     assert uncertainty.max() < 1e-4
 
 
-@pytest.mark.parametrize("count", [1, 4, 5])
+@pytest.mark.parametrize("count", [1, 4, 5, E.NETWORK, E.NETWORK + 1])
 def test_merge_matches_numpy(count):
     maps = np.random.default_rng(0).random((count, 6, 7)).astype(np.float32)
     for reduce, center in (("median", np.median), ("mean", np.mean)):
