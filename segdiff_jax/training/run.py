@@ -293,7 +293,13 @@ def _newest_state(
     if build is None:
         create = jax.jit(lambda p: init_state(p, config), out_shardings=shardings)
         return create(params), {}
-    return jax.jit(lambda: init_state(nnx.state(build()), config), out_shardings=shardings)(), {}
+    create = jax.jit(
+        lambda: init_state(nnx.state(build()), config),
+        out_shardings=shardings,
+        # It runs once: a hundred generators of random numbers took longer to optimise than to run.
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    return create(), {}
 
 
 def _set_up(
