@@ -13,7 +13,7 @@ from segdiff_jax import cli, files, ownership
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
 
-NAMES = ("noise", "steps", "ensemble", "start", "codec", "panels")
+NAMES = ("noise", "steps", "ensemble", "start", "codec", "negatives", "panels")
 _DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
 _DESCRIPTION = f"""Run an experiment of the paper's supplement, and say what it shows.
 

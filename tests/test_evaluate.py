@@ -138,7 +138,7 @@ def test_photos_of_the_same_name_keep_a_prediction_each(files, data, capsys):
             folder = data / "val" / kind / f"day{number}"
             folder.mkdir()
             (data / "val" / kind / f"p{number}.png").rename(folder / "p.png")
-    code, output = _run(files, capsys, "--predictions")
+    code, output = _run(files, capsys, "--predictions", "--per-image")
     assert code == 0, output.err
     written = sorted((files / "o" / "predictions").rglob("*.png"))
     assert [path.parent.name for path in written] == ["day0", "day1", "day2"]

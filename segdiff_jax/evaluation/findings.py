@@ -22,6 +22,8 @@ NAMES = {
     "pixel_accuracy": "pixel accuracy",
     "agreement": "agreement",
     "error_auroc": "errors told: AUROC",
+    "presence_auroc": "presence: AUROC",
+    "false_alarms": "false alarms",
 }
 
 

@@ -28,6 +28,7 @@ class Sums(NamedTuple):
 
     confusion: np.ndarray  # int64 [K, K+1] as of `confusion`
     boundary: np.ndarray  # int64 [K, 3] as of `boundary`
+    alarms: np.ndarray  # int64 [2]: pixels given to a class that the image does not have; all
     presence: np.ndarray  # tally: is the class in the image, by the highest of its scores
     confidence: np.ndarray  # tally of pixels: is the label right, by the score of its class
     uncertainty: np.ndarray  # tally of pixels: is the label wrong, by the ensemble's spread
@@ -38,7 +39,7 @@ def nothing(num_classes: int) -> Sums:
     """Return the sums of no image."""
     matrix = np.zeros((num_classes, num_classes + 1), np.int64)
     edges = np.zeros((num_classes, 3), np.int64)
-    return Sums(matrix, edges, *(tally.nothing() for _ in range(4)))
+    return Sums(matrix, edges, np.zeros(2, np.int64), *(tally.nothing() for _ in range(4)))
 
 
 def added(one: Sums, other: Sums) -> Sums:
@@ -70,9 +71,11 @@ def count(
     right = labels[valid] == prediction[valid]
     spread = tally.nothing() if uncertainty is None else tally.count(uncertainty[valid], ~right)
     certain = tally.count(confidence[valid], right)
+    given = matrix[:, :-1].sum(axis=0)  # [K], pixels
     return Sums(
         matrix,
         boundary(labels, prediction, num_classes),
+        np.array([given[~shown].sum(), matrix.sum()]),
         tally.count(highest, shown) if shown.any() else tally.nothing(),
         certain,
         spread,
@@ -242,7 +245,8 @@ def summarize_rest(sums: Sums, names: Sequence[str]) -> dict[str, Any]:
 
     Returns:
       `boundary_miou_present`, `boundary_miou_union` and `per_class_boundary` {name: IoU}: as of
-      whole masks. `presence_auroc` and `presence_mcc` (at its best threshold).
+      whole masks. `false_alarms`: the share of pixels given to classes that their image does not
+      have. `presence_auroc` and `presence_mcc` (at its best threshold).
       `calibration_error` of the winning score; `temperature`, fitted on the held-out images, and
       the error on the other ones before and after it, `calibration_error_before` and
       `calibration_error_after`. `error_auroc` and `error_aurc`: how well the
@@ -251,6 +255,7 @@ def summarize_rest(sums: Sums, names: Sequence[str]) -> dict[str, Any]:
     truth, guess, both = sums.boundary.T.astype(np.float64)  # [K] each
     union = truth + guess - both
     iou = np.divide(both, union, out=np.full_like(both, np.nan), where=union > 0)
+    false, pixels = sums.alarms
     rest = sums.confidence - sums.held_out
     temperature = tally.temperature(sums.held_out) if rest.any() else None
     tempered = None if temperature is None else tally.tempered(temperature)
@@ -258,6 +263,7 @@ def summarize_rest(sums: Sums, names: Sequence[str]) -> dict[str, Any]:
         "boundary_miou_present": _mean(iou[truth > 0]),
         "boundary_miou_union": _mean(iou[union > 0]),
         "per_class_boundary": {n: _number(value) for n, value in zip(names, iou, strict=True)},
+        "false_alarms": float(false / pixels) if pixels else None,
         "presence_auroc": tally.auroc(sums.presence),
         "presence_mcc": tally.best_mcc(sums.presence),
         "calibration_error": tally.calibration_error(sums.confidence),
@@ -275,6 +281,7 @@ def undefined(figures: dict[str, Any], ensemble: bool = True) -> dict[str, str]:
     """Say why figures, or those of classes in them, are None: name → reason."""
     certain = "an ensemble of one has no uncertainty"
     reasons = {
+        "false_alarms": "no pixel is annotated",
         "presence_auroc": "no class is in one image and not in another",
         "presence_mcc": "no class is in one image and not in another",
         "calibration_error": "no pixel is annotated",

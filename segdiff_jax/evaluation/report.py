@@ -32,6 +32,7 @@ _FIGURES = {
 _FURTHER = {
     "boundary_miou_present": "boundary mIoU, classes in the ground truth",
     "boundary_miou_union": "boundary mIoU, classes in truth or prediction",
+    "false_alarms": "pixels given to classes that the image does not have",
     "presence_auroc": "which images a class is in: AUROC",
     "presence_mcc": "which images a class is in: best MCC",
     "calibration_error": "calibration error of the winning score",

@@ -144,6 +144,25 @@ def _codec(config: Config) -> list[Case]:
     ]
 
 
+def _negatives(config: Config) -> list[Case]:
+    return [
+        Case(
+            {"hard negatives, %": percent, "timesteps": timesteps},
+            _with_negatives(config, training(config, timesteps), percent / 100),
+            {"sampler.steps": 1},
+        )
+        for timesteps in _TIMESTEPS
+        for percent in (0, 50)
+    ]
+
+
+def _with_negatives(config: Config, plain: Training, share: float) -> Training:
+    if share == config.train.hard_negatives:
+        return plain
+    changes = {**plain.changes, "train.hard_negatives": share}
+    return Training(f"{plain.name}-hard{share:g}", changes)
+
+
 _SPLIT = ("miou_trained", "miou_novel", "miou_harmonic", "miou_ceiling")
 _BETTER_NOISE = tuple(
     Claim(f"{text} ({name})", figure, {"noise": better}, {"noise": worse})
@@ -212,6 +231,19 @@ STUDIES = {
                 *(_MIOU, {"context": "bound"}, {"context": "mean"}),
             ),
             Claim("Ten steps are better than one", _MIOU, {"steps": 10}, {"steps": 1}),
+        ),
+    ),
+    "negatives": Study(
+        "absent classes that are like the present ones, among the classes asked in training",
+        *(_negatives, "hard negatives, %"),
+        *((_MIOU, "false_alarms", "presence_auroc", *_SPLIT[:2]), 1),
+        tuple(
+            Claim(text, figure, {"hard negatives, %": better}, {"hard negatives, %": 50 - better})
+            for text, figure, better in (
+                ("They raise mIoU", _MIOU, 50),
+                ("They tell better which classes an image has", "presence_auroc", 50),
+                ("Without them there are more false alarms", "false_alarms", 0),
+            )
         ),
     ),
 }

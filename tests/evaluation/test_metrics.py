@@ -239,6 +239,20 @@ def test_presence_is_asked_of_every_image_with_labels_and_every_class():
     assert undefined(got, ensemble=False)["error_auroc"] == "an ensemble of one has no uncertainty"
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.lists(blocks(), min_size=1, max_size=3))
+def test_false_alarms_are_pixels_of_classes_that_the_image_lacks(pairs):
+    rng = np.random.default_rng(0)
+    sums, false, pixels = nothing(K), 0, 0
+    for truth, guess in pairs:
+        sums = Sums(*map(np.add, sums, _counted(truth, guess, rng)))
+        given_to = guess[truth != 255]
+        pixels += given_to.size
+        false += (~np.isin(given_to, [*truth[truth != 255], 255])).sum()
+    expected = false / pixels if pixels else None
+    assert summarize_rest(sums, NAMES)["false_alarms"] == expected
+
+
 def test_no_image_leaves_no_figure():
     got = summarize_rest(nothing(K), NAMES)
     assert set(got.pop("per_class_boundary").values()) == set(got.values()) == {None}
