@@ -25,7 +25,8 @@ SMOKE := runs/smoke
 smoke: $(VENV)/.runtime
 	rm -rf $(SMOKE)
 	$(BIN)/python -m segdiff_jax.train --config configs/demo.py --workdir $(SMOKE)/workdir \
-	  --config.train.steps=20 --config.vae.steps=20 --config.data.scenes.train_examples=64
+	  --config.train.steps=20 --config.vae.steps=20 --config.joint.steps=20 \
+	  --config.data.scenes.train_examples=64
 	$(BIN)/python -m segdiff_jax.data.scenes --output $(SMOKE)/photos --count 2
 	$(BIN)/python -m segdiff_jax.predict --checkpoint $(SMOKE)/workdir \
 	  --images $(SMOKE)/photos/images --classes "background; plain red ring" \

@@ -67,6 +67,8 @@ def main(argv: list[str]) -> None:
         sampler = _sampler(args, networks[-1])
         model = Segmenter(*networks, trained=trained)
         stablehlo.write(model, args.output, sampler, args.dtype)
+        if sampler.decoder != "vae":
+            print(f"in place of sampler.decoder={sampler.decoder}, it decodes by the VAE")
     print(f"exported: {args.output}")
     if args.verify:
         found = verify.differences(args.output, networks[-1].data.image_size)

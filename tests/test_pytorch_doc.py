@@ -5,16 +5,21 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from PIL import Image
 
 from segdiff_jax import export
 from segdiff_jax.codec import decode
 from segdiff_jax.diffusion import sampler as sampler_lib
 from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.models.joint_decoder import JointDecoder
+from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.weights import workdir
+from segdiff_jax.weights.mask_decoders import Decoders
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 DOC = Path(__file__).parents[1] / "docs" / "pytorch.md"
@@ -29,10 +34,10 @@ def blocks():
     return found
 
 
-def compare(blocks, networks, tmp_path, ensemble=1, classes=CLASSES):
+def compare(blocks, networks, tmp_path, ensemble=1, decoders=None):
     """Exports `networks`, runs the document on it and returns both sides' labels and scores."""
     *modules, config = networks
-    export.write_folder((*modules, config), tmp_path / "model")
+    export.write_folder((*modules, config), tmp_path / "model", decoders=decoders)
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 26, 3), np.uint8))
     photo.save(tmp_path / "photo.png")
     names: dict = {}
@@ -42,13 +47,15 @@ def compare(blocks, networks, tmp_path, ensemble=1, classes=CLASSES):
     assert written.shape == (40, 26) and set(np.unique(written)) <= {0, 1, 2, 255}
 
     segmenter = Segmenter(*networks)
+    if decoders:
+        segmenter.add_decoders(decoders)
     channels, factor = modules[1].config.latent_channels, modules[1].config.downsampling
     shape = (*(n // factor for n in config.data.image_size), channels)
     keys = sampler_lib.member_keys(jax.random.key(4), ensemble)
     noise = np.stack([sampler_lib.initial_noise(key, shape) for key in keys])
     noise = torch.from_numpy(noise.transpose(0, 3, 1, 2).copy())
-    ours = segmenter(np.asarray(photo), classes, ensemble=ensemble, seed=4)
-    labels, scores = names["segment"](names["model"], photo, classes, noise)
+    ours = segmenter(np.asarray(photo), CLASSES, ensemble=ensemble, seed=4)
+    labels, scores = names["segment"](names["model"], photo, CLASSES, noise)
     return ours, labels.numpy(), scores.numpy().transpose(1, 2, 0)
 
 
@@ -83,6 +90,22 @@ def test_several_classes_per_pass(
     monkeypatch.chdir(tmp_path)
     config = tiny_config(classes_per_pass=group, context=context, threshold=0.4)
     check(*compare(blocks, (*tiny_networks, config), tmp_path), config)
+
+
+@pytest.mark.parametrize("decoder", ["linear", "joint"])
+def test_decoders_in_the_place_of_the_vaes(
+    decoder, blocks, tiny_networks, tiny_config, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(classes_per_pass=1, closed=True)
+    config.sampler.decoder = decoder
+    vae, text_encoder = (network.config for network in tiny_networks[1:3])
+    rng, pixels = np.random.default_rng(0), vae.downsampling**2
+    kernel = rng.normal(0, 0.1, (3, 3, vae.latent_channels, pixels)).astype(np.float32)
+    joint = JointDecoder(text_encoder.hidden_size, rngs=nnx.Rngs(0))
+    joint.query.kernel[...] = jnp.asarray(rng.normal(0, 0.01, joint.query.kernel.shape))
+    decoders = Decoders(LinearDecoder(kernel, np.zeros(pixels, np.float32)), joint=joint)
+    check(*compare(blocks, (*tiny_networks, config), tmp_path, 2, decoders), config)
 
 
 def test_the_stablehlo_sampler(blocks, make_segmenter, tmp_path, monkeypatch):

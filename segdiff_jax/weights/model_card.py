@@ -44,7 +44,7 @@ With diffusers' and transformers' modules, per photo and group of classes:
 2. {context}
 3. Start from {start}, shaped like the photo's latent. For each of `DDIMScheduler`'s
    timesteps call the UNet on photo latent ⊕ noisy latent (in this order), and step.
-4. Decode latent / {scaling:.6g} with the VAE, average the three channels, clip to [-1, 1].
+4. {decoding}
 5. {scores}
 
 `docs/pytorch.md` in segdiff_jax's repository has this as code.
@@ -74,6 +74,7 @@ def model_card(config: Config, unet: UNetConfig, vae: VAEConfig) -> str:
         settings="\n".join(f"| {name} | {value} |" for name, value in _settings(config)),
         context=_context(config),
         start=_STARTS[config.sampler.initial_noise],
+        decoding=_decoding(config, vae),
         scores=_scores(config),
     )
 
@@ -89,6 +90,7 @@ def _settings(config: Config) -> list[tuple[str, object]]:
         ("zero terminal SNR", "yes" if config.diffusion.rescale_betas_zero_snr else "no"),
         ("timesteps", config.diffusion.timestep_spacing),
         ("steps × members", f"{config.sampler.steps} × {config.sampler.ensemble}"),
+        ("decoder", config.sampler.decoder),
         ("threshold", "none" if config.codec.closed else config.codec.threshold),
     ]
 
@@ -103,6 +105,18 @@ def _context(config: Config) -> str:
             "the code of the class's gray level: one token per class."
         )
     return f"{prompts} and average: per class, then over the classes of the group."
+
+
+def _decoding(config: Config, vae: VAEConfig) -> str:
+    by_vae = (
+        f"Decode latent / {vae.scaling_factor:.6g} with the VAE, average the three channels, clip "
+        "to [-1, 1]."
+    )
+    by_linear = "Apply the convolution of `linear_decoder.safetensors` to the latent"
+    return {
+        "linear": f"{by_linear}, clip to [-1, 1].",
+        "joint": f"{by_linear}, then `joint_decoder.safetensors` to its map and the photo.",
+    }.get(config.sampler.decoder, by_vae)
 
 
 def _scores(config: Config) -> str:
