@@ -50,6 +50,6 @@ def get_config() -> Config:
             steps=450, batch_size=12, learning_rate=4e-3, optimizer="muon", mask_share=0.375
         ),
         # Eight pixels a latent: the photo has the edges, and what of colours the latents lost.
-        joint=JointConfig(steps=450, batch_size=4),
+        joint=JointConfig(steps=800, batch_size=4),
         sampler=SamplerConfig(steps=1, ensemble=2, decoder="joint", batch_size=100),
     )
