@@ -50,6 +50,6 @@ def get_config() -> Config:
             steps=1200, batch_size=8, learning_rate=4e-3, optimizer="muon", mask_share=0.375
         ),
         # Latents of 12 × 16 positions have no edges, and nothing that is thin.
-        joint=JointConfig(steps=500, batch_size=8, classes=11),
+        joint=JointConfig(steps=1000, batch_size=4, classes=11),
         sampler=SamplerConfig(steps=1, ensemble=1, batch_size=66, decoder="joint"),
     )
