@@ -190,7 +190,7 @@ def write_folder(
     if decoders.linear is not None:
         extra[mask_decoders.LINEAR] = mask_decoders.linear_to_bytes(decoders.linear)
     if decoders.joint is not None:
-        extra[mask_decoders.JOINT] = mask_decoders.joint_to_bytes(nnx.state(decoders.joint))
+        extra[mask_decoders.JOINT] = mask_decoders.joint_to_bytes(nnx.state(decoders.joint), dtype)
     if trained is not None:
         # Not its name, which is a path of the machine that trained.
         own = dataclasses.replace(trained, name=workdir.CLASSES)

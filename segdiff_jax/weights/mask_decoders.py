@@ -54,10 +54,15 @@ def read_linear(folder: os.PathLike[str] | str, vae: VAEConfig) -> LinearDecoder
     return LinearDecoder(**_arrays(path, expected, "fitted to this VAE"))
 
 
-def joint_to_bytes(params: nnx.State) -> bytes:
-    """Serialise the contents of `joint_decoder.safetensors`: the state of a `JointDecoder`."""
+def joint_to_bytes(params: nnx.State, dtype: str = "float32") -> bytes:
+    """Serialise the contents of `joint_decoder.safetensors`: the state of a `JointDecoder`.
+
+    dtype: of the stored weights, as of `safetensors_files.write`.
+    """
+    _, kind = safetensors_files.FLOATS[dtype]
     leaves = nnx.to_flat_state(params)
-    return safetensors.numpy.save({_name(key): np.asarray(leaf[...]) for key, leaf in leaves})
+    arrays = {_name(key): np.asarray(leaf[...]).astype(kind) for key, leaf in leaves}
+    return safetensors.numpy.save(arrays)
 
 
 def read_joint(
@@ -76,7 +81,7 @@ def read_joint(
     leaves = list(nnx.to_flat_state(state))
     shapes = {_name(key): leaf.shape for key, leaf in leaves}
     arrays = _arrays(path, shapes, "trained for this text encoder")
-    filled = [(key, leaf.replace(arrays[_name(key)])) for key, leaf in leaves]
+    filled = [(key, leaf.replace(arrays[_name(key)].astype(leaf.dtype))) for key, leaf in leaves]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 

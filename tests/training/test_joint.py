@@ -187,6 +187,17 @@ def test_an_export_has_it_too_and_sharpens_as_the_training_does(finished, tmp_pa
     assert np.abs(sharp[0] - plain).max() > 1e-3
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_the_bytes_are_read_back_as_float32(dtype, tmp_path):
+    decoder = JointDecoder(WIDTH, rngs=nnx.Rngs(0))
+    params = nnx.state(decoder)
+    (tmp_path / mask_decoders.JOINT).write_bytes(mask_decoders.joint_to_bytes(params, dtype))
+    read = nnx.state(mask_decoders.read_joint(tmp_path, WIDTH))
+    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(read), strict=True):
+        assert other.dtype == np.float32
+        np.testing.assert_allclose(other, one, rtol=0.01, atol=1e-6)
+
+
 def test_its_file_says_when_it_is_of_another_text_encoder(finished, tmp_path):
     path = joint_of(finished)
     width = workdirs.load_networks(finished)[0][2].config.hidden_size
