@@ -1,4 +1,4 @@
-"""Drawn scenes, from nothing, on two CPU cores in eight minutes: what `make demo` runs."""
+"""Drawn scenes, from nothing, on two CPU cores in nine minutes: what `make demo` runs."""
 
 from segdiff_jax.config import (
     AugmentConfig,
