@@ -100,10 +100,10 @@ def train(
                 _begin(run)
                 joint.write(run, _train(run, joint.prepare(run)))
             else:
-                done = int(_train(run, _unet_stage(run)).step)
+                _train(run, _unet_stage(run))
                 mask_decoder.settle(config, workdir, source)
                 if config.joint.steps:
-                    _train_joint(run, done)
+                    _train_joint(run)
 
 
 def _begin(run: Run) -> None:
@@ -201,9 +201,11 @@ def _unet_stage(run: Run) -> Stage:
     )
 
 
-def _train_joint(run: Run, step: int) -> None:
-    """Train the joint decoder of the UNet that is finished at `step`, in a folder below."""
+def _train_joint(run: Run) -> None:
+    """Train the joint decoder of the finished UNet, in a folder below."""
     last = dataclasses.replace(run.config, stage="joint", init_from=run.workdir)
+    step = _newest_step(run.workdir)
+    assert step is not None  # the end of a training is a checkpoint
     folder = str(workdirs.joint_folder(run.workdir, step))
     train(last, folder, run.startup, nested=True)
 
