@@ -57,12 +57,11 @@ def read_linear(folder: os.PathLike[str] | str, vae: VAEConfig) -> LinearDecoder
 def joint_to_bytes(params: nnx.State, dtype: str = "float32") -> bytes:
     """Serialise the contents of `joint_decoder.safetensors`: the state of a `JointDecoder`.
 
-    dtype: of the stored weights, as of `safetensors_files.write`.
+    dtype: of the stored weights. Raises `UserError` as `safetensors_files.write` does.
     """
-    _, kind = safetensors_files.FLOATS[dtype]
-    leaves = nnx.to_flat_state(params)
-    arrays = {_name(key): np.asarray(leaf[...]).astype(kind) for key, leaf in leaves}
-    return safetensors.numpy.save(arrays)
+    arrays = {_name(key): np.asarray(leaf[...]) for key, leaf in nnx.to_flat_state(params)}
+    stored = {n: safetensors_files.as_stored(a, dtype, f"{JOINT}: {n}") for n, a in arrays.items()}
+    return safetensors.numpy.save(stored)
 
 
 def read_joint(

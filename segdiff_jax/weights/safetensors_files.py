@@ -93,9 +93,13 @@ def write(
     with files.writing(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            array = tensors[name][1]()
-            with np.errstate(over="ignore"):
-                stored_array = np.ascontiguousarray(array, kind)
-            if code == "F16" and not np.isfinite(stored_array).all() and np.isfinite(array).all():
-                raise UserError(f"{path.name}: {name} overflows float16: write bfloat16 or float32")
-            file.write(stored_array.tobytes())
+            file.write(as_stored(tensors[name][1](), dtype, f"{path.name}: {name}").tobytes())
+
+
+def as_stored(array: np.ndarray, dtype: str, where: str) -> np.ndarray:
+    """Return `array` as `dtype`. Raise `UserError` when a finite value overflows it."""
+    with np.errstate(over="ignore"):
+        found = np.asarray(array, FLOATS[dtype][1], order="C")
+    if dtype == "float16" and not np.isfinite(found).all() and np.isfinite(array).all():
+        raise UserError(f"{where} overflows float16: write bfloat16 or float32")
+    return found

@@ -198,6 +198,13 @@ def test_half_the_bytes_are_read_back_as_float32(dtype, tmp_path):
         np.testing.assert_allclose(other, one, rtol=0.01, atol=1e-6)
 
 
+def test_what_overflows_half_precision_is_not_written():
+    decoder = JointDecoder(WIDTH, rngs=nnx.Rngs(0))
+    decoder.scale[...] = 1e6
+    with pytest.raises(UserError, match=r"joint_decoder\.safetensors: scale overflows float16"):
+        mask_decoders.joint_to_bytes(nnx.state(decoder), "float16")
+
+
 def test_its_file_says_when_it_is_of_another_text_encoder(finished, tmp_path):
     path = joint_of(finished)
     width = workdirs.load_networks(finished)[0][2].config.hidden_size
