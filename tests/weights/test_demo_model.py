@@ -11,12 +11,10 @@ from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.weights import hub
 
 
-def test_it_is_at_most_ten_mebibytes():
+def test_it_is_at_most_ten_megabytes():
     folder = Path(hub.local("demo"))
     assert folder.is_relative_to(Path(segdiff_jax.__file__).parent)
-    assert (
-        1e6 < sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 10 * 2**20
-    )
+    assert 1e6 < sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 10e6
 
 
 def test_a_folder_of_that_name_is_the_users(tmp_path, monkeypatch):
