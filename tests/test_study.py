@@ -36,6 +36,8 @@ def config_file(micro_config, tmp_path_factory):
 def _short(micro_config):
     values = config.to_dict(micro_config())
     values["train"] |= {"steps": 2, "eval_every": 0}
+    values["joint"] |= {"steps": 1}  # as in configs/demo.py: a study leaves it out
+    values["sampler"] |= {"decoder": "joint"}
     return values
 
 

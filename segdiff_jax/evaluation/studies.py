@@ -279,7 +279,8 @@ def _model(workdir: str, spacing: str, remembering: bool) -> Segmenter:
 
 def measure(case: Case, config: Config, workdir: str, limit: int | None) -> dict[str, Any]:
     """Return the figures of a case on the validation data of `config`."""
-    asked = changed(config, {"sampler.ensemble": 1} | dict(case.changes), "evaluate")
+    changes = {**case.training.changes, "sampler.ensemble": 1, **case.changes}
+    asked = changed(config, changes, "evaluate")
     source = open_source(config.data, config.data.val_split, config.seed)
     merged = "sampler.ensemble" in case.changes  # all members of all images are then in memory
     model = _model(workdir, asked.diffusion.timestep_spacing, merged)
