@@ -8,6 +8,8 @@ SEED ?= 0
 WORKDIR := $(DEMO)/workdir-$(SEED)
 
 export JAX_PLATFORMS ?= cpu
+# Compiled programs, kept from one command to the next and from one demo to the next.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 
 .PHONY: demo smoke test test-slow lint bench clean
 
@@ -60,7 +62,7 @@ bench: $(VENV)/.test
 	fi
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs .jax_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
