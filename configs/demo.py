@@ -51,5 +51,6 @@ def get_config() -> Config:
         ),
         # Eight pixels a latent: the photo has the edges, and what of colours the latents lost.
         joint=JointConfig(steps=800, batch_size=4),
-        sampler=SamplerConfig(steps=1, ensemble=2, decoder="joint", batch_size=100),
+        # Two shapes and what lies behind them are three classes; what is not likely gets one look.
+        sampler=SamplerConfig(steps=1, ensemble=2, shortlist=6, decoder="joint", batch_size=100),
     )

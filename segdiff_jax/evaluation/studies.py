@@ -52,6 +52,7 @@ def training(
     """
     share = {"uniform": 0.0, "terminal": config.train.terminal_share or TERMINAL_SHARE}[timesteps]
     changes: dict[str, Any] = {"noise.kind": kind, "train.terminal_share": share}
+    changes |= {"sampler.shortlist": 0}  # several classes a pass can have none
     if config.sampler.decoder == "joint":  # what the UNet gets wrong would be mended by the photo
         changes |= {"joint.steps": 0, "sampler.decoder": "vae"}
     name = f"{kind}-{timesteps}"
@@ -60,7 +61,6 @@ def training(
         changes |= {"codec.classes_per_pass": group, "codec.context": context}
         changes |= {"data.cache_latents": False} if group > 1 else {}
         changes |= {} if group else {"train.balance": 0.0}
-        changes |= {} if group == 1 else {"sampler.shortlist": 0}
     return Training(name, changes)
 
 
