@@ -125,6 +125,7 @@ class Segmenter:
         photos = [self._photo(image) for image in (images if several else [images])]
         wanted = requests.as_vocabulary(classes)
         sampler, decoding = requests.chosen(self.config, settings)
+        seed = requests.whole("seed", seed, 0)
         if not photos:
             return []
         if sampler.tiles > 1:
