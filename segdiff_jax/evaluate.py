@@ -163,7 +163,7 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
             synonyms=args.synonyms,
             progress=reporter("evaluate", enabled=first),
             predictions=os.path.join(args.output, _PREDICTIONS) if args.predictions else "",
-            keep=(parts.folder_of(args.output), read | {"vocabulary": source.vocabulary.names}),
+            keep=(parts.folder_of(args.output), read),
         )
         summary = result.summary | read | ({} if args.ceiling or not cost else cost._asdict())
         if not first:

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         _check_hub(args.push_to_hub, args.output)
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax: "directory is read only"
+    logging.getLogger("absl").setLevel(logging.ERROR)
     from segdiff_jax.parallel import runtime
     from segdiff_jax.weights import hub, workdir
 
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
     trained = workdir.read_classes(folder)
     if args.format == "diffusers":
         decoders = workdir.load_decoders(folder, networks, step)
+        networks = workdir.with_decoder(networks, decoders, args.checkpoint)
         write_folder(networks, args.output, args.dtype, trained, decoders)
     else:
         from segdiff_jax.inference import stablehlo

@@ -46,7 +46,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--config is missing: name a file with get_config()")
     if args.name != "panels" and not importlib.util.find_spec("matplotlib"):
         raise UserError("studies draw with matplotlib: pip install 'segdiff_jax[study]'")
-    config = cli.load_config(args.config or str(_DEMO), overrides)
+    use = "evaluate" if args.name == "panels" else "train"
+    config = cli.load_config(args.config or str(_DEMO), overrides, use)
 
     from segdiff_jax.parallel import runtime
     from segdiff_jax.training.stop import Stopped

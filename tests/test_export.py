@@ -15,6 +15,7 @@ from segdiff_jax.config import Config, DataConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.weights import workdir
+from segdiff_jax.weights.model_card import model_card
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 CLASSES = ("plain red circle", "striped blue triangle", "background")
@@ -139,6 +140,18 @@ def test_model_card_says_what_the_model_is(tiny_networks, tiny_config, tmp_path)
         assert text in card
     assert f"takes {unet.config.in_channels} channels" in card
     assert f"× {vae.config.scaling_factor:.6g}" in card
+
+
+def test_model_card_shows_the_photo_and_decodes_as_the_model_does(tiny_networks, tiny_config):
+    unet, vae, *_ = tiny_networks
+    config = tiny_config()
+    card = model_card(config, unet.config, vae.config)
+    assert "top left corner" in card and "samples" not in card, "padded, and of one sample"
+    config.data.fit, config.sampler.ensemble, config.sampler.decoder = "stretch", 3, "joint"
+    card = model_card(config, unet.config, vae.config)
+    assert "Resize the photo to 16 × 16 pixels" in card
+    merged, sharpened = card.index("the 3 samples"), card.index("`joint_decoder.safetensors`")
+    assert merged < sharpened, "the joint decoder gets what the samples agree on"
 
 
 @pytest.mark.parametrize(

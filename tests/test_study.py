@@ -158,6 +158,18 @@ def test_panels(trained, config_file, tmp_path):
         study.main([*argv, "--column", f"theirs={tmp_path / 'empty'}"])
 
 
+def test_panels_need_no_config_that_could_be_trained(tmp_path):
+    """Those of the benchmarks name data alone. There is no such model, which is asked for next."""
+    config = str(study._DEMO.parent / "eval" / "camvid_11.py")
+    argv = ["panels", "--output", str(tmp_path / "o"), "--config", config, "--checkpoint", "no"]
+    root = tmp_path / "camvid"
+    for kind in ("images", "masks"):
+        (root / "val" / kind).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(root / "val" / kind / "a.png")
+    with pytest.raises(UserError, match="neither a training workdir"):
+        study.main([*argv, f"--config.data.root={root}", "--config.data.val_split=val"])
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

@@ -169,8 +169,15 @@ def _run(
 
 
 def _stored(plan: Plan, folder: str, about: Mapping[str, Any]) -> Parts:
-    """Open the parts in `folder` of this evaluation, of the model and data that `about` names."""
+    """Open the parts in `folder` of this evaluation, of the model and data that `about` names.
+
+    Names stay where weights, masks or classes are replaced, so what they hold counts too.
+    """
+    config, classes = plan.segmenter.config, plan.asked.vocabulary.classes
     made_from = plans.settings(plan) | dict(about) | {"open": not plan.decoding.closed}
+    made_from |= {"weights": plan.segmenter.networks.checksum()}
+    made_from |= {"config": [dataclasses.asdict(config.data), config.seed]}
+    made_from |= {"classes": [entry.names for entry in classes]}
     made_from |= {"synonyms": plan.synonyms, "threshold": plan.decoding.threshold}
     made_from |= {"images": plan.images, "shown": plan.shown, "predictions": plan.predictions}
     return Parts(folder, made_from, range(0, len(plan.images), plan.at_once))

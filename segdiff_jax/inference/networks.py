@@ -203,7 +203,11 @@ class Networks:
 
     def why_not_finite(self) -> str:
         """Return the likely reason for a value that is not finite, and what to do."""
-        for name, params in (("UNet", self.unet_params), ("VAE", self.vae_params)):
+        weights = {"UNet": self.unet_params, "VAE": self.vae_params}
+        weights |= {f"{name} decoder": params for name, (_, params) in self.decoders.items()}
+        if self._joint is not None:
+            weights["joint decoder"] = self._joint[1]  # and not what gives it its maps
+        for name, params in weights.items():
             if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
                 return f"the weights of the {name} are not: use another checkpoint, or restore it"
         if self._dtype == "bfloat16":

@@ -122,12 +122,14 @@ def chosen(config: Config, settings: Settings) -> tuple[SamplerConfig, CodecConf
     given: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
     for name, value in given.items():
         if name in lowest:
-            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-            if not whole or value < lowest[name]:
-                raise ValueError(f"{name}={value!r}: give a whole number from {lowest[name]} on")
-        elif name == "threshold" and not 0.0 <= value <= 1.0:
-            raise ValueError(f"threshold={value}: scores are between 0 and 1")
-        elif name not in Settings.__annotations__:
+            whole(name, value, lowest[name])
+        elif name == "threshold":
+            if not isinstance(value, int | float | np.number) or not 0.0 <= value <= 1.0:
+                raise ValueError(f"threshold={value!r}: scores are between 0 and 1")
+        elif name == "closed":
+            if not isinstance(value, bool | np.bool_):
+                raise ValueError(f"closed={value!r}: give True or False")
+        else:
             raise TypeError(f"{name}: is none of {', '.join(Settings.__annotations__)}")
     sampler: dict[str, Any] = {name: int(v) for name, v in given.items() if name in lowest}
     decoding = {name: v for name, v in given.items() if name not in lowest}
@@ -135,3 +137,11 @@ def chosen(config: Config, settings: Settings) -> tuple[SamplerConfig, CodecConf
         dataclasses.replace(config.sampler, **sampler),
         dataclasses.replace(config.codec, **decoding),
     )
+
+
+def whole(name: str, value: Any, lowest: int) -> int:
+    """Return a whole number that a caller gave. Raise `ValueError` for what is none or too low."""
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_whole or not lowest <= value < 2**31:  # JAX's own integers and seeds end there
+        raise ValueError(f"{name}={value!r}: give a whole number from {lowest} to {2**31 - 1}")
+    return int(value)

@@ -20,7 +20,7 @@ from segdiff_jax.config import CodecConfig
 from segdiff_jax.data import geometry
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import pictures, regions, winners
-from segdiff_jax.text.vocabulary import Vocabulary, same_name
+from segdiff_jax.text.vocabulary import Vocabulary, same_name, shorten
 
 # How much a score may move for what lies beyond [0, 1]: it decides between equal scores only, and
 # a score that is equal to the threshold still reaches it.
@@ -107,10 +107,11 @@ class Segmentation:
 
     def __repr__(self) -> str:
         height, width = self.labels.shape
-        shares = [f"{name} {share:.1%}" for name, share in list(self.shares().items())[:8]]
+        shares = [f"{shorten(name)} {share:.1%}" for name, share in [*self.shares().items()][:8]]
         more = ", …" if len(self.shares()) > len(shares) else ""
         found = ", ".join(shares) + more or "nothing but *other*"
-        return f"Segmentation({height} × {width}, {len(self.classes)} classes: {found})"
+        classes = "1 class" if len(self.classes) == 1 else f"{len(self.classes)} classes"
+        return f"Segmentation({height} × {width}, {classes}: {found})"
 
     def _repr_html_(self) -> str:
         picture = self.overlay(legend=False)

@@ -85,9 +85,11 @@ class Segmenter:
         """
         folder = hub.local(checkpoint)
         networks, step = workdir.load_networks(folder, which=which)
+        decoders = workdir.load_decoders(folder, networks, step)
+        networks = workdir.with_decoder(networks, decoders, checkpoint)
         segmenter = Segmenter(*networks, trained=workdir.read_classes(folder))
         segmenter.checkpoint_step = step
-        segmenter.add_decoders(workdir.load_decoders(folder, networks, step))
+        segmenter.add_decoders(decoders)
         return segmenter
 
     @property
@@ -125,6 +127,7 @@ class Segmenter:
         photos = [self._photo(image) for image in (images if several else [images])]
         wanted = requests.as_vocabulary(classes)
         sampler, decoding = requests.chosen(self.config, settings)
+        seed = requests.whole("seed", seed, 0)
         if not photos:
             return []
         if sampler.tiles > 1:

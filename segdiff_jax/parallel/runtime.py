@@ -76,8 +76,8 @@ def _go_without(cache: str, error: Exception) -> None:
 def start_logging(times: bool = False, libraries: int = logging.ERROR) -> None:
     """Let the first process log how the run goes, the others only what goes wrong with them.
 
-    times: a clock before each line. libraries: the level of Orbax and Grain, who find it worth a
-    warning that a checkpoint is only read. After `processes.join`.
+    times: a clock before each line. libraries: the level of Orbax and Grain. After
+    `processes.join`.
     """
     first = processes.is_first()
     clock = "%(asctime)s " if times else ""

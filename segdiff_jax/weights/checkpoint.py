@@ -26,7 +26,7 @@ from segdiff_jax.parallel import processes
 from segdiff_jax.parallel.rules import leaf_path
 from segdiff_jax.weights import checksums, step_folders
 from segdiff_jax.weights.checksums import by_name, flat
-from segdiff_jax.weights.orbax_faults import seen, silence_failed_writes
+from segdiff_jax.weights.orbax_faults import seen, silence_failed_writes, silence_reading
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,9 @@ class Checkpoints:
         self._damaged: list[int] = []
         self._noted: int | None = None
         with self._writing():
-            if not read_only:
+            if read_only:
+                silence_reading()
+            else:
                 silence_failed_writes()
                 if processes.is_first():
                     step_folders.settle(self.directory)

@@ -35,6 +35,19 @@ class Decoders(NamedTuple):
     joint: JointDecoder | None = None
 
 
+def nearest(wanted: str, decoders: Decoders) -> str:
+    """Return the name of the decoder `wanted`, or of what comes nearest to it.
+
+    The linear decoder is fitted when a training ends, and the joint one trained on its maps: a
+    checkpoint from before has none of its own.
+    """
+    if wanted == "joint" and (decoders.joint is None or decoders.linear is None):
+        wanted = "linear"
+    if wanted == "linear" and decoders.linear is None:
+        wanted = "vae"
+    return wanted
+
+
 def linear_to_bytes(decoder: LinearDecoder) -> bytes:
     """Serialise the contents of `linear_decoder.safetensors`."""
     return safetensors.numpy.save({k: np.asarray(v) for k, v in decoder._asdict().items()})

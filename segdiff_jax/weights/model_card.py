@@ -39,8 +39,7 @@ With segdiff_jax, this folder is a checkpoint:
 
 With diffusers' and transformers' modules, per photo and group of classes:
 
-1. Resize the photo to {height} × {width} pixels (height × width), scale to [-1, 1], encode it with
-   the VAE: posterior mean × {scaling:.6g}.
+1. {view} Scale to [-1, 1], encode it with the VAE: posterior mean × {scaling:.6g}.
 2. {context}
 3. Start from {start}, shaped like the photo's latent. For each of `DDIMScheduler`'s
    timesteps call the UNet on photo latent ⊕ noisy latent (in this order), and step.
@@ -58,7 +57,6 @@ those that they started from{licence}, and the terms of the training data apply.
 
 def model_card(config: Config, unet: UNetConfig, vae: VAEConfig) -> str:
     """Return Markdown with the YAML header that the Hugging Face hub reads."""
-    height, width = config.data.image_size
     base = config.init_from.partition("@")[0]  # a repository, or nothing: see export.portable
     vocabulary = f" ({config.data.vocabulary})" if config.data.vocabulary else ""
     source = f": {config.data.source}{vocabulary}" if config.data.source != "folder" else vocabulary
@@ -68,8 +66,7 @@ def model_card(config: Config, unet: UNetConfig, vae: VAEConfig) -> str:
         licence=f" (`{base}`)" if base else "",
         data=source,
         channels=unet.in_channels,
-        height=height,
-        width=width,
+        view=_view(config),
         scaling=vae.scaling_factor,
         settings="\n".join(f"| {name} | {value} |" for name, value in _settings(config)),
         context=_context(config),
@@ -95,6 +92,16 @@ def _settings(config: Config) -> list[tuple[str, object]]:
     ]
 
 
+def _view(config: Config) -> str:
+    pixels = "{} × {} pixels (height × width)".format(*config.data.image_size)
+    if config.data.fit == "stretch":
+        return f"Resize the photo to {pixels}."
+    return (
+        f"Resize the photo, at its own aspect ratio, so that it just fits into {pixels}, and put "
+        "it into the top left corner of mid-gray; what is beside or below it is no answer later."
+    )
+
+
 def _context(config: Config) -> str:
     prompts = (
         "Put each name of each class into each prompt, encode (last hidden state after the norm)"
@@ -108,15 +115,17 @@ def _context(config: Config) -> str:
 
 
 def _decoding(config: Config, vae: VAEConfig) -> str:
-    by_vae = (
-        f"Decode latent / {vae.scaling_factor:.6g} with the VAE, average the three channels, clip "
-        "to [-1, 1]."
-    )
-    by_linear = "Apply the convolution of `linear_decoder.safetensors` to the latent"
-    return {
-        "linear": f"{by_linear}, clip to [-1, 1].",
-        "joint": f"{by_linear}, then `joint_decoder.safetensors` to its map and the photo.",
-    }.get(config.sampler.decoder, by_vae)
+    sampler = config.sampler
+    how = f"Decode latent / {vae.scaling_factor:.6g} with the VAE, average the three channels"
+    if sampler.decoder in ("linear", "joint"):
+        how = "Apply the convolution of `linear_decoder.safetensors` to the latent"
+    # What the joint decoder was trained on goes beyond the range of masks.
+    steps = [f"{how}." if sampler.decoder == "joint" else f"{how}, clip to [-1, 1]."]
+    if sampler.ensemble > 1:
+        steps += [f"Merge the maps of the {sampler.ensemble} samples by their {sampler.reduce}."]
+    if sampler.decoder == "joint":
+        steps += ["Apply `joint_decoder.safetensors` to the map, the photo and the class's text."]
+    return " ".join(steps)
 
 
 def _scores(config: Config) -> str:

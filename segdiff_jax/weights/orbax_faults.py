@@ -80,6 +80,14 @@ def _answers_and_failures() -> tuple[float, float]:
 
 
 @functools.cache
+def silence_reading() -> None:
+    """Drop Orbax's warning that a checkpoint which is only read is not written to."""
+    logging.getLogger("absl").addFilter(
+        lambda record: not str(record.msg).startswith("Given directory is read only")
+    )
+
+
+@functools.cache
 def silence_failed_writes() -> None:
     """Drop the tracebacks of failed writes, and no others, from now on."""
     for name in ("absl", "asyncio"):

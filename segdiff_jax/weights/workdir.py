@@ -352,6 +352,21 @@ def load_decoders(path: str, networks: Networks, step: int | None) -> mask_decod
     )
 
 
+def with_decoder(networks: Networks, decoders: mask_decoders.Decoders, where: str) -> Networks:
+    """Return `networks` whose config names a decoder that is there; say so if it is another one."""
+    *_, config = networks
+    wanted = config.sampler.decoder
+    name = mask_decoders.nearest(wanted, decoders)
+    if name != wanted:
+        log.warning(
+            "%s: no %s decoder goes with this checkpoint (a training makes one when it ends): "
+            "its maps are decoded by sampler.decoder=%s",
+            *(where, wanted, name),
+        )
+    sampler = dataclasses.replace(config.sampler, decoder=name)
+    return *networks[:-1], dataclasses.replace(config, sampler=sampler)
+
+
 def _load_export(path: str) -> Networks:
     config = read_config(path)
     check_image_size(config, path)

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from test_evaluator import MemorySource
@@ -10,6 +11,7 @@ from segdiff_jax import ownership
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import parts
 from segdiff_jax.evaluation.evaluator import evaluate
+from segdiff_jax.text import vocabulary
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -66,6 +68,36 @@ def test_parts_of_another_evaluation_are_not_used(make_segmenter, tmp_path):
             evaluate(model, source, keep=(folder, other))
     left = sorted(p.name for p in (tmp_path / "parts").iterdir())
     assert [name for name in left if name != ownership.MARKER] == ["mine.txt"]
+
+
+def _other_masks(model, source):
+    model.config.data.mask_values = (7, 8, 9)
+
+
+def _other_scenes(model, source):
+    model.config.seed += 1
+
+
+def _other_weights(model, source):
+    model.networks.unet_params = jax.tree.map(lambda leaf: 2 * leaf, model.networks.unet_params)
+
+
+def _other_synonyms(model, source):
+    source.vocabulary = vocabulary.from_names(["sky", "building, house", "road"])
+
+
+@pytest.mark.parametrize("change", [_other_masks, _other_scenes, _other_weights, _other_synonyms])
+def test_parts_of_other_data_or_another_model_are_not_used(make_segmenter, tmp_path, change):
+    """All figures would be a mixture, if the same place is meant to hold something else now."""
+    model, source, keep = make_segmenter(), Breaking(), (str(tmp_path / "parts"), {"step": 6})
+    source.broken = 2
+    with pytest.raises(UserError, match="stopped here"):
+        evaluate(model, source, keep=keep)
+    source.broken = 0
+    change(model, source)
+    with pytest.raises(UserError, match="stopped here"):
+        evaluate(model, source, keep=keep)
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == [ownership.MARKER]
 
 
 def test_larger_pairs_are_shrunk_before_they_are_scored(make_segmenter, tiny_config):

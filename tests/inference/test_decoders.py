@@ -96,6 +96,14 @@ def test_a_joint_decoder_sees_the_photo(model, image):
     assert np.abs(other - scores).max() > 1e-3
 
 
+def test_weights_of_it_that_are_not_finite_are_named(model, image):
+    joint = _joint(model)
+    joint.scale[...] = np.nan
+    model.add_decoders(Decoders(_constant(0.25), joint=joint))
+    with pytest.raises(UserError, match="not finite: the weights of the joint decoder are not"):
+        _maps(model, image, "joint")
+
+
 def test_classes_off_the_shortlist_stay_off_it(model, image):
     model.add_decoders(Decoders(_constant(0.25), joint=_joint(model)))
     model.config.sampler.decoder = "joint"

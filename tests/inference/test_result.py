@@ -155,6 +155,11 @@ def test_what_a_notebook_and_a_prompt_show():
     assert "&lt;b&gt;" in evil and "<b>" not in evil
 
 
+def test_one_class_of_a_very_long_name_is_one_line_of_a_terminal():
+    found = result(classes=Vocabulary("test", (ClassEntry("a" * 10_000),)))
+    assert repr(found).startswith("Segmentation(40 × 56, 1 class: aaaa") and len(repr(found)) < 100
+
+
 @given(seed=st.integers(0, 5))
 @settings(deadline=None, max_examples=5)
 def test_the_overlay_is_the_photo_where_nothing_is_painted(seed):

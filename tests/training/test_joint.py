@@ -187,6 +187,31 @@ def test_an_export_has_it_too_and_sharpens_as_the_training_does(finished, tmp_pa
     assert np.abs(sharp[0] - plain).max() > 1e-3
 
 
+def test_a_checkpoint_from_before_it_is_decoded_without_it(finished, tmp_path, caplog):
+    """Stopped on the way, or by --which: to be looked at all the same, and to be exported."""
+    workdir, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(finished, workdir)
+    config = workdirs.read_config(finished)
+    config.sampler.decoder = "joint"
+    workdirs.write_config(str(workdir), config)
+    assert Segmenter.load(str(workdir)).config.sampler.decoder == "joint"
+    assert not caplog.records, "nor does it warn that what is read is not written to"
+
+    shutil.rmtree(joint_of(workdir))
+    argv = ["--checkpoint", str(workdir), "--output", str(model), "--format", "diffusers"]
+    export.main(argv)
+    photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    for path in (workdir, model):
+        found = Segmenter.load(str(path))
+        assert found.config.sampler.decoder == "linear"
+        assert found(photo, ["background"]).scores.any()
+    said = [r.getMessage() for r in caplog.records if "decoder" in r.getMessage()]
+    assert len(said) == 2 and all("no joint decoder" in text and "linear" in text for text in said)
+
+    (workdir / mask_decoders.LINEAR).unlink()
+    assert Segmenter.load(str(workdir)).config.sampler.decoder == "vae"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_the_bytes_are_read_back_as_float32(dtype, tmp_path):
     decoder = JointDecoder(WIDTH, rngs=nnx.Rngs(0))
