@@ -93,6 +93,8 @@ def train(
         devices = mesh.make_mesh(config.mesh)
         run = Run(of_stage(config), workdir, source, devices, startup, make_validator, guard)
         run.shares = shares
+        joint_follows = config.stage != "joint" and config.joint.steps > 0
+        run.followed = nested if config.stage == "vae" else joint_follows
         with run.until_end:
             if config.stage == "vae":
                 _train_vae(run)
