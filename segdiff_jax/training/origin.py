@@ -209,6 +209,8 @@ def _check_init_from(config: Config) -> None:
             "training workdir, which has one set of weights"
         )
     trained = workdirs.read_config(start)
+    if trained.stage == "joint":  # which has nothing of the networks that it was trained on
+        workdirs.check_not_inside(start, "config.init_from")
     if not pretrained.is_whole(folder(start)):
         raise UserError(
             f"config.init_from={start}: this training has no {workdirs.PRETRAINED}/ yet, its VAE "

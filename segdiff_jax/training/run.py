@@ -205,11 +205,19 @@ def _unet_stage(run: Run) -> Stage:
 
 def _train_joint(run: Run) -> None:
     """Train the joint decoder of the finished UNet, in a folder below."""
-    last = dataclasses.replace(run.config, stage="joint", init_from=run.workdir)
-    step = _newest_step(run.workdir)
+    config, workdir = run.config, run.workdir
+    last = dataclasses.replace(
+        config, stage="joint", init_from=workdir, init_variant="", init_tokenizer=""
+    )
+    step = _newest_step(workdir)
     assert step is not None  # the end of a training is a checkpoint
-    folder = str(workdirs.joint_folder(run.workdir, step))
-    train(last, folder, run.startup, nested=True)
+    train(last, str(workdirs.joint_folder(workdir, step)), run.startup, nested=True)
+    if processes.is_first():  # the UNet may have been finished before a decoder was asked for
+        stored = workdirs.read_config(workdir)
+        settled = dataclasses.replace(stored, joint=config.joint, sampler=config.sampler)
+        if settled != stored:
+            workdirs.write_config(workdir, settled)
+    processes.barrier()
 
 
 def _frozen_networks(run: Run) -> tuple[VAE, CLIPText, Any]:
