@@ -326,6 +326,8 @@ def _set_up(
         written_by = stored.get("code", "unknown")
         if written_by != code:
             log.info("the checkpoint is of code %s, this is %s", written_by, code)
+    if isinstance(stage.network, UNet):
+        joint.forget_after(done, run.workdir)
     _write_config(run)  # what may change in a run, its steps for one, may have changed
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     log.info("%s: %.2f M parameters", config.stage, count / 1e6)

@@ -167,6 +167,22 @@ def test_a_decoder_that_is_asked_for_later_is_the_one_that_predicts(
     assert Segmenter.load(workdir).config.sampler.decoder == "joint"
 
 
+def test_the_decoder_of_a_unet_that_is_gone_goes_too(finished, micro_config, monkeypatch, tmp_path):
+    def loop(_):
+        raise KeyboardInterrupt
+
+    workdir, config = tmp_path / "run", micro_config()
+    shutil.copytree(finished, workdir)
+    *_, before, newest = steps_of(workdir)
+    shutil.copytree(joint_of(workdir), workdir / "joint" / str(before))
+    shutil.rmtree(workdir / "checkpoints" / str(newest))
+    config.joint, config.train.eval_every = JointConfig(steps=2, batch_size=2, classes=C), 0
+    monkeypatch.setattr(runs, "loop", loop)
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(config, str(workdir))
+    assert [path.name for path in (workdir / "joint").iterdir()] == [str(before)]
+
+
 def test_the_variant_of_the_first_weights_is_not_asked_of_the_workdir(monkeypatch):
     asked = []
     monkeypatch.setattr(runs, "train", lambda config, *_, **__: asked.append(config))
