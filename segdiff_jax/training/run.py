@@ -104,6 +104,7 @@ def train(
             else:
                 _train(run, _unet_stage(run))
                 mask_decoder.settle(config, workdir, source)
+                startup.done("linear decoder")
                 if config.joint.steps:
                     _train_joint(run)
 
