@@ -163,7 +163,8 @@ def _linear_decoder(nets: _Networks) -> LinearDecoder:
 def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
     """Return the step of config.stage as `training.run` compiles it."""
     count, size, vae_only = config.train.batch_size, config.data.image_size, config.stage == "vae"
-    meshes.local_rows(mesh, count)  # as train does, for its error
+    key = f"config.{'vae' if vae_only else 'train'}.batch_size"
+    meshes.local_rows(mesh, count, key)  # as train does, for its error
     whole = meshes.replicated(mesh)
     (unet, unet_params), (vae, vae_params) = nnx.split(nets.unet), nnx.split(nets.vae)
     schedule = jax.eval_shape(lambda: make_schedule(config.diffusion))

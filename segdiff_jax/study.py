@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from segdiff_jax import cli, files, ownership
+from segdiff_jax import cli, fields, files, ownership
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
 
@@ -27,6 +27,7 @@ panels: photos beside the label maps of several methods, with class names drawn 
 file, into the tables of that file.
 """
 _KIND = "study"
+_DEFAULT = "the default"  # of a key
 
 
 def main(argv: list[str]) -> None:
@@ -70,10 +71,10 @@ def _study(args: argparse.Namespace, config: Config, argv: Sequence[str]) -> Non
     study, config = studies.STUDIES[args.name], trainings.on_budget(config, args.budget)
     names = [f"{args.name}.{suffix}" for suffix in ("json", "md", "png", "html")]
     runs, path = Path(args.output) / "runs", Path(args.output) / names[0]
-    about = tables.origin("segdiff study", argv, {args.output: "O"})
-    about |= {"study": args.name, "images": args.limit}
+    about: dict[str, Any] = {**tables.origin("segdiff study", argv, {args.output: "O"})}
+    about |= {"study": args.name, "images": args.limit, "config": _not_by_default(config)}
+    known = _earlier(path, about)
     with ownership.claimed(args.output, _KIND, names):
-        known = _earlier(path, args.limit)
         done: list[Measurement] = []
         for seed in args.seeds:
             of_seed = trainings.changed(config, {"seed": seed})
@@ -85,21 +86,43 @@ def _study(args: argparse.Namespace, config: Config, argv: Sequence[str]) -> Non
                     workdir = trainings.trained(case.training, of_seed, runs)
                     figures = studies.measure(case, of_seed, workdir, args.limit)
                     found = Measurement(case.setting, seed, figures)
+                    known.append(found)
+                    files.write_json(path, about | {"measurements": [m._asdict() for m in known]})
                 done.append(found)
-                files.write_json(path, about | {"measurements": [m._asdict() for m in done]})
         order = [case.setting for case in study.cases(config)]
         done.sort(key=lambda m: (order.index(m.setting), m.seed))
+        others = [m for m in known if m not in done]  # of seeds that were asked for before
+        about["measurements"] = [m._asdict() for m in done + others]
         print(_write(args, study, about, done))
 
 
-def _earlier(path: Path, images: int | None) -> list[Any]:
-    """Read what a stopped run of the study has measured on as many images."""
+def _not_by_default(config: Config) -> dict[str, Any]:
+    """Return what a config sets, as JSON values by dotted key. The seed is each measurement's."""
+    plain = {key: value for key, _, value in fields.leaves(Config())}
+    leaves = ((key, value) for key, _, value in fields.leaves(config) if key != "seed")
+    return json.loads(json.dumps({key: value for key, value in leaves if value != plain[key]}))
+
+
+def _earlier(path: Path, about: dict[str, Any]) -> list[Any]:
+    """Read what an earlier run of the study has measured.
+
+    Raises `UserError` where that was of another config, or on another number of images.
+    """
     from segdiff_jax.evaluation.findings import Measurement
 
     if not path.exists():
         return []
     stored = json.loads(path.read_text())
-    return [Measurement(**m) for m in stored["measurements"]] if stored["images"] == images else []
+    now = about["config"] | {"--limit": about["images"]}
+    had = stored.get("config", about["config"]) | {"--limit": stored["images"]}
+    for key in sorted(had.keys() | now.keys()):
+        if had.get(key, _DEFAULT) != now.get(key, _DEFAULT):
+            name = key if key == "--limit" else f"config.{key}"
+            raise UserError(
+                f"{path}: was measured with {name}={had.get(key, _DEFAULT)}, now it is "
+                f"{now.get(key, _DEFAULT)}: choose another --output, or remove this file"
+            )
+    return [Measurement(**m) for m in stored["measurements"]]
 
 
 def _write(args: argparse.Namespace, study: Any, about: dict[str, Any], done: list[Any]) -> str:
@@ -114,7 +137,7 @@ def _write(args: argparse.Namespace, study: Any, about: dict[str, Any], done: li
     drawn = findings.plot(found, study.axis, study.figures[: study.plotted], about["title"])
     start = os.path.join(args.output, args.name)
     text = f"# {about['title']}\n\n{tables.section(about)}"
-    files.write_json(f"{start}.json", about | {"measurements": [m._asdict() for m in done]})
+    files.write_json(f"{start}.json", about)
     files.write_text(f"{start}.md", text)
     files.write_bytes(f"{start}.png", drawn)
     page.page(

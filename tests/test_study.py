@@ -79,10 +79,29 @@ def test_a_study_measures_goes_on_and_says_what_it_found(
     assert again["measurements"][-1] == result["measurements"][-1]
     assert again["measurements"][0]["figures"]["miou_present"] == 0.123
 
+    for other, words in (
+        ("--config.train.balance=0.7", r"config\.train\.balance=the default, now it is 0\.7"),
+        ("--limit=2", "--limit=1, now it is 2"),
+    ):
+        with pytest.raises(UserError, match=rf"start\.json: was measured with {words}"):
+            study.main([*argv, other])
+    assert json.loads((finished / "start.json").read_text()) == again
+    _check_other_seeds_stay(finished, argv, again)
+
     (finished / "start.json").unlink()
     with pytest.raises(UserError, match=r"config\.train\.balance=0\.0, now it is 0\.7"):
         study.main([*argv, "--config.train.balance=0.7"])
     _check_tables(finished, again)
+
+
+def _check_other_seeds_stay(folder, argv, result):
+    path, measured = folder / "start.json", result["measurements"]
+    others = [m | {"seed": 1} for m in measured]
+    path.write_text(json.dumps(result | {"measurements": others + measured[:-1]}))
+    study.main(argv)
+    found = json.loads(path.read_text())
+    assert found["measurements"] == measured + others
+    assert found["cells"] == result["cells"]
 
 
 def _check_tables(folder, result):

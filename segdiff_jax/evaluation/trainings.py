@@ -81,7 +81,7 @@ def _train(config: Config, workdir: Path) -> None:
             if (checkpoints.latest_step() or 0) >= of_stage(config).train.steps:
                 return
     log.info("training %s", workdir)
-    run.train(config, str(workdir))
+    run.train(config, str(workdir), followed=True)
 
 
 def _check_same(config: Config, workdir: Path) -> None:

@@ -91,17 +91,17 @@ def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+def local_rows(mesh: Mesh, batch_size: int, key: str = "config.train.batch_size") -> list[int]:
     """List the rows of a global batch that this process feeds to its devices, in ascending order.
 
-    Processes whose devices differ only along `tensor` feed the same rows. Raises `UserError` when
-    the batch cannot be cut evenly.
+    Processes whose devices differ only along `tensor` feed the same rows. Raises `UserError`, which
+    names the `key` that the batch's size comes from, when it cannot be cut evenly.
     """
     parts = batch_parts(mesh)
     if batch_size % parts:
         raise UserError(
             f"a batch of {batch_size} does not divide over the {parts} devices along the axes data "
-            "and fsdp: correct config.train.batch_size, config.vae.batch_size or config.mesh.data"
+            f"and fsdp: correct {key} or config.mesh.data"
         )
     cuts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for cut in cuts if cut for row in range(*cut[0].indices(batch_size))})

@@ -5,12 +5,14 @@ photo, maps, text ─► JointDecoder ─► loss on labels                     
 W/joint/STEP, the workdir of this stage ─► joint_decoder.safetensors
 """
 
+import logging
+
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
 
-from segdiff_jax import files
+from segdiff_jax import files, ownership
 from segdiff_jax.data import preference
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.models import flops
@@ -24,6 +26,8 @@ from segdiff_jax.training.losses import Frozen
 from segdiff_jax.training.step import TrainState, joint_step
 from segdiff_jax.weights import mask_decoders
 from segdiff_jax.weights import workdir as workdirs
+
+log = logging.getLogger(__name__)
 
 
 def prepare(run: Run) -> Stage:
@@ -61,6 +65,20 @@ def prepare(run: Run) -> Stage:
         flops=flops.joint_example(unet.config, vae.config, size, tokens, config.joint.classes),
         preferred=preference.of_training(run.source, config, np.asarray(table.pooled)),
     )
+
+
+def forget_after(step: int, workdir: str) -> None:
+    """Remove the decoders of later UNets than that of `step`, from which a training goes on.
+
+    Those UNets are gone, and what comes in their place is another. All processes call this.
+    """
+    folder = epath.Path(workdir) / workdirs.JOINT_STAGE
+    if processes.is_first() and ownership.is_ours(folder) and folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.isdecimal() and int(path.name) > step:
+                log.info("%s: removed: it is of a UNet whose checkpoint is gone", path)
+                path.rmtree()
+    processes.barrier()
 
 
 def write(run: Run, state: TrainState) -> None:

@@ -53,6 +53,7 @@ class Run:
     make_validator: MakeValidator | None = None
     guard: Callable[[], None] | None = None  # of `Checkpoints`; in the first process
     shares: tuple[float, ...] = ()  # of each class, as counted: `Vocabulary.shares`
+    followed: bool = False  # by another stage, which does not begin after a signal
     until_end: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
 
@@ -127,6 +128,8 @@ def loop(setup: Setup) -> TrainState:
                 setup.checkpoints.wait()
                 raise Stopped(f"stopped at step {done}, checkpoint written")
         setup.checkpoints.wait()
+        if run.followed and processes.any_raised(stop.requested)():
+            raise Stopped(f"stopped after the {run.config.stage} stage, checkpoint written")
     return state
 
 

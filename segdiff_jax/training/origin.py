@@ -86,13 +86,17 @@ def check_start(config: Config, workdir: str) -> None:
     start = config.init_from
     if start and epath.Path(start).exists() and not _is_start(start):
         workdirs.check_not_inside(start, "config.init_from")
-    mesh = make_mesh(config.mesh)
-    local_rows(mesh, of_stage(config).train.batch_size)
-    if config.joint.steps:
-        local_rows(mesh, config.joint.batch_size)
-    own_vae = config.stage != "vae" and not start
-    if own_vae and not pretrained.is_whole(epath.Path(workdir) / workdirs.PRETRAINED):
-        local_rows(mesh, config.vae.batch_size)
+    _check_batches(config, workdir)
+
+
+def _check_batches(config: Config, workdir: str) -> None:
+    """Raise `UserError` unless the batches of all stages of the run divide over the devices."""
+    mesh, groups = make_mesh(config.mesh), [config.stage]  # of keys
+    if config.stage not in ("vae", "joint"):
+        given = config.init_from or pretrained.is_whole(epath.Path(workdir) / workdirs.PRETRAINED)
+        groups = ["train"] + ["vae"] * (not given) + ["joint"] * (config.joint.steps > 0)
+    for group in groups:
+        local_rows(mesh, getattr(config, group).batch_size, f"config.{group}.batch_size")
 
 
 def _is_start(folder: str) -> bool:
@@ -205,6 +209,8 @@ def _check_init_from(config: Config) -> None:
             "training workdir, which has one set of weights"
         )
     trained = workdirs.read_config(start)
+    if trained.stage == "joint":  # which has nothing of the networks that it was trained on
+        workdirs.check_not_inside(start, "config.init_from")
     if not pretrained.is_whole(folder(start)):
         raise UserError(
             f"config.init_from={start}: this training has no {workdirs.PRETRAINED}/ yet, its VAE "

@@ -61,6 +61,7 @@ def train(
     startup: StartUp | None = None,
     make_validator: MakeValidator | None = None,
     nested: bool = False,
+    followed: bool = False,
 ) -> None:
     """Run `config.stage` in `workdir`, the VAE stage before it where it is needed.
 
@@ -68,8 +69,9 @@ def train(
     see the same `workdir`, which is locked meanwhile (`lock.held`). Nothing is written there before
     all is known that could forbid it. Raises `UserError` for what a user can mend and `Stopped`
     after a signal. `startup` tells in the log what the time to the first step went to.
-    `make_validator` is asked where `config.train.eval_every` is set. `nested`: a stage before
-    another, which has told the log of classes and labels.
+    `make_validator` is asked where `config.train.eval_every` is set. `nested`: a stage of another
+    training, which has told the log of classes and labels. `followed`: more comes after this, so
+    that a signal counts in its last step too.
     """
     startup = startup or StartUp()
     origin.check_start(config, workdir)
@@ -93,6 +95,8 @@ def train(
         devices = mesh.make_mesh(config.mesh)
         run = Run(of_stage(config), workdir, source, devices, startup, make_validator, guard)
         run.shares = shares
+        joint_follows = config.stage not in ("vae", "joint") and config.joint.steps > 0
+        run.followed = followed or joint_follows
         with run.until_end:
             if config.stage == "vae":
                 _train_vae(run)
@@ -102,6 +106,7 @@ def train(
             else:
                 _train(run, _unet_stage(run))
                 mask_decoder.settle(config, workdir, source)
+                startup.done("linear decoder")
                 if config.joint.steps:
                     _train_joint(run)
 
@@ -203,11 +208,19 @@ def _unet_stage(run: Run) -> Stage:
 
 def _train_joint(run: Run) -> None:
     """Train the joint decoder of the finished UNet, in a folder below."""
-    last = dataclasses.replace(run.config, stage="joint", init_from=run.workdir)
-    step = _newest_step(run.workdir)
+    config, workdir = run.config, run.workdir
+    last = dataclasses.replace(
+        config, stage="joint", init_from=workdir, init_variant="", init_tokenizer=""
+    )
+    step = _newest_step(workdir)
     assert step is not None  # the end of a training is a checkpoint
-    folder = str(workdirs.joint_folder(run.workdir, step))
-    train(last, folder, run.startup, nested=True)
+    train(last, str(workdirs.joint_folder(workdir, step)), run.startup, nested=True)
+    if processes.is_first():  # the UNet may have been finished before a decoder was asked for
+        stored = workdirs.read_config(workdir)
+        settled = dataclasses.replace(stored, joint=config.joint, sampler=config.sampler)
+        if settled != stored:
+            workdirs.write_config(workdir, settled)
+    processes.barrier()
 
 
 def _frozen_networks(run: Run) -> tuple[VAE, CLIPText, Any]:
@@ -241,7 +254,7 @@ def _starting_point(run: Run) -> str:
     untraced = dataclasses.replace(config.train, profile_steps=0)
     first = dataclasses.replace(config, stage="vae", train=untraced)
     folder = str(epath.Path(run.workdir) / workdirs.VAE_STAGE)
-    train(first, folder, run.startup, nested=True)
+    train(first, folder, run.startup, nested=True, followed=True)
     return str(epath.Path(folder) / workdirs.PRETRAINED)
 
 
@@ -316,6 +329,8 @@ def _set_up(
         written_by = stored.get("code", "unknown")
         if written_by != code:
             log.info("the checkpoint is of code %s, this is %s", written_by, code)
+    if isinstance(stage.network, UNet):
+        joint.forget_after(done, run.workdir)
     _write_config(run)  # what may change in a run, its steps for one, may have changed
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     log.info("%s: %.2f M parameters", config.stage, count / 1e6)

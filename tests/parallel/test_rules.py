@@ -285,7 +285,7 @@ EIGHT_DEVICES = """
                  train(MeshConfig(2, 2, 2), jax.devices(), muon)]
     mesh = meshes.make_mesh(MeshConfig(2, 4, 1))
     try:
-        meshes.local_rows(mesh, 12)
+        meshes.local_rows(mesh, 12, "config.joint.batch_size")
     except UserError as error:
         refused = str(error)
     mesh_8 = meshes.make_mesh(MeshConfig(-1, 1, 1))
@@ -358,7 +358,7 @@ def test_replicas_hold_an_eighth_of_the_state_each(eight):
 
 def test_a_batch_that_cannot_be_cut_is_refused(eight):
     assert "a batch of 12" in eight["refused"] and "8 devices" in eight["refused"]
-    assert "config.train.batch_size" in eight["refused"]
+    assert "correct config.joint.batch_size or" in eight["refused"]
 
 
 def test_place_puts_each_part_where_it_belongs(eight):

@@ -1,5 +1,6 @@
 """The joint decoder's stage: where its gradient goes, what it learns, and what it leaves."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models.joint_decoder import LOGITS_PER_GRAY, JointDecoder
 from segdiff_jax.text.conditioning import PromptTable
 from segdiff_jax.training import losses
+from segdiff_jax.training import run as runs
+from segdiff_jax.training.loop import Run as Start
 from segdiff_jax.training.step import init_state, joint_step
 from segdiff_jax.weights import mask_decoders
 from segdiff_jax.weights import workdir as workdirs
@@ -147,6 +150,55 @@ def test_a_finished_training_goes_on_to_it_and_does_not_train_it_again(
     config.joint = JointConfig(steps=2, batch_size=2, classes=C)
     train_optimized(config, finished)
     assert path.read_bytes() == before and steps_of(folder) == [2]
+
+
+def test_a_decoder_that_is_asked_for_later_is_the_one_that_predicts(
+    finished, micro_config, train_optimized, tmp_path
+):
+    workdir, config = str(tmp_path / "run"), micro_config()
+    shutil.copytree(finished, workdir)
+    before = workdirs.read_config(workdir)
+    config.joint = JointConfig(steps=2, batch_size=2, classes=C)
+    config.sampler.decoder = "joint"
+    config.optimizer.learning_rate = 2.0  # of the next step of the UNet, which does not come
+    train_optimized(config, workdir)
+    expected = dataclasses.replace(before, joint=config.joint, sampler=config.sampler)
+    assert workdirs.read_config(workdir) == expected
+    assert Segmenter.load(workdir).config.sampler.decoder == "joint"
+
+
+def test_the_decoder_of_a_unet_that_is_gone_goes_too(finished, micro_config, monkeypatch, tmp_path):
+    def loop(_):
+        raise KeyboardInterrupt
+
+    workdir, config = tmp_path / "run", micro_config()
+    shutil.copytree(finished, workdir)
+    *_, before, newest = steps_of(workdir)
+    shutil.copytree(joint_of(workdir), workdir / "joint" / str(before))
+    shutil.rmtree(workdir / "checkpoints" / str(newest))
+    config.joint, config.train.eval_every = JointConfig(steps=2, batch_size=2, classes=C), 0
+    monkeypatch.setattr(runs, "loop", loop)
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(config, str(workdir))
+    assert [path.name for path in (workdir / "joint").iterdir()] == [str(before)]
+
+
+def test_the_variant_of_the_first_weights_is_not_asked_of_the_workdir(monkeypatch):
+    asked = []
+    monkeypatch.setattr(runs, "train", lambda config, *_, **__: asked.append(config))
+    monkeypatch.setattr(runs, "_newest_step", lambda _: 4)
+    monkeypatch.setattr(workdirs, "read_config", lambda _: config)
+    config = Config(init_from="OWNER/NAME", init_variant="fp16", joint=JointConfig(steps=2))
+    runs._train_joint(Start(config, "W", None, None, None))
+    ((last,),) = (asked,)
+    assert (last.init_from, last.init_variant) == ("W", "")
+
+
+def test_its_folder_is_no_start_of_another_training(finished, micro_config, tmp_path):
+    config = micro_config()
+    config.init_from = str(joint_of(finished))
+    with pytest.raises(UserError, match=f"inside the workdir {finished}: give that as config.ini"):
+        runs.train(config, str(tmp_path / "run"))
 
 
 def test_a_unet_that_goes_on_gets_another_and_the_earlier_one_keeps_its_own(

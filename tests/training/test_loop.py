@@ -48,7 +48,7 @@ class Run:
             optimizer=OptimizerConfig(),
             train=TrainConfig(**{"steps": 6, "batch_size": 2, "checkpoint_every": 2} | train),
         )
-        self.taken, self.closed = [], False
+        self.taken, self.closed, self.followed = [], False, False
 
     def __call__(self, losses=None, validate=None, before=None):
         losses = losses or {}
@@ -73,6 +73,7 @@ class Run:
                     self.closed = True
 
             start = Start(self.config, self.workdir, None, mesh, StartUp())
+            start.followed = self.followed
             metadata = {"note": "x", "next_example": 100 + 2 * first}
             compiled, frozen = compile_step(step, state, mesh), jnp.ones(())
             state = loop(
@@ -162,6 +163,15 @@ def test_a_signal_in_the_last_step_is_the_end_anyway(tmp_path):
     run = Run(tmp_path)
     state = run(before=lambda batch: batch == 6 and os.kill(os.getpid(), signal.SIGTERM))
     assert int(state.step) == 6 and run.saved()[0] == [4, 6]
+
+
+def test_after_a_signal_in_the_last_step_no_other_stage_begins(tmp_path):
+    run = Run(tmp_path)
+    run.followed = True
+    with pytest.raises(Stopped, match="stopped after the diffusion stage, checkpoint written"):
+        run(before=lambda batch: batch == 6 and os.kill(os.getpid(), signal.SIGTERM))
+    assert run.saved()[0] == [4, 6]
+    assert int(run().step) == 6
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, -2.0])

@@ -237,6 +237,21 @@ def test_nothing_to_weigh_where_a_pass_shows_every_class(micro_config, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_batches_of_the_stages_to_come_must_divide_over_the_devices(
+    micro_config, tmp_path, monkeypatch
+):
+    asked, config = {}, micro_config()
+    monkeypatch.setattr(origin, "local_rows", lambda _, size, key: asked.update({key: size}))
+    config.joint.steps, config.joint.batch_size = 1, 5
+    origin.check_start(config, str(tmp_path))
+    batches = {"config.train.batch_size": 4, "config.vae.batch_size": 4}
+    assert asked == batches | {"config.joint.batch_size": 5}
+    asked.clear()
+    config.stage = "vae"  # which no other follows
+    origin.check_start(config, str(tmp_path))
+    assert asked == {"config.vae.batch_size": 4}
+
+
 def test_betas_that_leave_no_signal(begin, folder):
     assert "have no signal left" in begin(folder, beta_start=0.9, beta_end=0.9)
 
