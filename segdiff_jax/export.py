@@ -20,8 +20,8 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary
 
 if TYPE_CHECKING:
+    from segdiff_jax.weights.loading import Networks
     from segdiff_jax.weights.mask_decoders import Decoders
-    from segdiff_jax.weights.workdir import Networks
 
 _DESCRIPTION = (
     """Export a trained model. The output appears whole or not at all.
@@ -50,16 +50,16 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("absl").setLevel(logging.ERROR)
     from segdiff_jax.parallel import runtime
-    from segdiff_jax.weights import hub, workdir
+    from segdiff_jax.weights import hub, loading, workdir
 
     runtime.start()
     folder = hub.local(args.checkpoint)
     _check_output(args, folder, workdir.read_config(folder))
-    networks, step = workdir.load_networks(folder, args.weights, args.which)
+    networks, step = loading.load_networks(folder, args.weights, args.which)
     trained = workdir.read_classes(folder)
     if args.format == "diffusers":
-        decoders = workdir.load_decoders(folder, networks, step)
-        networks = workdir.with_decoder(networks, decoders, args.checkpoint)
+        decoders = loading.load_decoders(folder, networks, step)
+        networks = loading.with_decoder(networks, decoders, args.checkpoint)
         write_folder(networks, args.output, args.dtype, trained, decoders)
     else:
         from segdiff_jax.inference import stablehlo
@@ -169,10 +169,10 @@ def write_folder(
     trained: vocabulary.Vocabulary | None = None,
     decoders: "Decoders | None" = None,
 ) -> None:
-    """Write the networks and config of `workdir.load_networks` as a Stable Diffusion folder.
+    """Write the networks and config of `loading.load_networks` as a Stable Diffusion folder.
 
     The bytes depend on the arguments only, and loading the folder gives the arguments back (but
-    for `portable`). trained: the classes of the training. decoders: as `workdir.load_decoders`
+    for `portable`). trained: the classes of the training. decoders: as `loading.load_decoders`
     gives them. Raise `UserError` as `weights.pretrained.save` does.
     """
     from flax import nnx

@@ -18,7 +18,7 @@ from segdiff_jax.diffusion import sampler as sampler_lib
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models.joint_decoder import JointDecoder
 from segdiff_jax.models.linear_decoder import LinearDecoder
-from segdiff_jax.weights import workdir
+from segdiff_jax.weights import loading
 from segdiff_jax.weights.mask_decoders import Decoders
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -75,7 +75,7 @@ def check(ours, labels, scores, config):
 
 def test_a_trained_model_paints_the_same_masks_in_torch(trained, blocks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (*modules, config), _ = workdir.load_networks(trained)
+    (*modules, config), _ = loading.load_networks(trained)
     steps = dataclasses.replace(config.sampler, steps=4)
     # Training was short: the best of three bad scores, or else every pixel would be *other*.
     codec = dataclasses.replace(config.codec, closed=True)

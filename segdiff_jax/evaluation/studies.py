@@ -18,6 +18,7 @@ from segdiff_jax.evaluation.findings import NAMES, Claim, Elbow, Setting
 from segdiff_jax.evaluation.trainings import Training, changed
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.progress import reporter
+from segdiff_jax.weights import loading
 from segdiff_jax.weights import workdir as workdirs
 
 TERMINAL_SHARE = 0.9  # of "terminal" timesteps, where the config has only uniform ones
@@ -268,10 +269,10 @@ def _remembering(maps: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 
 @functools.lru_cache(maxsize=1)  # the cases of a training follow one another
 def _model(workdir: str, spacing: str, remembering: bool) -> Segmenter:
-    networks, step = workdirs.load_networks(workdir)
+    networks, step = loading.load_networks(workdir)
     config = changed(networks[-1], {"diffusion.timestep_spacing": spacing}, "model")
     model = Segmenter(*networks[:-1], config, trained=workdirs.read_classes(workdir))
-    model.add_decoders(workdirs.load_decoders(workdir, networks, step))
+    model.add_decoders(loading.load_decoders(workdir, networks, step))
     if remembering:
         model.networks.maps = _remembering(model.networks.maps)  # type: ignore[method-assign]
     return model

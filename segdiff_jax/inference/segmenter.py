@@ -39,7 +39,7 @@ from segdiff_jax.progress import Progress
 from segdiff_jax.text import conditioning, vocabulary
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
-from segdiff_jax.weights import hub, workdir
+from segdiff_jax.weights import hub, loading, workdir
 from segdiff_jax.weights.mask_decoders import Decoders
 
 
@@ -84,9 +84,9 @@ class Segmenter:
         Raise `UserError` if it is neither, has no such step, or holds another architecture.
         """
         folder = hub.local(checkpoint)
-        networks, step = workdir.load_networks(folder, which=which)
-        decoders = workdir.load_decoders(folder, networks, step)
-        networks = workdir.with_decoder(networks, decoders, checkpoint)
+        networks, step = loading.load_networks(folder, which=which)
+        decoders = loading.load_decoders(folder, networks, step)
+        networks = loading.with_decoder(networks, decoders, checkpoint)
         segmenter = Segmenter(*networks, trained=workdir.read_classes(folder))
         segmenter.checkpoint_step = step
         segmenter.add_decoders(decoders)

@@ -24,7 +24,7 @@ from segdiff_jax.text import conditioning
 from segdiff_jax.training.loop import Run, Stage
 from segdiff_jax.training.losses import Frozen
 from segdiff_jax.training.step import TrainState, joint_step
-from segdiff_jax.weights import mask_decoders
+from segdiff_jax.weights import loading, mask_decoders
 from segdiff_jax.weights import workdir as workdirs
 
 log = logging.getLogger(__name__)
@@ -38,9 +38,9 @@ def prepare(run: Run) -> Stage:
     config, workdir = run.config, run.config.init_from
     dtype = jnp.dtype(config.model.dtype)
     step = epath.Path(run.workdir).name
-    unet, *_ = workdirs.load_unet(workdir, mesh=run.mesh, which=step)
+    unet, *_ = loading.load_unet(workdir, mesh=run.mesh, which=step)
     folder = str(epath.Path(workdir) / workdirs.PRETRAINED)
-    vae, text_encoder, tokenizer = workdirs.load_frozen(folder, dtype)
+    vae, text_encoder, tokenizer = loading.load_frozen(folder, dtype)
     table = conditioning.encode_prompts(
         text_encoder, tokenizer, run.source.vocabulary.classes, config.prompts.templates
     )

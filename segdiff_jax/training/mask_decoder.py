@@ -19,7 +19,7 @@ from segdiff_jax.models import linear_decoder
 from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.vae import VAE, encode_latents
 from segdiff_jax.parallel import processes
-from segdiff_jax.weights import mask_decoders
+from segdiff_jax.weights import loading, mask_decoders
 from segdiff_jax.weights import workdir as workdirs
 
 _POSITIONS = 50_000  # of latents: hundreds for each of the unknowns
@@ -36,7 +36,7 @@ def settle(config: Config, workdir: str, source: Source) -> None:
         start = time.monotonic()
         with processes.at_work("fits the linear decoder"):
             dtype = jnp.dtype(config.model.dtype)
-            vae, *_ = workdirs.load_frozen(str(epath.Path(workdir) / workdirs.PRETRAINED), dtype)
+            vae, *_ = loading.load_frozen(str(epath.Path(workdir) / workdirs.PRETRAINED), dtype)
             decoder = fit(vae, config, source)
             files.write_bytes(path, mask_decoders.linear_to_bytes(decoder))
         log.info("%s: fitted in %.1f s", path, time.monotonic() - start)

@@ -28,7 +28,7 @@ from segdiff_jax.text.conditioning import prompts
 from segdiff_jax.text.tokenizer import Tokenizer, train_tokenizer
 from segdiff_jax.text.vocabulary import Vocabulary
 from segdiff_jax.training import origin
-from segdiff_jax.weights import pretrained
+from segdiff_jax.weights import loading, pretrained
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.checkpoint import Checkpoints
 
@@ -89,7 +89,7 @@ def _saved_unet_config(config: Config, workdir: str) -> UNetConfig | None:
         if checkpoints.latest_step() is None:
             return None
         saved = checkpoints.metadata()
-        return workdirs.unet_config_from(saved["unet"], str(folder), saved)
+        return loading.unet_config_from(saved["unet"], str(folder), saved)
 
 
 def _given_unet(config: Config, mesh: Mesh) -> UNet | None:
@@ -110,7 +110,7 @@ def _given_unet(config: Config, mesh: Mesh) -> UNet | None:
         ).unet
     if workdirs.read_config(config.init_from).stage == "vae":
         return None
-    return workdirs.load_unet(config.init_from, mesh=mesh)[0]
+    return loading.load_unet(config.init_from, mesh=mesh)[0]
 
 
 def new_text(config: Config, vocabulary: Vocabulary) -> tuple[CLIPText, Tokenizer]:

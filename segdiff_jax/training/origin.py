@@ -17,7 +17,7 @@ from segdiff_jax.files import is_remote, reading
 from segdiff_jax.models import presets
 from segdiff_jax.parallel.mesh import local_rows, make_mesh
 from segdiff_jax.stages import of_stage
-from segdiff_jax.weights import hub, mask_decoders, pretrained
+from segdiff_jax.weights import hub, loading, mask_decoders, pretrained
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.checksums import flat
 from segdiff_jax.weights.pretrained import Described
@@ -66,7 +66,7 @@ def check(config: Config, workdir: str) -> None:
     make_schedule(config.diffusion)
     own = epath.Path(workdir) / workdirs.PRETRAINED
     if pretrained.is_whole(own):  # of init_from nothing is read any more
-        workdirs.check_image_size(config, str(own))
+        loading.check_image_size(config, str(own))
     elif config.init_from:
         _check_init_from(config)
     else:
@@ -216,7 +216,7 @@ def _check_init_from(config: Config) -> None:
             f"config.init_from={start}: this training has no {workdirs.PRETRAINED}/ yet, its VAE "
             "stage is not done: let it go on, or name another"
         )
-    workdirs.check_image_size(config, folder(start))
+    loading.check_image_size(config, folder(start))
     if "vae" not in (config.stage, trained.stage):
         _compare(config, trained.diffusion, start)
 

@@ -23,7 +23,7 @@ from flax import nnx
 
 from segdiff_jax import codec, ownership
 from segdiff_jax.config import Config
-from segdiff_jax.data import label_summary, latent_cache, latents, pipeline, preference
+from segdiff_jax.data import label_summary, preference
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
@@ -31,23 +31,15 @@ from segdiff_jax.models import flops, presets
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
-from segdiff_jax.parallel import attention_kernels, mesh, processes, rules
+from segdiff_jax.parallel import attention_kernels, mesh, processes
 from segdiff_jax.stages import of_stage
 from segdiff_jax.text import conditioning
-from segdiff_jax.training import joint, lock, mask_decoder, networks, origin
-from segdiff_jax.training.loop import MakeValidator, Run, Setup, Stage, loop
+from segdiff_jax.training import joint, lock, mask_decoder, networks, origin, setup
+from segdiff_jax.training.loop import MakeValidator, Run, Stage, loop
 from segdiff_jax.training.losses import Frozen
-from segdiff_jax.training.step import (
-    TrainState,
-    compile_step,
-    diffusion_step,
-    e2e_step,
-    init_state,
-    vae_step,
-)
+from segdiff_jax.training.step import TrainState, diffusion_step, e2e_step, vae_step
 from segdiff_jax.training.timing import StartUp
-from segdiff_jax.version import code_version
-from segdiff_jax.weights import mask_decoders, pretrained
+from segdiff_jax.weights import loading, mask_decoders, pretrained
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.checkpoint import Checkpoints
 from segdiff_jax.weights.pretrained import Pretrained
@@ -120,7 +112,7 @@ def _begin(run: Run) -> None:
         names = origin.names(run.config, run.workdir)
         run.until_end.enter_context(ownership.adopted(run.workdir, origin.KIND, names))
     if not processes.all_agree(workdirs.is_workdir(run.workdir)):
-        _write_config(run)
+        setup.write_config(run)
         if not workdirs.is_workdir(run.workdir):
             raise UserError(
                 f"{run.workdir}: process {processes.index()} does not see what process 0 wrote "
@@ -129,12 +121,6 @@ def _begin(run: Run) -> None:
     write = processes.is_first()
     counted = dataclasses.replace(run.source.vocabulary, shares=run.shares)
     workdirs.settle_classes(run.workdir, counted, write=write)
-
-
-def _write_config(run: Run) -> None:
-    if processes.is_first():
-        workdirs.write_config(run.workdir, run.config)
-    processes.barrier()
 
 
 def _train_vae(run: Run) -> None:
@@ -230,19 +216,19 @@ def _frozen_networks(run: Run) -> tuple[VAE, CLIPText, Any]:
     processes.barrier()  # all have looked
     if not missing:
         _begin(run)
-        return workdirs.load_frozen(str(folder), dtype)
+        return loading.load_frozen(str(folder), dtype)
     if not run.config.init_from:
         _begin(run)  # the VAE stage takes its time, in a folder below
     start = _starting_point(run)
     variant, tokenizer = run.config.init_variant or None, run.config.init_tokenizer
-    kept = workdirs.load_frozen(start, jnp.dtype(jnp.float32), variant, tokenizer)
+    kept = loading.load_frozen(start, jnp.dtype(jnp.float32), variant, tokenizer)
     if run.config.init_from:
         _begin(run)
     if processes.is_first():
         with processes.at_work("copies the frozen networks"):
             pretrained.save(Pretrained(None, *kept, run.config.diffusion), str(folder))
     processes.barrier()
-    return workdirs.load_frozen(str(folder), dtype)
+    return loading.load_frozen(str(folder), dtype)
 
 
 def _starting_point(run: Run) -> str:
@@ -283,87 +269,16 @@ def _train(run: Run, stage: Stage) -> TrainState:
         best_metric=workdirs.BEST_METRIC,  # also where this part of the run does not validate
         guard=run.guard,
     ) as checkpoints:
-        state, stored = _newest_state(run, stage, checkpoints)
+        state, stored = setup.newest_state(run, stage, checkpoints)
         done, config = int(state.step), run.config
         if done >= config.train.steps:
             if config.stage != "vae":  # which has its networks to write
                 _nothing_to_do(run, done)
             return state
-        setup = _set_up(run, stage, checkpoints, state, stored)
+        if isinstance(stage.network, UNet):
+            joint.forget_after(done, run.workdir)
+        prepared = setup.set_up(run, stage, checkpoints, state, stored)
         del state, stage  # the loop's steps reuse their memory
-        trained = loop(setup)
+        trained = loop(prepared)
     run.startup.restart()  # if another stage follows
     return trained
-
-
-def _newest_state(
-    run: Run, stage: Stage, checkpoints: Checkpoints
-) -> tuple[TrainState, dict[str, Any]]:
-    """Return the state on the mesh and its metadata: of the newest checkpoint, or new and {}."""
-    params, build, config = nnx.state(stage.network), stage.build, run.config
-    shapes = jax.eval_shape(lambda p: init_state(p, config), params)
-    shardings = rules.state_sharding(shapes, run.mesh)
-    if checkpoints.latest_step() is not None:
-        return checkpoints.restore(mesh.abstract(shapes, shardings))
-    if build is None:
-        create = jax.jit(lambda p: init_state(p, config), out_shardings=shardings)
-        return create(params), {}
-    create = jax.jit(
-        lambda: init_state(nnx.state(build()), config),
-        out_shardings=shardings,
-        # It runs once: a hundred generators of random numbers took longer to optimise than to run.
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
-    return create(), {}
-
-
-def _set_up(
-    run: Run, stage: Stage, checkpoints: Checkpoints, state: TrainState, stored: dict[str, Any]
-) -> Setup:
-    config, done, size = run.config, int(state.step), run.config.train.batch_size
-    code, position = code_version(), 0
-    if done:
-        # Without one, it is a checkpoint of the first version.
-        position = stored.get("next_example", done * size)
-        log.info("%s: resuming at step %d, example %d", run.workdir, done, position)
-        written_by = stored.get("code", "unknown")
-        if written_by != code:
-            log.info("the checkpoint is of code %s, this is %s", written_by, code)
-    if isinstance(stage.network, UNet):
-        joint.forget_after(done, run.workdir)
-    _write_config(run)  # what may change in a run, its steps for one, may have changed
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    log.info("%s: %.2f M parameters", config.stage, count / 1e6)
-    run.startup.done("restore" if done else "state")
-    unet = stage.network.config if isinstance(stage.network, UNet) else None
-    described = workdirs.checkpoint_metadata(config, unet)
-    frozen = stage.frozen and mesh.place(stage.frozen, mesh.replicated(run.mesh))
-    return Setup(
-        run=run,
-        step=compile_step(stage.step, state, run.mesh),
-        state=state,
-        frozen=frozen,
-        batches=_batches(run, stage, position),
-        checkpoints=checkpoints,
-        metadata=described | {"next_example": position, "code": code},
-        flops=stage.flops * size,
-        validate=stage.validate,
-    )
-
-
-def _batches(run: Run, stage: Stage, example: int) -> pipeline.TrainBatches:
-    """Return the rows that this process feeds from `example` on, cached latents or pixels."""
-    config, rows = run.config, mesh.local_rows(run.mesh, run.config.train.batch_size)
-    asked = {"e2e": config.e2e.classes, "joint": config.joint.classes}
-    if config.stage in asked:  # they are drawn as those of a pass are
-        group = dataclasses.replace(config.codec, classes_per_pass=asked[config.stage])
-        config = dataclasses.replace(config, codec=group)
-    if stage.encoder is None:
-        return pipeline.train_batches(
-            run.source, config, config.seed, example, rows, preference=stage.preferred
-        )
-    folder = str(epath.Path(run.workdir) / workdirs.LATENTS)
-    stored = latent_cache.open_or_build(run.source, stage.encoder, config, folder)
-    return latents.train_batches(
-        stored, config, config.seed, example, rows, preference=stage.preferred
-    )

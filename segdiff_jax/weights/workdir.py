@@ -1,4 +1,4 @@
-"""What a training run leaves behind, and how to get networks back from it.
+"""What a training run leaves behind: names, what a folder is, config and classes.
 
 W/config.json     the run's config
 W/classes.json    the classes it is trained with, in id order; an export has it too
@@ -19,31 +19,20 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
-import jax.numpy as jnp
 from etils import epath
-from flax import nnx
-from jax.sharding import Mesh
 
-from segdiff_jax import __version__, combinations, fields
-from segdiff_jax.config import VERSION_KEY, Config, from_dict, reading_of, stored, to_dict
+from segdiff_jax import __version__
+from segdiff_jax.config import VERSION_KEY, Config, from_dict, stored, to_dict
 from segdiff_jax.data.sources.source import IMAGE_EXTENSIONS
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote, reading, write_json, write_text
-from segdiff_jax.models.clip_text import CLIPText
-from segdiff_jax.models.unet import UNet, UNetConfig
-from segdiff_jax.models.vae import VAE
-from segdiff_jax.parallel.mesh import abstract
-from segdiff_jax.parallel.rules import state_sharding
+from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.stored import read_object
 from segdiff_jax.text import vocabulary
-from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import Vocabulary
-from segdiff_jax.weights import hf_config, mask_decoders, pretrained, step_folders
-from segdiff_jax.weights.checkpoint import Checkpoints
+from segdiff_jax.weights import step_folders
 from segdiff_jax.weights.hub import INDEX
 
 log = logging.getLogger(__name__)
@@ -69,8 +58,6 @@ _DATA_SETS = (  # names that lie side by side in one
     {"JPEGImages", "SegmentationClass"},
     {"leftImg8bit", "gtFine"},
 )
-
-Networks = tuple[UNet, VAE, CLIPText, Tokenizer, Config]
 
 
 def is_workdir(path: str) -> bool:
@@ -208,169 +195,6 @@ def checkpoint_metadata(config: Config, unet: UNetConfig | None) -> dict[str, An
     return {"config": to_dict(config), "unet": architecture, VERSION_KEY: __version__}
 
 
-def load_networks(
-    path: str, weights: str | None = None, which: str | int = "newest"
-) -> tuple[Networks, int | None]:
-    """Load everything needed to segment, from a training workdir or an exported folder.
-
-    Return with it the step of the checkpoint; None for an export.
-
-    weights: "ema" | "raw" of a training; by default the EMA where the training kept one.
-    which: "newest", "best" (by the mIoU of its validation) or a step, of a training's checkpoints.
-    """
-    config = read_config(path)
-    if not is_workdir(path):
-        if weights:
-            raise UserError(f"{path}: an export has one set of weights: leave --weights out")
-        if which != "newest":
-            raise UserError(
-                f"{path}: an export has no checkpoints to choose from: leave --which out"
-            )
-        return _load_export(path), None
-    if pretrained.is_whole(epath.Path(path) / PRETRAINED):
-        check_image_size(config, str(epath.Path(path) / PRETRAINED))
-    unet, config, step = load_unet(path, weights, which=which)
-    frozen = load_frozen(str(epath.Path(path) / PRETRAINED), jnp.dtype(config.model.dtype))
-    return (unet, *frozen, config), step
-
-
-def load_unet(
-    path: str,
-    weights: str | None = None,
-    mesh: Mesh | None = None,
-    which: str | int = "newest",
-) -> tuple[UNet, Config, int]:
-    """Load a training workdir's UNet, the config it was trained with and the checkpoint's step.
-
-    weights, which: as of `load_networks`. With `mesh`, each device reads its own part.
-    """
-    config = read_config(path)
-    if config.stage in ("vae", "joint"):
-        check_not_inside(path)
-        raise UserError(
-            f"{path}: holds the {config.stage!r} stage, which cannot segment: "
-            "name the workdir of a diffusion stage"
-        )
-    if weights == "ema" and not config.optimizer.ema_decay:
-        raise UserError(f"{path}: was trained without EMA: use --weights raw")
-    kept = "ema" if config.optimizer.ema_decay and weights != "raw" else "params"
-    dtype = jnp.dtype(config.model.dtype)
-    checkpoints = Checkpoints(
-        epath.Path(path) / CHECKPOINTS, best_metric=BEST_METRIC, read_only=True
-    )
-    try:
-        wanted = _step(checkpoints, path, which)
-        saved = checkpoints.metadata(wanted)
-        unet_config = unet_config_from(saved["unet"], str(checkpoints.directory), saved)
-        unet = nnx.eval_shape(lambda: UNet(unet_config, dtype=dtype, rngs=nnx.Rngs(0)))
-        graph, params = nnx.split(unet)
-        if mesh is not None:
-            params = abstract(params, state_sharding(params, mesh))
-        restored, _ = checkpoints.restore({kept: params}, wanted)
-        step = checkpoints.used
-    finally:
-        checkpoints.close()
-    assert step is not None
-    log.info("%s: checkpoint of step %d", path, step)
-    return nnx.merge(graph, restored[kept]), config, step
-
-
-def _step(checkpoints: Checkpoints, path: str, which: str | int) -> int | None:
-    """Return the step that `which` means; None for the newest that can be read."""
-    if which == "newest":
-        return None
-    if which == "best":
-        best = checkpoints.best_step()
-        if best is None and checkpoints.steps():
-            steps = ", ".join(map(str, checkpoints.steps()))
-            raise UserError(
-                f"{path}: no validation was recorded with its checkpoints, so none is the best: "
-                f"use --which newest or a step ({steps}), or train with config.train.eval_every"
-            )
-        return best
-    if not str(which).isdecimal():
-        raise UserError(f"--which {which}: give newest, best or the step of a checkpoint")
-    return int(which)
-
-
-def unet_config_from(
-    values: Any, where: str = "checkpoint", metadata: Mapping[str, Any] = MappingProxyType({})
-) -> UNetConfig:
-    """Invert `dataclasses.asdict` after a trip through JSON.
-
-    where, metadata: of the checkpoint that `values` come from. Raises `UserError` that names it
-    for what no network can be built of.
-    """
-    with reading_of(metadata.get(VERSION_KEY), where):
-        config = fields.build(UNetConfig, values or {}, "unet")
-        if not values:
-            raise UserError("holds no UNet: name the workdir of a diffusion stage")
-        hf_config.check_unet(config, "unet", {})
-    return config
-
-
-def check_image_size(config: Config, folder: str) -> None:
-    """Raise `UserError` unless the VAE in a Stable Diffusion folder can divide the image size.
-
-    Only its config is read.
-    """
-    vae = pretrained.describe(folder, ("vae",)).vae
-    if vae is not None:
-        combinations.check_image_size(config, vae.downsampling, f"the VAE of {folder}")
-
-
-def load_frozen(
-    folder: str, dtype: Any, variant: str | None = None, tokenizer: str = ""
-) -> tuple[VAE, CLIPText, Tokenizer]:
-    """Load the networks that the diffusion stage does not train, as `pretrained.load` does."""
-    parts = ("vae", "text_encoder", "tokenizer")
-    loaded = pretrained.load(folder, parts, variant=variant, dtype=dtype, tokenizer=tokenizer)
-    vae, text_encoder, tokens = loaded.vae, loaded.text_encoder, loaded.tokenizer
-    assert vae and text_encoder and tokens  # what was asked for is there
-    return vae, text_encoder, tokens
-
-
 def joint_folder(path: str, step: int) -> epath.Path:
     """Return the workdir of the joint decoder that goes with the UNet of this step alone."""
     return epath.Path(path) / JOINT_STAGE / str(step)
-
-
-def load_decoders(path: str, networks: Networks, step: int | None) -> mask_decoders.Decoders:
-    """Load what a run or an export has beside the decoder of its VAE.
-
-    networks, step: as `load_networks` returns them.
-    """
-    _, vae, text_encoder, *_ = networks
-    folder = epath.Path(path)
-    tiny, joint = folder, folder
-    if step is not None:
-        tiny, joint = folder / PRETRAINED, joint_folder(path, step)
-    return mask_decoders.Decoders(
-        mask_decoders.read_linear(folder, vae.config),
-        mask_decoders.read_tiny(tiny, vae.config, vae.dtype),
-        mask_decoders.read_joint(joint, text_encoder.config.hidden_size, vae.dtype),
-    )
-
-
-def with_decoder(networks: Networks, decoders: mask_decoders.Decoders, where: str) -> Networks:
-    """Return `networks` whose config names a decoder that is there; say so if it is another one."""
-    *_, config = networks
-    wanted = config.sampler.decoder
-    name = mask_decoders.nearest(wanted, decoders)
-    if name != wanted:
-        log.warning(
-            "%s: no %s decoder goes with this checkpoint (a training makes one when it ends): "
-            "its maps are decoded by sampler.decoder=%s",
-            *(where, wanted, name),
-        )
-    sampler = dataclasses.replace(config.sampler, decoder=name)
-    return *networks[:-1], dataclasses.replace(config, sampler=sampler)
-
-
-def _load_export(path: str) -> Networks:
-    config = read_config(path)
-    check_image_size(config, path)
-    dtype = jnp.dtype(config.model.dtype)
-    unet = pretrained.load(path, components=("unet",), dtype=dtype).unet
-    assert unet
-    return (unet, *load_frozen(path, dtype), config)

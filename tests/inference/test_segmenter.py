@@ -503,7 +503,7 @@ ON_MESHES = """
     from segdiff_jax.parallel import mesh as meshes
     from segdiff_jax.parallel import rules
 
-    (*networks, config), _ = workdir.load_networks(sys.argv[1])
+    (*networks, config), _ = loading.load_networks(sys.argv[1])
     config.sampler = dataclasses.replace(config.sampler, steps=2, ensemble=2, batch_size=12)
     source = open_source(config.data, config.data.val_split, config.seed)
     sampler_on, parts = sampling.sampler_on, []

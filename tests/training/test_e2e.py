@@ -33,7 +33,7 @@ from segdiff_jax.training import losses
 from segdiff_jax.training.step import e2e_step, init_state
 from segdiff_jax.training.stop import Stopped
 from segdiff_jax.training.telemetry import Telemetry
-from segdiff_jax.weights import mask_decoders
+from segdiff_jax.weights import loading, mask_decoders
 from segdiff_jax.weights import workdir as workdirs
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -237,7 +237,7 @@ def test_it_begins_with_the_weights_of_the_training_and_takes_over_what_is_froze
 ):
     stored = workdirs.read_config(finished)
     assert stored.sampler.initial_noise == "zero" and stored.sampler.steps == 1
-    frozen = [workdirs.load_frozen(f"{w}/pretrained", jnp.float32)[0] for w in (finished, trained)]
+    frozen = [loading.load_frozen(f"{w}/pretrained", jnp.float32)[0] for w in (finished, trained)]
     assert same_bits(*(nnx.state(vae) for vae in frozen))
     learnt, start = (jax.tree.leaves(state_of(w).params) for w in (finished, trained))
     far = [float(np.abs(np.asarray(a - b)).max()) for a, b in zip(learnt, start, strict=True)]
@@ -258,7 +258,7 @@ def test_it_validates_from_zeros_as_it_predicts(finished):
 
 
 def test_an_export_of_it_starts_from_zeros_too(finished, tmp_path):
-    networks, _ = workdirs.load_networks(finished)
+    networks, _ = loading.load_networks(finished)
     export.write_folder(networks, tmp_path / "model", trained=workdirs.read_classes(finished))
     photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     names = ["plain red circle", "background"]
@@ -295,7 +295,7 @@ def test_a_training_through_the_linear_decoder_fits_it_first(e2e_config, train_o
     config, workdir = e2e_config(e2e=E2EConfig(classes=C, decoder="linear")), str(tmp_path / "run")
     config.train = dataclasses.replace(config.train, eval_every=0)
     train_optimized(config, workdir)
-    vae = workdirs.load_frozen(f"{workdir}/pretrained", jnp.float32)[0]
+    vae = loading.load_frozen(f"{workdir}/pretrained", jnp.float32)[0]
     assert mask_decoders.read_linear(workdir, vae.config) is not None
     assert np.isfinite(read_scalars(Path(workdir))["e2e/loss"][4])
 

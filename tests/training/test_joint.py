@@ -27,7 +27,7 @@ from segdiff_jax.training import losses
 from segdiff_jax.training import run as runs
 from segdiff_jax.training.loop import Run as Start
 from segdiff_jax.training.step import init_state, joint_step
-from segdiff_jax.weights import mask_decoders
+from segdiff_jax.weights import loading, mask_decoders
 from segdiff_jax.weights import workdir as workdirs
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -221,8 +221,8 @@ def test_a_unet_that_goes_on_gets_another_and_the_earlier_one_keeps_its_own(
 
 
 def test_an_export_has_it_too_and_sharpens_as_the_training_does(finished, tmp_path):
-    networks, step = workdirs.load_networks(finished)
-    decoders = workdirs.load_decoders(finished, networks, step)
+    networks, step = loading.load_networks(finished)
+    decoders = loading.load_decoders(finished, networks, step)
     assert decoders.joint is not None
     export.write_folder(
         networks, tmp_path / "model", trained=workdirs.read_classes(finished), decoders=decoders
@@ -284,7 +284,7 @@ def test_what_overflows_half_precision_is_not_written():
 
 def test_its_file_says_when_it_is_of_another_text_encoder(finished, tmp_path):
     path = joint_of(finished)
-    width = workdirs.load_networks(finished)[0][2].config.hidden_size
+    width = loading.load_networks(finished)[0][2].config.hidden_size
     assert mask_decoders.read_joint(tmp_path, width) is None
     assert mask_decoders.read_joint(path, width).head().scale == pytest.approx(
         LOGITS_PER_GRAY, abs=0.1

@@ -29,7 +29,7 @@ from segdiff_jax.training import run as runs
 from segdiff_jax.training.step import init_state
 from segdiff_jax.training.stop import Stopped
 from segdiff_jax.training.telemetry import Telemetry
-from segdiff_jax.weights import pretrained
+from segdiff_jax.weights import loading, pretrained
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.checkpoint import Checkpoints
 
@@ -44,7 +44,7 @@ def steps_of(workdir):
 def state_of(workdir, step=None):
     config = workdirs.read_config(str(workdir))
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
-    params = abstract_params(workdirs.unet_config_from(checkpoints.metadata()["unet"]))
+    params = abstract_params(loading.unet_config_from(checkpoints.metadata()["unet"]))
     abstract = jax.eval_shape(lambda p: init_state(p, config), params)
     state, _ = checkpoints.restore(abstract, step)
     checkpoints.close()
@@ -578,6 +578,6 @@ def test_training_from_cached_latents_is_the_same_training(
     np.testing.assert_allclose([seen[step] for step in sorted(seen)], expected, rtol=1e-5)
 
     monkeypatch.setattr(latent_cache, "build", lambda *_: pytest.fail("built again"))
-    vae = workdirs.load_frozen(f"{workdir}/pretrained", "float32")[0]
+    vae = loading.load_frozen(f"{workdir}/pretrained", "float32")[0]
     source = runs.open_source(config.data, "train", config.seed)
     assert len(latent_cache.open_or_build(source, vae, config, f"{workdir}/latents")) == 32

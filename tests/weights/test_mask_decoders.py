@@ -9,7 +9,7 @@ from segdiff_jax import export
 from segdiff_jax.errors import UserError
 from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.vae import VAEConfig
-from segdiff_jax.weights import mask_decoders, workdir
+from segdiff_jax.weights import loading, mask_decoders
 
 VAE = VAEConfig(latent_channels=2, block_out_channels=(4, 4))
 
@@ -41,8 +41,8 @@ def test_the_file_of_another_vae_and_a_damaged_one_are_refused(tmp_path):
 def test_a_finished_training_has_one_and_so_has_its_export(
     trained, micro_config, train_optimized, tmp_path
 ):
-    networks, step = workdir.load_networks(trained)
-    decoders = workdir.load_decoders(trained, networks, step)
+    networks, step = loading.load_networks(trained)
+    decoders = loading.load_decoders(trained, networks, step)
     linear = decoders.linear
     assert decoders.tiny is decoders.joint is None and linear.kernel.shape[:3] == (
         3,
@@ -50,12 +50,12 @@ def test_a_finished_training_has_one_and_so_has_its_export(
         networks[1].config.latent_channels,
     )
     export.write_folder(networks, tmp_path / "model", decoders=decoders)
-    again = workdir.load_decoders(str(tmp_path / "model"), networks, None)
+    again = loading.load_decoders(str(tmp_path / "model"), networks, None)
     np.testing.assert_array_equal(again.linear.kernel, linear.kernel)
 
     copy = tmp_path / "run"  # as of an earlier version, without one
     shutil.copytree(trained, copy)
     (copy / mask_decoders.LINEAR).unlink()
     train_optimized(micro_config(), str(copy))
-    fitted = workdir.load_decoders(str(copy), networks, step)
+    fitted = loading.load_decoders(str(copy), networks, step)
     np.testing.assert_allclose(fitted.linear.kernel, linear.kernel, atol=1e-3)
