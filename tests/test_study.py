@@ -91,6 +91,8 @@ def test_a_study_measures_goes_on_and_says_what_it_found(
     (finished / "start.json").unlink()
     with pytest.raises(UserError, match=r"config\.train\.balance=0\.0, now it is 0\.7"):
         study.main([*argv, "--config.train.balance=0.7"])
+    with pytest.raises(UserError, match=r"config\.vae\.steps=\d, now it is \d"):
+        study.main([*argv, "--budget", "small"])
     _check_tables(finished, again)
 
 

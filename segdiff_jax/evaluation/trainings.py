@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from segdiff_jax import ownership
 from segdiff_jax.config import Config, validate
 from segdiff_jax.errors import UserError
+from segdiff_jax.fields import leaves
 from segdiff_jax.stages import get, of_stage
 from segdiff_jax.training import origin, run
 from segdiff_jax.weights import workdir as workdirs
@@ -18,7 +19,7 @@ from segdiff_jax.weights.checkpoint import Checkpoints
 
 log = logging.getLogger(__name__)
 
-# What a workdir must have been trained with, for its name to mean what it says.
+# What a workdir must have been trained with, for its name to mean what it says: keys or sections.
 _OF_BOTH_STAGES: tuple[str, ...] = (
     "seed",
     "data.source",
@@ -27,8 +28,9 @@ _OF_BOTH_STAGES: tuple[str, ...] = (
     "data.fit",
     "model.preset",
 )
+_OF_VAE: tuple[str, ...] = ("vae",)
 _OF_DIFFUSION: tuple[str, ...] = ("noise", "codec", "optimizer.learning_rate", "train.batch_size")
-_OF_DIFFUSION += ("train.terminal_share", "train.balance", "train.hard_negatives")
+_OF_DIFFUSION += ("train.steps", "train.terminal_share", "train.balance", "train.hard_negatives")
 
 
 class Training(NamedTuple):
@@ -85,10 +87,11 @@ def _train(config: Config, workdir: Path) -> None:
 
 
 def _check_same(config: Config, workdir: Path) -> None:
-    stored, wanted = workdirs.read_config(str(workdir)), of_stage(config)
-    for key in _OF_BOTH_STAGES + (() if config.stage == "vae" else _OF_DIFFUSION):
-        had, now = get(stored, key), get(wanted, key)
-        if had != now:
+    means = _OF_BOTH_STAGES + (_OF_VAE if config.stage == "vae" else _OF_DIFFUSION)
+    stored = {key: value for key, _, value in leaves(workdirs.read_config(str(workdir)))}
+    for key, _, now in leaves(of_stage(config)):
+        counts = key in means or key.partition(".")[0] in means
+        if counts and (had := stored[key]) != now:
             raise UserError(
                 f"{workdir}: was trained with config.{key}={had!r}, now it is {now!r}: "
                 "choose another --output, or remove this folder"
