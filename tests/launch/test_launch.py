@@ -19,43 +19,49 @@ LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh"))
 COMMANDS = [name for name in SCRIPTS if name != "common.sh"]
 
+# Called hundreds of times: it imports little.
 GCLOUD = '''
-import json, os, pathlib, subprocess, sys
+import json, os, sys
 
-here = pathlib.Path(__file__).parent
+here = os.path.dirname(os.path.abspath(__file__))
 args = sys.argv[1:]
-with open(here / "calls.jsonl", "a") as calls:
-    calls.write(json.dumps([pathlib.Path(sys.argv[0]).name] + args) + "\\n")
+with open(f"{here}/calls.jsonl", "a") as calls:
+    calls.write(json.dumps([os.path.basename(sys.argv[0])] + args) + "\\n")
 
 
 def answer(key, default=""):
     """The next scripted answer; the last one is repeated. "!text" fails with text on stderr."""
-    path = here / "script.json"
-    script = json.loads(path.read_text())
+    with open(f"{here}/script.json") as file:
+        script = json.load(file)
     queue = script.get(key, [default])
     text = queue.pop(0) if len(queue) > 1 else queue[0]
-    path.write_text(json.dumps(script))
+    with open(f"{here}/script.json", "w") as file:
+        json.dump(script, file)
     if text.startswith("!"):
         sys.exit(text[1:])
     print(text)
 
 
 def on_worker(number, command):
-    home = here / f"worker{number}"
-    home.mkdir(exist_ok=True)
-    env = dict(os.environ, HOME=str(home), TPU_WORKER_ID=str(number))
+    import subprocess
+
+    home = f"{here}/worker{number}"
+    os.makedirs(home, exist_ok=True)
+    env = dict(os.environ, HOME=home, TPU_WORKER_ID=str(number))
     return subprocess.run(["bash", "-c", command], cwd=home, env=env).returncode
+
+
+def flag(name):
+    return next(a for a in args if a.startswith(f"--{name}=")).removeprefix(f"--{name}=")
 
 
 verb = " ".join(args[2:4])
 if verb == "tpu-vm ssh":
-    command = next(a for a in args if a.startswith("--command=")).removeprefix("--command=")
-    if (here / "execute").exists():
-        worker = next(a for a in args if a.startswith("--worker=")).removeprefix("--worker=")
-        numbers = range(2) if worker == "all" else [int(worker)]
+    command = flag("command")
+    if os.path.exists(f"{here}/execute"):
+        numbers = range(2) if flag("worker") == "all" else [int(flag("worker"))]
         sys.exit(max(on_worker(number, command) for number in numbers))
-    action = "status" if "on_worker.sh status" in command else "ssh"
-    answer(action)
+    answer("status" if "on_worker.sh status" in command else "ssh")
 else:
     answer(verb)
 '''
@@ -74,7 +80,7 @@ class Cloud:
         self.bin.mkdir()
         for name in ("gcloud", "xpk", "docker"):
             path = self.bin / name
-            path.write_text(f"#!{sys.executable}\n{GCLOUD}")
+            path.write_text(f"#!{sys.executable} -IS\n{GCLOUD}")
             path.chmod(0o755)
         self.script({})
         self.settings = {
