@@ -4,11 +4,13 @@ import dataclasses
 import io
 import os
 import struct
+import textwrap
 import zlib
 from pathlib import Path
 
 import filelock
 import pytest
+from commands import CONFIG
 from jaxtyping import install_import_hook
 
 # Before anything imports jax: CPU unless told otherwise, and compilations kept between test runs.
@@ -129,43 +131,20 @@ def fast_compile():
 @pytest.fixture(scope="session")
 def micro_config():
     """A function that makes the Config of `trained`: both stages, from nothing, in seconds."""
-    from segdiff_jax.config import (
-        Config,
-        DataConfig,
-        ModelConfig,
-        OptimizerConfig,
-        SamplerConfig,
-        ScenesConfig,
-        TrainConfig,
-        VAEConfig,
-        validate,
-    )
-    from segdiff_jax.models import presets
+    from segdiff_jax.config import TrainConfig, VAEConfig, validate
 
-    presets.PRESETS["micro"] = presets._small((32,), (4, 8), 32)
-    return lambda: validate(
-        Config(
-            data=DataConfig(
-                source="scenes",
-                image_size=IMAGE_SIZE,
-                scenes=ScenesConfig(train_examples=32, val_examples=4),
-            ),
-            model=ModelConfig(preset="micro"),
-            optimizer=OptimizerConfig(
-                learning_rate=1e-3, warmup_steps=2, decay_steps=50, ema_decay=0.9
-            ),
-            train=TrainConfig(
-                steps=6,
-                batch_size=4,
-                checkpoint_every=2,
-                log_every=1,
-                eval_every=6,
-                eval_examples=2,
-            ),
-            vae=VAEConfig(steps=3, batch_size=4),
-            sampler=SamplerConfig(steps=1, batch_size=25),
+    names: dict = {}
+    exec(textwrap.dedent(CONFIG), names)
+
+    def make():
+        config = names["get_config"]()
+        config.train = TrainConfig(
+            steps=6, batch_size=4, checkpoint_every=2, log_every=1, eval_every=6, eval_examples=2
         )
-    )
+        config.vae = VAEConfig(steps=3, batch_size=4)
+        return validate(config)
+
+    return make
 
 
 @pytest.fixture(scope="session")

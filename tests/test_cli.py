@@ -242,19 +242,13 @@ def test_split():
         "--config.codec.closed=true",
         "--config.data.augment.flip=false",
     ]
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
+    for argv, message in (
         (["--config.train.steps"], "needs a value: for example --config.train.steps=25000"),
         (["--config.train.stepz", "5"], "did you mean config.train.steps"),
         (["--noconfig.seed"], "only a boolean"),
-    ],
-)
-def test_bad_split(argv, message):
-    with pytest.raises(UserError, match=message):
-        cli.split_config_flags(argv)
+    ):
+        with pytest.raises(UserError, match=message):
+            cli.split_config_flags(argv)
 
 
 def test_help_lists_every_key_with_its_comment():
@@ -366,9 +360,9 @@ FLAGS = [
 
 
 @pytest.mark.parametrize(("command", "flag"), FLAGS)
-@pytest.mark.parametrize(
-    ("value", "says"),
-    [
+def test_places_that_are_none(command, flag, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for value, says in (
         ("", "an empty path: is a shell variable"),
         (" \t", "an empty path: is a shell variable"),
         ("s3://bucket/x", "s3:// is not supported, only local paths and gs://"),
@@ -377,12 +371,9 @@ FLAGS = [
         ("gs://", "gs://BUCKET/PATH"),
         ("gs:/bucket/x", "gs://BUCKET/PATH"),
         ("GS://bucket/x", "gs://BUCKET/PATH"),
-    ],
-)
-def test_places_that_are_none(command, flag, value, says, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as caught:
-        command.main([flag, value])
-    message = str(caught.value)
-    assert f"argument {flag}: " in message and says in message and "\n" not in message
+    ):
+        with pytest.raises(UserError) as caught:
+            command.main([flag, value])
+        message = str(caught.value)
+        assert f"argument {flag}: " in message and says in message and "\n" not in message
     assert not os.listdir(tmp_path)

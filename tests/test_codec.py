@@ -22,7 +22,7 @@ def round_trip(labels, num_classes, size, **options):
     return np.asarray(codec.decode(scores, **options))
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 11, 150, 255])
+@pytest.mark.parametrize("num_classes", [1, 11, 255])
 @pytest.mark.parametrize("share", ["one", "some", "all"])
 def test_round_trip_is_exact_for_every_id(num_classes, share):
     size = {"one": 1, "some": max(1, num_classes // 3), "all": num_classes}[share]
@@ -144,7 +144,7 @@ def test_group_size_zero_means_all_and_too_many_is_one_line():
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("dim", [8, 64, 65])
+@pytest.mark.parametrize("dim", [8, 65])
 def test_level_codes_tell_the_levels_apart_and_do_not_depend_on_the_group_size(dim):
     code = codec.level_code(255, dim)
     assert code.shape == (255, dim) and np.abs(code).max() <= 1

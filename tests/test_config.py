@@ -25,12 +25,10 @@ def valid() -> Config:
     [
         ("codec", "context", "sum", "mean, bound"),
         ("diffusion", "prediction_type", "epsilon", "rescale_betas_zero_snr"),
-        ("sampler", "steps", 1001, "num_train_timesteps=1000"),
         ("mesh", "fsdp", 0, "-1"),
         ("optimizer", "accumulation", 5, "train.batch_size"),
         ("data", "source", "folder", "data.root"),
         ("vae", "steps", 0, "init_from"),
-        ("codec", "classes_per_pass", 4, "context='bound'"),
         ("diffusion", "steps_offset", 1000, "num_train_timesteps=1000"),
     ],
 )

@@ -17,7 +17,7 @@ from segdiff_jax.config import DataConfig
 from segdiff_jax.data import label_summary
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.text import vocabulary
-from segdiff_jax.weights import workdir
+from segdiff_jax.weights import loading, workdir
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -55,7 +55,7 @@ def files(tmp_path, data, tiny_networks, tiny_config, monkeypatch):
     (tmp_path / "config.py").write_text(CONFIG.format(root=str(data)))
     workdir.write_config(str(tmp_path / "w"), tiny_config())
     monkeypatch.setattr(
-        workdir,
+        loading,
         "load_networks",
         lambda path, which: (
             (*tiny_networks, workdir.read_config(path)),
@@ -174,7 +174,7 @@ def test_maps_that_are_not_finite_have_no_score(files, capsys, tiny_networks, mo
     broken = nnx.clone(vae)
     nnx.update(broken, jax.tree.map(lambda x: x * np.nan, nnx.state(vae)))
     monkeypatch.setattr(
-        workdir,
+        loading,
         "load_networks",
         lambda path, which: ((unet, broken, *rest, workdir.read_config(path)), 6),
     )

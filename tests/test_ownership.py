@@ -46,14 +46,6 @@ def refused(folder, match, call=save):
     assert tree(beside) == before
 
 
-def test_the_list_names_what_is_there(tmp_path):
-    save(tmp_path / "d", README_md="mine to replace")
-    (listed,) = ownership.owned(tmp_path / "d").values()
-    files = {name for name, data in tree(tmp_path / "d").items() if data is not None}
-    assert listed == files - {ownership.MARKER}
-    assert ownership.owned(tmp_path / "d" / "scheduler") == {}
-
-
 def test_an_own_folder_is_replaced_and_an_empty_one_filled(tmp_path):
     (tmp_path / "d").mkdir()
     save(tmp_path / "d", README_md="first", extra_txt="of the first")

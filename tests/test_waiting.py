@@ -33,22 +33,6 @@ def test_what_is_quick_is_silent_and_returns_or_raises(hurried, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_silence_is_said_and_ends(hurried, capsys):
-    over, start = threading.Event(), time.monotonic()
-    with pytest.raises(UserError) as caught:
-        waiting.bounded(over.wait, wait())
-    assert 0.9 < time.monotonic() - start < 3
-    expected = r"the moon: no answer for 1 s: look up, or allow more with SEGDIFF_NETWORK_TIMEOUT="
-    assert expected in str(caught.value)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) >= 2 and all("waiting for the moon for" in line for line in lines)
-    assert "giving up if nothing is heard for 1 s more" in lines[0]
-    assert waiting.left_behind()
-    over.set()
-    time.sleep(0.1)
-    assert not waiting.left_behind()
-
-
 def test_signs_of_life_keep_a_wait_going(hurried):
     count = itertools.count()
 
@@ -96,11 +80,11 @@ def test_of_many_that_wait_for_one_only_one_speaks(hurried, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("variable", [waiting.NETWORK, waiting.PROCESS])
-@pytest.mark.parametrize("value", ["soon", "0", "-5", "nan", "inf", "1e9"])
-def test_a_limit_that_is_none_is_refused(variable, value, monkeypatch):
-    monkeypatch.setenv(variable, value)
-    with pytest.raises(UserError, match=f"{variable}={value}: must be a number of seconds"):
-        waiting.check_limits()
+def test_a_limit_that_is_none_is_refused(variable, monkeypatch):
+    for value in ("soon", "0", "-5", "nan", "inf", "1e9"):
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(UserError, match=f"{variable}={value}: must be a number of seconds"):
+            waiting.check_limits()
 
 
 def test_limits(monkeypatch):

@@ -1,15 +1,14 @@
 """Training from cached latents: the same batches, losses and order as from pixels."""
 
 import dataclasses
-import itertools
 import json
 import logging
 import pickle
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from data.test_pipeline import equal, take
 from flax import nnx
 from PIL import Image
 
@@ -18,9 +17,10 @@ from segdiff_jax.data import geometry, latent_cache, latents, pipeline
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.errors import UserError
-from segdiff_jax.models.vae import encode_latents
 from segdiff_jax.text import vocabulary
 from segdiff_jax.training import losses
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 SIZE = (32, 32)
 
@@ -53,14 +53,6 @@ def make_config(**codec):
         codec=CodecConfig(**codec),
         train=TrainConfig(batch_size=4),
     )
-
-
-def take(batches, count):
-    return list(itertools.islice(batches, count))
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all((a[k] == b[k]).all() for k in a)
 
 
 def mirrored_rows(batch, source):
@@ -266,15 +258,11 @@ def test_an_interrupted_build_leaves_nothing(vae, tmp_path):
 
 def test_what_a_killed_build_left_is_no_cache_and_goes_away(vae, tmp_path):
     left = tmp_path / ".latents.partial"
-    latent_cache._write_shard(Pairs(3), vae, make_config(), left_folder(left), 0, 1)
+    left.mkdir()
+    latent_cache._write_shard(Pairs(3), vae, make_config(), left, 0, 1)
     stored = latent_cache.open_or_build(Pairs(), vae, make_config(), str(tmp_path / "latents"))
     assert len(stored) == 10
     assert [path.name for path in tmp_path.iterdir()] == ["latents"]
-
-
-def left_folder(path):
-    path.mkdir()
-    return path
 
 
 def test_a_full_disk_is_one_clear_line(vae, tmp_path, monkeypatch):
@@ -309,13 +297,3 @@ def test_unreadable_pairs_are_replaced_as_when_training_from_pixels(vae, encode,
     with pytest.raises(UserError, match=r"png: truncated \(2 of 10 pairs unreadable"):
         latent_cache.open_or_build(source, vae, config, str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
-
-
-def test_an_empty_mask_is_stored_once(vae, cache):
-    stored, _ = cache
-    nothing = encode_latents(vae, jnp.full((1, *SIZE, 3), -1.0))[0]
-    (latent, shown), again = (stored.mask(0, 0, 4) for _ in range(2))
-    np.testing.assert_allclose(latent, nothing, atol=1e-5)
-    assert latent is again[0] and not shown.any()
-    absent = sorted({0, 1, 2, 3, 4} - set(stored.classes(0, 0).tolist()))
-    assert 4 in absent, "a novel class is never asked and needs no latent"

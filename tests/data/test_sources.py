@@ -65,16 +65,6 @@ def test_folder_without_splits(tmp_path):
     assert len(open_source(config, "val", 0)) == 1
 
 
-def test_more_than_255_classes_have_labels_of_16_bits(root):
-    (root / "classes.txt").write_text("\n".join(f"c{i}" for i in range(300)))
-    check_error(folder(root), ["id 255", "'c255'", "--config.data.ignore_ids=65535"])
-    ids = np.array([[0, 254, 255, 256, 299, 65535]], np.uint16)
-    Image.fromarray(ids).save(root / "train" / "masks" / "p0.png")
-    write(root / "train" / "images" / "p0.png", photo(1, (1, 6)))
-    record = open_source(folder(root, ignore_ids=(65535,)), "train", 0)[0]
-    assert record["labels"].dtype == np.uint16 and record["labels"].tolist() == ids.tolist()
-
-
 def test_mask_of_sixteen_bits_and_palette_mask_give_the_same_ids(root):
     ids = np.arange(48).reshape(6, 8) % 3
     Image.fromarray(ids.astype(np.uint16)).save(root / "train" / "masks" / "p0.png")
@@ -106,56 +96,53 @@ def check_error(config, words, split="train", index=None):
     assert "\n" not in message
 
 
-def test_missing_folders_are_named(root):
+def test_what_is_missing_or_twice_is_named(root):
     check_error(folder(root / "nowhere"), ["nowhere", "no such folder"])
     check_error(folder(root), ["test/images", "no such folder"], split="test")
-    (root / "train" / "masks").rename(root / "train" / "labels")
-    check_error(folder(root), ["train/masks", "no such folder"])
-
-
-def test_missing_class_list_is_named(root):
-    (root / "classes.txt").unlink()
-    check_error(folder(root), ["classes.txt", "config.data.vocabulary"])
     check_error(folder(root, vocabulary="nope"), ["'nope'", "ade20k_150"])
-
-
-def test_image_without_mask_and_empty_folder_are_named(root):
+    names = (root / "classes.txt").rename(root / "names.txt")
+    check_error(folder(root), ["classes.txt", "config.data.vocabulary"])
+    names.rename(root / "classes.txt")
+    again = write(root / "train" / "images" / "p0.jpg", photo(0))
+    check_error(folder(root), ["p0", "same stem"])
+    again.unlink()
     write(root / "train" / "images" / "lonely.png", photo(0))
     check_error(folder(root), ["lonely.png", "no mask", "train/masks/lonely.png"])
     for path in (root / "val" / "images").iterdir():
         path.unlink()
     check_error(folder(root), ["no images"], split="val")
+    (root / "train" / "masks").rename(root / "train" / "labels")
+    check_error(folder(root), ["train/masks", "no such folder"])
 
 
-def test_two_images_of_one_stem_are_refused(root):
-    write(root / "train" / "images" / "p0.jpg", photo(0))
-    check_error(folder(root), ["p0", "same stem"])
-
-
-def test_sizes_that_differ_are_named(root):
-    write(root / "train" / "masks" / "p1.png", np.zeros((8, 6)))
+def test_masks_that_do_not_fit_are_named(root):
+    path = write(root / "train" / "masks" / "p1.png", np.zeros((8, 6)))
     check_error(folder(root), ["p1.png", "6x8", "8x6"], index=1)
-
-
-@pytest.mark.parametrize("bad", [3, 254])
-def test_ids_outside_the_class_list_are_named(root, bad):
-    mask = np.zeros((6, 8))
-    mask[5, 7] = bad
-    path = write(root / "train" / "masks" / "p1.png", mask)
-    check_error(folder(root), [str(path), f"id {bad} ", "3 classes", "classes.txt"], index=1)
-
-
-def test_wide_ids_outside_the_class_list_are_named(root):
-    Image.fromarray(np.full((6, 8), 300, np.uint16)).save(root / "train" / "masks" / "p1.png")
+    for bad in (3, 254):
+        mask = np.zeros((6, 8))
+        mask[5, 7] = bad
+        write(path, mask)
+        check_error(folder(root), [str(path), f"id {bad} ", "3 classes", "classes.txt"], index=1)
+    write_tiff(path, np.full((6, 8), 300))
     check_error(folder(root), ["p1.png", "id 300 "], index=1)
 
 
-def test_more_classes_than_a_label_map_holds(root):
-    (root / "classes.txt").write_text("\n".join(f"c{i}" for i in range(65536)))
+def test_many_classes(root):
+    def classes(count):
+        (root / "classes.txt").write_text("\n".join(f"c{i}" for i in range(count)))
+
+    classes(65536)
     check_error(folder(root), ["65536 classes", "at most 65535"])
-    (root / "classes.txt").write_text("\n".join(f"c{i}" for i in range(255)))
+    classes(255)
     write(root / "train" / "masks" / "p1.png", np.full((6, 8), 254))
     assert (open_source(folder(root), "train", 0)[1]["labels"] == 254).all()
+    classes(300)
+    check_error(folder(root), ["id 255", "'c255'", "--config.data.ignore_ids=65535"])
+    ids = np.array([[0, 254, 255, 256, 299, 65535]])
+    write_tiff(root / "train" / "masks" / "p0.png", ids)
+    write(root / "train" / "images" / "p0.png", photo(1, (1, 6)))
+    record = open_source(folder(root, ignore_ids=(65535,)), "train", 0)[0]
+    assert record["labels"].dtype == np.uint16 and record["labels"].tolist() == ids.tolist()
 
 
 @pytest.mark.parametrize("inside", ["", "ADEChallengeData2016"])
@@ -401,7 +388,7 @@ def test_twelve_bit_photos_and_large_ones_by_key(root):
     check_error(folder(root, max_pixels=47), ["p0.png: more than 47 pixels", "max_pixels"], index=0)
 
 
-@pytest.mark.parametrize("inside", ["VOCdevkit/VOC2012", "VOC2012", ""])
+@pytest.mark.parametrize("inside", ["VOCdevkit/VOC2012", ""])
 def test_pascal_voc_tree(tmp_path, inside):
     base = tmp_path / inside
     ids = np.array([[0, 1], [20, 255]])
@@ -502,7 +489,7 @@ def test_ade20k_847_tree(tmp_path, inside):
     check_error(config, ["00000001.tif: id 847 ", "847 classes", "65535"], split="val", index=0)
 
 
-@pytest.mark.parametrize("inside", ["", "VOC2010", "VOCdevkit/VOC2010"])
+@pytest.mark.parametrize("inside", ["", "VOCdevkit/VOC2010"])
 def test_pascal_context_trees(tmp_path, inside):
     base = tmp_path / inside
     prepared = base / "annotations_detectron2"

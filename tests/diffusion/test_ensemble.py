@@ -44,7 +44,7 @@ def marigold_start(maps):
     return np.concatenate([1 / (high - low), -low / (high - low)]).astype(np.float64)
 
 
-CASES = [(0, 2, 0.01), (1, 5, 0.1), (2, 8, 0.001), (3, 5, 0.0), (4, 3, 0.3)]
+CASES = [(0, 2, 0.01), (1, 5, 0.1), (3, 5, 0.0), (4, 3, 0.3)]
 
 
 @pytest.mark.parametrize(("seed", "count", "noise"), CASES)

@@ -144,12 +144,6 @@ def test_members_differ_and_start_from_plain_gaussian_noise():
     assert np.abs(correlation).max() < 0.6  # 120 numbers each: 6 sigma
 
 
-def test_dtype_of_the_latents_is_kept():
-    schedule, _ = setup()
-    latents = jnp.zeros(SHAPE, jnp.bfloat16)
-    assert P.sample(predict, schedule, latents, 4, 0.5, jax.random.key(0)).dtype == jnp.bfloat16
-
-
 def test_bad_arguments():
     schedule, _ = setup()
     with pytest.raises(UserError, match="sampler.steps=0"):

@@ -2,7 +2,6 @@
 
 import itertools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -170,13 +169,3 @@ def test_full_eta_is_finite_at_every_timestep(zero_snr):
     ones = jnp.ones((1000, 1))
     for stride in (1, 100, 1000):
         assert jnp.isfinite(S.ddim_step(ours, ones, ones, t, t - stride, 1.0, ones)).all()
-
-
-def test_schedule_is_a_pytree_with_static_fields():
-    ours, _ = both()
-    leaves = jax.tree.leaves(ours)
-    assert [leaf.shape for leaf in leaves] == [(1000,), ()]
-    x0, noise = arrays(2, 3, 3, 1)
-    t = jnp.array([10, 20])
-    jitted = jax.jit(S.target)(ours, x0, noise, t)  # branches on prediction_type while tracing
-    np.testing.assert_allclose(jitted, S.target(ours, x0, noise, t), atol=1e-6)

@@ -75,13 +75,6 @@ def test_aurc_is_the_mean_risk_of_what_is_at_least_as_sure(questions):
     assert tally.aurc(_counted(questions)) == _approx(np.mean(risks) if risks else None)
 
 
-def test_aurc_of_distinct_values_is_the_curve_of_sorted_questions():
-    rng = np.random.default_rng(1)
-    values, errors = rng.permutation(500) / 512, rng.random(500) < 0.3
-    curve = np.cumsum(errors[np.argsort(values)]) / np.arange(1, 501)
-    assert tally.aurc(tally.count(values, errors)) == pytest.approx(curve.mean())
-
-
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.floats(0, 1, width=16), st.booleans()), max_size=40))
 def test_calibration_error_bin_by_bin(questions):

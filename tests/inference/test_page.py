@@ -23,14 +23,6 @@ def _random(shape, high, seed=0):
     return np.random.default_rng(seed).integers(0, high, shape)
 
 
-def test_colorize():
-    colors = pictures.colorize(LABELS, PALETTE)
-    assert colors.dtype == np.uint8 and colors.shape == (2, 3, 3)
-    for (y, x), label in np.ndenumerate(LABELS):
-        assert tuple(colors[y, x]) == (tuple(PALETTE[label]) if label < 3 else (0, 0, 0))
-    assert (pictures.colorize(np.array([[-1, 3]]), PALETTE) == 0).all()
-
-
 def test_overlay_mixes_and_leaves_other_alone():
     photo = _random((2, 3, 3), 256).astype(np.uint8)
     got = np.asarray(pictures.overlay(photo, LABELS, PALETTE, NAMES, alpha=0.25, legend=False))
@@ -56,12 +48,8 @@ def test_legend_shows_the_classes_present(size):
     assert _swatches(picture, size[0]) == [True, False, True]
     bare = pictures.overlay(photo, labels, PALETTE, NAMES, legend=False)
     np.testing.assert_array_equal(np.asarray(picture)[: size[0]], np.asarray(bare))
-
-
-def test_legend_of_nothing():
-    photo = np.zeros((8, 8, 3), np.uint8)
-    picture = pictures.overlay(photo, np.full((8, 8), 255), PALETTE, NAMES)
-    assert picture.size == (8, 8)
+    nothing = pictures.overlay(photo, np.full(size, 255), PALETTE, NAMES)
+    assert nothing.size == size[::-1]
 
 
 def test_legend_with_many_classes_and_foreign_names():
@@ -110,9 +98,8 @@ def test_label_png_holds_ids_and_palette(count):
     picture = Image.open(io.BytesIO(data))
     assert picture.mode == "P" and picture.format == "PNG"
     np.testing.assert_array_equal(np.asarray(picture), labels)
-    np.testing.assert_array_equal(
-        np.asarray(picture.convert("RGB")), pictures.colorize(labels, palette)
-    )
+    shown = np.append(palette, np.zeros((256 - count, 3), np.uint8), axis=0)[labels]
+    np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), shown)
     assert pictures.label_png(labels, palette) == data
 
 
@@ -152,7 +139,7 @@ def _page(tmp_path, **arguments) -> _Reader:
     return reader
 
 
-@pytest.mark.parametrize("letters", [1, 3, 12, 50, 10_000, 1_000_000])
+@pytest.mark.parametrize("letters", [3, 50, 1_000_000])
 def test_a_name_too_long_for_the_legend_is_cut_at_once(letters):
     photo, labels = np.zeros((40, 160, 3), np.uint8), np.zeros((40, 160), np.uint8)
     palette = np.array([[200, 10, 10]], np.uint8)

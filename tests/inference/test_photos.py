@@ -188,21 +188,3 @@ def test_limits_count_for_what_is_fetched(server, tmp_path):
     read = photos.Photos(DataConfig(), 199, str(tmp_path))
     with pytest.raises(UnreadableError, match="photo.png: more than 199 pixels"):
         read.check(f"{server}/photo.png")
-
-
-def test_decoded_photos_are_kept_up_to_a_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(photos, "_KEPT_BYTES", 2 * 300 - 1)
-    for name in "abc":
-        Image.new("RGB", (10, 10)).save(tmp_path / f"{name}.png")
-    read = photos.Photos(DataConfig(), None, str(tmp_path))
-    paths = [str(tmp_path / f"{name}.png") for name in "abc"]
-    assert photos.checked(read, paths, {}, False, lambda *_: None) == {}
-    for path in paths:
-        os.remove(path)
-    kept = []
-    for path in paths:
-        try:
-            kept.append(read.read(path).pixels.shape)
-        except UnreadableError:
-            break
-    assert kept == [(10, 10, 3)] * 2

@@ -41,22 +41,6 @@ def test_kernels_rounded_once_are_what_layers_round_to():
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
 
-def test_kernels_of_a_float32_network_are_not_copied():
-    graph, params = _network(jnp.float32)
-    once = layers.kernels_as_multiplied(graph, params)
-    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (once, params)), strict=True))
-
-
-def test_shapes_of_kernels_keep_where_they_are():
-    graph, params = _network(jnp.bfloat16)
-    chip = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=chip), params)
-    found = layers.kernels_as_multiplied(graph, shapes)
-    expected = layers.kernels_as_multiplied(graph, params)
-    for leaf, like in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
-        assert (leaf.shape, leaf.dtype, leaf.sharding) == (like.shape, like.dtype, chip)
-
-
 def test_another_attention_function_takes_the_place_of_the_first_one():
     calls = []
 

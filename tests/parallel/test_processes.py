@@ -62,16 +62,12 @@ def pair(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(alone, pair):
+def test_two_processes_train_and_validate_as_one(alone, pair):
     workdir, _ = pair
     same(losses(workdir / "vae", "vae"), losses(alone / "vae", "vae"), [1, 2])
     same(losses(workdir), losses(alone), range(1, 7))
     assert len(set(losses(alone).values())) == 12
-
-
-@pytest.mark.slow
-def test_two_processes_validate_as_one(alone, pair):
-    expected, found = (read_scalars(folder) for folder in (alone, pair[0]))
+    expected, found = (read_scalars(folder) for folder in (alone, workdir))
     for name in ("validation/miou_present", "validation/pixel_accuracy"):
         assert list(found[name]) == [4]
         # A pixel between two classes may fall to either; two images have 512.
@@ -82,20 +78,11 @@ def test_two_processes_validate_as_one(alone, pair):
 def test_a_signal_to_one_stops_both_within_one_step_and_is_no_failure(pair):
     workdir, run = pair
     assert "stopped at step 6, checkpoint written" in run.output(0)
-    assert sorted(checkpoints_of(workdir)) == [4, 6]
-
-
-@pytest.mark.slow
-def test_only_the_first_process_writes_logs(pair):
-    workdir, run = pair
-    assert "step 6/12" in run.output(0)
+    assert "step 6/12" in run.output(0), "only the first process writes logs"
     assert run.output(1) == "SIGTERM: stopping after this step\n"
     assert len(list(workdir.glob("tensorboard/diffusion/events*"))) == 1
-
-
-@pytest.mark.slow
-def test_checkpoints_say_where_the_data_goes_on_and_what_wrote_them(pair):
-    for step, metadata in checkpoints_of(pair[0]).items():
+    assert sorted(checkpoints_of(workdir)) == [4, 6]
+    for step, metadata in checkpoints_of(workdir).items():
         assert metadata["next_example"] == 8 * step
         assert metadata["code"].startswith("0.") and metadata["config"]["seed"] == 0
 
@@ -201,27 +188,21 @@ ASSEMBLED = """
 
 
 @pytest.fixture(scope="module")
-def assembled():
-    port, started = free_port(), []
-    for number in range(2):
-        environment = {
-            **{"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"},
-            **{"JAX_PROCESS_ID": str(number), "JAX_PLATFORMS": "cpu"},
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        }
-        command = [sys.executable, "-c", textwrap.dedent(ASSEMBLED)]
-        process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment)
-        started.append(process)
-    outputs = [process.communicate(timeout=600) for process in started]
-    assert [process.returncode for process in started] == [0, 0], outputs
-    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+def assembled(tmp_path_factory):
+    log = tmp_path_factory.mktemp("assembled") / "log"
+    with Started(["-c", textwrap.dedent(ASSEMBLED)], log, processes=2) as run:
+        run.finished()
+    return [
+        next(json.loads(line) for line in run.output(number).splitlines() if line[:1] == "{")
+        for number in range(2)
+    ]
 
 
-@pytest.mark.parametrize("mesh", ["(8, 1, 1)", "(2, 4, 1)", "(2, 2, 2)", "(1, 1, 8)", "mixed"])
-def test_batches_put_together_by_two_processes_are_those_of_one(assembled, mesh):
+def test_batches_put_together_by_two_processes_are_those_of_one(assembled):
     for found in assembled:
-        assert found[mesh] == found["expected"]
-        for epoch in (found[mesh][:3], found[mesh][3:]):
+        for mesh in ("(8, 1, 1)", "(2, 4, 1)", "(2, 2, 2)", "(1, 1, 8)", "mixed"):
+            assert found[mesh] == found["expected"], mesh
+        for epoch in (found["expected"][:3], found["expected"][3:]):
             assert sorted(sum(epoch, [])) == list(range(24))
 
 

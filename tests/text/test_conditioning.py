@@ -72,11 +72,6 @@ def test_mean_context_is_the_mean_of_the_groups_prompts(table):
     np.testing.assert_allclose(swapped, found, atol=1e-5)
 
 
-def test_context_of_one_class_is_its_prompt(table):
-    found, _ = conditioning.context(table, np.array([[3], [0]]), "mean")
-    assert (np.asarray(found) == np.asarray(table.hidden)[[3, 0]]).all()
-
-
 def test_an_empty_group_gives_finite_numbers(table):
     found, _ = conditioning.context(table, np.array([[-1, -1]]), "mean")
     assert np.isfinite(found).all()

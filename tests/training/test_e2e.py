@@ -132,42 +132,27 @@ def run(setup, config, batches):
     return found
 
 
-def test_the_loss_is_of_what_one_step_of_the_sampler_shows(setup):
+@pytest.mark.parametrize("decoder", ["vae", "linear"])
+def test_the_loss_is_of_what_one_step_of_the_sampler_shows(setup, decoder):
     graph, params, vae_graph, frozen = setup
-    batch = make_batch()
-    vae, unet = nnx.merge(vae_graph, frozen.vae), nnx.merge(graph, params)
-    pixels = jnp.asarray(batch["image"] / np.float32(127.5) - 1)
-    latent = vae.encode(pixels)[0] * vae.config.scaling_factor
+    vae, unet, batch = nnx.merge(vae_graph, frozen.vae), nnx.merge(graph, params), make_batch()
+    channels, pixels = vae.config.latent_channels, vae.config.downsampling**2
+    kernel = np.random.default_rng(2).normal(0, 0.3, (3, 3, channels, pixels))
+    linear = LinearDecoder(jnp.asarray(kernel, jnp.float32), jnp.zeros(pixels))
+    latent = encode_latents(vae, codec.to_pixels(batch["image"]))
     maps = []
     for ids in batch["class_ids"].T:
         text = frozen.table.hidden[np.maximum(ids, 0)]
         sample = jnp.concatenate([latent, jnp.zeros_like(latent)], -1)
         x0 = -unet(sample, jnp.full(B, 999), text, None)  # v of zeros at zero SNR
         x0 *= jnp.sqrt(frozen.schedule.final_alpha_cumprod)  # as DDIM ends
-        maps.append(vae.decode(x0 / vae.config.scaling_factor).mean(-1))
+        by_vae = lambda x0: vae.decode(x0 / vae.config.scaling_factor).mean(-1)  # noqa: E731
+        maps.append(by_vae(x0) if decoder == "vae" else linear_decoder.decode(linear, x0))
     expected = losses.label_loss(jnp.stack(maps, 1), batch, losses.label_weights(batch))
-    ((_, metrics),) = run(setup, make_config(), [batch])
-    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
-
-
-def test_through_the_linear_decoder_the_loss_is_of_its_maps(setup):
-    graph, params, vae_graph, frozen = setup
-    vae, unet, batch = nnx.merge(vae_graph, frozen.vae), nnx.merge(graph, params), make_batch()
-    channels, pixels = vae.config.latent_channels, vae.config.downsampling**2
-    kernel = np.random.default_rng(2).normal(0, 0.3, (3, 3, channels, pixels))
-    decoder = LinearDecoder(jnp.asarray(kernel, jnp.float32), jnp.zeros(pixels))
-    latent = encode_latents(vae, codec.to_pixels(batch["image"]))
-    maps = []
-    for ids in batch["class_ids"].T:
-        text = frozen.table.hidden[np.maximum(ids, 0)]
-        sample = jnp.concatenate([latent, jnp.zeros_like(latent)], -1)
-        x0 = -unet(sample, jnp.full(B, 999), text, None)
-        x0 *= jnp.sqrt(frozen.schedule.final_alpha_cumprod)
-        maps.append(linear_decoder.decode(decoder, x0))
-    expected = losses.label_loss(jnp.stack(maps, 1), batch, losses.label_weights(batch))
-    linear = graph, params, vae_graph, frozen._replace(decoder=decoder)
-    config = make_config(E2EConfig(classes=C, decoder="linear"))
-    ((_, metrics),) = run(linear, config, [batch])
+    if decoder == "linear":
+        frozen = frozen._replace(decoder=linear)
+    config = make_config(E2EConfig(classes=C, decoder=decoder))
+    ((_, metrics),) = run((graph, params, vae_graph, frozen), config, [batch])
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
 
 

@@ -174,8 +174,10 @@ def test_after_a_signal_in_the_last_step_no_other_stage_begins(tmp_path):
     assert int(run().step) == 6
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0, -2.0])
-@pytest.mark.parametrize(("at", "kept"), [(3, [2]), (4, [2]), (6, [2, 4])])
+@pytest.mark.parametrize(
+    ("value", "at", "kept"),
+    [(math.nan, 3, [2]), (math.inf, 4, [2]), (-1.0, 6, [2, 4]), (-2.0, 4, [2])],
+)
 def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, value, at, kept):
     run = Run(tmp_path)
     with pytest.raises(UserError) as caught:

@@ -71,19 +71,6 @@ def test_adamw_with_clipping_agrees_with_torch(clip_norm):
         np.testing.assert_allclose(params[name], model[name].detach().numpy(), atol=1e-6)
 
 
-def test_ema_is_the_weighted_mean_of_the_past_and_ignores_the_start():
-    params = [{"a": jnp.full((2,), float(v))} for v in (3, -1, 4, 1, -5)]
-    ema = {"a": jnp.full((2,), 100.0)}
-    weights = np.array([1.0])  # of the start, then of each params
-    for step, new in enumerate(params):
-        ema = ema_update(ema, new, 0.3, step)
-        keep = min(0.3, (1 + step) / (10 + step))
-        weights = np.append(weights * keep, 1 - keep)
-    expected = weights @ np.array([100.0, 3, -1, 4, 1, -5])
-    np.testing.assert_allclose(ema["a"], expected, rtol=1e-5)
-    assert weights[0] < 0.003
-
-
 def test_ema_with_decay_zero_is_the_parameters_and_keeps_the_dtype():
     ema = {"a": jnp.ones((2,), jnp.bfloat16)}
     update = jax.jit(ema_update, static_argnums=2)

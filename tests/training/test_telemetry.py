@@ -72,19 +72,6 @@ def run(telemetry, clock, seconds, first=1):
     telemetry.close()
 
 
-def test_metrics_come_back_one_step_late_and_every_step_once(tmp_path):
-    telemetry = reports(tmp_path, steps=5, batch_size=2, log_every=2)
-    assert telemetry.fetch() is None
-    assert telemetry.step(1, metrics(1)) is None
-    assert telemetry.step(2, metrics(2)) == {"step": 1, "loss": 1.0, "learning_rate": 0.5}
-    assert telemetry.step(3, {"loss": jnp.asarray(jnp.nan)})["step"] == 2
-    late = telemetry.fetch()  # as before a checkpoint
-    assert late["step"] == 3 and np.isnan(late["loss"])
-    assert telemetry.fetch() is None
-    assert telemetry.step(4, metrics(4)) is None
-    telemetry.close()
-
-
 def test_values_are_written_at_the_log_interval_and_at_the_end(tmp_path, clock):
     run(reports(tmp_path, steps=7, batch_size=2, log_every=3), clock, [1.0] * 7)
     scalars = read_scalars(tmp_path)

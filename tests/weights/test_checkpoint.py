@@ -1,4 +1,5 @@
 import logging
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -41,14 +42,19 @@ def assert_same(a, b):
         np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
 
 
-@pytest.fixture
-def two(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """Steps 10 and 20, written by a manager that is closed again."""
-    checkpoints = Checkpoints(tmp_path / "c", best_metric="miou")
-    for step in (10, 20):
-        checkpoints.save(step, make_state(step), {"example": step * 32}, {"miou": 0.5})
-    checkpoints.close()
-    return tmp_path / "c"
+    folder = tmp_path_factory.mktemp("written") / "c"
+    with Checkpoints(folder, best_metric="miou") as checkpoints:
+        for step in (10, 20):
+            checkpoints.save(step, make_state(step), {"example": step * 32}, {"miou": 0.5})
+    return folder
+
+
+@pytest.fixture
+def two(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "c")
 
 
 def test_round_trip_keeps_values_containers_integer_keys_and_metadata(two):
@@ -142,8 +148,14 @@ def largest(directory):
     return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-@pytest.mark.parametrize("how", ["removed", "empty", "half", "one byte flipped"])
-@pytest.mark.parametrize("file", ["data", "state/manifest.ocdbt", "state/_METADATA"])
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [
+        *(("data", "removed"), ("data", "one byte flipped")),
+        *(("state/manifest.ocdbt", "half"), ("state/manifest.ocdbt", "one byte flipped")),
+        *(("state/_METADATA", "empty"), ("state/_METADATA", "one byte flipped")),
+    ],
+)
 def test_damaged_newest_gives_a_warning_and_the_one_before(two, file, how, caplog):
     damage(largest(two / "20") if file == "data" else two / "20" / file, how)
     checkpoints = Checkpoints(two, best_metric="miou")
@@ -220,19 +232,7 @@ def test_a_numbered_folder_that_is_no_checkpoint_is_left_alone(two):
     assert (two / "7" / "notes.txt").read_text() == "mine"
 
 
-NAMES = (
-    "a [x]",
-    "[0-9]*",
-    "b]",
-    "c d",
-    "ünïcode 路\u3000x",
-    "10%20",
-    "h#1",
-    "q?",
-    "~",
-    "e{1,2}",
-    "trail/",
-)
+NAMES = ("a [x] 10%20", "[0-9]* h#1 q?", "b] ~ e{1,2}", "ünïcode 路\u3000x", "trail/")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,7 +20,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from torch_oracles import normal, random_ours, relative_error, run, text_encoder, unet, vae, write
 
-from segdiff_jax import ownership
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.models.clip_text import CLIPText, CLIPTextConfig
@@ -138,25 +137,6 @@ def test_overflow_of_float16_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="quant_conv.bias overflows float16"):
         save(Pretrained(vae=big), tmp_path / "x", dtype="float16")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_earlier_export_is_replaced_and_anything_else_refused(ours, exported, tmp_path):
-    small = Pretrained(schedule=ours.schedule)
-    target = tmp_path / "model"
-    shutil.copytree(exported, target)
-    save(small, target, extra_files={"README.md": "new"})
-    assert sorted(contents(target)) == [
-        ownership.MARKER,
-        "README.md",
-        "model_index.json",
-        "scheduler/scheduler_config.json",
-    ]
-    (target / "thesis.tex").write_text("precious")
-    before = contents(target)
-    with pytest.raises(UserError, match="thesis.tex: is no part of the export"):
-        save(small, target, extra_files={"README.md": "newer"})
-    assert contents(target) == before
-    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_failure_in_the_middle_keeps_the_earlier_export(ours, exported, tmp_path, monkeypatch):
@@ -284,16 +264,16 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_weights_name_the_file(exported, tmp_path, damage):
+def test_damaged_weights_name_the_file(exported, tmp_path):
     path = shutil.copytree(exported, tmp_path / "m") / "vae" / WEIGHTS
     good = path.read_bytes()
-    bad = DAMAGE[damage](good, int.from_bytes(good[:8], "little"))
-    assert bad != good
-    path.write_bytes(bad)
-    with pytest.raises(UserError, match=WEIGHTS) as error:
-        load(tmp_path / "m", ("vae",))
-    assert "\n" not in str(error.value)
+    for damage in DAMAGE.values():
+        bad = damage(good, int.from_bytes(good[:8], "little"))
+        assert bad != good
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=WEIGHTS) as error:
+            load(tmp_path / "m", ("vae",))
+        assert "\n" not in str(error.value)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_encoder_has_positions(exported, tmp_path):
@@ -325,8 +305,6 @@ def test_only_what_is_asked_for_must_exist(exported, tmp_path):
     ("read", "values", "message"),
     [
         ("unet", {"class_embed_type": "timestep"}, "class_embed_type='timestep' is not supp"),
-        ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type"),
-        ("unet", {"dual_cross_attention": True}, "dual_cross_attention"),
         ("unet", {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
         ("unet", {"layers_per_block": [1, 2, 2, 2]}, "layers_per_block"),
         ("unet", {"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"),
@@ -345,25 +323,19 @@ def test_only_what_is_asked_for_must_exist(exported, tmp_path):
         ("unet", {"down_block_types": 5}, "down_block_types holds 5"),
         ("unet", {"down_block_types": [[], 1, 2, 3]}, "down_block_types holds"),
         ("unet", {"norm_eps": 0}, "norm_eps=0.0: must be at least"),
-        ("unet", {"norm_eps": float("inf")}, "norm_eps=inf: must be float"),
-        ("unet", {"layers_per_block": 10**6}, "layers_per_block=1000000: must be"),
         ("unet", {"use_linear_projection": "yes"}, "use_linear_projection='yes': must be bool"),
         ("vae", {"scaling_factor": 0}, "scaling_factor=0.0: must be at least 0.0001"),
         ("vae", {"scaling_factor": -1}, "scaling_factor=-1.0"),
         ("vae", {"scaling_factor": 1e-9}, "scaling_factor=1e-09"),
         ("vae", {"scaling_factor": float("nan")}, "scaling_factor=nan: must be float"),
-        ("vae", {"scaling_factor": float("inf")}, "scaling_factor=inf"),
         ("vae", {"scaling_factor": "0.18"}, "scaling_factor='0.18': must be float"),
         ("vae", {"scaling_factor": None}, "scaling_factor=None"),
-        ("vae", {"norm_num_groups": 33}, "33 does not divide 64"),
         ("text_encoder", {"layer_norm_eps": -1e-5}, "layer_norm_eps=-1e-05"),
         ("text_encoder", {"num_attention_heads": 0}, "num_attention_heads=0"),
         ("text_encoder", {"hidden_act": ["gelu"]}, "hidden_act"),
         ("schedule", {"beta_start": -0.1}, "beta_start=-0.1: must be at least"),
-        ("schedule", {"beta_end": float("nan")}, "beta_end=nan"),
         ("schedule", {"trained_betas": [0.1]}, "trained_betas"),
         ("schedule", {"steps_offset": -1}, "steps_offset=-1"),
-        ("vae", {"shift_factor": 0.1}, "shift_factor"),
         ("vae", {"use_quant_conv": False}, "use_quant_conv"),
         ("vae", {"_class_name": "VQModel"}, "VQModel"),
         ("text_encoder", {"hidden_act": "relu"}, "hidden_act='relu'"),
@@ -390,30 +362,36 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
 HTML = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        *("unet/config.json", f"unet/{WEIGHTS}", "text_encoder/model.safetensors"),
-        *("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json"),
-        "scheduler/scheduler_config.json",
-    ],
-)
-def test_what_stands_in_place_of_a_file_is_named(exported, tmp_path, file):
-    path = shutil.copytree(exported, tmp_path / "m") / file
-    for data, says in ((LFS, "a git-lfs pointer.* `git lfs pull`"), (HTML, "an HTML page.*again")):
-        path.write_bytes(data)
-        with pytest.raises(UserError, match=f"{path}: {says}") as error:
-            load(tmp_path / "m")
-        assert "\n" not in str(error.value)
+def test_what_stands_in_place_of_a_file_is_named(exported, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "m")
+    for file, part in {
+        "unet/config.json": "unet",
+        f"unet/{WEIGHTS}": "unet",
+        "text_encoder/model.safetensors": "text_encoder",
+        "tokenizer/vocab.json": "tokenizer",
+        "tokenizer/merges.txt": "tokenizer",
+        "tokenizer/tokenizer_config.json": "tokenizer",
+        "scheduler/scheduler_config.json": "schedule",
+    }.items():
+        path, good = folder / file, (folder / file).read_bytes()
+        for data, says in (
+            (LFS, "a git-lfs pointer.* `git lfs pull`"),
+            (HTML, "an HTML page.*again"),
+        ):
+            path.write_bytes(data)
+            with pytest.raises(UserError, match=f"{path}: {says}") as error:
+                load(folder, (part,))
+            assert "\n" not in str(error.value)
+        path.write_bytes(good)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"scaling_factor": NaN}', "7", '{"a": 1'])
-def test_json_that_is_no_config_names_the_file(exported, tmp_path, text):
+def test_json_that_is_no_config_names_the_file(exported, tmp_path):
     path = shutil.copytree(exported, tmp_path / "m") / "vae" / "config.json"
-    path.write_text(text)
-    with pytest.raises(UserError, match=str(path)) as error:
-        load(tmp_path / "m", ("vae",))
-    assert "\n" not in str(error.value)
+    for text in ("[" * 100_000, '{"scaling_factor": NaN}', "7", '{"a": 1'):
+        path.write_text(text)
+        with pytest.raises(UserError, match=str(path)) as error:
+            load(tmp_path / "m", ("vae",))
+        assert "\n" not in str(error.value)
 
 
 def test_a_tokenizer_of_other_shapes_names_the_folder(exported, tmp_path):
