@@ -570,7 +570,9 @@ def test_training_from_cached_latents_is_the_same_training(
         return values
 
     monkeypatch.setattr(Telemetry, "fetch", recording)
-    monkeypatch.setattr(runs.pipeline, "train_batches", lambda *_: pytest.fail("read pixels"))
+    monkeypatch.setattr(
+        "segdiff_jax.data.pipeline.train_batches", lambda *_: pytest.fail("read pixels")
+    )
     train(config, workdir)
     from_pixels = read_scalars(Path(trained))["diffusion/loss"]
     assert sorted(seen) == [3, 4, 5, 6] and len(set(seen.values())) == 4
