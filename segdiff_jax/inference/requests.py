@@ -122,7 +122,7 @@ def chosen(config: Config, settings: Settings) -> tuple[SamplerConfig, CodecConf
     given: dict[str, Any] = {k: v for k, v in settings.items() if v is not None}
     for name, value in given.items():
         if name in lowest:
-            whole(name, value, lowest[name])
+            given[name] = whole(name, value, lowest[name])
         elif name == "threshold":
             if not isinstance(value, int | float | np.number) or not 0.0 <= value <= 1.0:
                 raise ValueError(f"threshold={value!r}: scores are between 0 and 1")
@@ -131,7 +131,7 @@ def chosen(config: Config, settings: Settings) -> tuple[SamplerConfig, CodecConf
                 raise ValueError(f"closed={value!r}: give True or False")
         else:
             raise TypeError(f"{name}: is none of {', '.join(Settings.__annotations__)}")
-    sampler: dict[str, Any] = {name: int(v) for name, v in given.items() if name in lowest}
+    sampler = {name: v for name, v in given.items() if name in lowest}
     decoding = {name: v for name, v in given.items() if name not in lowest}
     return (
         dataclasses.replace(config.sampler, **sampler),

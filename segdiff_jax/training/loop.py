@@ -53,7 +53,7 @@ class Run:
     make_validator: MakeValidator | None = None
     guard: Callable[[], None] | None = None  # of `Checkpoints`; in the first process
     shares: tuple[float, ...] = ()  # of each class, as counted: `Vocabulary.shares`
-    followed: bool = False  # by another stage, which does not begin after a signal
+    followed: bool = False  # by a stage or a measurement that does not begin after a signal
     until_end: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
 
