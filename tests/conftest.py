@@ -5,6 +5,7 @@ import io
 import os
 import struct
 import textwrap
+import time
 import zlib
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import filelock
 import pytest
 from commands import CONFIG
 from jaxtyping import install_import_hook
+
+from segdiff_jax import waiting
 
 # Before anything imports jax: CPU unless told otherwise, and compilations kept between test runs.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -116,6 +119,16 @@ def bomb():
     small = buffer.getvalue()
     header = b"IHDR" + struct.pack(">II", 30_000, 30_000) + small[24:29]
     return small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
+
+
+@pytest.fixture(autouse=True)
+def no_call_left_behind():
+    """A call that was given up and still runs would make `cli.run` end the tests' own process."""
+    yield
+    end = time.monotonic() + 10
+    while waiting.left_behind() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not waiting.left_behind(), "a call that was given up still runs"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax.scipy.optimize import minimize
 
 from segdiff_jax.shapes import Members, MergedMap, PerMember
 
@@ -19,7 +18,8 @@ REGULARIZER = 0.02
 # Tiny against the objective, large against float32: keeps sqrt and 1/x differentiable at 0.
 TINY = 1e-12
 SHRINK = 1e-6  # stands in for scale 0 where that is the optimum: see `align`
-STEP, DESCENT = 0.03, 300  # first step and number of steps of the descent after BFGS
+STEPS, DESCENT = (0.03, 0.003, 0.0003), 100  # first step of each round, and its number of steps
+ENDS = 64  # darkest pixels, and as many brightest, on which a round measures the extent
 NETWORK = 24  # members up to which `median` compares them one by one; it has N²/2 comparisons
 
 
@@ -93,11 +93,15 @@ def align(maps: Members, reduce: str = "median") -> tuple[PerMember, PerMember]:
     Starts where Marigold does, every map stretched to [0, 1]. The objective as written is hard on
     an optimiser: its optimum lies on the kinks of |min| and |1 - max|. But shrinking aligned maps
     whose merged map spans [0, 1] by a factor a makes it a R + 0.02 (1 - a), R being their mean
-    pairwise RMS. So BFGS, then Adam, minimise the gauge-free R = disagreement / extent, and a
-    follows: 1 if R < 0.02. Otherwise, which is the rule for noisy members, the infimum is at
-    a = 0, where the maps are gone (Marigold stops after two iterations, before it gets there).
-    There a = 1e-6: within 1e-6 of the infimum, and nothing is lost, since `ensemble` stretches
-    the result. A value of `objective` near 0.02 therefore says nothing about how well maps agree.
+    pairwise RMS. So Adam minimises the gauge-free R = disagreement / extent, and a follows: 1 if
+    R < 0.02. Otherwise, which is the rule for noisy members, the infimum is at a = 0, where the
+    maps are gone (Marigold stops after two iterations, before it gets there). There a = 1e-6:
+    within 1e-6 of the infimum, and nothing is lost, since `ensemble` stretches the result. A value
+    of `objective` near 0.02 therefore says nothing about how well maps agree.
+
+    The extent of a few pixels is at most that of all, so R of them is at least R of all: each round
+    descends on the pixels that are the darkest and the brightest where it begins, and what it finds
+    is better by at least as much on all (majorise, then minimise).
     """
     count = maps.shape[0]
     low, high = jnp.min(maps, axis=(1, 2)), jnp.max(maps, axis=(1, 2))
@@ -105,38 +109,42 @@ def align(maps: Members, reduce: str = "median") -> tuple[PerMember, PerMember]:
     shift0 = -scale0 * low
     flat = (maps * scale0[:, None, None] + shift0[:, None, None]).reshape(count, -1)
     disagreement = _pairwise_rms(flat)
+    few = min(ENDS, flat.shape[1])
 
-    def extremes(parameters: jax.Array) -> jax.Array:
-        scale, shift = parameters[:count, None], parameters[count:, None]
-        merged, _ = merge(flat * scale + shift, reduce)
-        # The gradient is that of the two pixels alone, and costs what two pixels cost.
-        ends = jnp.stack([jnp.argmin(merged), jnp.argmax(merged)])
-        return merge(flat[:, ends] * scale + shift, reduce)[0]
+    def merged(pixels: jax.Array, parameters: jax.Array) -> jax.Array:  # [N, P] → [P]
+        return merge(pixels * parameters[:count, None] + parameters[count:, None], reduce)[0]
 
-    def gauge_free(parameters: jax.Array) -> jax.Array:
-        bottom, top = extremes(parameters)
+    def gauge_free(parameters: jax.Array, ends: jax.Array) -> jax.Array:
+        values = merged(ends, parameters)
+        # The gradient is that of one darkest and one brightest pixel, where several are equal.
+        two = jnp.stack([jnp.argmin(values), jnp.argmax(values)])
+        bottom, top = merged(ends[:, two], parameters)
         return disagreement(parameters) / jnp.maximum(top - bottom, 1e-6)
 
-    start = jnp.concatenate([jnp.ones(count), jnp.zeros(count)])
-    smooth = minimize(gauge_free, start, method="BFGS", options={"maxiter": 50}).x
-    start = jnp.where(gauge_free(smooth) < gauge_free(start), smooth, start)
-    best = _descend(gauge_free, start)
+    best = jnp.concatenate([jnp.ones(count), jnp.zeros(count)])
+    for step in STEPS:
+        values = merged(flat, best)
+        ends = jnp.concatenate([jax.lax.top_k(v, few)[1] for v in (-values, values)])
+        best = _descend(functools.partial(gauge_free, ends=flat[:, ends]), best, step)
 
-    bottom, top = extremes(best)
+    values = merged(flat, best)
+    bottom, top = jnp.min(values), jnp.max(values)
     extent = jnp.maximum(top - bottom, 1e-6)
-    size = jnp.where(gauge_free(best) < REGULARIZER, 1.0, SHRINK) / extent
+    size = jnp.where(disagreement(best) / extent < REGULARIZER, 1.0, SHRINK) / extent
     scale = best[:count] * size
     shift = (best[count:] - bottom) * size
     return scale * scale0, scale * shift0 + shift
 
 
-def _descend(function: Callable[[jax.Array], jax.Array], start: jax.Array) -> jax.Array:
-    """Return the best point on an Adam path from `start`, whose step shrinks to nothing.
+def _descend(
+    function: Callable[[jax.Array], jax.Array], start: jax.Array, first: float
+) -> jax.Array:
+    """Return the best point on an Adam path from `start`, whose step shrinks from `first`.
 
-    Median, min and max make kinks at which the line search of BFGS finds no descent; the moving
-    average of Adam mixes the gradients of both sides and slides along them.
+    Median, min and max make kinks at which a line search finds no descent; the moving average of
+    Adam mixes the gradients of both sides and slides along them.
     """
-    optimizer = optax.adam(optax.exponential_decay(STEP, DESCENT, 1e-3), b1=0.9, b2=0.99)
+    optimizer = optax.adam(optax.exponential_decay(first, DESCENT, 0.1), b1=0.9, b2=0.99)
 
     def step(carry, _):
         point, state, best, lowest = carry
