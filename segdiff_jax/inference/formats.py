@@ -4,6 +4,7 @@ Most formats are files of one image. COCO, YOLO and CVAT import a whole set: `su
 such a set needs beside the files of its images, from those files.
 """
 
+import collections
 import functools
 import io
 import json
@@ -194,7 +195,7 @@ def summary(
     names: of the results of each image. A zip for CVAT is as large in memory as on disk.
     """
     if kind == "coco":
-        return {"coco.json": _joined_coco([read(f"{name}_coco.json") for name in names], classes)}
+        return {"coco.json": _joined_coco(read, names, classes)}
     if kind == "yolo":
         listed = "".join(
             f"  {i}: {json.dumps(n, ensure_ascii=False)}\n" for i, n in enumerate(classes.names)
@@ -206,11 +207,17 @@ def summary(
     return {}
 
 
-def _joined_coco(found: Sequence[bytes], classes: Vocabulary) -> bytes:
+def _joined_coco(read: Callable[[str], bytes], names: Sequence[str], classes: Vocabulary) -> bytes:
+    """Join the annotations of all images. Those that share a file name go by their paths."""
+    found = [json.loads(read(f"{name}_coco.json")) for name in names]
+    counts = collections.Counter(image["file_name"] for one in found for image in one["images"])
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number, one in enumerate(map(json.loads, found), 1):
-        images += [image | {"id": number} for image in one["images"]]
+    for number, (name, one) in enumerate(zip(names, found, strict=True), 1):
+        for image in one["images"]:
+            if counts[image["file_name"]] > 1:
+                image["file_name"] = json.loads(read(f"{name}.json"))["image"]
+            images.append(image | {"id": number})
         for annotation in one["annotations"]:
             annotations.append(annotation | {"id": len(annotations) + 1, "image_id": number})
     return _coco(images, annotations, classes.names)

@@ -37,7 +37,7 @@ def names(paths: Sequence[str]) -> dict[str, str]:
     folders above it where these are equal too: <folder>_<name>. Raise `UserError` if even so two
     are the same, or one is too long for a file.
     """
-    named = {path: files.shown(file_name(path)) for path in paths}
+    named = {path: _plain(file_name(path)) for path in paths}
     stems = {path: PurePath(name).stem for path, name in named.items()}
     forms = [stems, named]
     for depth in range(1, max(path.count("/") for path in paths) + 1):
@@ -62,7 +62,12 @@ def names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _folders(path: str) -> list[str]:
-    return [files.shown(part) for part in path.split("/")[:-1] if part not in ("", ".", "..")]
+    return [_plain(part) for part in path.split("/")[:-1] if part not in ("", ".", "..")]
+
+
+def _plain(name: str) -> str:
+    """Replace what no list of names can hold: a line break and its like."""
+    return re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]", "_", files.shown(name))
 
 
 def outputs(names: Iterable[str], kinds: Sequence[str], count: int) -> list[str]:

@@ -75,6 +75,24 @@ def test_coco_is_read_by_its_own_api(written):
     assert dict in kinds
 
 
+def test_photos_of_one_name_go_by_their_paths_in_coco(tmp_path):
+    paths = ["/p/x/a.jpg", "/p/y/a.jpg", "/p/b.jpg"]
+    names = writers.names(paths)
+    for path, name in names.items():
+        writers.write(str(tmp_path / name), path, _result(0), {}, ["coco"])
+    writers.write_summaries(str(tmp_path), list(names.values()), CLASSES, ["coco"])
+    images = json.loads((tmp_path / "coco.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == ["/p/x/a.jpg", "/p/y/a.jpg", "b.jpg"]
+
+
+def test_a_name_of_several_lines_is_one_line_in_lists():
+    assert writers.names(["x\ny/a.jpg", "z/a.jpg", "b\r\n\u2028c.png"]) == {
+        "x\ny/a.jpg": "x_y_a",
+        "z/a.jpg": "z_a",
+        "b\r\n\u2028c.png": "b___c",
+    }
+
+
 def test_a_mask_of_one_ring_is_a_polygon_and_still_exact():
     """As `supervision` has it: run lengths where there are holes or parts."""
     labels = np.full((12, 16), -1.0, np.float32)
