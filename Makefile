@@ -40,8 +40,9 @@ smoke: $(VENV)/.runtime
 	  --output $(SMOKE)/predictions-of-export
 
 # Two processes, a file at a time: most of a test is tracing and compiling, which uses one core.
+# A process that dies ends the run: xdist would wait for ever for the one that takes its place.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

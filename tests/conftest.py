@@ -16,9 +16,11 @@ from jaxtyping import install_import_hook
 
 from segdiff_jax import waiting
 
-# Before anything imports jax: CPU unless told otherwise, and compilations kept between test runs.
+# Before anything imports jax: CPU unless told otherwise, compilations kept between test runs, and
+# XLA without its slow passes, since tests compile much and compute little.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 # Types and shapes are checked at every call of the mathematics (`segdiff_jax/shapes.py`).
@@ -27,7 +29,6 @@ install_import_hook(
 )
 
 IMAGE_SIZE = (16, 16)
-WITHOUT_OPTIMIZATIONS = "jax_disable_most_optimizations"
 
 
 @pytest.fixture(scope="session")
@@ -131,14 +132,14 @@ def no_call_left_behind():
     assert not waiting.left_behind(), "a call that was given up still runs"
 
 
-@pytest.fixture(scope="module")
-def fast_compile():
-    """XLA without its slow passes: for tests that compile much and compute little."""
+@pytest.fixture
+def optimized():
+    """XLA with all of its passes: for a test that computes more than it compiles."""
     import jax
 
-    jax.config.update(WITHOUT_OPTIMIZATIONS, True)
+    jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update(WITHOUT_OPTIMIZATIONS, False)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")
@@ -161,35 +162,16 @@ def micro_config():
 
 
 @pytest.fixture(scope="session")
-def train_optimized():
-    """`train`, compiled as usual also where `fast_compile` holds.
-
-    Other programs give other bits: what one module trains, others compare bit for bit.
-    """
-    import jax
-
-    from segdiff_jax import train as train_command
-
-    def train(config, workdir):
-        before = jax.config.read(WITHOUT_OPTIMIZATIONS)
-        jax.config.update(WITHOUT_OPTIMIZATIONS, False)
-        try:
-            train_command.train(config, workdir)
-        finally:
-            jax.config.update(WITHOUT_OPTIMIZATIONS, before)
-
-    return train
-
-
-@pytest.fixture(scope="session")
-def trained(micro_config, train_optimized, tmp_path_factory):
+def trained(micro_config, tmp_path_factory):
     """The workdir of a finished training with `micro_config`. Not to be written to."""
+    from segdiff_jax.train import train
+
     # What libraries take for patterns, escapes or the end of a name is part of this one.
     folder = tmp_path_factory.getbasetemp() / "trained [x] 10%20*?#é"
     if "PYTEST_XDIST_WORKER" in os.environ:  # one training for all processes of the tests
         folder = tmp_path_factory.getbasetemp().parent / folder.name
     with filelock.FileLock(folder.with_suffix(".lock")):
         if not (folder / "done").exists():
-            train_optimized(micro_config(), str(folder / "run"))
+            train(micro_config(), str(folder / "run"))
             (folder / "done").touch()
     return str(folder / "run")

@@ -11,7 +11,6 @@ from segdiff_jax.benchmarks import paper, twins
 from segdiff_jax.benchmarks.timing import Figure, NotRun, Ratio, Spread
 from segdiff_jax.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 ONE = Spread(1.0, 1.0, 1.0)
 
 

@@ -19,8 +19,6 @@ from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.text import vocabulary
 from segdiff_jax.weights import loading, workdir
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 CONFIG = """
 from segdiff_jax.config import Config, DataConfig, SamplerConfig, VAEConfig
 

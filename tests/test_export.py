@@ -17,7 +17,6 @@ from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.weights import workdir
 from segdiff_jax.weights.model_card import model_card
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 CLASSES = ("plain red circle", "striped blue triangle", "background")
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

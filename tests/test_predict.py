@@ -15,7 +15,6 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary
 from segdiff_jax.weights import loading, workdir
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 CLASSES = "sky; building, edifice; road"
 
 

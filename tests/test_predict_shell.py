@@ -12,8 +12,6 @@ from test_predict import CLASSES, _folder, _names, _photo, _run, place  # noqa: 
 from segdiff_jax import cli, predict
 from segdiff_jax.inference.segmenter import Segmenter
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 
 @pytest.fixture
 def segmented(monkeypatch):

@@ -21,7 +21,6 @@ from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.weights import loading
 from segdiff_jax.weights.mask_decoders import Decoders
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 DOC = Path(__file__).parents[1] / "docs" / "pytorch.md"
 CLASSES = ["sky", "building, edifice", "road"]
 

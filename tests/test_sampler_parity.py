@@ -17,7 +17,6 @@ from segdiff_jax.text import vocabulary
 from segdiff_jax.text.tokenizer import train_tokenizer
 from segdiff_jax.weights import hf_config, pretrained
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 SIZE, SEED, SCALE = (16, 24), 5, 0.9
 NAMES = [["sky"], ["building", "edifice"], ["road"]]
 SCHEDULES = {

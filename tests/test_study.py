@@ -14,8 +14,6 @@ from segdiff_jax.evaluation import studies, tables, trainings
 from segdiff_jax.training import run
 from segdiff_jax.weights import workdir as workdirs
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):

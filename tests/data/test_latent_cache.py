@@ -20,8 +20,6 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary
 from segdiff_jax.training import losses
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 SIZE = (32, 32)
 
 

@@ -3,14 +3,11 @@
 import dataclasses
 
 import numpy as np
-import pytest
 from test_evaluator import MemorySource
 
 from segdiff_jax.evaluation import asked, metrics
 from segdiff_jax.evaluation.evaluator import evaluate
 from segdiff_jax.text import vocabulary
-
-pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 class Named:

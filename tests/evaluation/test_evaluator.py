@@ -15,8 +15,6 @@ from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.parallel import processes
 from segdiff_jax.text import vocabulary
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 
 class MemorySource:
     """Random photos of several sizes; labels with some 255."""

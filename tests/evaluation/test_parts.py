@@ -13,8 +13,6 @@ from segdiff_jax.evaluation import parts
 from segdiff_jax.evaluation.evaluator import evaluate
 from segdiff_jax.text import vocabulary
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 
 class Breaking(MemorySource):
     """Cannot be read from photo `broken` on; counts what is read."""

@@ -13,8 +13,6 @@ from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import clips
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 
 def _pictures(count, size=(26, 35), speed=3):
     """A bright square that moves over a slope of gray."""

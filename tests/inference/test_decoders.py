@@ -18,11 +18,6 @@ from segdiff_jax.weights.mask_decoders import Decoders
 CLASSES = ("sky", "building", "road", "red tree")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quickly(fast_compile):
-    """These compile much and compute little."""
-
-
 @pytest.fixture(scope="module")
 def image():
     return np.random.default_rng(0).integers(0, 256, (24, 16, 3), np.uint8)

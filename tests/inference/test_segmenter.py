@@ -22,7 +22,6 @@ from segdiff_jax.inference import segmenter as segmenter_lib
 from segdiff_jax.inference.result import from_maps
 from segdiff_jax.text import vocabulary
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 CLASSES = ("sky", "building, edifice", "road")
 
 
@@ -492,7 +491,6 @@ ON_MESHES = """
     import dataclasses, json, sys
     import jax
     jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_disable_most_optimizations", True)
     import numpy as np
     from flax import nnx
     from segdiff_jax.inference import sampling, segmenter

@@ -21,7 +21,6 @@ from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.text import conditioning, vocabulary
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 CLASSES = vocabulary.from_names(["sky", "building, edifice", "road"]).classes
 
 # Runs in an empty folder with only the exported files' paths: it knows nothing of this repository.

@@ -12,7 +12,6 @@ from segdiff_jax.data import geometry
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import networks, sampling, tiles, winners
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 CLASSES = ("sky", "building, edifice", "road")
 SIDE = st.integers(1, 300)
 

@@ -36,7 +36,6 @@ from segdiff_jax.training.telemetry import Telemetry
 from segdiff_jax.weights import loading, mask_decoders
 from segdiff_jax.weights import workdir as workdirs
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 B, C, H, W, K = 4, 3, 8, 12, 6
 
 
@@ -211,9 +210,9 @@ def e2e_config(trained, micro_config):
 
 
 @pytest.fixture(scope="module")
-def finished(e2e_config, train_optimized, tmp_path_factory):
+def finished(e2e_config, tmp_path_factory):
     workdir = str(tmp_path_factory.mktemp("e2e") / "run")
-    train_optimized(e2e_config(), workdir)
+    train(e2e_config(), workdir)
     return workdir
 
 
@@ -254,7 +253,7 @@ def test_an_export_of_it_starts_from_zeros_too(finished, tmp_path):
 
 @pytest.mark.slow
 def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(
-    finished, e2e_config, train_optimized, tmp_path, monkeypatch
+    finished, e2e_config, tmp_path, monkeypatch
 ):
     workdir, step = str(tmp_path / "run"), Telemetry.step
     shutil.copytree(finished, workdir)
@@ -270,16 +269,16 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(
     with monkeypatch.context() as patch:
         patch.setattr(Telemetry, "step", interrupted)
         with pytest.raises(Stopped, match="stopped at step 3"):
-            train_optimized(config, workdir)
-    train_optimized(config, workdir)
+            train(config, workdir)
+    train(config, workdir)
     assert steps_of(workdir) == [2, 3, 4]
     assert same_bits(state_of(workdir), state_of(finished))
 
 
-def test_a_training_through_the_linear_decoder_fits_it_first(e2e_config, train_optimized, tmp_path):
+def test_a_training_through_the_linear_decoder_fits_it_first(e2e_config, tmp_path):
     config, workdir = e2e_config(e2e=E2EConfig(classes=C, decoder="linear")), str(tmp_path / "run")
     config.train = dataclasses.replace(config.train, eval_every=0)
-    train_optimized(config, workdir)
+    train(config, workdir)
     vae = loading.load_frozen(f"{workdir}/pretrained", jnp.float32)[0]
     assert mask_decoders.read_linear(workdir, vae.config) is not None
     assert np.isfinite(read_scalars(Path(workdir))["e2e/loss"][4])

@@ -53,7 +53,7 @@ def four_scenes_config(root):
 
 
 @pytest.mark.slow
-def test_a_network_trained_on_four_scenes_segments_them(tmp_path):
+def test_a_network_trained_on_four_scenes_segments_them(optimized, tmp_path):
     write_scenes(tmp_path / "data")
     config = c.validate(four_scenes_config(tmp_path / "data"))
     train(config, str(tmp_path / "run"))

@@ -24,6 +24,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models.joint_decoder import LOGITS_PER_GRAY, JointDecoder
 from segdiff_jax.text.conditioning import PromptTable
+from segdiff_jax.train import train
 from segdiff_jax.training import losses
 from segdiff_jax.training import run as runs
 from segdiff_jax.training.loop import Run as Start
@@ -31,7 +32,6 @@ from segdiff_jax.training.step import init_state, joint_step
 from segdiff_jax.weights import loading, mask_decoders
 from segdiff_jax.weights import workdir as workdirs
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 WIDTH = 5  # of the text
 
 
@@ -125,13 +125,13 @@ def test_scores_mean_something_where_every_class_was_always_asked(setup):
 
 
 @pytest.fixture(scope="module")
-def finished(trained, micro_config, train_optimized, tmp_path_factory):
+def finished(trained, micro_config, tmp_path_factory):
     """A training that went on to a joint decoder of two steps."""
     workdir = tmp_path_factory.mktemp("joint") / "run"
     shutil.copytree(trained, workdir)
     config = micro_config()
     config.joint = JointConfig(steps=2, batch_size=2, classes=C)
-    train_optimized(config, str(workdir))
+    train(config, str(workdir))
     return str(workdir)
 
 
@@ -140,21 +140,19 @@ def joint_of(workdir) -> Path:
     return Path(workdirs.joint_folder(workdir, steps_of(workdir)[-1]))
 
 
-def test_a_finished_training_goes_on_to_it_and_does_not_train_it_again(
-    finished, micro_config, train_optimized
-):
+def test_a_finished_training_goes_on_to_it_and_does_not_train_it_again(finished, micro_config):
     folder = joint_of(finished)
     assert steps_of(folder)[-1] == 2
     path = folder / mask_decoders.JOINT
     before = path.read_bytes()
     config = micro_config()
     config.joint = JointConfig(steps=2, batch_size=2, classes=C)
-    train_optimized(config, finished)
+    train(config, finished)
     assert path.read_bytes() == before and steps_of(folder) == [2]
 
 
 def test_a_decoder_that_is_asked_for_later_is_the_one_that_predicts(
-    finished, micro_config, train_optimized, tmp_path
+    finished, micro_config, tmp_path
 ):
     workdir, config = str(tmp_path / "run"), micro_config()
     shutil.copytree(finished, workdir)
@@ -162,7 +160,7 @@ def test_a_decoder_that_is_asked_for_later_is_the_one_that_predicts(
     config.joint = JointConfig(steps=2, batch_size=2, classes=C)
     config.sampler.decoder = "joint"
     config.optimizer.learning_rate = 2.0  # of the next step of the UNet, which does not come
-    train_optimized(config, workdir)
+    train(config, workdir)
     expected = dataclasses.replace(before, joint=config.joint, sampler=config.sampler)
     assert workdirs.read_config(workdir) == expected
     assert Segmenter.load(workdir).config.sampler.decoder == "joint"
@@ -203,14 +201,14 @@ def test_its_folder_is_no_start_of_another_training(finished, micro_config, tmp_
 
 
 def test_a_unet_that_goes_on_gets_another_and_the_earlier_one_keeps_its_own(
-    finished, micro_config, train_optimized, tmp_path
+    finished, micro_config, tmp_path
 ):
     workdir, before = tmp_path / "run", joint_of(finished)
     shutil.copytree(finished, workdir)
     config = micro_config()
     config.joint = JointConfig(steps=2, batch_size=2, classes=C)
     config.train.steps += 1
-    train_optimized(config, str(workdir))
+    train(config, str(workdir))
     kept = workdir / "joint" / before.name / mask_decoders.JOINT
     assert kept.read_bytes() == (before / mask_decoders.JOINT).read_bytes()
     assert joint_of(workdir).name == str(config.train.steps)

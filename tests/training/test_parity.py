@@ -19,7 +19,6 @@ from segdiff_jax.training.step import diffusion_step, init_state
 from segdiff_jax.weights import hf_config, key_map, pretrained
 
 B, SIZE, K, TOKENS, WIDTH = 4, 16, 3, 5, 12
-pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
 def make_networks(folder, attends, widths):

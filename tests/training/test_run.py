@@ -156,11 +156,11 @@ def test_the_vae_stage_scales_its_latents_to_unit_variance(trained, micro_config
 
 
 def test_the_vae_stage_by_itself_is_the_one_before_the_diffusion_stage(
-    trained, micro_config, train_optimized, tmp_path
+    trained, micro_config, tmp_path
 ):
     config = micro_config()
     config.stage = "vae"
-    train_optimized(config, str(tmp_path / "run"))
+    train(config, str(tmp_path / "run"))
     assert steps_of(tmp_path / "run") == steps_of(f"{trained}/vae")
     alone, first = (contents_of(f"{w}/pretrained") for w in (tmp_path / "run", f"{trained}/vae"))
     assert alone == first and "vae/diffusion_pytorch_model.safetensors" in alone

@@ -14,8 +14,6 @@ from segdiff_jax.training import losses
 from segdiff_jax.training.losses import Frozen
 from segdiff_jax.training.step import diffusion_step, init_state
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
-
 B, H, W, C, K = 8, 4, 6, 4, 3
 
 

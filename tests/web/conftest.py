@@ -49,8 +49,9 @@ def served(make_segmenter, tiny_config, tmp_path_factory):
         yield found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
+    # Not of the session: while it is open, asyncio takes its loop for one that runs in this thread.
     from playwright.sync_api import Error, sync_playwright
 
     path = next(filter(None, map(shutil.which, _BROWSERS)), None)  # None: Playwright's own

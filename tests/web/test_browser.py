@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 from web.conftest import serve
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 WAIT = 120_000  # milliseconds: compiling is part of the first result
 EVIL = ["<img src=x onerror=alert(1)>", "<script>alert(2)</script>", "${alert(3)} {{alert(4)}}"]
 

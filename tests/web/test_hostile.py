@@ -18,7 +18,6 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.web import requests
 from segdiff_jax.web.requests import Limits
 
-pytestmark = pytest.mark.usefixtures("fast_compile")
 LABELS = ["labels"]
 
 

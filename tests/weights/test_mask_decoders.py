@@ -9,6 +9,7 @@ from segdiff_jax import export
 from segdiff_jax.errors import UserError
 from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.vae import VAEConfig
+from segdiff_jax.train import train
 from segdiff_jax.weights import loading, mask_decoders
 
 VAE = VAEConfig(latent_channels=2, block_out_channels=(4, 4))
@@ -38,9 +39,7 @@ def test_the_file_of_another_vae_and_a_damaged_one_are_refused(tmp_path):
         mask_decoders.read_linear(tmp_path, VAE)
 
 
-def test_a_finished_training_has_one_and_so_has_its_export(
-    trained, micro_config, train_optimized, tmp_path
-):
+def test_a_finished_training_has_one_and_so_has_its_export(trained, micro_config, tmp_path):
     networks, step = loading.load_networks(trained)
     decoders = loading.load_decoders(trained, networks, step)
     linear = decoders.linear
@@ -56,6 +55,6 @@ def test_a_finished_training_has_one_and_so_has_its_export(
     copy = tmp_path / "run"  # as of an earlier version, without one
     shutil.copytree(trained, copy)
     (copy / mask_decoders.LINEAR).unlink()
-    train_optimized(micro_config(), str(copy))
+    train(micro_config(), str(copy))
     fitted = loading.load_decoders(str(copy), networks, step)
     np.testing.assert_allclose(fitted.linear.kernel, linear.kernel, atol=1e-3)
