@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import logging
 import os
 import struct
 import textwrap
@@ -123,9 +124,16 @@ def bomb():
 
 
 @pytest.fixture(autouse=True)
-def no_call_left_behind():
-    """A call that was given up and still runs would make `cli.run` end the tests' own process."""
+def nothing_left_behind():
+    """What a command leaves in its process, and its process is that of all tests here.
+
+    Its log would go to a stream that is closed; a call that was given up and still runs would make
+    the next `cli.run` end the process.
+    """
     yield
+    for handler in logging.root.handlers[:]:
+        if type(handler) is logging.StreamHandler:  # pytest's own are of classes below it
+            logging.root.removeHandler(handler)
     end = time.monotonic() + 10
     while waiting.left_behind() and time.monotonic() < end:
         time.sleep(0.01)

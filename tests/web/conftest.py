@@ -5,12 +5,18 @@ import shutil
 from concurrent.futures import Future
 from typing import NamedTuple
 
+import anyio
 import pytest
 from PIL import Image
 
 from segdiff_jax.web import page as web_page
 from segdiff_jax.web import server
 from segdiff_jax.web.requests import Limits
+
+# Loaded here, not when the server's thread first needs it: pytest rewrites this library, which it
+# takes for a plugin, and CPython 3.11 may fail to parse in one thread while another parses too.
+for name in dir(anyio):
+    getattr(anyio, name)
 
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LIMITS = Limits(pixels=2_000_000, megabytes=3, classes=200, passes=2000)
