@@ -141,8 +141,7 @@ def merge_members(
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
 def _merge_spread(members, mesh, align, reduce, uncertainty):
-    # Not left to the partitioner: the search of `align` would ask all devices after each step
-    # whether every map of every device is done.
+    # Not left to the partitioner: no map needs anything of another device's.
     merge = functools.partial(merge_members, align=align, reduce=reduce, uncertainty=uncertainty)
     rows = meshes.rows_sharding(mesh).spec
     return jax.shard_map(merge, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)(members)
