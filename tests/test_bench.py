@@ -42,7 +42,10 @@ def test_input(tmp_path):
 @pytest.mark.parametrize(
     ("suite", "parts"),
     [
-        ("predict", ("the paper's pipeline", "3 photos", "0.12 megapixels", "12 classes")),
+        (
+            "predict",
+            ("the paper's pipeline", "configs/camvid.py", "3 photos", "0.12", "12 classes"),
+        ),
         ("gpu", ("training step", "cuDNN's attention", "XLA's attention", "sampler", "VAE")),
     ],
 )

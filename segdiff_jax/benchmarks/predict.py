@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from PIL import Image
@@ -24,11 +25,14 @@ from segdiff_jax.diffusion.sampler import initial_noise, member_keys
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models import presets
 from segdiff_jax.models.clip_text import CLIPText
+from segdiff_jax.models.joint_decoder import JointDecoder
+from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.tokenizer import train_tokenizer
 from segdiff_jax.weights import pretrained
+from segdiff_jax.weights.mask_decoders import Decoders
 from segdiff_jax.weights.workdir import EXPORT_SETTINGS
 
 _NAMES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car"]
@@ -52,6 +56,7 @@ def run(small: bool) -> Iterator[Result]:
         for steps in (2,) if small else (10, 50):
             yield from _paper(in_one, folder / "in-one-image", steps, small)
         model = _model(CodecConfig(), folder / "by-class", small)
+        yield _defaults(model, folder / "in-one-image", small)
         if not small:
             yield from _first_mask(model, folder)
         yield from _many_photos(model, folder / "photos", 3 if small else 60)
@@ -104,6 +109,33 @@ def _paper(model: Segmenter, folder: Path, steps: int, small: bool) -> Iterator[
         lambda: paper.merged(theirs.members(photo, _NAMES, noise, steps)),
         rounds,
         0.6,
+    )
+
+
+def _defaults(model: Segmenter, folder: Path, small: bool) -> Result:
+    """Time what configs/camvid.py does with a photo beside the paper's pipeline at its costliest.
+
+    The masks are others; what each is worth on CamVid is in docs/results.md.
+    """
+    count, steps, rounds = (2, 2, 2) if small else (10, 50, 3)
+    photo = photos.drawn(*model.config.data.image_size)
+    classes = vocabulary.from_names(_NAMES).classes
+    shape = model.encode(photo).latent.shape
+    noise = np.random.default_rng(0).normal(size=(count, *shape)).astype(np.float32)
+    width, channels = model.text_encoder.config.hidden_size, shape[-1]
+    pixels = (photo.shape[0] // shape[0]) ** 2
+    linear = LinearDecoder(jnp.full((3, 3, channels, pixels), 0.1), jnp.zeros(pixels))
+    joint = twins.filled(lambda: JointDecoder(width, rngs=nnx.Rngs(0)))
+    model.add_decoders(Decoders(linear, joint=joint))
+    once = dataclasses.replace(model.config.sampler, steps=1, ensemble=1, decoder="joint")
+    theirs = paper.Pipeline(folder)
+    model.maps([photo], classes, once, 0)  # compiled
+    return in_turn(
+        f"configs/camvid.py's T = 1, N = 1, to the paper's N = {count}, T = {steps}",
+        lambda: model.maps([photo], classes, once, 0),
+        lambda: paper.merged(theirs.members(photo, _NAMES, noise, steps)),
+        rounds,
+        0.02,
     )
 
 
