@@ -211,7 +211,7 @@ class Checkpoints:
                 self._damaged.append(candidate)
         raise UserError(
             f"{self.directory}: every checkpoint is damaged: restore them from a copy, "
-            "or train again in another directory"
+            "or remove this folder and run the training again"
         )
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:

@@ -200,6 +200,21 @@ def test_its_folder_is_no_start_of_another_training(finished, micro_config, tmp_
         runs.train(config, str(tmp_path / "run"))
 
 
+@pytest.mark.slow
+def test_what_is_advised_where_all_checkpoints_are_damaged_helps(finished, micro_config, tmp_path):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    folder = joint_of(workdir) / "checkpoints"
+    for path in filter(Path.is_file, folder.rglob("*")):
+        path.write_bytes(path.read_bytes()[:50])
+    config = micro_config()
+    config.joint = JointConfig(steps=3, batch_size=2, classes=C)
+    with pytest.raises(UserError, match=f"{folder}: every checkpoint.* or remove this folder and"):
+        train(config, str(workdir))
+    shutil.rmtree(folder)
+    train(config, str(workdir))
+    assert steps_of(folder.parent)[-1] == 3
+
+
 def test_a_unet_that_goes_on_gets_another_and_the_earlier_one_keeps_its_own(
     finished, micro_config, tmp_path
 ):
