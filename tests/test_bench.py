@@ -44,7 +44,10 @@ def test_input(tmp_path):
     [
         (
             "predict",
-            ("the paper's pipeline", "configs/camvid.py", "3 photos", "0.12", "12 classes"),
+            (
+                *("the paper's pipeline", "3 photos", "0.12 megapixels", "12 classes"),
+                "configs/camvid.py",
+            ),
         ),
         ("gpu", ("training step", "cuDNN's attention", "XLA's attention", "sampler", "VAE")),
     ],
