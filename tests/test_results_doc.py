@@ -28,7 +28,8 @@ def documented(row: str) -> list[float]:
 
 @pytest.mark.slow
 def test_the_demo_reaches_what_is_documented(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # it trains for minutes
     for module, *places in (
         ("train", "--workdir", tmp_path / "run"),
         ("evaluate", "--checkpoint", tmp_path / "run", "--output", tmp_path / "out"),
