@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from segdiff_jax.diffusion.noise import STRENGTH, multires_noise
+from segdiff_jax.diffusion.noise import STRENGTH, gaussian, multires_noise
 from segdiff_jax.diffusion.schedule import (
     Schedule,
     ddim_step,
@@ -61,7 +61,7 @@ def step_noise(
 ) -> jax.Array:
     """Draw the Gaussian noise that `sample` adds at step `index` when eta > 0."""
     assert key is not None
-    return jax.random.normal(jax.random.fold_in(key, index), shape)
+    return gaussian(jax.random.fold_in(key, index), shape)
 
 
 def member_keys(key: jax.Array, count: int, start: int | jax.Array = 0) -> Keys:
@@ -86,7 +86,7 @@ def initial_noise(
     if kind == "multires":
         height, width, channels = shape
         return multires_noise(key, (height, width, channels), STRENGTH)
-    return jax.random.normal(key, shape)
+    return gaussian(key, shape)
 
 
 def sample_member(

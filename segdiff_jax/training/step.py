@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from segdiff_jax.config import Config
 from segdiff_jax.diffusion import sampler as samplers
+from segdiff_jax.diffusion.noise import gaussian
 from segdiff_jax.models.joint_decoder import JointDecoder
 from segdiff_jax.models.layers import kernels_as_multiplied
 from segdiff_jax.models.unet import UNet
@@ -163,7 +164,7 @@ def vae_step(vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None) -
             return losses.vae_loss(
                 module,
                 batch,
-                jax.random.normal(noise_key, shape),
+                gaussian(noise_key, shape),
                 losses.mixing(mixing_key, count, config.vae.mask_mixing),
                 is_mask=losses.mask_rows(count, config.vae.mask_share),
                 kl_weight=config.vae.kl_weight,

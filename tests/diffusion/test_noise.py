@@ -58,6 +58,16 @@ def test_bilinear_matrix_is_torch_upsampling(out, size, room):
     np.testing.assert_allclose(matrix.sum(1), 1.0, atol=1e-6)
 
 
+def test_a_draw_in_one_row_has_the_values_of_one_with_axes():
+    key, keys, shape = jax.random.key(0), jax.random.split(jax.random.key(1), 3), (4, 5, 2)
+    assert (N.gaussian(key, (6, *shape)) == jax.random.normal(key, (6, *shape))).all()
+    in_batch = [
+        jax.vmap(lambda k, draw=draw: draw(k, shape))(keys)
+        for draw in (N.gaussian, jax.random.normal)
+    ]
+    assert (in_batch[0] == in_batch[1]).all()
+
+
 def power_by_band(samples, bands=8):
     """Radially averaged power spectrum of [n, h, w, c] -> [bands]."""
     h, w = samples.shape[1:3]
