@@ -100,8 +100,17 @@ def _suite(
     from segdiff_jax.parallel import processes
 
     found, missing = {}, {}
-    for name in suite.COLUMNS:
-        config = _config_of(str(suite.CONFIGS / f"{name}.py"), overrides, trained, args.checkpoint)
+    configs = {
+        name: _config_of(str(suite.CONFIGS / f"{name}.py"), overrides, trained, args.checkpoint)
+        for name in suite.COLUMNS
+    }
+    roots = sorted({config.data.root for config in configs.values()})
+    if not any((epath.Path(args.data) / root).is_dir() for root in roots):
+        raise UserError(
+            f"--data {args.data}: has none of the benchmarks' folders ({', '.join(roots)}): "
+            "docs/data.md says where each is downloaded"
+        )
+    for name, config in configs.items():
         config.data.root = os.path.join(args.data, config.data.root)
         own = argparse.Namespace(**vars(args) | {"output": os.path.join(args.output, name)})
         if not epath.Path(config.data.root).is_dir():

@@ -477,6 +477,12 @@ def test_suite_scores_what_there_is_and_leaves_the_rest_empty(files, capsys):
     assert not (files / "o" / "camvid_11" / "parts").exists()
 
 
+def test_a_suite_without_any_of_its_data_is_refused(files, capsys):
+    code, output = _suite(files, capsys)
+    assert code == 2 and "/sets: has none of the benchmarks' folders (ADE20K_2021" in output.err
+    assert not (files / "o").exists()
+
+
 def test_flags_of_the_suite(files, capsys):
     for flags, words in (
         (["--suite", "open_vocabulary"], "without --data"),
