@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from segdiff_jax.config import Config
     from segdiff_jax.text.vocabulary import Vocabulary
     from segdiff_jax.web.page import Example
+    from segdiff_jax.web.requests import Limits
 
 _DESCRIPTION = """Segment photos in a browser.
 
@@ -64,7 +65,8 @@ def _serve(args: argparse.Namespace) -> None:
                 f"the app needs Gradio ({error}): pip install 'segdiff_jax[app]'"
             ) from error
         limits = page.Limits(pixels=args.max_pixels)
-        examples = _examples(args.examples, os.path.join(temporary, "files"), config, trained)
+        files = os.path.join(temporary, "files")
+        examples = _examples(args.examples, files, config, trained, limits)
         loading: Future[Any] = Future()
         name = os.path.basename(os.path.normpath(args.checkpoint))
         blocks = page.build(loading, config, f"Segment photos · {name}", limits, examples)
@@ -94,25 +96,36 @@ def _wait(loading: Future[Any]) -> None:
 
 
 def _examples(
-    given: str | None, temporary: str, config: "Config", trained: "Vocabulary | None"
+    given: str | None,
+    temporary: str,
+    config: "Config",
+    trained: "Vocabulary | None",
+    limits: "Limits",
 ) -> "Sequence[Example]":
-    """Return photos of the folder that was given, or scenes for a model trained on scenes."""
+    """Return photos of the folder that was given, or scenes for a model trained on scenes.
+
+    Raise `UserError` for a photo that the page would refuse.
+    """
     import shutil
 
     from PIL import Image
 
     from segdiff_jax.data.sources import scenes
     from segdiff_jax.inference import photos
+    from segdiff_jax.web import requests
     from segdiff_jax.web.page import Example
 
     os.makedirs(temporary, exist_ok=True)
     names = [] if trained is None else trained.names[:_SHOWN_CLASSES]
     if given:
-        found = photos.find([given])[:_EXAMPLES]
-        copies = [os.path.join(temporary, os.path.basename(path)) for path in found]
-        for path, copy in zip(found, copies, strict=True):
-            shutil.copyfile(path, copy)
-        return [Example(copy, "\n".join(names)) for copy in copies]
+        examples = []
+        for number, path in enumerate(photos.find([given])[:_EXAMPLES]):
+            requests.photo(path, limits)  # no visitor is offered what would be refused
+            folder = os.path.join(temporary, str(number))  # two may have the same name
+            os.makedirs(folder)
+            copy = shutil.copy(path, folder)
+            examples.append(Example(copy, "\n".join(names)))
+        return examples
     if config.data.source != "scenes":
         return []
     source = scenes.ScenesSource(config.data.scenes, (192, 192), train=False, seed=config.seed)

@@ -5,11 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from segdiff_jax import app
 from segdiff_jax.errors import UserError
+from segdiff_jax.web.requests import Limits
 from segdiff_jax.weights import workdir
 
 _MAIN = """
@@ -60,3 +63,17 @@ def test_a_port_that_is_taken_and_a_workdir_without_networks(place):
 def test_without_gradio_it_says_what_to_install(place):
     (line,) = _lines(place, "0", before="import sys; sys.modules['gradio'] = None\n")
     assert "pip install 'segdiff_jax[app]'" in line
+
+
+def test_examples_of_the_same_name_stay_apart_and_a_broken_one_is_named(place, tiny_config):
+    given, temporary = place / "photos", str(place / "temporary")
+    for folder, gray in (("a", 50), ("b", 200)):
+        (given / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (gray,) * 3).save(given / folder / "x.png")
+    one, two = app._examples(str(given), temporary, tiny_config(), None, Limits())
+    assert (Path(one.photo).name, Path(two.photo).name) == ("x.png", "x.png")
+    assert Path(one.photo).read_bytes() == (given / "a" / "x.png").read_bytes()
+    assert Path(two.photo).read_bytes() == (given / "b" / "x.png").read_bytes()
+    (given / "c.jpg").write_text("no photo")
+    with pytest.raises(UserError, match=r"c\.jpg is no photo that can be read"):
+        app._examples(str(given), str(place / "others"), tiny_config(), None, Limits())
