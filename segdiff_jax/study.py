@@ -71,7 +71,8 @@ def _study(args: argparse.Namespace, config: Config, argv: Sequence[str]) -> Non
     study, config = studies.STUDIES[args.name], trainings.on_budget(config, args.budget)
     names = [f"{args.name}.{suffix}" for suffix in ("json", "md", "png", "html")]
     runs, path = Path(args.output) / "runs", Path(args.output) / names[0]
-    about: dict[str, Any] = {**tables.origin("segdiff study", argv, {args.output: "O"})}
+    places = {args.output: "O"} | ({config.data.root: "DATA"} if config.data.root else {})
+    about: dict[str, Any] = {**tables.origin("segdiff study", argv, places)}
     about |= {"study": args.name, "images": args.limit, "config": _not_by_default(config)}
     known = _earlier(path, about)
     with ownership.claimed(args.output, _KIND, names):

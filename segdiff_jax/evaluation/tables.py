@@ -17,14 +17,24 @@ _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.D
 
 
 def origin(command: str, argv: Sequence[str], places: Mapping[str | None, str]) -> dict[str, str]:
-    """Return command, commit and date of a result; folders go by their names in `places`."""
-    words = [places.get(word, word) for word in argv]
+    """Return command, commit and date of a result.
+
+    places: names for folders of this machine, which are words of argv or what a flag is set to.
+    """
+    words = [_placed(word, places) for word in argv]
     today = datetime.date.today().isoformat()
     return {
         "command": shlex.join([*command.split(), *words]),
         "commit": code_version(),
         "date": today,
     }
+
+
+def _placed(word: str, places: Mapping[str | None, str]) -> str:
+    flag, _, value = word.partition("=")
+    if word in places:
+        return places[word]
+    return f"{flag}={places[value]}" if value in places else word
 
 
 def section(about: dict[str, Any]) -> str:
