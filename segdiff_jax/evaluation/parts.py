@@ -103,7 +103,7 @@ def remove(folder: str) -> None:
     for name in names:
         (place / name).unlink(missing_ok=True)
     ownership.settle(folder, _KIND, names)
-    if not any(place.iterdir()):
+    if place.is_dir() and not any(place.iterdir()):  # a bucket has no empty folders
         place.rmdir()
 
 

@@ -13,6 +13,7 @@ from segdiff_jax import files
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.errors import UserError
+from segdiff_jax.evaluation import parts
 
 pytestmark = pytest.mark.usefixtures("impatient")
 
@@ -88,3 +89,12 @@ def test_a_folder_of_pairs_with_sub_folders(gcs, bucket):
     config.mask_suffix = ""
     with pytest.raises(UserError, match=r"gs://bucket/.*a\.png: no mask .*mask_suffix=_mask"):
         open_source(config, "train", 0)
+
+
+def test_the_parts_of_an_evaluation_that_is_done_leave_nothing_behind(gcs, bucket):
+    folder = parts.folder_of(f"{bucket}/o")
+    parts.Parts(folder, {}, range(1)).save(0, parts.nothing(2))
+    assert gcs.objects()
+    parts.remove(folder)
+    assert gcs.objects() == {}
+    parts.remove(folder)
