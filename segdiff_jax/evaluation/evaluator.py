@@ -230,7 +230,7 @@ def _sampled(plan: Plan, chunk: range, own: Own) -> tuple[np.ndarray, np.ndarray
 def _painted(plan: Plan, chunk: range, own: Own) -> np.ndarray:
     """Return the gray maps [I, P, h, w] of a chunk as a perfect sampler would."""
     labels, count = _views(plan, chunk, own, "labels"), len(plan.asked.vocabulary)
-    return reconstruction.masks(plan.segmenter, labels, count, plan.sampler.batch_size)
+    return reconstruction.masks(plan.segmenter, labels, count)
 
 
 def _reconstructed(plan: Plan, chunk: range, own: Own) -> list[reconstruction.Sums]:

@@ -9,7 +9,7 @@ import numpy as np
 from segdiff_jax import codec
 from segdiff_jax.data import geometry
 from segdiff_jax.inference.segmenter import Segmenter
-from segdiff_jax.parallel.placement import equal_parts, multiple
+from segdiff_jax.parallel.placement import equal_parts
 
 
 class Sums(NamedTuple):
@@ -73,18 +73,15 @@ def photos(segmenter: Segmenter, images: np.ndarray, natives: np.ndarray) -> lis
     return sums
 
 
-def masks(segmenter: Segmenter, labels: np.ndarray, num_classes: int, at_once: int) -> np.ndarray:
-    """Paint labels [I, h, w] and take them through the VAE: unclipped maps [I, P, h, w].
-
-    at_once: how many maps a call of the VAE has, rounded up to the devices.
-    """
+def masks(segmenter: Segmenter, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Paint labels [I, h, w] and take them through the VAE: unclipped maps [I, P, h, w]."""
     size = codec.group_size(num_classes, segmenter.config.codec.classes_per_pass)
     groups = codec.groups(num_classes, size)
     painted = np.stack(
         [np.asarray(codec.encode(jnp.asarray(labels), jnp.asarray(ids))) for ids in groups], axis=1
     )
     jobs = painted.reshape(-1, *labels.shape[1:], 1)  # [I * P, h, w, 1]
-    chunk = multiple(min(at_once, len(jobs)), segmenter.mesh.size)
-    pixels = (np.broadcast_to(p, (*p.shape[:3], 3)) for p in equal_parts(jobs, chunk))
+    each = equal_parts(jobs, segmenter.mesh.size)  # in three channels, all would be gigabytes
+    pixels = (np.broadcast_to(part, (*part.shape[:3], 3)) for part in each)
     back = [np.asarray(codec.to_gray(jnp.asarray(segmenter.reconstruct(part)))) for part in pixels]
     return np.concatenate(back)[: len(jobs)].reshape(painted.shape)

@@ -97,7 +97,8 @@ class Networks:
     def _of_views(self, call: Any, graph: nnx.GraphDef, params: Any, views: np.ndarray) -> Any:
         """Return what `call(graph, params, views)` gives [I, ...], one view a device at a time.
 
-        So no number of views compiles anew.
+        So no number of views compiles anew, and a view's values depend on no other: in a batch, a
+        CPU's last bits depend on how many threads share it.
         """
         each = equal_parts(views, self.mesh.size)
         parts = [call(graph, params, spread_rows(part, self.mesh)) for part in each]
@@ -120,8 +121,7 @@ class Networks:
 
         Raise `UserError` if the result is not finite.
         """
-        found = sampling.reconstruct(self.vae, self.vae_params, spread_rows(pixels, self.mesh))
-        decoded = processes.gathered(found)[: len(pixels)]
+        decoded = self._of_views(sampling.reconstruct, self.vae, self.vae_params, pixels)
         if not np.isfinite(decoded).all():
             raise UserError(f"what the VAE decodes is not finite: {self.why_not_finite()}")
         return decoded

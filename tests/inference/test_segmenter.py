@@ -494,7 +494,7 @@ ON_MESHES = """
     import numpy as np
     from flax import nnx
     from segdiff_jax.inference import sampling, segmenter
-    from segdiff_jax.weights import workdir
+    from segdiff_jax.weights import loading
     from segdiff_jax.config import MeshConfig
     from segdiff_jax.data.sources.source import open_source
     from segdiff_jax.evaluation.evaluator import evaluate
