@@ -105,15 +105,17 @@ def _suite(
         for name in suite.COLUMNS
     }
     roots = sorted({config.data.root for config in configs.values()})
-    if not any((epath.Path(args.data) / root).is_dir() for root in roots):
+    present = [root for root in roots if (epath.Path(args.data) / root).is_dir()]
+    if not present:
         raise UserError(
             f"--data {args.data}: has none of the benchmarks' folders ({', '.join(roots)}): "
             "docs/data.md says where each is downloaded"
         )
     for name, config in configs.items():
+        absent = config.data.root not in present
         config.data.root = os.path.join(args.data, config.data.root)
         own = argparse.Namespace(**vars(args) | {"output": os.path.join(args.output, name)})
-        if not epath.Path(config.data.root).is_dir():
+        if absent:
             missing[name] = f"no folder {config.data.root}"
             continue
         try:

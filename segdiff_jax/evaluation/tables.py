@@ -31,9 +31,9 @@ def origin(command: str, argv: Sequence[str], places: Mapping[str | None, str]) 
 
 
 def _placed(word: str, places: Mapping[str | None, str]) -> str:
-    flag, _, value = word.partition("=")
     if word in places:
         return places[word]
+    flag, _, value = word.partition("=")
     return f"{flag}={places[value]}" if value in places else word
 
 
