@@ -120,7 +120,10 @@ def _examples(
     if given:
         examples = []
         for number, path in enumerate(photos.find([given])[:_EXAMPLES]):
-            requests.photo(path, limits)  # no visitor is offered what would be refused
+            try:
+                requests.photo(path, limits)  # no visitor is offered what would be refused
+            except UserError as error:
+                raise UserError(f"--examples {path}: {error}") from error
             folder = os.path.join(temporary, str(number))  # two may have the same name
             os.makedirs(folder)
             copy = shutil.copy(path, folder)

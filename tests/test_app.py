@@ -75,5 +75,5 @@ def test_examples_of_the_same_name_stay_apart_and_a_broken_one_is_named(place, t
     assert Path(one.photo).read_bytes() == (given / "a" / "x.png").read_bytes()
     assert Path(two.photo).read_bytes() == (given / "b" / "x.png").read_bytes()
     (given / "c.jpg").write_text("no photo")
-    with pytest.raises(UserError, match=r"c\.jpg is no photo that can be read"):
+    with pytest.raises(UserError, match=r"photos/c\.jpg: c\.jpg is no photo that can be read"):
         app._examples(str(given), str(place / "others"), tiny_config(), None, Limits())

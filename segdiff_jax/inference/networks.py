@@ -97,8 +97,8 @@ class Networks:
     def _of_views(self, call: Any, graph: nnx.GraphDef, params: Any, views: np.ndarray) -> Any:
         """Return what `call(graph, params, views)` gives [I, ...], one view a device at a time.
 
-        So no number of views compiles anew, and the values are the same in any number of processes:
-        the last bits of a batch of several were seen to differ on CPUs.
+        So no number of views compiles anew, and two processes give the bits that one gives: those
+        of a batch of several views were seen to differ on CPUs.
         """
         each = equal_parts(views, self.mesh.size)
         parts = [call(graph, params, spread_rows(part, self.mesh)) for part in each]
