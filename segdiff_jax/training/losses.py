@@ -133,10 +133,9 @@ def label_weights(batch: Batch) -> LabelWeights:
 
 
 def _truth(batch: Batch) -> jax.Array:
-    """bool [B, C, H, W]: where the labels say each of the classes asked."""
+    """bool [B, C, H, W]: where the labels say each of the classes asked; nowhere for empty slots."""
     ids = jnp.asarray(batch["class_ids"])[:, :, None, None]
-    labels = jnp.asarray(batch["labels"], jnp.int32)[:, None]
-    return (labels == ids) & codec.valid_mask(labels)
+    return jnp.asarray(batch["labels"], jnp.int32)[:, None] == ids
 
 
 def label_loss(maps: jax.Array, batch: Batch, weights: LabelWeights) -> jax.Array:

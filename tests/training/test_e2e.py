@@ -90,6 +90,18 @@ def test_label_loss_and_its_gradient_are_those_of_torch():
     assert (absent > 0).all()
 
 
+@pytest.mark.parametrize("loss", [losses.label_loss, losses.mask_loss])
+def test_in_16_bit_labels_255_is_a_class_like_any_other(loss):
+    batch, maps = make_batch(), np.random.default_rng(1).normal(0, 0.7, (B, C, H, W))
+    labels, ids = batch["labels"].astype(np.uint16), batch["class_ids"]
+    labels = np.where(labels == 255, np.uint16(65535), np.where(labels == 1, np.uint16(255), labels))
+    renamed = {"labels": labels, "class_ids": np.where(ids == 1, 255, ids)}
+    weights = [losses.label_weights(b) for b in (batch, renamed)]
+    np.testing.assert_array_equal(weights[0].classes, weights[1].classes)
+    expected, found = (loss(maps, b, w) for b, w in zip((batch, renamed), weights, strict=True))
+    assert found == expected
+
+
 def test_without_a_valid_pixel_there_is_no_loss():
     batch = make_batch()
     batch["labels"] = np.full_like(batch["labels"], 255)
