@@ -133,10 +133,10 @@ def _step_on_labels(
         frozen = frozen._replace(vae=nnx.merge(vae, frozen.vae))
         factor, channels = frozen.vae.config.downsampling, frozen.vae.config.latent_channels
         count, height, width = batch["labels"].shape
-        shape = (count, height // factor, width // factor, channels)
+        shape = (height // factor, width // factor, channels)
         # All classes of a photo start from the same noise, as in the sampler.
-        drawn = jax.random.fold_in(key, state.step)
-        noise = samplers.initial_noise(drawn, shape, start_from)
+        keys = jax.random.split(jax.random.fold_in(key, state.step), count)
+        noise = jax.vmap(lambda k: samplers.initial_noise(k, shape, start_from))(keys)
 
         def loss_fn(params, micro):
             module, (rows, start, weights) = nnx.merge(network, params), micro

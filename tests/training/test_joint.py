@@ -18,7 +18,7 @@ from test_run import steps_of
 from test_step import SmallUNet
 
 from segdiff_jax import codec, export
-from segdiff_jax.config import Config, JointConfig
+from segdiff_jax.config import Config, JointConfig, SamplerConfig
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.segmenter import Segmenter
@@ -92,9 +92,11 @@ def test_a_new_one_has_the_loss_of_the_maps_and_no_gradient_reaches_the_unet(set
     assert all((g == 0).all() for g in jax.tree.leaves(others))
 
 
-def test_it_learns_from_the_photo_what_the_maps_do_not_show(setup):
+@pytest.mark.parametrize("start", ["gaussian", "multires", "zero"])
+def test_it_learns_from_the_photo_what_the_maps_do_not_show(setup, start):
     (graph, params), (unet, _), (vae, _), frozen = setup
     config = make_config(learning_rate=1e-2)
+    config = dataclasses.replace(config, sampler=SamplerConfig(initial_noise=start))
     batch = make_batch()
     batch["labels"] = np.where(batch["labels"] == 255, 255, batch["labels"] % 2).astype(np.uint8)
     batch["image"] = np.repeat(np.where(batch["labels"] == 1, 220, 30)[..., None], 3, -1)
