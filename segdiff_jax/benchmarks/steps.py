@@ -24,7 +24,7 @@ from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE, VAEConfig
 from segdiff_jax.parallel import attention_kernels, rules
 from segdiff_jax.parallel import mesh as meshes
-from segdiff_jax.parallel.placement import on_mesh
+from segdiff_jax.parallel.placement import whole
 from segdiff_jax.text.conditioning import PromptTable
 from segdiff_jax.training import losses
 from segdiff_jax.training.losses import Frozen
@@ -84,7 +84,7 @@ def _ours(unet: UNet, given: Any, hidden: np.ndarray, config: Config, mesh: Any)
     vae_graph, vae_params = nnx.split(twins.filled(lambda: VAE(small, rngs=nnx.Rngs(0))))
     graph, params = nnx.split(unet)
     table = PromptTable(hidden, np.zeros((len(hidden), hidden.shape[-1]), np.float32))
-    frozen = on_mesh(Frozen(vae_params, make_schedule(config.diffusion), table), mesh)
+    frozen = whole(Frozen(vae_params, make_schedule(config.diffusion), table), mesh)
     state = init_state(jax.tree.map(jnp.copy, params), config)
     # Where the step leaves it: it would be compiled again for the second call.
     state = jax.device_put(state, rules.state_sharding(state, mesh))

@@ -29,8 +29,8 @@ from segdiff_jax.models.layers import kernels_as_multiplied
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import attention_kernels, processes
-from segdiff_jax.parallel.mesh import place, replicated
-from segdiff_jax.parallel.placement import equal_parts, for_use, on_mesh, rows_of_call, spread_rows
+from segdiff_jax.parallel.mesh import put, replicated
+from segdiff_jax.parallel.placement import equal_parts, rows_of_call, spread_rows, whole
 from segdiff_jax.weights.mask_decoders import Decoders
 
 # Numbers of passes int [B] → their contexts [B, L, D] and mask [B, L] or None.
@@ -52,9 +52,9 @@ class Networks:
         # Not the VAE's: a tenth of the size, and training has the same arrays in use. Rounded
         # before they are gathered: half of the bytes to send and to hold.
         rounded = kernels_as_multiplied(self.unet, unet_params)
-        self.unet_params = for_use(on_mesh(rounded, mesh), mesh)
-        self.vae_params = on_mesh(vae_params, mesh)
-        self.schedule = on_mesh(make_schedule(config.diffusion), mesh)
+        self.unet_params = whole(rounded, mesh)
+        self.vae_params = whole(vae_params, mesh)
+        self.schedule = whole(make_schedule(config.diffusion), mesh)
         # By the names of `config.sampler.decoder`; of a linear one no graph, only its arrays.
         self.decoders: dict[str, tuple[Any, Any]] = {"vae": (self.vae, self.vae_params)}
         self._joint: tuple[nnx.GraphDef, Any] | None = None  # graph and parameters
@@ -63,13 +63,13 @@ class Networks:
     def add_decoders(self, decoders: Decoders) -> None:
         """Add those that are given to the choices for `config.sampler.decoder`."""
         if decoders.linear is not None:
-            self.decoders["linear"] = None, on_mesh(decoders.linear, self.mesh)
+            self.decoders["linear"] = None, whole(decoders.linear, self.mesh)
         if decoders.tiny is not None:
             graph, params = nnx.split(decoders.tiny)
-            self.decoders["tiny"] = graph, on_mesh(params, self.mesh)
+            self.decoders["tiny"] = graph, whole(params, self.mesh)
         if decoders.joint is not None and "linear" in self.decoders:
             joint, joint_params = nnx.split(decoders.joint)
-            self._joint = joint, on_mesh(joint_params, self.mesh)
+            self._joint = joint, whole(joint_params, self.mesh)
             self._joint_head = jax.tree.map(np.asarray, decoders.joint.head())
             # What it sharpens are maps like those that it was trained on.
             self.decoders["joint"] = self.decoders["linear"]
@@ -171,7 +171,7 @@ class Networks:
     ) -> Callable[[np.ndarray], jax.Array]:
         """Return a function that starts jobs on the devices and does not wait for their maps."""
         key = jax.random.key_data(jax.random.key(seed))
-        key = jax.random.wrap_key_data(place(key, replicated(self.mesh)))
+        key = jax.random.wrap_key_data(put(key, replicated(self.mesh)))
         sample = sampling.sampler_on(self.mesh)
         decoder, decoder_params = self.decoders[sampler.decoder]
 

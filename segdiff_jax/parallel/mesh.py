@@ -5,7 +5,7 @@ over data × fsdp.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -121,14 +121,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def place(tree: Any, shardings: Any) -> Any:
-    """Place arrays that every process holds whole on the devices of all processes.
-
-    shardings: a tree like `tree`, or one sharding for all of it.
-    """
-    return _map_with(put, tree, shardings)
-
-
 def put(array: Any, sharding: NamedSharding) -> jax.Array:
     """Put an array that every process holds whole on devices, to each device its own shard."""
     whole = np.asarray(array)
@@ -136,12 +128,11 @@ def put(array: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
-    """Return the shapes and types of `tree`, to be placed by `shardings` (as of `place`)."""
-    struct = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)  # noqa: E731
-    return _map_with(struct, tree, shardings)
+    """Return the shapes and types of `tree`, to be placed by `shardings`.
 
-
-def _map_with(function: Callable[[Any, NamedSharding], Any], tree: Any, shardings: Any) -> Any:
+    shardings: a tree like `tree`, or one sharding for all of it.
+    """
     if isinstance(shardings, NamedSharding):
-        return jax.tree.map(lambda leaf: function(leaf, shardings), tree)
-    return jax.tree.map(function, tree, shardings)
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    struct = lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(struct, tree, shardings)

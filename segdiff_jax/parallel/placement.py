@@ -31,37 +31,41 @@ def placer(mesh: Mesh) -> Place:
     return place
 
 
-def on_mesh(tree: Any, mesh: Mesh) -> Any:
-    """Replicate the arrays of `tree` on each device of `mesh`.
+def whole(tree: Any, mesh: Mesh) -> Any:
+    """Replicate the arrays of `tree` on every device of `mesh`. All processes call this.
 
-    Arrays that are on the mesh already keep their sharding, and shapes without arrays stay shapes.
+    Arrays that are whole there stay where they are, those that are cut over the devices, as in
+    a training state, are gathered, and shapes without arrays stay shapes.
     """
-    whole = replicated(mesh)
+    everywhere = replicated(mesh)
+    leaves, structure = jax.tree.flatten(tree)
+    cut = [i for i, leaf in enumerate(leaves) if _is_cut(leaf, mesh)]
+    if cut:  # in one program, for no process can fetch what only others hold
+        gathered = jax.jit(lambda x: x, out_shardings=everywhere)([leaves[i] for i in cut])
+        for i, leaf in zip(cut, gathered, strict=True):
+            leaves[i] = leaf
 
     def place(leaf: Any) -> Any:
-        here = getattr(leaf, "sharding", None)
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return leaf
-        if isinstance(here, NamedSharding) and here.mesh == mesh:
+        if isinstance(leaf, jax.ShapeDtypeStruct) or _is_on(leaf, mesh):
             return leaf
         # With one process, device_put copies from device to device, not through the host.
-        return jax.device_put(leaf, whole) if processes.count() == 1 else put(leaf, whole)
+        return jax.device_put(leaf, everywhere) if processes.count() == 1 else put(leaf, everywhere)
 
-    return jax.tree.map(place, tree)
+    return structure.unflatten(map(place, leaves))
 
 
-def for_use(params: Any, mesh: Mesh) -> Any:
-    """Replicate the parameters of a training state on every device, for the sampler.
+def _is_on(leaf: Any, mesh: Mesh) -> bool:
+    here = getattr(leaf, "sharding", None)
+    return isinstance(here, NamedSharding) and here.mesh == mesh
 
-    All processes must call it. Parameters that are whole already, and shapes without arrays, are
-    returned as they are.
-    """
+
+def _is_cut(leaf: Any, mesh: Mesh) -> bool:
     whole = replicated(mesh)
-    cut = lambda leaf: not leaf.sharding.is_equivalent_to(whole, leaf.ndim)  # noqa: E731
-    arrays = (leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
-    if not any(map(cut, arrays)):
-        return params
-    return jax.jit(lambda p: p, out_shardings=whole)(params)
+    return (
+        isinstance(leaf, jax.Array)
+        and _is_on(leaf, mesh)
+        and not leaf.sharding.is_equivalent_to(whole, leaf.ndim)
+    )
 
 
 def spread_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
@@ -86,8 +90,8 @@ def rows_of_call(count: int, most: int, devices: int) -> int:
     """Choose how many rows each compiled call takes for `count` rows in all: one of a few numbers.
 
     On each device 1, 2, 4, 8, and from there on twice and three times a power of two: 12, 16, 24,
-    32, ..., up to `most` rows over all devices. At worst three rows pay for five, and after the
-    first few calls no number of rows compiles anything.
+    32, ..., up to `most` rows over all devices. At worst five rows pay for eight, and after
+    the first few calls no number of rows compiles anything.
     """
     largest = multiple(most, devices) // devices
     wanted, size = min(-(-count // devices), largest), 1

@@ -11,6 +11,7 @@ from flax import nnx
 from segdiff_jax.data import latent_cache, latents, pipeline
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.parallel import mesh, processes, rules
+from segdiff_jax.parallel.placement import whole
 from segdiff_jax.training.loop import Run, Setup, Stage
 from segdiff_jax.training.step import TrainState, compile_step, init_state
 from segdiff_jax.version import code_version
@@ -67,7 +68,7 @@ def set_up(
     run.startup.done("restore" if done else "state")
     unet = stage.network.config if isinstance(stage.network, UNet) else None
     described = workdirs.checkpoint_metadata(config, unet)
-    frozen = stage.frozen and mesh.place(stage.frozen, mesh.replicated(run.mesh))
+    frozen = stage.frozen and whole(stage.frozen, run.mesh)
     return Setup(
         run=run,
         step=compile_step(stage.step, state, run.mesh),

@@ -14,6 +14,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import Run, Started, free_port
 from test_telemetry import read_scalars
@@ -151,6 +152,7 @@ ASSEMBLED = """
     from segdiff_jax.data import pipeline
     from segdiff_jax.text import vocabulary
     from segdiff_jax.parallel import mesh as meshes
+    from segdiff_jax.parallel import placement
 
     class Numbered:
         vocabulary, novel = vocabulary.from_names(["a", "b"]), ()
@@ -178,6 +180,12 @@ ASSEMBLED = """
             array = jax.make_array_from_process_local_data(
                 meshes.batch_sharding(mesh), local, (8, *local.shape[1:]))
             found[name].append(processes.gathered(array)[:, 0, 0, 0].tolist())
+    # What only both together hold, what both hold, and a shape.
+    cut = meshes.put(np.arange(16.0).reshape(8, 2), meshes.batch_sharding(mesh))
+    tree = {"cut": cut, "host": np.float32(3), "shape": jax.eval_shape(lambda: cut)}
+    placed = placement.whole(tree, mesh)
+    found["whole"] = [np.asarray(placed["cut"]).tolist(), float(placed["host"]),
+                      placed["shape"] is tree["shape"]]
     second = processes.index() == 1
     found["flags"] = [processes.any_raised(second)(), processes.any_raised(False)(),
                       processes.all_agree(True), processes.all_agree(second)]
@@ -204,6 +212,11 @@ def test_batches_put_together_by_two_processes_are_those_of_one(assembled):
             assert found[mesh] == found["expected"], mesh
         for epoch in (found["expected"][:3], found["expected"][3:]):
             assert sorted(sum(epoch, [])) == list(range(24))
+
+
+def test_arrays_that_are_cut_over_processes_are_whole_on_each_afterwards(assembled):
+    expected = np.arange(16.0).reshape(8, 2).tolist()
+    assert [found["whole"] for found in assembled] == [[expected, 3.0, True]] * 2
 
 
 def test_flags_of_single_processes_are_agreed_on(assembled):
