@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from segdiff_jax.errors import UserError
+from segdiff_jax.stages import key_of
 
 if TYPE_CHECKING:
     from segdiff_jax.config import Config, SamplerConfig
@@ -176,7 +177,7 @@ def _of_a_training(c: "Config", own: "Config") -> Iterator[str]:
     if own.train.profile_steps and own.train.profile_start > own.train.steps:
         yield (
             f"config.train.profile_start={c.train.profile_start} lies after the last step, "
-            f"config.{'vae' if c.stage == 'vae' else 'train'}.steps={own.train.steps}: "
+            f"config.{key_of(c.stage, 'train.steps')}={own.train.steps}: "
             "choose an earlier one"
         )
     if own.train.batch_size % own.optimizer.accumulation:

@@ -68,6 +68,11 @@ def of_stage(config: "Config") -> "Config":
     return changed
 
 
+def key_of(stage: str, key: str) -> str:
+    """Return which key a user sets for what `key` is in a training of `stage`."""
+    return _OF_STAGE.get(stage, {}).get(key, key)
+
+
 def check_overridden(config: "Config", overridden: list[str]) -> None:
     """Raise `UserError` for a key that was set by hand but is not of the config's stage."""
     own, foreign = (table.get(config.stage, {}) for table in (_OF_STAGE, _NOT_OF_STAGE))

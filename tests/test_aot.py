@@ -175,6 +175,8 @@ def test_search_says_when_nothing_fits(small, monkeypatch):
         ([*ADE, "--config.data.image_size=500,512"], "image_size=500,512: must be multiples of 8"),
         ([*ADE, "--config.stage=vae", "--config.train.batch_size=4"], "config.vae.batch_size"),
         ([*ADE, "--search", "--config.optimizer.accumulation=2"], "config.optimizer.accumulation"),
+        ([*ADE, "--config.optimizer.accumulation=16"], "a batch of 2 .*config.optimizer.accumul"),
+        ([*ADE, "--step", "sample", "--config.sampler.decoder=tiny"], "no preset has such"),
         ([*ADE, "--slices", "0"], "--slices"),
         ([*ADE, "--price", "nan"], "--price"),
     ],

@@ -51,7 +51,7 @@ def whole(tree: Any, mesh: Mesh) -> Any:
         # With one process, device_put copies from device to device, not through the host.
         return jax.device_put(leaf, everywhere) if processes.count() == 1 else put(leaf, everywhere)
 
-    return structure.unflatten(map(place, leaves))
+    return jax.tree.unflatten(structure, map(place, leaves))
 
 
 def _is_on(leaf: Any, mesh: Mesh) -> bool:

@@ -65,15 +65,15 @@ def join() -> None:
             raise UserError(f"JAX_PROCESS_ID={number}: of {size} processes the last is {size - 1}")
         missing = functools.partial(_not_joined, address, size, number)
         _initialize(missing, address, size, number, cluster_detection_method="deactivate")
+    elif given:
+        absent = next(name for name in VARIABLES if name not in given)
+        raise UserError(f"{next(iter(given))} is set, but {absent} is not: set all or none")
     elif find_spec("libtpu") and "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu"):
         try:
             _initialize("the other workers of this TPU")
         except ValueError as error:
             if "coordinator_address" not in str(error):  # the sign of a machine without a cluster
                 raise
-    elif given:
-        absent = next(name for name in VARIABLES if name not in given)
-        raise UserError(f"{next(iter(given))} is set, but {absent} is not: set all or none")
 
 
 def _initialize(whom: str | Callable[[], str], *arguments: Any, **options: Any) -> None:

@@ -23,6 +23,7 @@ from segdiff_jax.data.sources.source import Source
 from segdiff_jax.errors import UserError
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import mesh, processes
+from segdiff_jax.stages import key_of
 from segdiff_jax.text.vocabulary import Vocabulary
 from segdiff_jax.training.losses import Frozen
 from segdiff_jax.training.networks import Build
@@ -153,9 +154,10 @@ def _check_finite(setup: Setup, values: dict[str, float] | None, saved: int) -> 
     finite = ("loss", "gradient_norm", "update_norm")
     if values and not all(math.isfinite(values[name]) for name in finite):
         setup.checkpoints.wait()
+        rate = key_of(setup.run.config.stage, "optimizer.learning_rate")
         kept = f"checkpoint {saved} is kept" if saved else "no checkpoint was written yet"
         raise UserError(
             f"{setup.run.workdir}: loss, gradient or update is not finite at step "
             f"{values['step']:.0f}; {kept}: "
-            "lower config.optimizer.learning_rate, or config.optimizer.clip_norm"
+            f"lower config.{rate}, or config.optimizer.clip_norm"
         )

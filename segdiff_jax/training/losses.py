@@ -133,7 +133,7 @@ def label_weights(batch: Batch) -> LabelWeights:
 
 
 def _truth(batch: Batch) -> jax.Array:
-    """bool [B, C, H, W]: where the labels say each of the classes asked; nowhere for empty slots."""
+    """bool [B, C, H, W]: where the labels show the classes asked; empty slots nowhere."""
     ids = jnp.asarray(batch["class_ids"])[:, :, None, None]
     return jnp.asarray(batch["labels"], jnp.int32)[:, None] == ids
 

@@ -16,7 +16,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote, reading
 from segdiff_jax.models import presets
 from segdiff_jax.parallel.mesh import local_rows, make_mesh
-from segdiff_jax.stages import of_stage
+from segdiff_jax.stages import key_of, of_stage
 from segdiff_jax.weights import hub, loading, mask_decoders, pretrained
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.checksums import flat
@@ -91,12 +91,16 @@ def check_start(config: Config, workdir: str) -> None:
 
 def _check_batches(config: Config, workdir: str) -> None:
     """Raise `UserError` unless the batches of all stages of the run divide over the devices."""
-    mesh, groups = make_mesh(config.mesh), [config.stage]  # of keys
+    mesh, stages = make_mesh(config.mesh), [config.stage]
     if config.stage not in ("vae", "joint"):
         given = config.init_from or pretrained.is_whole(epath.Path(workdir) / workdirs.PRETRAINED)
-        groups = ["train"] + ["vae"] * (not given) + ["joint"] * (config.joint.steps > 0)
-    for group in groups:
-        local_rows(mesh, getattr(config, group).batch_size, f"config.{group}.batch_size")
+        stages += ["vae"] * (not given) + ["joint"] * (config.joint.steps > 0)
+    for stage in stages:
+        own = of_stage(dataclasses.replace(config, stage=stage))
+        size, rounds = own.train.batch_size, own.optimizer.accumulation
+        local_rows(mesh, size, f"config.{key_of(stage, 'train.batch_size')}")
+        if rounds > 1:  # of a micro-batch that does not divide, each device would compute all rows
+            local_rows(mesh, size // rounds, "config.optimizer.accumulation")
 
 
 def _is_start(folder: str) -> bool:

@@ -32,7 +32,7 @@ from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel import attention_kernels, mesh, processes
-from segdiff_jax.stages import of_stage
+from segdiff_jax.stages import key_of, of_stage
 from segdiff_jax.text import conditioning
 from segdiff_jax.training import joint, lock, mask_decoder, networks, origin, setup
 from segdiff_jax.training.loop import MakeValidator, Run, Stage, loop
@@ -245,10 +245,14 @@ def _starting_point(run: Run) -> str:
 
 
 def _nothing_to_do(run: Run, done: int) -> None:
-    key = f"{stage}.steps" if (stage := run.config.stage) in ("vae", "joint") else "train.steps"
+    stage = run.config.stage
     log.info(
         "%s: nothing to do: the %s stage has done %d steps, and config.%s is %d: raise it to go on",
-        *(run.workdir, run.config.stage, done, key, run.config.train.steps),
+        run.workdir,
+        stage,
+        done,
+        key_of(stage, "train.steps"),
+        run.config.train.steps,
     )
 
 

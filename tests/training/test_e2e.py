@@ -94,7 +94,8 @@ def test_label_loss_and_its_gradient_are_those_of_torch():
 def test_in_16_bit_labels_255_is_a_class_like_any_other(loss):
     batch, maps = make_batch(), np.random.default_rng(1).normal(0, 0.7, (B, C, H, W))
     labels, ids = batch["labels"].astype(np.uint16), batch["class_ids"]
-    labels = np.where(labels == 255, np.uint16(65535), np.where(labels == 1, np.uint16(255), labels))
+    ignored, one, small, large = labels == 255, labels == 1, np.uint16(255), np.uint16(65535)
+    labels = np.where(ignored, large, np.where(one, small, labels))
     renamed = {"labels": labels, "class_ids": np.where(ids == 1, 255, ids)}
     weights = [losses.label_weights(b) for b in (batch, renamed)]
     np.testing.assert_array_equal(weights[0].classes, weights[1].classes)

@@ -311,15 +311,18 @@ def test_its_file_says_when_it_is_of_another_text_encoder(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_on_two_devices_as_on_one(trained, tmp_path):
-    flags = ("joint.steps=3", "joint.batch_size=4", "joint.classes=3", "optimizer.warmup_steps=1")
+def test_on_two_devices_as_on_one_and_with_a_unet_cut_over_two_processes(trained, tmp_path):
+    flags = ["joint.steps=3", "joint.batch_size=4", "joint.classes=3", "optimizer.warmup_steps=1"]
     found = []
-    for devices in (1, 2):
+    cut = ["mesh.data=1", "mesh.fsdp=-1"]
+    for devices, processes, mesh in ((1, 1, []), (2, 1, []), (4, 2, cut)):
         workdir = tmp_path / str(devices) / "run"
         shutil.copytree(trained, workdir)
-        with Run(workdir, *(f"--config.{flag}" for flag in flags), devices=devices) as started:
+        overrides = [f"--config.{flag}" for flag in flags + mesh]
+        with Run(workdir, *overrides, devices=devices, processes=processes) as started:
             started.finished()
         found.append(safetensors.numpy.load_file(joint_of(workdir) / mask_decoders.JOINT))
-    one, two = found
-    for name, array in one.items():
-        np.testing.assert_allclose(two[name], array, atol=1e-3)
+    one, *others = found
+    for other in others:
+        for name, array in one.items():
+            np.testing.assert_allclose(other[name], array, atol=1e-3)

@@ -175,16 +175,24 @@ def test_after_a_signal_in_the_last_step_no_other_stage_begins(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "at", "kept"),
-    [(math.nan, 3, [2]), (math.inf, 4, [2]), (-1.0, 6, [2, 4]), (-2.0, 4, [2])],
+    ("value", "at", "kept", "stage", "rate"),
+    [
+        (math.nan, 3, [2], "diffusion", "optimizer.learning_rate"),
+        (math.inf, 4, [2], "vae", "vae.learning_rate"),
+        (-1.0, 6, [2, 4], "e2e", "optimizer.learning_rate"),
+        (-2.0, 4, [2], "joint", "joint.learning_rate"),
+    ],
 )
-def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, value, at, kept):
+def test_what_is_not_finite_stops_the_run_and_is_never_saved(
+    tmp_path, value, at, kept, stage, rate
+):
     run = Run(tmp_path)
+    run.config.stage = stage
     with pytest.raises(UserError) as caught:
         run(losses={at: value})
     message = str(caught.value)
     assert f"not finite at step {at}; checkpoint {kept[-1]} is kept" in message
-    assert "config.optimizer.learning_rate" in message and "\n" not in message
+    assert f"lower config.{rate}, or" in message and "\n" not in message
     assert run.saved()[:2] == (kept, total(kept[-1]))
 
 

@@ -247,6 +247,11 @@ def test_batches_of_the_stages_to_come_must_divide_over_the_devices(
     batches = {"config.train.batch_size": 4, "config.vae.batch_size": 4}
     assert asked == batches | {"config.joint.batch_size": 5}
     asked.clear()
+    config.optimizer.accumulation = 2  # of the UNet's batches
+    origin.check_start(config, str(tmp_path))
+    micro = {"config.optimizer.accumulation": 2}
+    assert asked == batches | {"config.joint.batch_size": 5} | micro
+    asked.clear()
     config.stage = "vae"  # which no other follows
     origin.check_start(config, str(tmp_path))
     assert asked == {"config.vae.batch_size": 4}
