@@ -40,7 +40,7 @@ from segdiff_jax.stages import key_of, of_stage
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.conditioning import PromptTable, context
 from segdiff_jax.training.losses import Frozen
-from segdiff_jax.training.step import compile_step, diffusion_step, e2e_step, init_state, vae_step
+from segdiff_jax.training.step import diffusion_step, e2e_step, init_state, jitted, vae_step
 
 _DESCRIPTION = """Compile the step of a config for TPUs that are not here. Printed per chip: whether
 it fits, memory by part, FLOPs, bytes accessed, collectives, and the roofline that follows.
@@ -191,7 +191,7 @@ def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
         needed = flops.e2e_example(nets.unet.config, vae_config, size, tokens, config.e2e)
     else:
         needed = flops.train_example(network, vae_config, size, tokens, cached)
-    return Step(compile_step(step, state, mesh), arguments, count, count, count * needed)
+    return Step(jitted(step, state, mesh), arguments, count, count, count * needed)
 
 
 def _train_batch(config: Config, nets: _Networks, cached: bool) -> dict[str, Any]:

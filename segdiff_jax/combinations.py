@@ -17,7 +17,7 @@ TEMPLATE_SETS = ("single", "scene", "vild14", "clip80")  # names for templates: 
 def check(c: "Config", own: "Config", use: str) -> None:
     """Raise `UserError` for the first contradiction in `c`.
 
-    `own` is `config.of_stage(c)`, `use` one of `config.USES`.
+    `own` is `stages.of_stage(c)`, `use` one of `config.USES`.
     """
     _raise_first(_of_a_model(c))
     if use != "model":

@@ -88,7 +88,7 @@ class DataConfig:
 class ModelConfig:
     preset: str = "tiny"  # architecture when nothing is loaded: see models/presets.py
     dtype: str = choice("float32", ("float32", "bfloat16"))  # activations; parameters stay float32
-    remat: bool = False  # keep what UNet blocks are given, and make the rest again going back
+    remat: bool = False  # save only the inputs of UNet blocks, recompute the rest going back
     zero_init: bool = True  # new networks only: last layer of each residual branch starts at zero
 
 
@@ -133,7 +133,7 @@ class NoiseConfig:
 class OptimizerConfig:
     method: str = choice("adamw", OPTIMIZERS)  # muon: for matrices and kernels, AdamW for the rest
     learning_rate: float = number(3e-5, 0.0, 1e3)  # after the warm-up
-    warmup_steps: int = number(100, 0)  # linear, from 0
+    warmup_steps: int = number(100, 0)  # linear; step 0 has 1 / warmup_steps of the rate
     decay_steps: int = number(25_000, 1)  # the exponential decay reaches final_fraction here
     final_fraction: float = number(0.01, 0.0, 1.0, above=True)  # of learning_rate; 1 = no decay
     clip_norm: float = number(1.0, 0.0, 1e30, above=True)  # largest global norm of gradients

@@ -28,7 +28,7 @@ from segdiff_jax.parallel.placement import whole
 from segdiff_jax.text.conditioning import PromptTable
 from segdiff_jax.training import losses
 from segdiff_jax.training.losses import Frozen
-from segdiff_jax.training.step import compile_step, diffusion_step, init_state
+from segdiff_jax.training.step import diffusion_step, init_state, jitted
 from segdiff_jax.weights import hf_config
 
 _TOKENS, _CLASSES = 77, 16
@@ -88,7 +88,7 @@ def _ours(unet: UNet, given: Any, hidden: np.ndarray, config: Config, mesh: Any)
     state = init_state(jax.tree.map(jnp.copy, params), config)
     # Where the step leaves it: it would be compiled again for the second call.
     state = jax.device_put(state, rules.state_sharding(state, mesh))
-    step = compile_step(diffusion_step(graph, vae_graph, config, mesh), state, mesh)
+    step = jitted(diffusion_step(graph, vae_graph, config, mesh), state, mesh)
     batch = meshes.place_batch(given, mesh, len(given["class_ids"]))
     key = jax.device_put(jax.random.key(0), meshes.replicated(mesh))
     held = [state]

@@ -18,9 +18,9 @@ REGULARIZER = 0.02
 # Tiny against the objective, large against float32: keeps sqrt and 1/x differentiable at 0.
 TINY = 1e-12
 SHRINK = 1e-6  # stands in for scale 0 where that is the optimum: see `align`
-STEPS, DESCENT = (0.03, 0.003, 0.0003), 100  # first step of each round, and its number of steps
-ENDS = 64  # darkest pixels, and as many brightest, on which a round measures the extent
-NETWORK = 24  # members up to which `median` compares them one by one; it has N²/2 comparisons
+RATES, ITERATIONS = (0.03, 0.003, 0.0003), 100  # first rate of each round; its iterations
+EXTREMES = 64  # darkest pixels, and as many brightest, on which a round measures the extent
+MOST_COMPARED = 24  # members up to which `median` compares them one by one, N²/2 times
 
 
 def merge(
@@ -44,7 +44,7 @@ def median(members: jax.Array) -> jax.Array:
     from pixel to pixel: 180 times as slow for 10 maps of 96 × 128 on a CPU.
     """
     count = members.shape[0]
-    if count > NETWORK:
+    if count > MOST_COMPARED:
         return jnp.median(members, axis=0)
     rows = list(members)
     for turn in range(count):
@@ -74,22 +74,11 @@ def _align_and_merge(maps: Members, reduce: str, uncertainty: str) -> tuple[Merg
     return (merged - jnp.min(merged)) / extent, spread / extent
 
 
-def objective(
-    maps: Members, scale: PerMember, shift: PerMember, reduce: str = "median"
-) -> jax.Array:
-    """Compute mean pairwise RMS of aligned maps + 0.02 (|min| + |1 - max|) of the merged one."""
-    aligned = maps * scale[:, None, None] + shift[:, None, None]
-    first, second = jnp.triu_indices(maps.shape[0], 1)
-    rms = jnp.sqrt(jnp.mean((aligned[first] - aligned[second]) ** 2, axis=(1, 2)))
-    merged, _ = merge(aligned, reduce)
-    border = jnp.abs(jnp.min(merged)) + jnp.abs(1.0 - jnp.max(merged))
-    return jnp.sum(rms) / max(1, rms.size) + REGULARIZER * border
-
-
 @functools.partial(jax.jit, static_argnames="reduce")
 def align(maps: Members, reduce: str = "median") -> tuple[PerMember, PerMember]:
-    """Find (scale [N], shift [N]) that minimise `objective` for maps [N, H, W] in [0, 1].
+    """Find (scale [N], shift [N]) that align maps [N, H, W] in [0, 1], by Marigold's objective.
 
+    That is the mean pairwise RMS of the aligned maps + 0.02 (|min| + |1 - max|) of the merged one.
     Starts where Marigold does, every map stretched to [0, 1]. The objective as written is hard on
     an optimiser: its optimum lies on the kinks of |min| and |1 - max|. But shrinking aligned maps
     whose merged map spans [0, 1] by a factor a makes it a R + 0.02 (1 - a), R being their mean
@@ -97,7 +86,7 @@ def align(maps: Members, reduce: str = "median") -> tuple[PerMember, PerMember]:
     R < 0.02. Otherwise, which is the rule for noisy members, the infimum is at a = 0, where the
     maps are gone (Marigold stops after two iterations, before it gets there). There a = 1e-6:
     within 1e-6 of the infimum, and nothing is lost, since `ensemble` stretches the result. A value
-    of `objective` near 0.02 therefore says nothing about how well maps agree.
+    of the objective near 0.02 therefore says nothing about how well maps agree.
 
     The extent of a few pixels is at most that of all, so R of them is at least R of all: each round
     descends on the pixels that are the darkest and the brightest where it begins, and what it finds
@@ -109,7 +98,7 @@ def align(maps: Members, reduce: str = "median") -> tuple[PerMember, PerMember]:
     shift0 = -scale0 * low
     flat = (maps * scale0[:, None, None] + shift0[:, None, None]).reshape(count, -1)
     disagreement = _pairwise_rms(flat)
-    few = min(ENDS, flat.shape[1])
+    few = min(EXTREMES, flat.shape[1])
 
     def merged(pixels: jax.Array, parameters: jax.Array) -> jax.Array:  # [N, P] → [P]
         return merge(pixels * parameters[:count, None] + parameters[count:, None], reduce)[0]
@@ -122,10 +111,10 @@ def align(maps: Members, reduce: str = "median") -> tuple[PerMember, PerMember]:
         return disagreement(parameters) / jnp.maximum(top - bottom, 1e-6)
 
     best = jnp.concatenate([jnp.ones(count), jnp.zeros(count)])
-    for step in STEPS:
+    for rate in RATES:
         values = merged(flat, best)
         ends = jnp.concatenate([jax.lax.top_k(v, few)[1] for v in (-values, values)])
-        best = _descend(functools.partial(gauge_free, ends=flat[:, ends]), best, step)
+        best = _descend(functools.partial(gauge_free, ends=flat[:, ends]), best, rate)
 
     values = merged(flat, best)
     bottom, top = jnp.min(values), jnp.max(values)
@@ -144,7 +133,7 @@ def _descend(
     Median, min and max make kinks at which a line search finds no descent; the moving average of
     Adam mixes the gradients of both sides and slides along them.
     """
-    optimizer = optax.adam(optax.exponential_decay(first, DESCENT, 0.1), b1=0.9, b2=0.99)
+    optimizer = optax.adam(optax.exponential_decay(first, ITERATIONS, 0.1), b1=0.9, b2=0.99)
 
     def step(carry, _):
         point, state, best, lowest = carry
@@ -154,7 +143,7 @@ def _descend(
         return (point + updates, state, best, jnp.minimum(value, lowest)), None
 
     carry = (start, optimizer.init(start), start, jnp.asarray(jnp.inf, start.dtype))
-    (_, _, best, _), _ = jax.lax.scan(step, carry, length=DESCENT)
+    (_, _, best, _), _ = jax.lax.scan(step, carry, length=ITERATIONS)
     return best
 
 

@@ -45,7 +45,9 @@ def sample(
 
     def step(x: jax.Array, inputs: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         index, t, t_prev = inputs
-        noise = step_noise(key, index, x.shape).astype(x.dtype) if eta > 0 else None
+        noise = None
+        if key is not None and eta > 0:
+            noise = step_noise(key, index, x.shape).astype(x.dtype)
         x_prev = ddim_step(schedule, predict(x, t), x, t, t_prev, eta, noise)
         return x_prev.astype(x.dtype), None
 
@@ -56,21 +58,18 @@ def sample(
     return jax.lax.scan(step, latents, inputs)[0]
 
 
-def step_noise(
-    key: jax.Array | None, index: jax.typing.ArrayLike, shape: tuple[int, ...]
-) -> jax.Array:
+def step_noise(key: jax.Array, index: jax.typing.ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """Draw the Gaussian noise that `sample` adds at step `index` when eta > 0."""
-    assert key is not None
     return gaussian(jax.random.fold_in(key, index), shape)
 
 
-def member_keys(key: jax.Array, count: int, start: int | jax.Array = 0) -> Keys:
-    """Return keys [count] of the members start ... start + count - 1.
+def member_keys(key: jax.Array, count: int) -> Keys:
+    """Return keys [count] of the members 0 ... count - 1.
 
     Member k's key is fold_in(key, k): it depends neither on how many members there are nor on
     the batch in which k is drawn.
     """
-    return jax.vmap(lambda k: jax.random.fold_in(key, k))(start + jnp.arange(count))
+    return jax.vmap(lambda k: jax.random.fold_in(key, k))(jnp.arange(count))
 
 
 def initial_noise(

@@ -118,8 +118,8 @@ def to_x0_and_noise(
 ) -> tuple[Sample, Sample]:
     """Return the (x_0, eps) that a prediction at x_t = `sample` implies. Shapes: `add_noise`.
 
-    Epsilon prediction divides by sqrt(a_t), so it is not finite at zero SNR; `config.validate`
-    rejects that combination.
+    Epsilon prediction divides by sqrt(a_t), so it is not finite at zero SNR; `combinations`
+    rejects those two together.
     """
     signal, sigma = _coefficients(schedule, t, sample.ndim)
     if schedule.prediction_type == "epsilon":

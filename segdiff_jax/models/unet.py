@@ -45,10 +45,6 @@ class UNetConfig:
     flip_sin_to_cos: bool = True  # cosines come first in the code of the timestep
     freq_shift: float = number(0.0, 0.0, 1.0)  # 1 lets its frequencies end at 1 / 10,000
 
-    @property
-    def downsampling(self) -> int:
-        return 2 ** (len(self.block_out_channels) - 1)
-
 
 class FeedForward(nnx.Module):
     """GEGLU (arXiv 2002.05202): proj_out(a · gelu(b)) with a, b = split(proj_in(x))."""
@@ -216,15 +212,15 @@ class UNet(nnx.Module):
 
         Returns [B, h, w, out] in float32.
         """
+        mask = None if context_mask is None else context_mask[:, None, None, :].astype(bool)
+        width, c = self.config.block_out_channels[0], self.config
+        time = sinusoidal_embedding(timesteps, width, c.flip_sin_to_cos, c.freq_shift)
+        time = self.time_linear_2(jax.nn.silu(self.time_linear_1(time)))  # [B, 4 · width]
 
         def layer(level: Level, index: int, x: jax.Array, skip: Any = None) -> jax.Array:
             block = functools.partial(Level.layer, index=index)
             return keeping(self.kept, block, level, x, skip, time, context, mask)
 
-        mask = None if context_mask is None else context_mask[:, None, None, :].astype(bool)
-        width, c = self.config.block_out_channels[0], self.config
-        time = sinusoidal_embedding(timesteps, width, c.flip_sin_to_cos, c.freq_shift)
-        time = self.time_linear_2(jax.nn.silu(self.time_linear_1(time)))  # [B, 4 · width]
         x = self.conv_in(sample).astype(self.dtype)
         skips = [x]
         for level in self.down_blocks:

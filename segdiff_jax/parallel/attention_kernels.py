@@ -1,8 +1,8 @@
 """The attention that suits the devices of a mesh: a function for networks to be built with.
 
 TPUs: splash attention (jax.experimental.pallas.ops.tpu.splash_attention), which holds a block of
-the weights on the chip at a time. NVIDIA: cuDNN's. Both are for attention without a mask in half
-precision; what they do not take, and all on CPUs, is `models.attention.plain`.
+the weights on the chip at a time. NVIDIA: cuDNN's, in half precision. Both are for attention
+without a mask; what they do not take, and all on CPUs, is `models.attention.plain`.
 """
 
 import functools

@@ -1,7 +1,9 @@
 """TPU chips: peak rates, memory and prices, and stand-ins for those that are not here.
 
 Sources, read in 2026. Peak, HBM and its bandwidth: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e};
-some versions of these pages round the bandwidth of v5e and v6e to 800 and 1,600 GB/s.
+some versions of these pages round the bandwidth of v5e and v6e to 800 and 1,600 GB/s. Prices: on
+demand, US regions, as public repositories quoted cloud.google.com/tpu/pricing in 2025 and, for v6e,
+in August 2026; that page itself could not be read.
 """
 
 import importlib.util
@@ -13,12 +15,6 @@ import jax
 from jax.experimental import topologies
 
 from segdiff_jax.errors import UserError
-
-# Of `Chip.price`. Google's own page could not be read when this was written.
-PRICE_SOURCE = (
-    "on-demand list prices of US regions as public repositories quoted "
-    "https://cloud.google.com/tpu/pricing in 2025 and, for v6e, in August 2026"
-)
 
 # libtpu would look for a TPU and its metadata server, and log that there is none.
 _QUIET = {
@@ -39,17 +35,23 @@ class Chip:
     flops: float  # bfloat16 FLOP/s
     hbm: int  # bytes; the compiler keeps some for itself
     hbm_bandwidth: float  # bytes/s
-    price: float  # dollars per hour: PRICE_SOURCE
+    price: float  # dollars per hour
     dimensions: int  # of the torus that links the chips of a slice
+    kinds: tuple[str, ...]  # its names as `jax.Device.device_kind`
     config: str | None = None  # libtpu's name for one device per chip, where it is not the default
 
 
 CHIPS = {
-    "v4": Chip("v4", 275e12, 32 * 2**30, 1.2e12, 3.22, 3, "megacore"),
-    "v5e": Chip("v5e", 197e12, 16 * 2**30, 819e9, 1.20, 2),
-    "v5p": Chip("v5p", 459e12, 95 * 2**30, 2765e9, 4.20, 3),
-    "v6e": Chip("v6e", 918e12, 32 * 2**30, 1638e9, 2.70, 2),
+    "v4": Chip("v4", 275e12, 32 * 2**30, 1.2e12, 3.22, 3, ("TPU v4",), "megacore"),
+    "v5e": Chip("v5e", 197e12, 16 * 2**30, 819e9, 1.20, 2, ("TPU v5 lite", "TPU v5e")),
+    "v5p": Chip("v5p", 459e12, 95 * 2**30, 2765e9, 4.20, 3, ("TPU v5", "TPU v5p")),
+    "v6e": Chip("v6e", 918e12, 32 * 2**30, 1638e9, 2.70, 2, ("TPU v6 lite", "TPU v6e")),
 }
+
+
+def of_kind(device_kind: str) -> Chip | None:
+    """Return the chip that JAX calls `device_kind`, if it is one of these."""
+    return next((chip for chip in CHIPS.values() if device_kind in chip.kinds), None)
 
 
 def stand_ins(topology: str, slices: int = 1) -> tuple[Chip, list[jax.Device]]:

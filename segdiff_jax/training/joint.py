@@ -70,7 +70,7 @@ def prepare(run: Run) -> Stage:
 def forget_after(step: int, workdir: str) -> None:
     """Remove the decoders of later UNets than that of `step`, from which a training goes on.
 
-    Those UNets are gone, and what comes in their place is another. All processes call this.
+    Their UNets are gone: training on from `step` will make other ones. All processes call this.
     """
     folder = epath.Path(workdir) / workdirs.JOINT_STAGE
     if processes.is_first() and ownership.is_ours(folder) and folder.is_dir():

@@ -82,7 +82,7 @@ class Setup:
     frozen: Frozen | None
     batches: pipeline.TrainBatches  # from the state's step on; rows that this process feeds
     checkpoints: Checkpoints
-    metadata: dict[str, Any]  # of every checkpoint; "next_example" as at the start
+    metadata: dict[str, Any]  # of every checkpoint; "next_example" is where this start begins
     flops: float  # of one step over all devices
     validate: Validate | None = None
 

@@ -233,8 +233,8 @@ def _asked_maps(
 def _decoded(frozen: Frozen, latents: jax.Array, asked: int, remat: bool) -> jax.Array:
     """Gray maps [B, C, H, W] of latents [B·C, h, w, c], by the linear decoder if there is one.
 
-    With remat the classes are decoded one after the other, and once more going back: at full size
-    the activations of the VAE's decoder are hundreds of times the latents.
+    With remat, classes are decoded one at a time, and again in the backward pass: at full size the
+    activations of the VAE's decoder are hundreds of times the latents.
     """
     if frozen.decoder is not None:
         maps = linear_decoder.decode(frozen.decoder, latents)

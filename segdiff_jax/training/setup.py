@@ -13,7 +13,7 @@ from segdiff_jax.models.unet import UNet
 from segdiff_jax.parallel import mesh, processes, rules
 from segdiff_jax.parallel.placement import whole
 from segdiff_jax.training.loop import Run, Setup, Stage
-from segdiff_jax.training.step import TrainState, compile_step, init_state
+from segdiff_jax.training.step import TrainState, init_state, jitted
 from segdiff_jax.version import code_version
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.checkpoint import Checkpoints
@@ -52,7 +52,7 @@ def newest_state(
 def set_up(
     run: Run, stage: Stage, checkpoints: Checkpoints, state: TrainState, stored: dict[str, Any]
 ) -> Setup:
-    """Prepare the loop: compile the step, open the batches, say where the run begins."""
+    """Prepare the loop: put the step under `jit`, open the batches, say where the run begins."""
     config, done, size = run.config, int(state.step), run.config.train.batch_size
     code, position = code_version(), 0
     if done:
@@ -71,7 +71,7 @@ def set_up(
     frozen = stage.frozen and whole(stage.frozen, run.mesh)
     return Setup(
         run=run,
-        step=compile_step(stage.step, state, run.mesh),
+        step=jitted(stage.step, state, run.mesh),
         state=state,
         frozen=frozen,
         batches=_batches(run, stage, position),

@@ -53,7 +53,7 @@ def init_state(params: Any, config: Config) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
 
-def compile_step(step: StepFunction, state: TrainState, mesh: Mesh) -> Any:
+def jitted(step: StepFunction, state: TrainState, mesh: Mesh) -> Any:
     """Put `step` under `jit`: the state keeps its sharding and its buffers are donated."""
     shardings = rules.state_sharding(state, mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

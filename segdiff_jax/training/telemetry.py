@@ -26,30 +26,19 @@ from tqdm import tqdm
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote
-from segdiff_jax.parallel import processes
-from segdiff_jax.parallel.chips import CHIPS
+from segdiff_jax.parallel import chips, processes
 
 log = logging.getLogger(__name__)
 
-WARMUP_STEPS = 2  # compilation, then possibly once more for the layouts of donated buffers
+WARMUP_STEPS = 2  # whose time is not counted: caches fill, and the first files are opened
 UPLOAD_SECONDS = 60.0  # between copies of the event file to an object store
-
-_KINDS = {  # `jax.Device.device_kind` of the chips in `parallel.chips`
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-}
 
 
 class Telemetry:
     """The reports of one run. Every process makes one, and only the first one's writes anything.
 
     Args:
-      config: of the stage (`config.of_stage`): its name is the prefix of tags, its steps the end.
+      config: of the stage (`stages.of_stage`): its name is the prefix of tags, its steps the end.
       workdir: local or `gs://`; events go to `workdir/tensorboard/<stage>`.
       first_step: steps done before this start of the run. TensorBoard drops what an earlier start
         reported after it, since that is computed again.
@@ -203,8 +192,8 @@ def device_rates(rate: float, devices: Sequence[jax.Device]) -> dict[str, float]
     """
     each = rate / len(devices)
     figures = {"tflops_per_chip": each / 1e12}
-    if devices[0].device_kind in _KINDS:
-        figures["mfu"] = each / CHIPS[_KINDS[devices[0].device_kind]].flops
+    if chip := chips.of_kind(devices[0].device_kind):
+        figures["mfu"] = each / chip.flops
     mine = [device for device in devices if device.process_index == jax.process_index()]
     memory = [stats for device in mine if (stats := device.memory_stats())]
     if memory:
