@@ -28,7 +28,7 @@ from segdiff_jax.config import Config
 from segdiff_jax.data import geometry, pipeline, transforms
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.latents import Latents
-from segdiff_jax.data.sources.source import Source
+from segdiff_jax.data.sources.source import Source, files_digest
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import check_writable, is_remote, write_json
 from segdiff_jax.models.vae import VAE, encode_latents
@@ -142,7 +142,7 @@ def fingerprint(source: Source, vae: VAE, config: Config) -> dict[str, Any]:
         "reading": [data.first_id, data.mask_values, data.ignore_ids, data.exif, data.max_value],
         "scenes": dataclasses.asdict(data.scenes) if data.source == "scenes" else {},
         "seed": config.seed if seeded else None,
-        "pairs": [len(source), _files(source)],
+        "pairs": [len(source), files_digest(source)],
         "classes": [list(source.vocabulary.names), list(source.novel)],
         "image_size": list(data.image_size),
         "fit": data.fit,
@@ -150,15 +150,6 @@ def fingerprint(source: Source, vae: VAE, config: Config) -> dict[str, Any]:
         "all_in_one_image": _in_one_image(config),
     }
     return json.loads(json.dumps(made_from))
-
-
-def _files(source: Source) -> str:
-    """Digest names, sizes and times of local files: a corrected mask makes a cache stale."""
-    digest = hashlib.sha256()
-    for path in (path for pair in getattr(source, "pairs", ()) for path in pair):
-        status = None if is_remote(path) else os.stat(path)
-        digest.update(repr((path, status and (status.st_size, status.st_mtime_ns))).encode())
-    return digest.hexdigest()
 
 
 def _outdated(folder: str, wanted: dict[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """Datasets as random-access, picklable sequences of image/label pairs."""
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
@@ -21,6 +22,7 @@ from segdiff_jax.data.sources.layouts import (
 from segdiff_jax.data.sources.memory import Memory
 from segdiff_jax.data.sources.pairing import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
 from segdiff_jax.errors import UserError
+from segdiff_jax.files import is_remote
 from segdiff_jax.text.vocabulary import Vocabulary
 
 
@@ -172,6 +174,18 @@ def evenly(count: int, length: int) -> list[int]:
     Neighbouring pairs are often frames of one video.
     """
     return [i * length // count for i in range(count)]
+
+
+def files_digest(source: Source) -> str:
+    """Digest the paths of a source's files and, of local ones, sizes and times.
+
+    A corrected mask gives another digest, unless it lies in a store of objects.
+    """
+    digest = hashlib.sha256()
+    for path in dict.fromkeys(path for pair in getattr(source, "pairs", ()) for path in pair):
+        status = None if is_remote(path) else os.stat(path)
+        digest.update(repr((path, status and (status.st_size, status.st_mtime_ns))).encode())
+    return digest.hexdigest()
 
 
 def _names(photos: Sequence[str]) -> list[str]:
