@@ -2,6 +2,8 @@
 
 import argparse
 import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -9,12 +11,17 @@ from segdiff_jax import cli
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
 
+if TYPE_CHECKING:  # slow to import, which --help need not wait for
+    from segdiff_jax.data.sources.source import Source
+    from segdiff_jax.inference import page
+
 _DESCRIPTION = """Read every pair of a data set, and say what it holds and what is wrong with it.
 
-Counts, ids, pixels and images of each class, broken files, masks that do not fit, copies whose ids
-are shifted by one. With --output, a page for each split, with ten photos under their labels. Exits
-1 if something is wrong.
+Counts, ids, pixels and images of each class, broken files, masks that do not fit, what a training
+would warn of, copies whose ids are shifted by one. With --output, a page for each split, with ten
+photos under their labels. Exits 1 if there are faults or warnings.
 """
+_Row = tuple[str, int, int, float]  # class, images and pixels that show it, its share
 _KIND, _OVERLAYS, _FAULTS, _SIDE = "data check", 10, 10, 2048
 
 
@@ -33,48 +40,58 @@ def _check(config: Config, split: str, args: argparse.Namespace) -> bool:
     """Print, and write the page of a split; return whether something is wrong with it."""
     from segdiff_jax.data import survey
     from segdiff_jax.data.sources.source import evenly, open_source
+    from segdiff_jax.inference import page
     from segdiff_jax.progress import reporter
 
     source = open_source(config.data, split, config.seed)
-    count = min(args.limit or len(source), len(source))
-    numbers = evenly(count, len(source))
-    checked = survey.check(source, config.data, numbers, reporter(f"check {split}", "pair"))
-    lookup = getattr(source, "lookup", None)
-    shifted = "" if lookup is None else survey.shift(checked.ids, lookup)
-    names, total = source.vocabulary.names, max(1, sum(checked.pixels.values()))
+    numbers = evenly(min(args.limit or len(source), len(source)), len(source))
+    progress = reporter(f"check {split}", "pair")
+    found = survey.survey(source, numbers, whole=True, progress=progress)
+    nothing = survey.unlabelled(source, config.data, split, found)
+    warnings = [*([nothing] if nothing else []), *survey.warnings(source, config.data, found)]
+    pixels = survey.pixels_of_classes(found.ids, getattr(source, "lookup", None))
+    total = max(1, sum(pixels.values()))
     rows = [
-        (name, checked.images[i], checked.pixels[i], checked.pixels[i] / total)
-        for i, name in enumerate(names)
+        (name, found.images[i], pixels[i], pixels[i] / total)
+        for i, name in enumerate(source.vocabulary.names)
     ]
-    known = sum(checked.pixels[i] for i in range(len(names)))
-    ids = sorted(checked.ids)
-    lines = [
-        f"{split}: {checked.pairs} of {len(source)} pairs read, {len(checked.faults)} with faults",
-        f"  ids {ids[0]} to {ids[-1]}, {len(ids)} different" if ids else "  no ids",
-        f"  {1 - known / total:.1%} of the pixels have no class",
-        f"  absent: {', '.join(n for n, images, _, _ in rows if not images) or 'no class'}",
-        *(f"  {fault}" for fault in checked.faults[:_FAULTS]),
-    ]
-    if len(checked.faults) > _FAULTS:
-        lines.append(f"  and {len(checked.faults) - _FAULTS} more faults")
-    if shifted:
-        lines.append(f"  {shifted}")
-    width = max(map(len, names))
-    lines += [f"    {n:<{width}}  {images:>7}  {share:7.2%}" for n, images, _, share in rows]
-    print("\n".join(lines))
+    print(f"{split}: {found.pairs} of {len(source)} pairs read", end=", ")
+    print("\n".join(_lines(survey.ranges(found.ids), rows, found.faults, warnings)))
     if args.output:
-        _write(args.output, split, source, rows, numbers, [*checked.faults, shifted])
-    return bool(checked.faults)  # ids that are no class are among them
+        wrong = [[str(fault)] for fault in (*found.faults, *warnings)]
+        colors = source.vocabulary.palette().tolist()
+        columns = ["class", "images", "pixels", "share"]
+        tables = [
+            page.Table("Classes", columns, rows, bar=3, colors=colors),
+            page.Table("Faults", ["fault"], wrong),
+        ]
+        _write(args.output, split, tables, _overlays(source, numbers))
+    return bool(found.faults or warnings)
 
 
-def _write(output, split, source, rows, numbers, faults) -> None:
-    """Write check_SPLIT.html: what was printed, and photos under their labels."""
-    from segdiff_jax import ownership
+def _lines(
+    ids: str, rows: Sequence[_Row], faults: Sequence[UserError], warnings: Sequence[str]
+) -> Iterator[str]:
+    """Yield what is printed of a split."""
+    counted = f"{len(warnings)} warning" + ("" if len(warnings) == 1 else "s")
+    yield f"{len(faults)} with faults, {counted}"
+    yield f"  ids {ids}" if ids else "  no ids"
+    yield f"  {1 - sum(share for *_, share in rows):.1%} of the pixels have no class"
+    yield f"  absent: {', '.join(name for name, images, *_ in rows if not images) or 'no class'}"
+    yield from (f"  {fault}" for fault in faults[:_FAULTS])
+    if len(faults) > _FAULTS:
+        yield f"  and {len(faults) - _FAULTS} more faults"
+    yield from (f"  {warning}" for warning in warnings)
+    width = max(len(name) for name, *_ in rows)
+    yield from (f"    {name:<{width}}  {n:>7}  {share:7.2%}" for name, n, _, share in rows)
+
+
+def _overlays(source: "Source", numbers: Sequence[int]) -> "list[page.Row]":
+    """Return ten photos of these pairs under their labels, as rows of a page."""
     from segdiff_jax.inference import page, pictures
 
     names, palette = source.vocabulary.names, source.vocabulary.palette()
-    colors = dict(zip(names, palette.tolist(), strict=True))
-    shown = []
+    shown: list[page.Row] = []
     for number in numbers[:: max(1, len(numbers) // _OVERLAYS)]:
         try:
             record = source[number]
@@ -83,24 +100,23 @@ def _write(output, split, source, rows, numbers, faults) -> None:
         image, labels = record["image"], record["labels"].astype(np.int32)
         overlay = pictures.overlay(image, labels, palette, names, legend=False)
         overlay.thumbnail((_SIDE, _SIDE))
-        legend = {names[i]: colors[names[i]] for i in pictures.present(labels, palette)}
+        legend = {names[i]: palette[i].tolist() for i in pictures.present(labels, palette)}
         cells = {"labels": pictures.encode(overlay, photo=True)}
         shown.append(page.Row(record["name"], cells, legend))
         if len(shown) == _OVERLAYS:
             break
+    return shown
+
+
+def _write(folder: str, split: str, tables: "list[page.Table]", rows: "list[page.Row]") -> None:
+    """Write check_SPLIT.html: what was printed, and photos under their labels."""
+    from segdiff_jax import ownership
+    from segdiff_jax.inference import page
+
     name = f"check_{split}.html"
-    columns = ["class", "images", "pixels", "share"]
-    with ownership.claimed(output, _KIND, [name]):
-        page.page(
-            os.path.join(output, name),
-            f"Data check: {split}",
-            tables=[
-                page.Table("Classes", columns, rows, bar=3, colors=list(colors.values())),
-                page.Table("Faults", ["fault"], [[fault] for fault in faults if fault]),
-            ],
-            rows=shown,
-        )
-    print(f"written: {os.path.join(output, name)}")
+    with ownership.claimed(folder, _KIND, [name]):
+        page.page(os.path.join(folder, name), f"Data check: {split}", tables=tables, rows=rows)
+    print(f"written: {os.path.join(folder, name)}")
 
 
 def _parser() -> argparse.ArgumentParser:

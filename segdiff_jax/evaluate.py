@@ -138,7 +138,7 @@ def _suite(
 def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     """Evaluate in every process, write in the first one; return what metrics.json says."""
     from segdiff_jax import ownership
-    from segdiff_jax.data import label_summary
+    from segdiff_jax.data import survey
     from segdiff_jax.evaluation import parts, report
     from segdiff_jax.evaluation.evaluator import evaluate
     from segdiff_jax.parallel import processes
@@ -153,7 +153,7 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
         print(source.vocabulary.summary())
     segmenter, cost = _segmenter(args, config, source)
     if first:
-        label_summary.report(source, config.data, split)
+        survey.report(source, config.data, split)
     data = {"source": config.data.source, "root": config.data.root, "split": split}
     read = {
         "checkpoint": args.checkpoint,

@@ -49,7 +49,7 @@ def test_counts_ids_and_classes(folder, tmp_path, capsys):
     )
     assert code == 0
     assert "val: 12 of 12 pairs read, 0 with faults" in out
-    assert "ids 0 to 255, 3 different" in out and "25.0% of the pixels have no class" in out
+    assert "ids 0–1, 255\n" in out and "25.0% of the pixels have no class" in out
     assert "absent: road" in out
     lines = {
         line.split()[0]: line.split()[1:] for line in out.splitlines() if line.startswith("    ")
@@ -74,7 +74,36 @@ def test_ids_that_begin_with_one_are_recognised(folder, tmp_path, capsys):
     for path in (folder / "masks").iterdir():
         save(path, np.arange(64, dtype=np.uint8).reshape(8, 8) % 3 + 1)
     code, out, _ = checked(tmp_path, capsys, folder, "--split", "val")
-    assert code == 1 and "every id is one too high: 3 are no classes" in out
+    assert code == 1
+    assert "every id may be one too high: 3 is no class; one lower, it would be" in out
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([255], "every labelled pixel of split 'val' is ignored (ids 255)"),
+        ([0, 255], "the masks hold only 0 and 255"),
+        ([0, 0, 0, 1, 2], "the commonest id is 0, which is 'sky'"),
+        ([1, 2, 2, 255], ""),
+    ],
+)
+def test_what_training_stops_at_or_warns_of_is_wrong(folder, tmp_path, capsys, ids, words):
+    for path in (folder / "masks").iterdir():
+        save(path, np.resize(np.array(ids, np.uint8), (8, 8)))
+    code, out, _ = checked(tmp_path, capsys, folder, "--split", "val")
+    assert code == bool(words) and words in out
+    assert f"0 with faults, {int(bool(words))} warning" in out and "one too" not in out
+
+
+def test_photos_that_may_be_read_wrong_are_counted(folder, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    image = folder / "images" / "p00.png"
+    Image.open(image).save(image, exif=exif)
+    save(folder / "images" / "p01.png", np.full((8, 8), 4000, np.uint16))
+    code, out, _ = checked(tmp_path, capsys, folder, "--split", "val")
+    assert code == 1 and "1 of 12 photos are turned by an EXIF tag" in out
+    assert "1 of 12 photos have 16-bit files" in out and "0 with faults, 2 warnings" in out
 
 
 def test_coco_stuff_with_ids_from_one(tmp_path, capsys):
@@ -87,7 +116,8 @@ def test_coco_stuff_with_ids_from_one(tmp_path, capsys):
         save(root / "annotations" / "val2017" / "1.png", (ids + shift)[None].astype(np.uint8))
         options = {"source": "coco_stuff", "vocabulary": "coco_stuff_171"}
         code, out, _ = checked(tmp_path, capsys, root, "--split", "val", **options)
-        assert code == shift and ("every id is one too high: 11, 25, 28" in out) == bool(shift)
+        words = "every id may be one too high: 11, 25 and 28 are no classes; one lower, they"
+        assert code == shift and (words in out) == bool(shift)
 
 
 def test_ade20k_whose_ids_were_shifted_already(tmp_path, capsys):
@@ -98,7 +128,8 @@ def test_ade20k_whose_ids_were_shifted_already(tmp_path, capsys):
         save(root / "annotations" / "validation" / "1.png", np.array([list(ids)], np.uint8))
         options = {"source": "ade20k", "vocabulary": "ade20k_150"}
         code, out, _ = checked(tmp_path, capsys, root, "--split", "val", **options)
-        assert code == 0 and ("ids may be one too low" in out) == (name == "prepared")
+        doubtful = name == "prepared"
+        assert code == doubtful and ("ids may be one too low" in out) == doubtful
 
 
 def test_scenes(tmp_path, capsys):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from segdiff_jax import cli, evaluate, ownership, train
 from segdiff_jax.config import DataConfig
-from segdiff_jax.data import label_summary
+from segdiff_jax.data import survey
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.text import vocabulary
 from segdiff_jax.weights import loading, workdir
@@ -495,7 +495,7 @@ def test_flags_of_the_suite(files, capsys):
 
 def test_shares_of_classes_are_those_of_the_masks(data):
     source = open_source(DataConfig(source="folder", root=str(data)), "val", 0)
-    shares = label_summary.report(source, DataConfig(root=str(data)), "val")
+    shares = survey.report(source, DataConfig(root=str(data)), "val")
     masks = np.stack([np.asarray(Image.open(p)) for p in (data / "val" / "masks").iterdir()])
     sky = (masks == 0).sum() / (masks != 255).sum()
     np.testing.assert_allclose(shares, [sky, 1 - sky, 0], atol=1e-5)

@@ -45,9 +45,14 @@ class TooLargeError(UnreadableError):
 class Photo(NamedTuple):
     """A photo as it is read, and what its file leaves open."""
 
-    pixels: np.ndarray  # uint8 [H, W, 3], sRGB
+    pixels: np.ndarray  # uint8 [H, W, 3]
     orientation: int  # of its EXIF tag, 1…8; 1 without one
     guessed_max: int  # the range by which 16-bit pixels were read where the file names none, or 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return (H, W)."""
+        return self.pixels.shape[0], self.pixels.shape[1]
 
 
 def read_image(
@@ -57,7 +62,7 @@ def read_image(
     exif: str = "apply",
     max_value: int = 0,
 ) -> np.ndarray:
-    """Read a photo as uint8 [H, W, 3], sRGB, turned upright as its EXIF orientation says.
+    """Read a photo as uint8 [H, W, 3], turned upright as its EXIF orientation says.
 
     Transparency is composited over white, as a page shows it. 16-bit gray is scaled to 8 bits.
     Cameras and scanners store 10, 12 or 14 bits in such files: the range is the smallest of 8, 10,
@@ -148,18 +153,17 @@ def read_labels(
     )
 
 
-class Look(NamedTuple):
+class Header(NamedTuple):
     """What can be said of a photo without decoding it, where it has 8 bits."""
 
     size: tuple[int, int]  # (H, W) as it is read
-    stored_size: tuple[int, int]  # (H, W) without the turn of EXIF
-    orientation: int  # of EXIF, 1 to 8; 1 = upright
+    orientation: int  # as of `Photo`
     guessed_max: int  # as of `Photo`
 
 
 def look_at(
     path: epath.PathLike, max_pixels: int = MAX_PIXELS, *, exif: str = "apply", max_value: int = 0
-) -> Look:
+) -> Header:
     """Return size and doubts of a photo. Raise as `read_image` does, but find less damage."""
     image = _opened(path, max_pixels)
     orientation = _orientation(image)
@@ -171,7 +175,7 @@ def look_at(
     guessed = 0
     if image.mode in _SIXTEEN_BIT and not max_value:
         guessed = read_photo(path, max_pixels, exif=exif).guessed_max
-    return Look(size if exif == "apply" else stored, stored, orientation, guessed)
+    return Header(size if exif == "apply" else stored, orientation, guessed)
 
 
 def guessed_range(guessed: Mapping[int, int], photos: int) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from segdiff_jax.config import CodecConfig, SamplerConfig
-from segdiff_jax.data import label_summary
+from segdiff_jax.data import survey
 from segdiff_jax.data.sources.source import Source
 from segdiff_jax.evaluation import metrics
 from segdiff_jax.evaluation.asked import Asked
@@ -53,7 +53,7 @@ def summary(plan: Plan, counted: Part) -> dict[str, Any]:
         said |= {"classes_asked": len(plan.asked.vocabulary), "synonyms": plan.synonyms}
     if not plan.decoding.closed:
         said["threshold"] = plan.decoding.threshold
-    labels = label_summary.figures(source, counted.ids, total)
+    labels = survey.figures(source, counted.ids, total)
     return figures | {"images": total, "settings": said, "labels": labels}
 
 

@@ -23,7 +23,7 @@ from flax import nnx
 
 from segdiff_jax import codec, ownership
 from segdiff_jax.config import Config
-from segdiff_jax.data import label_summary, preference
+from segdiff_jax.data import preference, survey
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
@@ -77,7 +77,7 @@ def train(
     shares: tuple[float, ...] = ()
     if not nested and processes.is_first():
         log.info("%s", source.vocabulary.summary())
-        shares = label_summary.report(source, config.data, config.data.train_split)
+        shares = survey.report(source, config.data, config.data.train_split)
     startup.done("data")
     processes.barrier()  # all have looked
     held = lock.held(workdir) if processes.is_first() else contextlib.nullcontext()

@@ -4,12 +4,13 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from segdiff_jax.config import SOURCES, DataConfig
 from segdiff_jax.data import images
+from segdiff_jax.data.images import Header, Photo
 from segdiff_jax.data.sources import folder, layouts, scenes
 from segdiff_jax.data.sources.layouts import (
     IGNORE,
@@ -24,6 +25,8 @@ from segdiff_jax.data.sources.pairing import IMAGE_EXTENSIONS as IMAGE_EXTENSION
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote
 from segdiff_jax.text.vocabulary import Vocabulary
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -80,12 +83,18 @@ def open_source(config: DataConfig, split: str, seed: int) -> Source:
     return source
 
 
+class ForeignIdError(UserError):
+    """A mask with an id that is no class and not ignored. `ids`: all of the mask, with pixels."""
+
+    ids: dict[int, int] = {}
+
+
 class Look(NamedTuple):
-    """What a pair shows, found without decoding a photo of 8 bits."""
+    """What a pair shows."""
 
     ids: dict[int, int]  # id in the mask file: pixels
-    turn_unsure: bool  # EXIF turns the photo, and nothing tells whether the mask wants that
-    guessed_max: int  # the range by which a photo of 16 bits is read if that is a guess, else 0
+    turn_unsure: bool = False  # EXIF turns the photo, and nothing tells whether the mask wants that
+    guessed_max: int = 0  # the range by which a photo of 16 bits is read if that is a guess, else 0
 
 
 class PairSource:
@@ -117,32 +126,40 @@ class PairSource:
             raise IndexError(index)
         return self._memory.get(index, self._read)
 
-    def look(self, index: int) -> Look:
-        """Return what pair `index` shows. Raise as reading does, but find less damage in photos."""
-        image_path, mask_path = self.pairs[index]
-        limit, exif = self.config.max_pixels, self.config.exif
-        photo = images.look_at(image_path, limit, exif=exif, max_value=self.config.max_value)
-        labels = images.read_labels(mask_path, limit, exif=exif)
-        self._check_sizes(index, photo.size, labels.shape)
-        ids = count_ids(labels)
-        self._check_ids(ids, mask_path)
+    def look(self, index: int, whole: bool = False) -> Look:
+        """Return what pair `index` shows. Raise as reading does, but find less damage in photos.
+
+        whole: decode the photo too, and find all.
+        """
+        read: Callable[..., Photo | Header] = images.read_photo if whole else images.look_at
+        photo = self._photo(index, read)
+        labels, ids = self._labels(index, photo.size)
         unsure = photo.orientation in (2, 3, 4) or (
             photo.orientation > 4 and photo.size[0] == photo.size[1]
         )
-        if unsure and exif == "apply":
-            unsure = images.look_at(mask_path, limit).orientation == 1
-        return Look(ids, unsure and exif == "apply", photo.guessed_max)
+        if unsure and self.config.exif == "apply":
+            mask = images.look_at(self.pairs[index][1], self.config.max_pixels)
+            return Look(ids, mask.orientation == 1, photo.guessed_max)
+        return Look(ids, False, photo.guessed_max)
 
     def _read(self, index: int) -> dict[str, Any]:
-        image_path, mask_path = self.pairs[index]
-        limit, exif = self.config.max_pixels, self.config.exif
-        image = images.read_image(image_path, limit, exif=exif, max_value=self.config.max_value)
-        labels = images.read_labels(mask_path, limit, exif=exif)
-        self._check_sizes(index, image.shape[:2], labels.shape)
-        ids = count_ids(labels)
-        self._check_ids(ids, mask_path)
+        photo = self._photo(index, images.read_photo)
+        labels, ids = self._labels(index, photo.size)
         labels = to_labels(labels, self.lookup, len(self.vocabulary))
-        return {"image": image, "labels": labels, "name": self._names[index], "ids": ids}
+        return {"image": photo.pixels, "labels": labels, "name": self._names[index], "ids": ids}
+
+    def _photo(self, index: int, read: Callable[..., T]) -> T:
+        config, path = self.config, self.pairs[index][0]
+        return read(path, config.max_pixels, exif=config.exif, max_value=config.max_value)
+
+    def _labels(self, index: int, size: tuple[int, int]) -> tuple[np.ndarray, dict[int, int]]:
+        """Return the ids in the mask of a photo of this size, [H, W], and their pixels."""
+        path, config = self.pairs[index][1], self.config
+        labels = images.read_labels(path, config.max_pixels, exif=config.exif)
+        self._check_sizes(index, size, labels.shape)
+        ids = count_ids(labels)
+        check_ids(ids, self.lookup, path, self.vocabulary, config.source == "folder")
+        return labels, ids
 
     def _check_sizes(self, index: int, image: tuple[int, ...], mask: tuple[int, ...]) -> None:
         if image == mask:
@@ -162,10 +179,6 @@ class PairSource:
             f"{mask_path}: {mask[1]}x{mask[0]} pixels, but its image has "
             f"{image[1]}x{image[0]}: {mend}"
         )
-
-    def _check_ids(self, ids: dict[int, int], mask_path: str) -> None:
-        configurable = self.config.source == "folder"
-        check_ids(ids, self.lookup, mask_path, self.vocabulary, configurable)
 
 
 def evenly(count: int, length: int) -> list[int]:
@@ -207,14 +220,6 @@ def count_ids(labels: np.ndarray) -> dict[int, int]:
     return {int(i): int(pixels[i]) for i in np.flatnonzero(pixels)}
 
 
-def to_class_ids(
-    labels: np.ndarray, lookup: np.ndarray, path: str, vocabulary: Vocabulary
-) -> np.ndarray:
-    """Map `labels` [H, W] through `lookup`. Raise `UserError` for an id that is no class."""
-    check_ids(count_ids(labels), lookup, path, vocabulary)
-    return to_labels(labels, lookup, len(vocabulary))
-
-
 def check_ids(
     ids: dict[int, int],
     lookup: np.ndarray,
@@ -222,7 +227,7 @@ def check_ids(
     vocabulary: Vocabulary,
     configurable: bool = False,
 ) -> None:
-    """Raise `UserError` for an id that `lookup` knows nothing of.
+    """Raise `ForeignIdError` for an id that `lookup` knows nothing of.
 
     configurable: whether the keys of a `folder` can say what it means.
     """
@@ -232,11 +237,13 @@ def check_ids(
     ignored = [int(i) for i in np.flatnonzero(lookup == IGNORED)]
     shown = ", ".join(map(str, ignored[:3])) + (", ..." if len(ignored) > 3 else "")
     mend = _id_mend(sorted(ids), bad, lookup) if configurable else ""
-    raise UserError(
+    error = ForeignIdError(
         f"{path}: id {bad[0]} is none of the {len(vocabulary)} classes of {vocabulary.name} "
         f"and not ignored ({shown or 'no id is'}): "
         f"{mend or 'correct the mask or the class list'}"
     )
+    error.ids = ids
+    raise error
 
 
 def _id_mend(ids: list[int], bad: list[int], lookup: np.ndarray) -> str:

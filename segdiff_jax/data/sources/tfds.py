@@ -13,8 +13,8 @@ import numpy as np
 from etils import epath
 
 from segdiff_jax.data.images import UnreadableError
-from segdiff_jax.data.sources.layouts import IGNORE, IGNORED, OUTSIDE, shifted_lookup
-from segdiff_jax.data.sources.source import to_class_ids
+from segdiff_jax.data.sources.layouts import IGNORE, IGNORED, OUTSIDE, shifted_lookup, to_labels
+from segdiff_jax.data.sources.source import check_ids, count_ids
 from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary as vocabularies
 
@@ -61,7 +61,9 @@ class TfdsSource:
         lookup = self._semantic
         if (annotation[..., 0] != annotation[..., -1]).any():
             lookup = self._instance
-        labels = to_class_ids(annotation[..., 0], lookup, f"{DATASET} {name}", self.vocabulary)
+        ids = annotation[..., 0]
+        check_ids(count_ids(ids), lookup, f"{DATASET} {name}", self.vocabulary)
+        labels = to_labels(ids, lookup, len(self.vocabulary))
         return {"image": image, "labels": labels, "name": name}
 
 
