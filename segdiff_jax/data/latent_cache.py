@@ -12,7 +12,6 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from jax.sharding import Mesh
 
 from segdiff_jax import codec, waiting
 from segdiff_jax.config import Config
-from segdiff_jax.data import geometry, pipeline, transforms
+from segdiff_jax.data import chunks, geometry, pipeline, transforms
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.latents import Latents
 from segdiff_jax.data.sources.source import Source, files_digest
@@ -170,10 +169,11 @@ def _write_shard(
     """Encode this process's share of the pairs, a contiguous one."""
     first, last = (len(source) * part // count for part in (process, process + 1))
     encoder = _Encoder(vae, config, len(source.vocabulary))
-    trained = pipeline.Draws(source, config, config.seed).trained
+    draws = pipeline.Draws(source, config, config.seed)
     progress = reporter("latent cache", "pair")
-    unreadable: dict[int, str] = {}
     contents: list[list[list[int]] | str] = []
+    unreadable: list[str] = []
+    share = config.data.max_unreadable
     name = f"latents-{process:05d}.array_record"
     with tempfile.TemporaryDirectory() as temporary:  # array_record writes to local disks only
         path = os.path.join(temporary if is_remote(folder) else folder, name)
@@ -181,23 +181,14 @@ def _write_shard(
         try:
             if process == 0:
                 writer.write(encoder.empty())
-            for start, pairs in _read(source, config, range(first, last)):
-                progress(start - first, last - first)
-                views = [view for pair in pairs if not isinstance(pair, str) for view in pair]
-                classes = [np.intersect1d(labels, trained) for _, labels in views]
-                for record in encoder.views(views, classes):
-                    writer.write(record)
-                shown = iter(classes)
-                for index, pair in enumerate(pairs, start):
-                    if isinstance(pair, str):
-                        unreadable[index] = pair
-                        log.warning("skipped: %s", pair)
-                        contents.append(pair)
-                    else:
-                        contents.append([next(shown).tolist() for _ in pair])
-                if len(unreadable) > config.data.max_unreadable * len(source):
-                    share = config.data.max_unreadable
-                    raise pipeline.too_many_unreadable(unreadable, len(source), share)
+            read = functools.partial(_read, source, draws, config)
+            for pairs in chunks.read_ahead(read, range(first, last), _PAIRS_AT_ONCE):
+                progress(len(contents), last - first)
+                contents += _encoded(pairs, encoder, draws.trained, writer.write)
+                unreadable += [pair for pair in pairs if isinstance(pair, str)]
+                if len(unreadable) > share * len(source):
+                    some = dict(enumerate(unreadable))
+                    raise pipeline.too_many_unreadable(some, len(source), share)
             progress(last - first, last - first)
         finally:
             writer.close()
@@ -206,31 +197,33 @@ def _write_shard(
     write_json(folder / f"classes-{process:05d}.json", contents)
 
 
-def _read(
-    source: Source, config: Config, indices: range
-) -> Iterator[tuple[int, list[list[View] | str]]]:
-    """Yield (first index, views of each pair) of each chunk; a message for an unreadable pair."""
-    draws = pipeline.Draws(source, config, config.seed)
+def _encoded(
+    pairs: list[list[View] | str],
+    encoder: "_Encoder",
+    trained: np.ndarray,
+    write: Callable[[bytes], None],
+) -> Iterator[list[list[int]] | str]:
+    """Write the records of these pairs; yield the classes of the views of each, or its message."""
+    views = [view for pair in pairs if not isinstance(pair, str) for view in pair]
+    classes = [np.intersect1d(labels, trained) for _, labels in views]
+    for record in encoder.views(views, classes):
+        write(record)
+    shown = iter(classes)
+    for pair in pairs:
+        if isinstance(pair, str):
+            log.warning("skipped: %s", pair)
+            yield pair
+        else:
+            yield [next(shown).tolist() for _ in pair]
 
-    def read(index: int) -> list[View] | str:
-        try:
-            record = source[index]
-        except UnreadableError as error:
-            return str(error)
-        return _views(record["image"], record["labels"], index, draws, config)
 
-    starts = range(indices.start, indices.stop, _PAIRS_AT_ONCE)
-    with ThreadPoolExecutor(min(_PAIRS_AT_ONCE, 2 * (os.cpu_count() or 1))) as pool:
-
-        def submit(start: int) -> Any:
-            return pool.map(read, range(start, min(start + _PAIRS_AT_ONCE, indices.stop)))
-
-        following = submit(starts[0]) if starts else iter(())
-        for start in starts:
-            pairs = list(following)
-            if start != starts[-1]:
-                following = submit(start + _PAIRS_AT_ONCE)  # read while this chunk is encoded
-            yield start, pairs
+def _read(source: Source, draws: pipeline.Draws, config: Config, index: int) -> list[View] | str:
+    """Return the views of a pair; of an unreadable one the message."""
+    try:
+        record = source[index]
+    except UnreadableError as error:
+        return str(error)
+    return _views(record["image"], record["labels"], index, draws, config)
 
 
 class _Encoder:
