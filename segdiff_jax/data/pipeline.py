@@ -117,10 +117,6 @@ class TrainBatches:
         self._length = length
         self._max_unreadable = max_unreadable
 
-    @property
-    def unreadable_count(self) -> int:
-        return len(self.unreadable)
-
     def __iter__(self) -> "TrainBatches":
         return self
 
@@ -137,7 +133,7 @@ class TrainBatches:
             if record not in self.unreadable:
                 self.unreadable[record] = message
                 logging.warning("skipped: %s", message)
-        if self.unreadable_count > self._max_unreadable * self._length:
+        if len(self.unreadable) > self._max_unreadable * self._length:
             raise too_many_unreadable(self.unreadable, self._length, self._max_unreadable)
         if self._shared:
             # What workers send lies in shared memory, which is freed with the array: JAX may hold
