@@ -140,8 +140,9 @@ def test_photos_of_the_same_name_keep_a_prediction_each(files, data, capsys):
     assert code == 0, output.err
     written = sorted((files / "o" / "predictions").rglob("*.png"))
     assert [path.parent.name for path in written] == ["day0", "day1", "day2"]
+    assert {path.name for path in written} == {"p.png"}
     rows = (files / "o" / "per_image.csv").read_text().splitlines()
-    assert {row.split(",")[0] for row in rows[1:]} == {f"day{n}/p.png" for n in range(3)}
+    assert {row.split(",")[0] for row in rows[1:]} == {f"day{n}/p" for n in range(3)}
 
 
 def test_the_classes_are_printed_and_checked(files, data, capsys, tiny_config):

@@ -1,6 +1,7 @@
 """COCO's JSON, instances and panoptic, on small trees of exactly that layout."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from PIL import Image
 from pycocotools import mask as masks
 
 from segdiff_jax.config import DataConfig
-from segdiff_jax.data.sources.source import open_source
+from segdiff_jax.data import survey
+from segdiff_jax.data.sources.source import files_digest, open_source
 from segdiff_jax.errors import UserError
 
 SIZE = (12, 16)
@@ -63,9 +65,10 @@ def annotations():
     ]
 
 
-def write(root, kind, found, categories=CATEGORIES, **photo):
+def write(root, kind, found, categories=CATEGORIES, without="", names="ba", **photo):
     size = {"height": SIZE[0], "width": SIZE[1]} | photo
-    photos = [{"id": i, "file_name": f"{n}.jpg", **size} for i, n in ((2, "b"), (1, "a"))]
+    photos = [{"id": 2 - i, "file_name": f"{n}.jpg", **size} for i, n in enumerate(names)]
+    photos[0].pop(without, None)
     about = {"images": photos, "annotations": found, "categories": categories}
     (root / "annotations" / f"{kind}_val2017.json").write_text(json.dumps(about))
 
@@ -123,13 +126,52 @@ def test_what_labelling_tools_export(root):
     assert (opened(root)[0]["labels"] == expected()).all()
 
 
+def test_annotations_without_an_area_are_left_out_and_counted(root, caplog):
+    cat = {"image_id": 1, "category_id": 3}
+    flat = [cat | {"segmentation": found} for found in ([], [[]], [[1, 1, 6, 1]])]
+    write(root, "instances", [*annotations(), cat | {"bbox": [0, 0, 2, 2]}, *flat])
+    assert (opened(root)[0]["labels"] == expected()).all()
+    assert "4 of 7 annotations have no area" in caplog.text
+
+
+def test_photos_of_the_same_name_in_two_folders_keep_their_folders(root):
+    for name in "xy":
+        (root / "val2017" / name).mkdir()
+        shutil.copy(root / "val2017" / "a.jpg", root / "val2017" / name)
+    write(root, "instances", annotations(), names=("y/a", "x/a"))
+    assert [opened(root)[i]["name"] for i in range(2)] == ["x/a", "y/a"]
+
+
+def test_a_photo_that_exif_turns_is_read_as_the_key_says(root, caplog):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    stored = np.arange(SIZE[0] * SIZE[1] * 3, dtype=np.uint8).reshape(*SIZE, 3)
+    Image.fromarray(stored).save(root / "val2017" / "a.png", exif=exif)
+    write(root, "instances", annotations())
+    path = root / "annotations" / "instances_val2017.json"
+    path.write_text(path.read_text().replace("a.jpg", "a.png"))
+    assert (opened(root, exif="ignore")[0]["image"] == stored).all()
+    assert (opened(root)[0]["image"] == stored[::-1, ::-1]).all()
+    config = DataConfig(source="coco_instances", root=str(root))
+    survey.report(opened(root), config, "val")
+    assert "1 of 2 photos are turned by an EXIF tag" in caplog.text
+
+
+def test_the_digest_of_its_files_knows_the_pngs(root):
+    """A corrected PNG makes a latent cache stale."""
+    test_panoptic_segments(root)
+    before = files_digest(opened(root, "panoptic"))
+    Image.new("RGB", SIZE).save(root / "annotations" / "panoptic_val2017" / "a.png")
+    assert files_digest(opened(root, "panoptic")) != before
+
+
 def test_mistakes_are_named(root):
     with pytest.raises(UserError, match=r"panoptic_val2017\.json: no such file"):
         opened(root, "panoptic")
-    with pytest.raises(UserError, match="59 classes, but .* has 3 categories"):
+    with pytest.raises(UserError, match="59 classes, but the masks of .*coco_instances have 3"):
         opened(root, vocabulary="pascal_context_59")
-    write(root, "instances", annotations(), width=99)
-    with pytest.raises(UserError, match=r"a\.jpg: 16x12 pixels, but .* says 99x12"):
+    write(root, "instances", annotations()[1:2], width=99)
+    with pytest.raises(UserError, match=r"json \(a\.jpg\): 99x12 pixels, but its image has 16x12"):
         opened(root)[0]
     write(root, "instances", [{"image_id": 1, "category_id": 3, "segmentation": {"counts": "?"}}])
     with pytest.raises(UserError, match="segmentation is no mask"):
@@ -137,6 +179,16 @@ def test_mistakes_are_named(root):
     write(root, "instances", [annotations()[0] | {"category_id": 4}])
     with pytest.raises(UserError, match="category_id 4 is none"):
         opened(root)[0]
+    write(root, "instances", [annotations()[0] | {"image_id": "1"}])
+    with pytest.raises(UserError, match=r"json: annotations\[0\] is of image '1', which"):
+        opened(root)
+    write(root, "instances", [], [{"id": 3, "name": "cat"}, {"id": 3, "name": "dog"}])
+    with pytest.raises(UserError, match="json: several categories have the 'id' 3: give each"):
+        opened(root)
+    for lost in ("height", "file_name"):
+        write(root, "instances", annotations(), without=lost)
+        with pytest.raises(UserError, match=rf"json: images\[0\] has no {lost!r}: export"):
+            opened(root)
     (root / "annotations" / "instances_val2017.json").write_text("[]")
     with pytest.raises(UserError, match="no COCO annotations"):
         opened(root)

@@ -3,7 +3,7 @@
 Each function returns the pairs of a split and how the ids of their files become classes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,12 +38,16 @@ class Layout(NamedTuple):
     """lookup: int32 [n], from the id in a file to the class id, `IGNORED` or `OUTSIDE`.
 
     asked: what a benchmark has predicted in place of `vocabulary`, see `Source`.
+    labels: returns the ids of pair `index`, [H, W], where masks are no images. Picklable.
+    files: those that `labels` reads beside the pairs.
     """
 
     pairs: Pairs
     vocabulary: Vocabulary
     lookup: np.ndarray
     asked: Vocabulary | None = None
+    labels: Callable[[int], np.ndarray] | None = None
+    files: Sequence[str] = ()
 
 
 def lookup_of(classes: Iterable[int], ignored: Iterable[int]) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 from segdiff_jax.config import SOURCES, DataConfig
 from segdiff_jax.data import images
 from segdiff_jax.data.images import Header, Photo
-from segdiff_jax.data.sources import folder, layouts, scenes
+from segdiff_jax.data.sources import coco, folder, layouts, scenes
 from segdiff_jax.data.sources.layouts import (
     IGNORE,
     IGNORE_16,
@@ -59,14 +59,12 @@ def open_source(config: DataConfig, split: str, seed: int) -> Source:
         from segdiff_jax.data.sources.tfds import TfdsSource
 
         return TfdsSource(config.root, split)
-    if config.source in ("coco_instances", "coco_panoptic"):
-        from segdiff_jax.data.sources.coco import CocoSource
-
-        return CocoSource(config, split)
     readers: dict[str, Callable[[DataConfig, str], Layout]] = {
         "folder": folder.folder,
         "ade20k": layouts.ade20k,
         "ade20k_847": layouts.ade20k_847,
+        "coco_instances": coco.coco,
+        "coco_panoptic": coco.coco,
         "coco_stuff": layouts.coco_stuff,
         "pascal_voc": layouts.pascal_voc,
         "pascal_voc_20b": layouts.pascal_voc_20b,
@@ -98,15 +96,12 @@ class Look(NamedTuple):
 
 
 class PairSource:
-    """Image files and the label files that belong to them.
-
-    lookup: int32 [n], from the id in the file to the class id, see `Layout`.
-    """
+    """Image files and the labels that belong to them. lookup, asked, files: see `Layout`."""
 
     novel: tuple[int, ...] = ()
 
     def __init__(self, layout: Layout, config: DataConfig):
-        self.pairs, self.vocabulary, self.lookup, self.asked = layout
+        self.pairs, self.vocabulary, self.lookup, self.asked, self._drawn, self.files = layout
         self.config = config
         self._names = _names([image for image, _ in self.pairs])
         self._memory = Memory(config.cache_images)
@@ -138,8 +133,9 @@ class PairSource:
             photo.orientation > 4 and photo.size[0] == photo.size[1]
         )
         if unsure and self.config.exif == "apply":
-            mask = images.look_at(self.pairs[index][1], self.config.max_pixels)
-            return Look(ids, mask.orientation == 1, photo.guessed_max)
+            mask, limit = self.pairs[index][1], self.config.max_pixels
+            unsure = bool(self._drawn) or images.look_at(mask, limit).orientation == 1
+            return Look(ids, unsure, photo.guessed_max)
         return Look(ids, False, photo.guessed_max)
 
     def _read(self, index: int) -> dict[str, Any]:
@@ -155,7 +151,10 @@ class PairSource:
     def _labels(self, index: int, size: tuple[int, int]) -> tuple[np.ndarray, dict[int, int]]:
         """Return the ids in the mask of a photo of this size, [H, W], and their pixels."""
         path, config = self.pairs[index][1], self.config
-        labels = images.read_labels(path, config.max_pixels, exif=config.exif)
+        if self._drawn:
+            labels = self._drawn(index)
+        else:
+            labels = images.read_labels(path, config.max_pixels, exif=config.exif)
         self._check_sizes(index, size, labels.shape)
         ids = count_ids(labels)
         check_ids(ids, self.lookup, path, self.vocabulary, config.source == "folder")
@@ -165,6 +164,7 @@ class PairSource:
         if image == mask:
             return
         image_path, mask_path = self.pairs[index]
+        which = f" ({os.path.basename(image_path)})" if self._drawn else ""
         mend = "make the sizes equal"
         turned = images.look_at(image_path, self.config.max_pixels).orientation > 4
         if turned and image[::-1] == mask:
@@ -176,7 +176,7 @@ class PairSource:
                 f"{fits} pixels: set config.data.exif={other}"
             )
         raise UserError(
-            f"{mask_path}: {mask[1]}x{mask[0]} pixels, but its image has "
+            f"{mask_path}{which}: {mask[1]}x{mask[0]} pixels, but its image has "
             f"{image[1]}x{image[0]}: {mend}"
         )
 
@@ -195,19 +195,26 @@ def files_digest(source: Source) -> str:
     A corrected mask gives another digest, unless it lies in a store of objects.
     """
     digest = hashlib.sha256()
-    for path in dict.fromkeys(path for pair in getattr(source, "pairs", ()) for path in pair):
-        status = None if is_remote(path) else os.stat(path)
+    paths = [path for pair in getattr(source, "pairs", ()) for path in pair]
+    for path in dict.fromkeys([*paths, *getattr(source, "files", ())]):
+        status = None if is_remote(path) or not os.path.exists(path) else os.stat(path)
         digest.update(repr((path, status and (status.st_size, status.st_mtime_ns))).encode())
     return digest.hexdigest()
 
 
 def _names(photos: Sequence[str]) -> list[str]:
-    """Return a name for each of these paths: its stem, or its place where stems occur twice."""
+    """Return a name for each of these paths: its stem, or its place where stems occur twice.
+
+    That a photo has no suffix there must not make two names one.
+    """
     paths = [PurePosixPath(photo) for photo in photos]
     stems = [path.stem for path in paths]
     if len(set(stems)) == len(stems):
         return stems
     shared = len(os.path.commonprefix([path.parts for path in paths]))
+    places = ["/".join(path.with_suffix("").parts[shared:]) for path in paths]
+    if len(set(places)) == len(places):
+        return places
     return ["/".join(path.parts[shared:]) for path in paths]
 
 
