@@ -23,7 +23,7 @@ usage() {
 
 # Takes --help, --dry-run and --env out of "$@"; the rest stays in ARGS, --flag=value split in two.
 parse_flags() {
-  local split='^--(env|config|capacity|worker|lines)=(.*)$'
+  local split='^--(env|config|worker|lines)=(.*)$'
   while (($#)); do
     if [[ $1 =~ $split ]]; then
       set -- "--${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}" "${@:2}"

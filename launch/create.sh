@@ -1,21 +1,17 @@
 #!/usr/bin/env bash
 # Requests a TPU.
 #
-#   launch/create.sh [--capacity on-demand|spot|queued|queued-spot] [--env FILE] [--dry-run]
+#   launch/create.sh [--env FILE] [--dry-run]
 #
-# on-demand and spot fail at once when the zone is full; queued and queued-spot wait their turn
-# (the request returns immediately, supervise.sh waits for the machine). Name, type, zone, capacity
-# and further create flags come from launch/env.
+# Name, type, zone, capacity and further create flags come from launch/env. The capacities on-demand
+# and spot fail at once when the zone is full; queued and queued-spot wait their turn (the request
+# returns immediately, supervise.sh waits for the machine).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 parse_flags "$@"
-load_env TPU_NAME TPU_TYPE RUNTIME_VERSION
-if [[ ${ARGS[0]:-} == --capacity ]]; then
-  CAPACITY=${ARGS[1]:-}
-  ARGS=("${ARGS[@]:2}")
-fi
 no_more_args
+load_env TPU_NAME TPU_TYPE RUNTIME_VERSION
 
 case $CAPACITY in
   on-demand | spot) command=(gcloud compute tpus tpu-vm create "$TPU_NAME") ;;

@@ -181,8 +181,8 @@ WHERE = ["--project=my-project", "--zone=us-west4-a"]
 @pytest.mark.parametrize("capacity", ["on-demand", "queued-spot"])
 def test_create_and_delete(capacity, cloud):
     cloud.settings["CREATE_ARGS"] = "('--labels=note=two words')"
-    assert cloud.run("create.sh", f"--capacity={capacity}").returncode == 0, "wins over the file"
     cloud.settings["CAPACITY"] = capacity
+    assert cloud.run("create.sh").returncode == 0
     assert cloud.run("delete.sh").returncode == 0
     kind, version = "--accelerator-type=v5litepod-16", "v2-alpha-tpuv5-lite"
     extra = ["--quiet", "--labels=note=two words"]
@@ -199,7 +199,7 @@ def test_create_and_delete(capacity, cloud):
 
 def test_bad_input_is_one_line_and_calls_nothing(cloud):
     for script, args, message in [
-        ("create.sh", ["--capacity", "cheap"], "capacity 'cheap': choose"),
+        ("create.sh", ["--capacity=spot"], "unknown argument '--capacity=spot'"),
         ("create.sh", ["extra"], "unknown argument 'extra'"),
         ("run.sh", [], "no run name given"),
         ("run.sh", ["a", "b"], "two run names"),
@@ -214,6 +214,9 @@ def test_bad_input_is_one_line_and_calls_nothing(cloud):
         result = cloud.run(script, *args)
         assert result.returncode == 2 and message in result.stderr
         assert result.stderr.count("\n") == 1 and cloud.calls() == []
+    cloud.settings["CAPACITY"] = "cheap"
+    result = cloud.run("create.sh")
+    assert result.returncode == 2 and "capacity 'cheap': choose" in result.stderr
 
 
 def test_dry_run_prints_what_a_real_run_calls_and_calls_nothing(cloud):
