@@ -125,6 +125,10 @@ def test_masks_that_do_not_fit_are_named(root):
         check_error(folder(root), [str(path), f"id {bad} ", "3 classes", "classes.txt"], index=1)
     write_tiff(path, np.full((6, 8), 300))
     check_error(folder(root), ["p1.png", "id 300 "], index=1)
+    path.unlink()
+    no_data = np.full((6, 8), 2**31 - 1, np.int32)  # as GIS writes it
+    Image.fromarray(no_data).save(path.with_suffix(".tif"))
+    check_error(folder(root), ["p1.tif", "id 2147483647 "], index=1)
 
 
 def test_many_classes(root):
@@ -309,11 +313,13 @@ def test_what_lies_nearby_is_said(root, tmp_path):
         (["images/training/a.jpg", "annotations/training/a.png"], "source=ade20k"),
         (["ADE20K_2021_17_01/images/ADE/training/x/a.jpg"], "full ADE20K"),
         (["train2017/a.jpg", "annotations/train2017/a.png"], "source=coco_stuff"),
+        (["train2017/a.jpg", "annotations/instances_train2017.json"], "source=coco_instances"),
     ],
 )
 def test_known_data_sets_are_recognised(tmp_path, names, words):
     for name in names:
-        write(tmp_path / name, photo(0))
+        path = write((tmp_path / name).with_suffix(".png"), photo(0))
+        path.rename(tmp_path / name)
     check_error(folder(tmp_path), ["no such folder", words])
 
 

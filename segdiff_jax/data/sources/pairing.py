@@ -170,6 +170,7 @@ def nearby(root: epath.Path, source: str) -> str:
     counts = _glance(root)
     around = {part for folder in counts for part in folder.split("/")}
     around |= {root.name, root.parent.name}
+    around |= {"/".join(folder.split("/")[-2:]) for folder in counts}
     for marks, name, other in _LAYOUTS:
         if marks <= around and other != source:
             return f"; this looks like {name}: set config.data.source={other}"
@@ -179,6 +180,8 @@ def nearby(root: epath.Path, source: str) -> str:
             "get ADEChallengeData2016, the scene parsing benchmark, for config.data.source=ade20k, "
             "or prepare this for ade20k_847 (docs/data.md)"
         )
+    if any((root / "annotations").glob("instances_*.json")):
+        return "; this looks like COCO's JSON: set config.data.source=coco_instances"
     folders = [folder for folder, count in counts.items() if count]
     for folder in folders:
         stems = [path.stem for path in (root / folder).iterdir() if is_image(path.name)]
@@ -198,7 +201,7 @@ _LAYOUTS = (
     ({"images", "annotations", "training"}, "ADE20K", "ade20k"),
     ({"stuffthingmaps"}, "COCO-Stuff", "coco_stuff"),
     ({"stuffthingmaps_trainval2017"}, "COCO-Stuff", "coco_stuff"),
-    ({"annotations", "train2017"}, "COCO-Stuff", "coco_stuff"),
+    ({"annotations/train2017"}, "COCO-Stuff", "coco_stuff"),
 )
 
 

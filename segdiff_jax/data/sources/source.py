@@ -220,7 +220,7 @@ def _names(photos: Sequence[str]) -> list[str]:
 
 def count_ids(labels: np.ndarray) -> dict[int, int]:
     """Count the ids in `labels` [...]: {id: pixels}, in order."""
-    if labels.min() < 0:
+    if labels.min() < 0 or labels.max() > IGNORE_16:  # a table of ids would be long
         ids, pixels = np.unique(labels, return_counts=True)
         return dict(zip(ids.tolist(), pixels.tolist(), strict=True))
     pixels = np.bincount(labels.ravel())
