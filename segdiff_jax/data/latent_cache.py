@@ -138,7 +138,8 @@ def fingerprint(source: Source, vae: VAE, config: Config) -> dict[str, Any]:
         "format": _FORMAT,
         "vae": [digest.hexdigest(), dataclasses.asdict(vae.config), np.dtype(vae.dtype).name],
         "source": [data.source, data.root, data.train_split, data.vocabulary],
-        "reading": [data.first_id, data.mask_values, data.ignore_ids, data.exif, data.max_value],
+        "reading": [data.first_id, data.mask_values, data.ignore_ids, data.exif, data.max_value]
+        + [data.max_pixels],
         "scenes": dataclasses.asdict(data.scenes) if data.source == "scenes" else {},
         "seed": config.seed if seeded else None,
         "pairs": [len(source), files_digest(source)],

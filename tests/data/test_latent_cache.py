@@ -210,6 +210,13 @@ def test_a_corrected_mask_makes_the_cache_stale(vae, tmp_path):
 
     assert shown(0) == [0]
     assert shown(1) == [1]
+    Image.new("RGB", (99, 99)).save(tmp_path / "images/b.png")
+    Image.new("L", (99, 99)).save(tmp_path / "masks/b.png")
+    for limit, readable in ((9800, 1), (9801, 2)):  # what its message advises must help
+        config.data.max_pixels, config.data.max_unreadable = limit, 0.5
+        source = open_source(config.data, "train", 0)
+        stored = latent_cache.open_or_build(source, vae, config, str(tmp_path / "latents"))
+        assert sum(not isinstance(pair, str) for pair in stored._contents) == readable
 
 
 def test_a_damaged_cache_is_built_again(vae, tmp_path):
