@@ -10,7 +10,8 @@ holds it, in the top left corner, where it lies on the grid of the latents, and 
 its right or below. "stretch" gives each axis a scale of its own.
 
 Padding of photos is mid-gray: it is 0 in the VAE's range, what the edge of an image is to a
-convolution, and what random crops that leave the photo show. Padding of labels is *ignore*.
+convolution, and what random crops that leave the photo show. Colour jitter, which comes last,
+changes it with the photo. Padding of labels is *ignore*.
 """
 
 import numpy as np

@@ -137,6 +137,9 @@ def read_labels(
     image, _ = _open(path, max_pixels, exif)
     if image.format in ("JPEG", "MPO"):
         raise UserError(f"{path}: JPEG changes class ids, save labels as PNG")
+    if largest := image.info.get("spread_max", 0):
+        white = FULL_RANGE if image.mode in _SIXTEEN_BIT else 255
+        image = Image.fromarray(np.round(np.asarray(image) * (largest / white)).astype(np.int32))
     if image.mode in _SIXTEEN_BIT:
         labels = np.asarray(image).astype(np.int32)
         return labels.astype(np.uint8) if 0 <= labels.min() <= labels.max() <= 255 else labels
@@ -218,7 +221,7 @@ def _open(
     """Return the decoded image, upright unless exif = "ignore", and its EXIF orientation.
 
     `format` survives; `info` says what the header does of the range: "declared_max" of gray,
-    "deep_colour".
+    "deep_colour", and "spread_max", the largest value in a file that PIL shows as white.
     """
     image = _opened(path, max_pixels, data)
     said, orientation = _said_of_range(image), _orientation(image)  # PIL decodes a PNG for its tags
@@ -293,14 +296,16 @@ def _said_of_range(image: Image.Image) -> dict[str, object]:
     """Return what the header says of 16-bit pixels, as far as PIL tells before they are decoded."""
     tiles = getattr(image, "tile", [])
     codec, *_, arguments = tiles[0] if tiles else ("", "")
-    if image.format == "PPM" and codec != "raw":  # PIL spreads these over 16 bits
-        return {"declared_max": FULL_RANGE}
+    mode, *more = (arguments,) if isinstance(arguments, str) else arguments or ("",)
+    if image.format == "PPM" and codec != "raw":  # PIL spreads these over 8 or 16 bits
+        return {"declared_max": FULL_RANGE, "spread_max": more[0] if more else 0}
+    said: dict[str, object] = {"spread_max": {"L;2": 3, "L;4": 15}.get(mode, 0)}
     if image.format == "TIFF":
         bits = getattr(image, "tag_v2", {}).get(258, ())
         if len(bits) == 1 and 8 < bits[0] < 16:
-            return {"declared_max": 2 ** bits[0] - 1}
-        return {"deep_colour": len(bits) > 2 and min(bits) == 16}
-    return {"deep_colour": image.format == "PNG" and str(arguments).endswith(";16B")}
+            return said | {"declared_max": 2 ** bits[0] - 1}
+        return said | {"deep_colour": len(bits) > 2 and min(bits) == 16}
+    return said | {"deep_colour": image.format == "PNG" and mode.endswith(";16B")}
 
 
 def _orientation(image: Image.Image) -> int:

@@ -234,6 +234,26 @@ def test_gray_labels_are_ids(save, name):
     assert (read_labels(save(GRAY, name)) == GRAY).all()
 
 
+def test_gray_labels_of_few_bits_are_not_spread(tmp_path):
+    """PIL shows the largest value of 2 or 4 bits, or the one that a PGM names, as white."""
+    path = tmp_path / "a.png"
+    for bits, row in ((2, b"\x1b"), (4, b"\x01\x7f")):
+        chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0))]
+        chunks += [(b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+        path.write_bytes(b"\x89PNG\r\n\x1a\n")
+        with path.open("ab") as file:
+            for name, data in chunks:
+                ends = struct.pack(">I", len(data)), struct.pack(">I", zlib.crc32(name + data))
+                file.write(ends[0] + name + data + ends[1])
+        assert read_labels(path).tolist() == [[0, 1, 2, 3] if bits == 2 else [0, 1, 7, 15]]
+    path = tmp_path / "a.pgm"
+    for largest, pixels in ((20, b"\x00\x01\x0b\x14"), (300, b"\0\0\0\1\1\0\1\x2c")):
+        path.write_bytes(b"P5 4 1 %d\n" % largest + pixels)
+        assert read_labels(path).tolist() == [[0, 1, 11, 20] if largest == 20 else [0, 1, 256, 300]]
+    path.write_bytes(b"P2 3 1 20\n0 1 20\n")
+    assert read_labels(path).tolist() == [[0, 1, 20]]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
 def test_gray_saved_as_colours_are_ids_too(save, mode):
     assert (read_labels(save(Image.fromarray(GRAY).convert(mode))) == GRAY).all()
