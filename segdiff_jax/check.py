@@ -47,35 +47,32 @@ def _check(config: Config, split: str, args: argparse.Namespace) -> bool:
     numbers = evenly(min(args.limit or len(source), len(source)), len(source))
     progress = reporter(f"check {split}", "pair")
     found = survey.survey(source, numbers, whole=True, progress=progress)
-    nothing = survey.unlabelled(source, config.data, split, found)
-    warnings = [*([nothing] if nothing else []), *survey.warnings(source, config.data, found)]
+    warnings = list(survey.warnings(source, config.data, split, found))
     pixels = survey.pixels_of_classes(found.ids, getattr(source, "lookup", None))
     total = max(1, sum(pixels.values()))
     rows = [
         (name, found.images[i], pixels[i], pixels[i] / total)
         for i, name in enumerate(source.vocabulary.names)
     ]
-    print(f"{split}: {found.pairs} of {len(source)} pairs read", end=", ")
-    print("\n".join(_lines(survey.ranges(found.ids), rows, found.faults, warnings)))
+    print(
+        f"{split}: {found.pairs} of {len(source)} pairs read, {len(found.faults)} with faults, "
+        f"{len(warnings)} warning{'s' * (len(warnings) != 1)}"
+    )
+    print(f"  ids {survey.ranges(found.ids)}" if found.ids else "  no ids")
+    print("\n".join(_lines(rows, found.faults, warnings)))
     if args.output:
         wrong = [[str(fault)] for fault in (*found.faults, *warnings)]
-        colors = source.vocabulary.palette().tolist()
-        columns = ["class", "images", "pixels", "share"]
-        tables = [
-            page.Table("Classes", columns, rows, bar=3, colors=colors),
-            page.Table("Faults", ["fault"], wrong),
-        ]
+        columns, colors = ["class", "images", "pixels", "share"], source.vocabulary.palette()
+        classes = page.Table("Classes", columns, rows, bar=3, colors=colors.tolist())
+        tables = [classes, page.Table("Faults", ["fault"], wrong)]
         _write(args.output, split, tables, _overlays(source, numbers))
     return bool(found.faults or warnings)
 
 
 def _lines(
-    ids: str, rows: Sequence[_Row], faults: Sequence[UserError], warnings: Sequence[str]
+    rows: Sequence[_Row], faults: Sequence[UserError], warnings: Sequence[str]
 ) -> Iterator[str]:
-    """Yield what is printed of a split."""
-    counted = f"{len(warnings)} warning" + ("" if len(warnings) == 1 else "s")
-    yield f"{len(faults)} with faults, {counted}"
-    yield f"  ids {ids}" if ids else "  no ids"
+    """Yield what is printed of classes, faults and warnings."""
     yield f"  {1 - sum(share for *_, share in rows):.1%} of the pixels have no class"
     yield f"  absent: {', '.join(name for name, images, *_ in rows if not images) or 'no class'}"
     yield from (f"  {fault}" for fault in faults[:_FAULTS])

@@ -109,7 +109,7 @@ def report(source: Source, config: DataConfig, split: str) -> tuple[float, ...]:
     log.info("labels of %r: %s", split, _line(source, found))
     if nothing := unlabelled(source, config, split, found):
         raise UserError(nothing)
-    for warning in warnings(source, config, found):
+    for warning in warnings(source, config, split, found):
         log.warning("labels of %r: %s", split, warning)
     pixels = pixels_of_classes(found.ids, source.lookup)
     each = [pixels[number] for number in range(len(source.vocabulary))]
@@ -160,19 +160,21 @@ def unlabelled(source: Source, config: DataConfig, split: str, found: Survey) ->
     """Say that all is ignored, and what to do, or ""."""
     if figures(source, found.ids, found.pairs)["share_ignored"] != 1:
         return ""
-    keys = "config.data.ignore_ids, config.data.first_id and config.data.mask_values"
+    keys = ", or config.data.ignore_ids, config.data.first_id and config.data.mask_values"
     return (
         f"{config.root}: every labelled pixel of split {split!r} is ignored (ids "
-        f"{ranges(found.ids)}): correct the masks" + (f", or {keys}" if _own(config) else "")
+        f"{ranges(found.ids)}): correct the masks{keys if config.source == 'folder' else ''}"
     )
 
 
-def warnings(source: Source, config: DataConfig, found: Survey) -> Iterator[str]:
+def warnings(source: Source, config: DataConfig, split: str, found: Survey) -> Iterator[str]:
     """Say what is nearly always a mistake, a line each."""
+    if nothing := unlabelled(source, config, split, found):
+        yield nothing
     if not isinstance(source, PairSource):
         return
     readable = found.pairs - len(found.faults)
-    if _own(config):
+    if config.source == "folder":
         yield from _of_ids(source, found)
     if shifted := _shift(found.ids, source.lookup):
         yield shifted
@@ -184,11 +186,6 @@ def warnings(source: Source, config: DataConfig, found: Survey) -> Iterator[str]
         )
     if found.guessed:
         yield images.guessed_range(found.guessed, readable)
-
-
-def _own(config: DataConfig) -> bool:
-    """Whether keys say what the ids mean: no published data set does."""
-    return config.source == "folder"
 
 
 def _of_ids(source: PairSource, found: Survey) -> Iterator[str]:

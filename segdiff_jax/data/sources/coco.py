@@ -44,9 +44,10 @@ def coco(config: DataConfig, split: str) -> Layout:
     about = _read(file, panoptic=kind == "panoptic")
     photos = sorted(about["images"], key=lambda photo: photo["file_name"])
     names = [str(category["name"]) for category in about["categories"]]
-    vocabulary = Vocabulary(file.stem, tuple(map(ClassEntry, names)))
     if config.vocabulary:
         vocabulary = vocabularies.load(config.vocabulary)
+    else:
+        vocabulary = Vocabulary(file.stem, tuple(map(ClassEntry, names)))
     folded = [name.casefold() for name in vocabulary.names]
     ignored = codec.ignore_label(len(names))
     labels = _Labels(
@@ -65,7 +66,7 @@ def coco(config: DataConfig, split: str) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class _Labels:
-    """Draws the classes of photo `index`. No function in a function: worker processes pickle it."""
+    """Draws the labels of a photo. A class because worker processes pickle it."""
 
     file: epath.Path
     sizes: list[tuple[int, int]]  # of the photos, (H, W)
