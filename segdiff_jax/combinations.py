@@ -24,7 +24,9 @@ def check(c: "Config", own: "Config", use: str) -> None:
         _raise_first(_of_an_evaluation(c))
         check_sampler(own.sampler)
     if use == "train":
-        _raise_first(_of_a_training(c, own))
+        _raise_first(_of_the_stages(c))
+        _raise_first(_of_a_start(c))
+        _raise_first(_of_steps_and_batches(c, own))
         _raise_first(_of_groups(c))
         _raise_first(_of_cached_latents(own))
 
@@ -126,22 +128,9 @@ def _of_an_evaluation(c: "Config") -> Iterator[str]:
         )
 
 
-def _of_a_training(c: "Config", own: "Config") -> Iterator[str]:
-    if c.data.augment.min_scale > c.data.augment.max_scale:
-        yield (
-            f"config.data.augment.min_scale={c.data.augment.min_scale}: must be at most "
-            f"config.data.augment.max_scale={c.data.augment.max_scale}"
-        )
-    if c.stage == "diffusion" and not c.init_from and c.vae.steps < 1:
-        yield (
-            "config.init_from is empty and config.vae.steps is 0: "
-            "name a workdir or Stable Diffusion folder, or give the VAE stage some steps"
-        )
-    if c.stage == "e2e" and not c.init_from:
-        yield (
-            "config.init_from is empty: config.stage='e2e' goes on from a diffusion training: "
-            "name its workdir or export"
-        )
+def _of_the_stages(c: "Config") -> Iterator[str]:
+    if c.stage == "vae" and c.vae.steps < 1:
+        yield "config.vae.steps=0: must be at least 1 with config.stage='vae'"
     if c.stage == "e2e" and c.codec.classes_per_pass != 1:
         yield (
             f"config.codec.classes_per_pass={c.codec.classes_per_pass}: must be 1 with "
@@ -162,8 +151,19 @@ def _of_a_training(c: "Config", own: "Config") -> Iterator[str]:
             f"config.codec.classes_per_pass={c.codec.classes_per_pass}: must be 1 with "
             "config.joint.steps, for a joint decoder sharpens the map of one class"
         )
-    if c.stage == "vae" and c.vae.steps < 1:
-        yield "config.vae.steps=0: must be at least 1 with config.stage='vae'"
+
+
+def _of_a_start(c: "Config") -> Iterator[str]:
+    if c.stage == "diffusion" and not c.init_from and c.vae.steps < 1:
+        yield (
+            "config.init_from is empty and config.vae.steps is 0: "
+            "name a workdir or Stable Diffusion folder, or give the VAE stage some steps"
+        )
+    if c.stage == "e2e" and not c.init_from:
+        yield (
+            "config.init_from is empty: config.stage='e2e' goes on from a diffusion training: "
+            "name its workdir or export"
+        )
     if c.init_variant and not c.init_from:
         yield (
             f"config.init_variant={c.init_variant!r}: must be empty without config.init_from, "
@@ -173,6 +173,14 @@ def _of_a_training(c: "Config", own: "Config") -> Iterator[str]:
         yield (
             f"config.init_tokenizer={c.init_tokenizer!r}: must be empty unless config.init_from is "
             "one .safetensors file: a folder has its own tokenizer"
+        )
+
+
+def _of_steps_and_batches(c: "Config", own: "Config") -> Iterator[str]:
+    if c.data.augment.min_scale > c.data.augment.max_scale:
+        yield (
+            f"config.data.augment.min_scale={c.data.augment.min_scale}: must be at most "
+            f"config.data.augment.max_scale={c.data.augment.max_scale}"
         )
     if own.train.profile_steps and own.train.profile_start > own.train.steps:
         yield (

@@ -103,22 +103,6 @@ def test_fine_tunes_sd2_as_the_paper_does(name):
     assert (c.optimizer.clip_norm, c.noise.kind, c.noise.strength) == (1.0, "annealed", 0.9)
 
 
-def test_ade():
-    c = _load("ade")
-    assert (c.data.source, len(vocabulary.load(c.data.vocabulary))) == ("ade20k", 150)
-    assert (c.codec.classes_per_pass, c.train.steps, c.model.dtype) == (1, 25_000, "bfloat16")
-    assert c.train.eval_every > 0 and c.data.augment.flip
-    # Of a photo in whole: 0.5 … 2 of the short side of one of 4:3.
-    assert (c.data.augment.min_scale, c.data.augment.max_scale) == (0.67, 2.67)
-
-
-def test_coco_stuff():
-    coco = _load("coco_stuff")
-    assert (coco.data.source, len(vocabulary.load(coco.data.vocabulary))) == ("coco_stuff", 171)
-    assert (coco.codec.classes_per_pass, coco.train.steps) == (1, 80_000)
-    assert coco.codec.negatives > 0 and not coco.codec.closed
-
-
 def test_ade_paper_differs_from_ade_where_the_paper_does():
     paper, ade = _load("ade_paper"), _load("ade")
     assert (paper.codec.classes_per_pass, paper.codec.context) == (0, "mean")

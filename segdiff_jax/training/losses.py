@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from segdiff_jax import codec
-from segdiff_jax.config import CodecConfig, Config, NoiseConfig
+from segdiff_jax.config import Config, NoiseConfig
 from segdiff_jax.diffusion import noise as noise_lib
 from segdiff_jax.diffusion import sampler as samplers
 from segdiff_jax.diffusion import schedule as schedule_lib
@@ -103,7 +103,7 @@ def diffusion_loss(
     batch: Batch,
     corruption: Corruption,
     weights: jax.Array,
-    config: CodecConfig,
+    config: Config,
 ) -> jax.Array:
     """Weighted squared error of the prediction.
 
@@ -113,7 +113,7 @@ def diffusion_loss(
     image_latents, mask_latents = latents(frozen.vae, batch)
     noisy = schedule_lib.add_noise(frozen.schedule, mask_latents, noise, timesteps)
     target = schedule_lib.target(frozen.schedule, mask_latents, noise, timesteps)
-    context, mask = conditioning.context(frozen.table, batch["class_ids"], config.context)
+    context, mask = conditioning.context(frozen.table, batch["class_ids"], config.codec.context)
     sample = jnp.concatenate([image_latents, noisy], axis=-1)  # [B, h, w, 2c]
     prediction = unet(sample, timesteps, context, mask)
     return jnp.sum(weights * jnp.square(prediction - target).mean(-1))

@@ -135,34 +135,46 @@ def check_config(stored: dict[str, Any], current: dict[str, Any]) -> None:
 
 
 def names(config: Config, workdir: str) -> set[str]:
-    """Return what this run, but for its lock, may write at the top of `workdir`, or has.
+    """Return the names at the top of `workdir` that this run may write, or an earlier start wrote.
 
-    Raises `UserError` where one of these names is taken and the folder's marker does not list it.
-    A workdir of a version that kept no list owns what lies there under the names of a run. A folder
-    that is only added to, TensorBoard's, may be the user's, and then stays off the list.
+    The lock is not among them. Raises `UserError` where one of these names is taken and the
+    folder's marker does not list it. A workdir of a version that kept no list owns what lies there
+    under the names of a run.
     """
-    diffusion = config.stage not in ("vae", "joint")
     with reading(workdir):
         folder = epath.Path(workdir)
         held = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
-        unmade = not pretrained.is_whole(folder / workdirs.PRETRAINED)
-        wanted = {"config.json", workdirs.CLASSES, workdirs.CHECKPOINTS, workdirs.PRETRAINED}
-        wanted |= {_TENSORBOARD}
-        wanted |= {mask_decoders.LINEAR} if diffusion else set()
-        wanted |= {mask_decoders.JOINT} if config.stage == "joint" else set()
-        wanted |= {workdirs.JOINT_STAGE} if diffusion and config.joint.steps else set()
-        wanted |= {workdirs.LATENTS} if diffusion and config.data.cache_latents else set()
-        wanted |= {workdirs.VAE_STAGE} if diffusion and unmade and not config.init_from else set()
-        wanted |= {_COMPILED} if is_remote(folder) else set()
-        listed = ownership.owned(folder).get(KIND)
+        wanted, listed = _wanted(config, folder), ownership.owned(folder).get(KIND)
         if listed is None and workdirs.is_workdir(workdir):
-            return wanted | {"config.json", workdirs.CLASSES, *_FOLDERS} & held.keys()
-        foreign = wanted & held.keys() - (listed or frozenset())
+            return wanted | ({"config.json", workdirs.CLASSES, *_FOLDERS} & held.keys())
+        foreign = (wanted & held.keys()) - (listed or frozenset())
         folders = {name for name in foreign if held[name].is_dir()}
         foreign -= {name for name in folders if not any(held[name].iterdir())}
-    shared = folders & foreign & {_TENSORBOARD, _COMPILED}
+    # To these is only added: such a folder may be the user's, and then stays off the list.
+    shared = foreign & folders & {_TENSORBOARD, _COMPILED}
     ownership.check(folder, KIND, foreign - shared)
-    return wanted - shared | {_COMPILED} & wanted
+    # But JAX makes compile_cache before we look here: it is ours, though no marker lists it yet.
+    return (wanted - shared) | (wanted & {_COMPILED})
+
+
+def _wanted(config: Config, folder: epath.Path) -> set[str]:
+    """Return the names that a run with `config` writes at the top of its workdir."""
+    wanted = {"config.json", workdirs.CLASSES, workdirs.CHECKPOINTS, workdirs.PRETRAINED}
+    wanted |= {_TENSORBOARD}
+    if is_remote(folder):
+        wanted |= {_COMPILED}
+    if config.stage == "joint":
+        wanted |= {mask_decoders.JOINT}
+    if config.stage in ("vae", "joint"):
+        return wanted
+    wanted |= {mask_decoders.LINEAR}
+    if config.joint.steps:
+        wanted |= {workdirs.JOINT_STAGE}
+    if config.data.cache_latents:
+        wanted |= {workdirs.LATENTS}
+    if not config.init_from and not pretrained.is_whole(folder / workdirs.PRETRAINED):
+        wanted |= {workdirs.VAE_STAGE}
+    return wanted
 
 
 def check_balance(config: Config, source: Source) -> None:

@@ -67,38 +67,22 @@ def diffusion_step(
     State and batch are sharded over `mesh`; None stands for one device. `key` is the run's; the
     step folds `state.step` into it, so a resumed run draws what an uninterrupted one would draw.
     """
-    micro_batches = config.optimizer.accumulation
 
-    def step(state: TrainState, frozen: losses.Frozen, batch: losses.Batch, key: jax.Array):
-        frozen = frozen._replace(vae=nnx.merge(vae, frozen.vae))
-        factor, channels = frozen.vae.config.downsampling, frozen.vae.config.latent_channels
-        weights = losses.latent_weights(batch, factor, config.train.balance)  # [B, h, w]
-        count, height, width = weights.shape
-        corruption = losses.corrupt(
-            jax.random.fold_in(key, state.step),
-            (count, height, width, channels),
-            frozen.schedule,
-            config.noise,
-            config.train.terminal_share,
-        )
+    def draw(key: jax.Array, frozen: losses.Frozen, batch: losses.Batch) -> Any:
+        architecture = frozen.vae.config
+        weights = losses.latent_weights(batch, architecture.downsampling, config.train.balance)
+        shape = *weights.shape, architecture.latent_channels  # [B, h, w, c]
+        share = config.train.terminal_share
+        return losses.corrupt(key, shape, frozen.schedule, config.noise, share), weights
 
-        def loss_fn(params, micro):
-            module, (rows, drawn, row_weights) = nnx.merge(unet, params), micro
-            return losses.diffusion_loss(module, frozen, rows, drawn, row_weights, config.codec)
-
-        everything = (batch, corruption, weights)
-        params = _for_use(unet, state.params, mesh)
-        loss, grads = _accumulate(_grad_fn(loss_fn, mesh), params, everything, micro_batches)
-        return _update(state, grads, {"loss": loss}, config)
-
-    return step
+    return _step(unet, vae, draw, losses.diffusion_loss, config, mesh)
 
 
 def e2e_step(
     unet: nnx.GraphDef[UNet], vae: nnx.GraphDef[VAE], config: Config, mesh: Mesh | None = None
 ) -> StepFunction:
     """Return `step` of the single-step stage; the rest is as of `diffusion_step`."""
-    return _step_on_labels(unet, vae, losses.e2e_loss, config.e2e.noise, config, mesh)
+    return _step(unet, vae, _draw_starts(config.e2e.noise), losses.e2e_loss, config, mesh)
 
 
 def joint_step(
@@ -113,39 +97,51 @@ def joint_step(
     def loss_of(module, frozen, *rest):
         return losses.joint_loss(module, frozen._replace(unet=nnx.merge(unet, frozen.unet)), *rest)
 
-    return _step_on_labels(decoder, vae, loss_of, config.sampler.initial_noise, config, mesh)
+    return _step(decoder, vae, _draw_starts(config.sampler.initial_noise), loss_of, config, mesh)
 
 
-def _step_on_labels(
-    network: nnx.GraphDef,
-    vae: nnx.GraphDef[VAE],
-    loss_of: Callable[..., jax.Array],
-    start_from: str,
-    config: Config,
-    mesh: Mesh | None,
-) -> StepFunction:
-    """Return `step` of a stage that trains `network` by the labels of one step of the sampler.
+# (key, frozen, batch) -> (what is drawn for each row, the weights of the loss)
+_Draw = Callable[[jax.Array, losses.Frozen, losses.Batch], Any]
 
-    start_from: as config.sampler.initial_noise.
-    """
 
-    def step(state: TrainState, frozen: losses.Frozen, batch: losses.Batch, key: jax.Array):
-        frozen = frozen._replace(vae=nnx.merge(vae, frozen.vae))
+def _draw_starts(kind: str) -> _Draw:
+    """Draw what one step of the sampler begins with; kind: as config.sampler.initial_noise."""
+
+    def draw(key: jax.Array, frozen: losses.Frozen, batch: losses.Batch) -> Any:
         factor, channels = frozen.vae.config.downsampling, frozen.vae.config.latent_channels
         count, height, width = batch["labels"].shape
         shape = (height // factor, width // factor, channels)
         # All classes of a photo start from the same noise, as in the sampler.
-        keys = jax.random.split(jax.random.fold_in(key, state.step), count)
-        noise = jax.vmap(lambda k: samplers.initial_noise(k, shape, start_from))(keys)
+        keys = jax.random.split(key, count)
+        noise = jax.vmap(lambda k: samplers.initial_noise(k, shape, kind))(keys)
+        return noise, losses.label_weights(batch)
+
+    return draw
+
+
+def _step(
+    network: nnx.GraphDef,
+    vae: nnx.GraphDef[VAE],
+    draw: _Draw,
+    loss_of: Callable[..., jax.Array],
+    config: Config,
+    mesh: Mesh | None,
+) -> StepFunction:
+    """Return `step` of a stage that trains `network` on photos which a frozen VAE encodes.
+
+    loss_of: (network, frozen, rows, drawn, weights, config) -> loss, additive over rows.
+    """
+
+    def step(state: TrainState, frozen: losses.Frozen, batch: losses.Batch, key: jax.Array):
+        frozen = frozen._replace(vae=nnx.merge(vae, frozen.vae))
+        drawn, weights = draw(jax.random.fold_in(key, state.step), frozen, batch)
 
         def loss_fn(params, micro):
-            module, (rows, start, weights) = nnx.merge(network, params), micro
-            return loss_of(module, frozen, rows, start, weights, config)
+            return loss_of(nnx.merge(network, params), frozen, *micro, config)
 
-        everything = (batch, noise, losses.label_weights(batch))
         params = _for_use(network, state.params, mesh)
-        grad_fn = _grad_fn(loss_fn, mesh)
-        loss, grads = _accumulate(grad_fn, params, everything, config.optimizer.accumulation)
+        everything, rounds = (batch, drawn, weights), config.optimizer.accumulation
+        loss, grads = _accumulate(_grad_fn(loss_fn, mesh), params, everything, rounds)
         return _update(state, grads, {"loss": loss}, config)
 
     return step

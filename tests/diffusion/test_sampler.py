@@ -80,19 +80,6 @@ def test_equals_the_diffusers_loop_for_other_predictions(prediction):
     np.testing.assert_allclose(found, expected, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("steps", [4, 50])
-@pytest.mark.parametrize("spacing", ["trailing", "leading"])
-def test_nothing_is_told_where_the_steps_divide_t(steps, spacing):
-    schedule, oracle = setup(spacing)
-    latents = P.initial_noise(jax.random.key(1), SHAPE)
-    oracle.set_timesteps(steps)
-    x = torch.tensor(np.asarray(latents))
-    for t in oracle.timesteps.tolist():
-        x = oracle.step(predict_torch(x, t), t, x).prev_sample
-    found = P.sample(predict, schedule, latents, steps)
-    np.testing.assert_allclose(found, x, atol=2e-5)
-
-
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
 def test_a_perfect_network_is_recovered_in_one_step_and_in_many(spacing):
     schedule, _ = setup(spacing)

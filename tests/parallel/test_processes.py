@@ -22,7 +22,6 @@ from test_telemetry import read_scalars
 from segdiff_jax.errors import UserError
 from segdiff_jax.parallel import processes
 from segdiff_jax.waiting import PROCESS
-from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.checkpoint import Checkpoints
 
 
@@ -308,11 +307,3 @@ def test_a_command_whose_peers_never_start_ends_in_one_line(tmp_path):
         *said, last = error.splitlines()
         assert last.startswith(f"error: {whom}: no answer for 2 s: start the same command in every")
         assert said and all(line.startswith(f"waiting for {whom} for") for line in said)
-
-
-@pytest.mark.slow
-def test_a_config_that_contradicts_names_the_difference(alone):
-    with Run(alone, "--config.seed=3") as run:
-        assert run.wait() == [2]
-    assert "config.seed was 0 and is now 3" in run.output()
-    assert workdirs.read_config(str(alone)).seed == 0

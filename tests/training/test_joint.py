@@ -27,7 +27,6 @@ from segdiff_jax.text.conditioning import PromptTable
 from segdiff_jax.train import train
 from segdiff_jax.training import losses
 from segdiff_jax.training import run as runs
-from segdiff_jax.training.loop import Run as Start
 from segdiff_jax.training.step import init_state, joint_step
 from segdiff_jax.weights import loading, mask_decoders
 from segdiff_jax.weights import workdir as workdirs
@@ -182,17 +181,6 @@ def test_the_decoder_of_a_unet_that_is_gone_goes_too(finished, micro_config, mon
     with pytest.raises(KeyboardInterrupt):
         runs.train(config, str(workdir))
     assert [path.name for path in (workdir / "joint").iterdir()] == [str(before)]
-
-
-def test_the_variant_of_the_first_weights_is_not_asked_of_the_workdir(monkeypatch):
-    asked = []
-    monkeypatch.setattr(runs, "train", lambda config, *_, **__: asked.append(config))
-    monkeypatch.setattr(runs, "_newest_step", lambda _: 4)
-    monkeypatch.setattr(workdirs, "read_config", lambda _: config)
-    config = Config(init_from="OWNER/NAME", init_variant="fp16", joint=JointConfig(steps=2))
-    runs._train_joint(Start(config, "W", None, None, None))
-    ((last,),) = (asked,)
-    assert (last.init_from, last.init_variant) == ("W", "")
 
 
 def test_its_folder_is_no_start_of_another_training(finished, micro_config, tmp_path):

@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 from diffusers import DDIMScheduler
 
-from segdiff_jax.config import CodecConfig, DiffusionConfig, NoiseConfig
+from segdiff_jax.config import CodecConfig, Config, DiffusionConfig, NoiseConfig
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.text import conditioning
@@ -99,7 +99,7 @@ def test_diffusion_loss_is_the_masked_error_of_the_scheduler_target(prediction, 
         batch,
         losses.Corruption(jnp.asarray(timesteps), jnp.asarray(noise)),
         weights,
-        CodecConfig(classes_per_pass=group),
+        Config(codec=CodecConfig(classes_per_pass=group)),
     )
 
     theirs = DDIMScheduler(
@@ -162,7 +162,7 @@ def test_bound_context_reaches_the_network():
         batch,
         corruption,
         losses.latent_weights(batch, FACTOR),
-        CodecConfig(classes_per_pass=3, context="bound"),
+        Config(codec=CodecConfig(classes_per_pass=3, context="bound")),
     )
     assert seen[0][0].shape == (3, 3, 6) and seen[0][1].shape == (3, 3)
 

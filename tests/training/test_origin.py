@@ -124,12 +124,6 @@ def test_an_epsilon_model_goes_on_as_one_or_is_converted_by_saying_so(begin, fol
     assert begin(folder, convert_prediction=True) == ""
 
 
-def test_an_epsilon_model_at_zero_snr_is_refused(tmp_path, capsys, folder):
-    change(folder, "scheduler/scheduler_config.json", prediction_type="epsilon")
-    flags = [f"--config.init_from={folder}", "--config.diffusion.prediction_type=epsilon"]
-    assert "rescale_betas_zero_snr=False" in run(tmp_path, capsys, *flags)
-
-
 def test_what_the_run_overrides_is_one_line_of_the_log(begin, folder, caplog):
     caplog.set_level("INFO")
     assert begin(folder, beta_start=0.001) == ""
