@@ -121,6 +121,8 @@ def _suite(
         try:
             found[name] = _evaluate(own, config)
         except UserError as error:
+            if processes.count() > 1:  # the others may be waiting for this one inside the benchmark
+                raise
             missing[name] = str(error)
             if processes.is_first():
                 logging.error("%s: %s", name, error)

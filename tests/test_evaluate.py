@@ -1,5 +1,6 @@
 """`python -m segdiff_jax.evaluate`: what it writes, and what it says of bad input."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -16,6 +17,7 @@ from segdiff_jax import cli, evaluate, ownership, train
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data import survey
 from segdiff_jax.data.sources.source import open_source
+from segdiff_jax.parallel import processes
 from segdiff_jax.text import vocabulary
 from segdiff_jax.weights import loading, workdir
 
@@ -482,6 +484,16 @@ def test_a_suite_without_any_of_its_data_is_refused(files, capsys):
     code, output = _suite(files, capsys)
     assert code == 2 and "/sets: has none of the benchmarks' folders (ADE20K_2021" in output.err
     assert not (files / "o").exists()
+
+
+def test_a_suite_of_several_processes_ends_with_a_bad_file(files, capsys, monkeypatch):
+    """The other processes are in the midst of that benchmark: to go on alone would hang all."""
+    (files / "sets" / "camvid").mkdir(parents=True)
+    assert _suite(files, capsys)[0] == 0, "one process goes on with the other benchmarks"
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "together", contextlib.nullcontext)
+    code, output = _suite(files, capsys)
+    assert code == 2 and "camvid" in output.err
 
 
 def test_flags_of_the_suite(files, capsys):
