@@ -229,6 +229,9 @@ def _damage(files, kind):
     elif kind == "truncated":
         data = (root / "images" / "p1.png").read_bytes()
         (root / "images" / "p1.png").write_bytes(data[: len(data) // 2])
+    elif kind == "broken link":
+        (root / "images" / "p1.png").unlink()
+        (root / "images" / "p1.png").symlink_to("nowhere.png")
 
 
 @pytest.mark.parametrize(
@@ -238,6 +241,7 @@ def _damage(files, kind):
         ("size", "p1.png: 5x5 pixels"),
         ("id", "p1.png: id 9 is none of the 3 classes"),
         ("truncated", "p1.png: truncated or damaged"),
+        ("broken link", "p1.png: a link to nowhere.png"),
     ],
 )
 def test_bad_data(files, capsys, kind, message):
@@ -246,6 +250,19 @@ def test_bad_data(files, capsys, kind, message):
     assert code == 2 and message in output.err
     assert output.err.count("error:") == 1 and "Traceback" not in output.err
     assert not (files / "o" / "metrics.json").exists()
+
+
+def test_a_mask_corrected_before_an_evaluation_goes_on_counts(files, capsys):
+    photo, mask = (files / "data" / "val" / kind for kind in ("images/p2.png", "masks/p0.png"))
+    whole = photo.read_bytes()
+    photo.write_bytes(whole[: len(whole) // 2])
+    assert _run(files, capsys)[0] == 2, "stopped by the last photo"
+    photo.write_bytes(whole)
+    Image.new("L", (28, 20), 1).save(mask)
+    assert _run(files, capsys)[0] == 0
+    found = (files / "o" / "metrics.json").read_text()
+    assert _run(files, capsys)[0] == 0, "from the start: the first one has left no parts"
+    assert (files / "o" / "metrics.json").read_text() == found
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import numpy as np
 from segdiff_jax import codec, files
 from segdiff_jax.config import SamplerConfig
 from segdiff_jax.data import geometry
-from segdiff_jax.data.sources.source import Source, count_ids, evenly
+from segdiff_jax.data.sources.source import Source, count_ids, evenly, files_digest
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import asked as asking
 from segdiff_jax.evaluation import metrics, parts, reconstruction
@@ -171,13 +171,16 @@ def _run(
 def _stored(plan: Plan, folder: str, about: Mapping[str, Any]) -> Parts:
     """Open the parts in `folder` of this evaluation, of the model and data that `about` names.
 
-    Names stay where weights, masks or classes are replaced, so what they hold counts too.
+    Names stay where weights, masks or classes are replaced, so what they hold counts too. Of files
+    size and time do, those of every process, which all must find the same parts.
     """
+    digest = np.frombuffer(bytes.fromhex(files_digest(plan.source)), np.uint8)
     config, classes = plan.segmenter.config, plan.asked.vocabulary.classes
     made_from = plans.settings(plan) | dict(about) | {"open": not plan.decoding.closed}
     made_from |= {"weights": plan.segmenter.networks.checksum()}
     made_from |= {"config": [dataclasses.asdict(config.data), config.seed]}
     made_from |= {"classes": [entry.names for entry in classes]}
+    made_from |= {"files": processes.stacked(digest).tolist()}
     made_from |= {"synonyms": plan.synonyms, "threshold": plan.decoding.threshold}
     made_from |= {"images": plan.images, "shown": plan.shown, "predictions": plan.predictions}
     return Parts(folder, made_from, range(0, len(plan.images), plan.at_once))
