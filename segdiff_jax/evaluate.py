@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import logging
 import os
 from collections.abc import Sequence
@@ -70,23 +71,27 @@ def main(argv: list[str]) -> None:
         if args.suite:
             _suite(args, overrides, trained, argv)
         else:
-            _evaluate(args, _config_of(args.config, overrides, trained, args.checkpoint))
+            _evaluate(args, _config_of(args, overrides, trained))
 
 
-def _config_of(path: str | None, overrides: Sequence[str], trained: Config, where: str) -> Config:
-    """Return what a config file, or the checkpoint's own config, asks of the model."""
+def _config_of(args: argparse.Namespace, overrides: Sequence[str], trained: Config) -> Config:
+    """Return what the config file, or the checkpoint's own config, asks of the model."""
+    if not args.config:
+        return _checked(cli.override_config(trained, overrides, "evaluate"), trained, args)
+    config = of_stage(cli.load_config(args.config, overrides, "evaluate", trained))
+    return _checked(config, trained, args)
+
+
+def _checked(config: Config, trained: Config, args: argparse.Namespace) -> Config:
+    """Return a config that asks of the model what it was trained for."""
     from segdiff_jax.parallel import processes
 
-    if path:
-        config = of_stage(cli.load_config(path, overrides, "evaluate", trained))
-    else:
-        config = cli.override_config(trained, overrides, "evaluate")
-    _check_trained_for(where, config, trained)
+    _check_trained_for(args.checkpoint, config, trained)
     if config.data.fit != trained.data.fit and processes.is_first():
         logging.warning(
             "config.data.fit=%s, but %s was trained with %s: photos of another shape look "
             "otherwise than in its training",
-            *(config.data.fit, where, trained.data.fit),
+            *(config.data.fit, args.checkpoint, trained.data.fit),
         )
     return config
 
@@ -94,16 +99,16 @@ def _config_of(path: str | None, overrides: Sequence[str], trained: Config, wher
 def _suite(
     args: argparse.Namespace, overrides: list[str], trained: Config, argv: Sequence[str]
 ) -> None:
-    """Evaluate on each benchmark of configs/eval with data below --data; write a table of all."""
+    """Evaluate on each benchmark that has data below --data; write a table of all."""
     from segdiff_jax import ownership
     from segdiff_jax.evaluation import parts, suite, tables
+    from segdiff_jax.evaluation.open_vocabulary import BENCHMARKS, config_of
     from segdiff_jax.parallel import processes
 
-    found, missing = {}, {}
-    configs = {
-        name: _config_of(str(suite.CONFIGS / f"{name}.py"), overrides, trained, args.checkpoint)
-        for name in suite.COLUMNS
-    }
+    found, missing, configs = {}, {}, {}
+    for name in BENCHMARKS:
+        config = cli.override_config(config_of(name, copy.deepcopy(trained)), overrides, "evaluate")
+        configs[name] = _checked(of_stage(config), trained, args)
     roots = sorted({config.data.root for config in configs.values()})
     present = [root for root in roots if (epath.Path(args.data) / root).is_dir()]
     if not present:
@@ -236,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--suite",
         choices=("open_vocabulary",),
-        help="all of configs/eval that has data below --data, in one table beside published rows",
+        help="all benchmarks with data below --data, in one table beside published figures",
     )
     add("--data", type=cli.path, metavar="DIR", help="--suite: the folder that holds the data sets")
     cli.add_checkpoint(parser)

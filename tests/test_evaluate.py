@@ -469,7 +469,9 @@ def _suite(files, capsys, *more):
     return _run(files, capsys, *flags, config=False)
 
 
-def test_suite_scores_what_there_is_and_leaves_the_rest_empty(files, capsys):
+def test_suite_scores_what_there_is_and_leaves_the_rest_empty(files, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setattr(cli, "load_config", lambda *_: pytest.fail("no file of a checkout is read"))
     rng = np.random.default_rng(0)
     for folder, values in (("images", 256), ("masks", 11)):
         (files / "sets" / "camvid" / "val" / folder).mkdir(parents=True)
@@ -489,6 +491,7 @@ def test_suite_scores_what_there_is_and_leaves_the_rest_empty(files, capsys):
     assert values["unet_calls"] == 11 and 0 < values["tflop"] < 0.1
     cat_seg = dict(zip(columns, published[5], strict=True))
     assert (cat_seg["A-150"], cat_seg["PAS-20b"], cat_seg["CamVid"]) == ("37.9", "82.5", "")
+    assert cat_seg["A-847"] == "16.0", "one decimal, as ours"
     assert all(row[-1].endswith((".md", ".log")) for row in published), "each names its source"
     text = (files / "o" / "suite.md").read_text()
     assert "A-150 has no figure: no folder" in text

@@ -1,18 +1,7 @@
 """Pascal Context, all 459 classes."""
 
-import dataclasses
+import functools
 
-from segdiff_jax.config import Config, DataConfig
+from segdiff_jax.evaluation.open_vocabulary import config_of
 
-
-def get_config(trained: Config = Config()) -> Config:
-    """Return `trained`, the config of a model, with the data of this benchmark."""
-    seen = trained.data
-    data = DataConfig(
-        source="pascal_context_459",
-        root="VOCdevkit/VOC2010",
-        vocabulary="pascal_context_459",
-        image_size=seen.image_size,
-        fit=seen.fit,
-    )
-    return dataclasses.replace(trained, data=data)
+get_config = functools.partial(config_of, "pascal_context_459")

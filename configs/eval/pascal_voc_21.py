@@ -1,18 +1,7 @@
 """Pascal VOC 2012, 21 classes, asked for "background" by its name."""
 
-import dataclasses
+import functools
 
-from segdiff_jax.config import Config, DataConfig
+from segdiff_jax.evaluation.open_vocabulary import config_of
 
-
-def get_config(trained: Config = Config()) -> Config:
-    """Return `trained`, the config of a model, with the data of this benchmark."""
-    seen = trained.data
-    data = DataConfig(
-        source="pascal_voc",
-        root="VOCdevkit/VOC2012",
-        vocabulary="pascal_voc_21",
-        image_size=seen.image_size,
-        fit=seen.fit,
-    )
-    return dataclasses.replace(trained, data=data)
+get_config = functools.partial(config_of, "pascal_voc_21")

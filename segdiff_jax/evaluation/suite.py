@@ -2,53 +2,19 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from segdiff_jax import codec, files
 from segdiff_jax.config import Config
+from segdiff_jax.evaluation.open_vocabulary import BENCHMARKS, PUBLISHED
 from segdiff_jax.evaluation.tables import section
 from segdiff_jax.inference import page
 from segdiff_jax.models import flops
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
 
-# Of configs/eval: the papers' columns in their order, then what else there is.
-COLUMNS = {
-    "ade20k_847": "A-847",
-    "pascal_context_459": "PC-459",
-    "ade20k_150": "A-150",
-    "pascal_context_59": "PC-59",
-    "pascal_voc_20": "PAS-20",
-    "pascal_voc_20b": "PAS-20b",
-    "pascal_voc_21": "PAS-21",
-    "coco_stuff_171": "COCO-171",
-    "cityscapes_19": "Cityscapes",
-    "camvid_11": "CamVid",
-}
-CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
+COLUMNS = {name: benchmark.column for name, benchmark in BENCHMARKS.items()}
 OUTPUTS = ("suite.json", "suite.md", "suite.html")
-
-
-class Published(NamedTuple):
-    method: str
-    miou: tuple[float | None, ...]  # percent, in the order of COLUMNS
-    source: str  # the repository and file that says so
-
-
-PUBLISHED = (
-    Published(
-        "OVSeg Swin-B",
-        (9.0, 12.4, 29.6, 55.7, 94.5),
-        "facebookresearch/ov-seg GETTING_STARTED.md",
-    ),
-    Published("ODISE", (11.1, 14.5, 29.9, 57.3), "NVlabs/ODISE README.md"),
-    Published("SAN L", (12.96, 20.83, 31.93, 57.53, 95.18), "MendelXu/SAN resources/*.log"),
-    Published("FC-CLIP L", (14.8, 18.2, 34.1, 58.4, 95.4), "bytedance/fc-clip README.md"),
-    Published("SED L", (13.7, 22.1, 35.3, 60.9, 96.1), "xb534/SED README.md"),
-    Published("CAT-Seg L", (16.0, 23.8, 37.9, 63.3, 97.0, 82.5), "cvlab-kaist/CAT-Seg README.md"),
-    Published("ERR-Seg L", (16.9, 23.9, 38.3, 60.7, 96.6), "lchen1019/ERR-Seg README.md"),
-)
 
 
 class Cost(NamedTuple):
@@ -97,7 +63,7 @@ def write(
     cells = [["ours", *own, _count(a150.get("unet_calls")), _count(a150.get("tflop")), "this run"]]
     for row in PUBLISHED:
         figures = [*row.miou, *[None] * (len(COLUMNS) - len(row.miou))]
-        shown = ["" if value is None else f"{value:g}" for value in figures]
+        shown = ["" if value is None else f"{value:.1f}" for value in figures]
         cells.append([row.method, *shown, "", "", row.source])
     details = _details(found)
     reasons = [f"{COLUMNS[name]} has no figure: {reason}." for name, reason in missing.items()]
