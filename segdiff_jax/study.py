@@ -5,13 +5,17 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from segdiff_jax import cli, fields, files, ownership
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from segdiff_jax.evaluation.findings import Measurement
+    from segdiff_jax.evaluation.studies import Study
 
 NAMES = ("noise", "steps", "ensemble", "start", "codec", "negatives", "panels")
 _DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
@@ -36,7 +40,7 @@ def main(argv: list[str]) -> None:
     if args.tables:
         from segdiff_jax.evaluation import tables
 
-        for path in tables.rewrite(args.tables):
+        for path in tables.rewrite(args.tables, _shown):
             print(f"written into {args.tables}: {path}")
         return
     if not args.name:
@@ -68,12 +72,13 @@ def _study(args: argparse.Namespace, config: Config, argv: Sequence[str]) -> Non
     from segdiff_jax.evaluation import studies, tables, trainings
     from segdiff_jax.evaluation.findings import Measurement
 
-    study, config = studies.STUDIES[args.name], trainings.on_budget(config, args.budget)
+    study = studies.STUDIES[args.name]
     names = [f"{args.name}.{suffix}" for suffix in ("json", "md", "png", "html")]
     runs, path = Path(args.output) / "runs", Path(args.output) / names[0]
     places = {args.output: "O"} | ({config.data.root: "DATA"} if config.data.root else {})
     about: dict[str, Any] = {**tables.origin("segdiff study", argv, places)}
-    about |= {"study": args.name, "images": args.limit, "config": _not_by_default(config)}
+    about |= {"study": args.name, "images": args.limit, "seeds": args.seeds}
+    about |= {"config": _not_by_default(config)}
     known = _earlier(path, about)
     with ownership.claimed(args.output, _KIND, names):
         done: list[Measurement] = []
@@ -88,13 +93,14 @@ def _study(args: argparse.Namespace, config: Config, argv: Sequence[str]) -> Non
                     figures = studies.measure(case, of_seed, workdir, args.limit)
                     found = Measurement(case.setting, seed, figures)
                     known.append(found)
-                    files.write_json(path, about | {"measurements": [m._asdict() for m in known]})
+                    measured = {"measurements": [m._asdict() for m in known]}
+                    files.write_text(path, tables.to_json(about | measured))
                 done.append(found)
         order = [case.setting for case in study.cases(config)]
         done.sort(key=lambda m: (order.index(m.setting), m.seed))
         others = [m for m in known if m not in done]  # of seeds that were asked for before
         about["measurements"] = [m._asdict() for m in done + others]
-        print(_write(args, study, about, done))
+        print(_write(args, study, about))
 
 
 def _not_by_default(config: Config) -> dict[str, Any]:
@@ -126,27 +132,48 @@ def _earlier(path: Path, about: dict[str, Any]) -> list[Any]:
     return [Measurement(**m) for m in stored["measurements"]]
 
 
-def _write(args: argparse.Namespace, study: Any, about: dict[str, Any], done: list[Any]) -> str:
+def _shown(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result with table and verdict as they are made today, where it is a study's."""
+    from segdiff_jax.evaluation import findings, studies
+
+    if about.get("study") not in studies.STUDIES:
+        return dict(about)
+    study, measured = studies.STUDIES[about["study"]], _measured(about)
+    columns, cells = findings.table(findings.rows(measured), study.axis, study.figures)
+    verdict = "\n".join(f"- {line}" for line in findings.verdict(study.claims, measured))
+    return {**about, "columns": columns, "cells": cells, "verdict": verdict}
+
+
+def _measured(about: Mapping[str, Any]) -> list["Measurement"]:
+    """Return what a result has of the seeds that were asked for."""
+    from segdiff_jax.evaluation.findings import Measurement
+
+    every = [Measurement(**m) for m in about["measurements"]]
+    return [m for m in every if m.seed in about.get("seeds", [m.seed])]
+
+
+def _write(args: argparse.Namespace, study: "Study", about: dict[str, Any]) -> str:
     """Write table, plot and verdict as JSON, Markdown, PNG and a page; return the Markdown."""
     from segdiff_jax.evaluation import findings, tables
     from segdiff_jax.inference import page
 
-    found = findings.rows(done)
-    columns, cells = findings.table(found, study.figures)
-    about |= {"title": f"Study: {study.about}", "columns": columns, "cells": cells}
-    about |= {"verdict": findings.verdict(study.claims, done)}
+    about = _shown(about | {"title": f"Study: {study.about}"})
+    found = findings.rows(_measured(about))
     drawn = findings.plot(found, study.axis, study.figures[: study.plotted], about["title"])
     start = os.path.join(args.output, args.name)
     text = f"# {about['title']}\n\n{tables.section(about)}"
-    files.write_json(f"{start}.json", about)
+    files.write_text(f"{start}.json", tables.to_json(about))
     files.write_text(f"{start}.md", text)
     files.write_bytes(f"{start}.png", drawn)
     page.page(
         f"{start}.html",
         about["title"],
-        tables=[page.Table("Measured", columns, cells)],
+        tables=[
+            page.Table("Measured", about["columns"], about["cells"]),
+            page.Table("Claims", ["seen"], [[line] for line in about["verdict"].split("\n")]),
+        ],
         rows=[page.Row("", {"plot": drawn})],
-        note=f"{about['verdict']} Measured at commit {about['commit']} on {about['date']}.",
+        note=f"Measured at commit {about['commit']} on {about['date']}.",
     )
     return text
 
@@ -178,12 +205,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--config", type=cli.path, metavar="FILE", help="default: configs/demo.py, drawn scenes")
     add("--seeds", nargs="+", type=cli.natural_int, default=[0], metavar="S", help="default: 0")
-    add(
-        "--budget",
-        choices=("full", "small"),
-        default="full",
-        help="small: half of the steps and scenes; default: full",
-    )
     add("--limit", type=cli.positive_int, metavar="N", help="images to measure on; default: all")
     add("--checkpoint", type=cli.path, metavar="DIR", help="panels: the model to show")
     add(

@@ -21,8 +21,8 @@ NAMES = {
     "miou_ceiling": "ceiling",
     "pixel_accuracy": "pixel accuracy",
     "agreement": "agreement",
-    "error_auroc": "errors told: AUROC",
-    "presence_auroc": "presence: AUROC",
+    "error_auroc": "uncertainty predicts errors: AUROC",
+    "presence_auroc": "class presence: AUROC",
     "false_alarms": "false alarms",
 }
 
@@ -40,6 +40,7 @@ class Claim(NamedTuple):
     figure: str
     better: Setting
     worse: Setting
+    same: Setting = {}  # where the two are one program, which says nothing
 
 
 class Elbow(NamedTuple):
@@ -86,50 +87,58 @@ def _distinct(items: Any) -> list[Any]:
     return kept
 
 
-def table(found: Sequence[Row], figures: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Return columns and cells: the settings, then the figures that some row has."""
-    keys = list(found[0].setting) if found else []
-    shown = [name for name in figures if any(name in row.figures for row in found)]
-    cells = [
-        [str(row.setting[key]) for key in keys] + [_cell(row.figures.get(name)) for name in shown]
-        for row in found
-    ]
-    return keys + [NAMES.get(name, name) for name in shown], cells
+def table(
+    found: Sequence[Row], axis: str, figures: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Return columns and cells: a column for each value of `axis`, a row for each other setting.
+
+    One figure follows another; those that no row has are left out.
+    """
+    values = _distinct(row.setting[axis] for row in found)
+    others = _distinct({k: v for k, v in row.setting.items() if k != axis} for row in found)
+    cells = []
+    for name in figures:
+        for rest in others:
+            settings = [{**rest, axis: value} for value in values]
+            of_values = [_cell(found, setting, name) for setting in settings]
+            if any(of_values):
+                cells.append([NAMES.get(name, name), *map(str, rest.values()), *of_values])
+    keys = list(others[0]) if others else []
+    return ["figure", *keys, *(f"{axis} {value}" for value in values)], cells
 
 
-def _cell(value: Estimate | None) -> str:
-    if value is None:
-        return ""
-    return f"{value.mean:.3f}" + ("" if value.spread is None else f" ± {value.spread:.3f}")
+def _cell(found: Sequence[Row], setting: Setting, name: str) -> str:
+    for row in found:
+        if row.setting == setting and name in row.figures:
+            value = row.figures[name]
+            spread = "" if value.spread is None else f" ± {value.spread:.3f}"
+            return f"{value.mean:.3f}{spread}"
+    return ""
 
 
-def verdict(claims: Sequence[Claim | Elbow], measurements: Sequence[Measurement]) -> str:
-    """Say of each claim whether the measurements agree with it, and by how much."""
+def verdict(claims: Sequence[Claim | Elbow], measurements: Sequence[Measurement]) -> list[str]:
+    """Say of each claim in how many settings the measurements agree with it, and by how much."""
     judge = [
         _elbow(c, measurements) if isinstance(c, Elbow) else _claim(c, measurements) for c in claims
     ]
     seeds = len({m.seed for m in measurements})
-    known = (
-        f"Spreads are standard deviations over {seeds} seeds."
-        if seeds > 1
-        else f"One seed: no spread is known, and differences below {TOLERANCE} count as none."
-    )
-    return " ".join([*judge, known])
+    equal = f"the standard deviation over {seeds} seeds" if seeds > 1 else f"{TOLERANCE}: one seed"
+    return [line for line in judge if line] + [f"Equal is what differs by less than {equal}."]
 
 
 def _claim(claim: Claim, measurements: Sequence[Measurement]) -> str:
-    said, votes = [], []
+    found = []
     for context in _contexts(claim.better, measurements):
+        if claim.same and claim.same.items() <= context.items():
+            continue
         better, worse = (
             _by_seed(claim.figure, {**context, **side}, measurements)
             for side in (claim.better, claim.worse)
         )
         gains = [better[seed] - worse[seed] for seed in sorted(better.keys() & worse.keys())]
         if gains:
-            gain = estimate(gains)
-            votes.append(_vote(gain))
-            said.append(f"{_words(context)}{gain.mean:+.3f}{_plus_minus(gain)}")
-    return f"{claim.text}: {_summary(votes)} ({'; '.join(said)})." if said else ""
+            found.append(estimate(gains))
+    return _line(claim.text, [_vote(gain) for gain in found], [gain.mean for gain in found])
 
 
 def _vote(gain: Estimate) -> int:
@@ -138,17 +147,18 @@ def _vote(gain: Estimate) -> int:
     return (gain.mean > chance) - (gain.mean < -chance)
 
 
-def _summary(votes: Sequence[int]) -> str:
-    if len(set(votes)) == 1:
-        return {1: "seen here", 0: "no difference beyond the spread", -1: "the opposite is seen"}[
-            votes[0]
-        ]
-    counts = [(votes.count(1), "for it"), (votes.count(-1), "against"), (votes.count(0), "neither")]
-    return f"mixed, {', '.join(f'{n} {what}' for n, what in counts if n)}"
+def _line(claim: str, votes: Sequence[int], gains: Sequence[float]) -> str:
+    """Count the votes, with the least and the greatest gain; "" without any."""
+    if not votes:
+        return ""
+    counts = [(votes.count(1), "for"), (votes.count(-1), "against"), (votes.count(0), "equal")]
+    least, most = (f"{end(gains):+.3f}" for end in (min, max))
+    between = least if len(gains) == 1 else f"{least} to {most}"
+    return f"{claim}: {', '.join(f'{n} {what}' for n, what in counts if n)} ({between})."
 
 
 def _elbow(claim: Elbow, measurements: Sequence[Measurement]) -> str:
-    said, votes = [], []
+    votes, gains = [], []
     for context in _contexts({claim.key: 0}, measurements):
         curve = {}
         for value in sorted({int(m.setting[claim.key]) for m in measurements}):
@@ -163,11 +173,8 @@ def _elbow(claim: Elbow, measurements: Sequence[Measurement]) -> str:
         first, last = list(curve)[0], list(curve)[-1]
         rises = curve[last].mean - curve[first].mean
         votes.append(0 if abs(rises) <= chance else 1 if rises > 0 and elbow <= claim.bound else -1)
-        said.append(
-            f"{_words(context)}{curve[first].mean:.3f} at {first}, "
-            f"{curve[last].mean:.3f} at {last}, within {chance:.3f} of the best from {elbow} on"
-        )
-    return f"{claim.text}: {_summary(votes)} ({'; '.join(said)})." if said else ""
+        gains.append(rises)
+    return _line(claim.text, votes, gains)
 
 
 def _contexts(fixed: Setting, measurements: Sequence[Measurement]) -> list[Setting]:
@@ -183,15 +190,6 @@ def _by_seed(
         for m in measurements
         if m.setting == setting and (value := m.figures.get(figure)) is not None
     }
-
-
-def _words(context: Setting) -> str:
-    said = ", ".join(f"{key} {value}" for key, value in context.items())
-    return f"{said}: " if said else ""
-
-
-def _plus_minus(value: Estimate) -> str:
-    return "" if value.spread is None else f" ± {value.spread:.3f}"
 
 
 def plot(found: Sequence[Row], key: str, figures: Sequence[str], title: str) -> bytes:

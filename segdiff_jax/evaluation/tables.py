@@ -5,13 +5,15 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from segdiff_jax import files
 from segdiff_jax.errors import UserError
 from segdiff_jax.version import code_version
+
+Shown = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -37,19 +39,30 @@ def _placed(word: str, places: Mapping[str | None, str]) -> str:
     return f"{flag}={places[value]}" if value in places else word
 
 
-def section(about: dict[str, Any]) -> str:
+def section(about: Mapping[str, Any]) -> str:
     """Return a result as Markdown: its table, its verdict, and where its figures come from."""
+    return _section(about, f"`{about['command']}`, commit `{about['commit']}`, {about['date']}.")
+
+
+def _section(about: Mapping[str, Any], source: str) -> str:
     lines = [about["columns"], ["---"] * len(about["columns"]), *about["cells"]]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    source = f"`{about['command']}`, commit `{about['commit']}`, {about['date']}."
     return "\n\n".join(part for part in (table, about.get("verdict"), source) if part) + "\n"
 
 
-def rewrite(document: str | os.PathLike[str]) -> list[str]:
+def to_json(about: Mapping[str, Any]) -> str:
+    """Return a result as JSON with a line for each measurement and each row of its table."""
+    text = files.to_json(about)  # no string in it has a line break
+    text = re.sub(r"(?<=[\[{])\n {6,}|\n {4,}(?=[\]}])", "", text)
+    return re.sub(r"\n {6,}", " ", text)
+
+
+def rewrite(document: str | os.PathLike[str], shown: Shown = dict) -> list[str]:
     """Renew each table between `<!-- table: FILE.json -->` and `<!-- end of table -->`.
 
-    FILE is relative to the document. Returns the files. Raises `UserError` for a document without
-    such marks, and for a file that is no result.
+    FILE is relative to the document, which is to say itself by which command it was made. shown:
+    makes what is to be shown of what FILE holds. Returns the files. Raises `UserError` for a
+    document without such marks, and for a file that is no result.
     """
     path = Path(document)
     if not path.is_file():
@@ -58,7 +71,9 @@ def rewrite(document: str | os.PathLike[str]) -> list[str]:
 
     def renewed(match: re.Match[str]) -> str:
         used.append(match[2])
-        return f"{match[1]}\n{section(_read(path.parent / match[2]))}\n{match[3]}"
+        about = shown(_read(path.parent / match[2]))
+        text = _section(about, f"Commit `{about['commit']}`, {about['date']}.")
+        return f"{match[1]}\n{text}\n{match[3]}"
 
     text = _TABLE.sub(renewed, path.read_text("utf-8"))
     if not used:

@@ -47,16 +47,6 @@ def changed(config: Config, changes: Mapping[str, Any], use: str = "train") -> C
     return validate(new, use)
 
 
-def on_budget(config: Config, budget: str) -> Config:
-    """Return `config` as it is ("full"), or with half of its scenes and of its steps ("small")."""
-    if budget == "full":
-        return config
-    halved: tuple[str, ...] = ("train.steps", "optimizer.decay_steps")
-    halved += ("data.scenes.train_examples", "data.scenes.val_examples")
-    changes = {key: max(1, get(config, key) // 2) for key in halved}
-    return changed(config, changes | {"vae.steps": config.vae.steps * 2 // 3})
-
-
 def trained(wanted: Training, config: Config, folder: Path) -> str:
     """Return the workdir of a finished training of `config`, which has the seed; train if need be.
 

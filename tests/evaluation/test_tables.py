@@ -1,5 +1,7 @@
 """What is said of a result beside its table."""
 
+import json
+
 from segdiff_jax.evaluation import tables
 
 
@@ -11,3 +13,11 @@ def test_the_command_names_no_folder_of_this_machine():
     assert about["command"] == f"{expected} --config.init_from="
     again = tables.origin("segdiff study", ["--output=/a/out"], {"/a/out": "O"})
     assert again["command"] == "segdiff study --output=O"
+
+
+def test_a_result_has_a_line_for_each_measurement():
+    measurements = [{"setting": {"a [": "{ x ]"}, "figures": {"b": 0.1, "c": []}}] * 3
+    about = {"cells": [["1 ", " ± 2"]], "measurements": measurements, "config": {"d": [1, 2]}}
+    text = tables.to_json(about)
+    assert json.loads(text) == about
+    assert text.count("\n") == 2 + (2 + 1) + (2 + 3) + (2 + 1)
