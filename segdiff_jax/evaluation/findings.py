@@ -21,8 +21,8 @@ NAMES = {
     "miou_ceiling": "ceiling",
     "pixel_accuracy": "pixel accuracy",
     "agreement": "agreement",
-    "error_auroc": "uncertainty predicts errors: AUROC",
-    "presence_auroc": "class presence: AUROC",
+    "error_auroc": "error AUROC",
+    "presence_auroc": "presence AUROC",
     "false_alarms": "false alarms",
 }
 
@@ -122,8 +122,8 @@ def verdict(claims: Sequence[Claim | Elbow], measurements: Sequence[Measurement]
         _elbow(c, measurements) if isinstance(c, Elbow) else _claim(c, measurements) for c in claims
     ]
     seeds = len({m.seed for m in measurements})
-    equal = f"the standard deviation over {seeds} seeds" if seeds > 1 else f"{TOLERANCE}: one seed"
-    return [line for line in judge if line] + [f"Equal is what differs by less than {equal}."]
+    equal = f"the standard deviation over {seeds} seeds" if seeds > 1 else f"{TOLERANCE}, of one seed"
+    return [line for line in judge if line] + [f"Equal: within {equal}."]
 
 
 def _claim(claim: Claim, measurements: Sequence[Measurement]) -> str:

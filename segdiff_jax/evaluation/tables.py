@@ -45,8 +45,8 @@ def section(about: Mapping[str, Any]) -> str:
 
 
 def _section(about: Mapping[str, Any], source: str) -> str:
-    lines = [about["columns"], ["---"] * len(about["columns"]), *about["cells"]]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    columns, *cells = [f"| {' | '.join(line)} |" for line in (about["columns"], *about["cells"])]
+    table = "\n".join([columns, "|---" * len(about["columns"]) + "|", *cells])
     return "\n\n".join(part for part in (table, about.get("verdict"), source) if part) + "\n"
 
 

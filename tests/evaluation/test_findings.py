@@ -62,7 +62,7 @@ def test_the_table_has_a_row_for_each_figure_and_other_setting():
 def test_a_claim_is_held_against_the_spread_of_paired_seeds(a, b, words):
     judged, equal = verdict([CLAIM], measured({"a": a, "b": b}))
     assert judged == f"A beats B: {words}"
-    assert ("over 2 seeds" if len(a) == 2 else "0.01: one seed") in equal
+    assert ("over 2 seeds" if len(a) == 2 else "0.01, of one seed") in equal
 
 
 def test_a_claim_is_judged_in_every_other_setting():
