@@ -1,6 +1,7 @@
 """`segdiff bench`: its suites in small, what it refuses to time, what it calls worse."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +58,15 @@ def test_outputs_are_equal_in(suite, parts, tmp_path):
     assert len(made["ratios"]) == len(parts)
     for name, part in zip(made["ratios"], parts, strict=True):
         assert name.startswith(part)
+
+
+@pytest.mark.parametrize("suite", ["cpu", "predict"])
+def test_the_limits_of_the_document_are_the_aims(suite):
+    docs = Path(__file__).parents[1] / "docs"
+    text = (docs / "performance.md").read_text().split(f"`bench {suite}`:")[1].split("`bench ")[0]
+    limits = [line.split("|")[2].strip() for line in text.splitlines() if line.startswith("| ")]
+    ratios = json.loads((docs / "bench" / f"{suite}.json").read_text())["ratios"].values()
+    assert [float(x) if x else None for x in limits[1:]] == [ratio["aim"] for ratio in ratios]
 
 
 def test_other_weights_are_not_timed(monkeypatch):

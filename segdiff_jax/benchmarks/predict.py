@@ -163,6 +163,7 @@ def _first_mask(model: Segmenter, folder: Path) -> Iterator[Result]:
         lambda: start(command),
         lambda: start([sys.executable, "-c", _IMPORTS]),
         5,
+        4.0,
     )
 
 
@@ -210,7 +211,9 @@ def _large_photo(model: Segmenter, size: tuple[int, int]) -> Iterator[Result]:
     name = f"{size[0] * size[1] / 1e6:.3g} megapixels, 11 classes, N = 2, to the networks' own time"
     check_equal(name, networks(photo), networks(fitted), _TOLERANCE)
     model(photo, classes, ensemble=2)
-    yield in_turn(name, lambda: model(photo, classes, ensemble=2), lambda: networks(fitted), 3)
+    yield in_turn(
+        name, lambda: model(photo, classes, ensemble=2), lambda: networks(fitted), 3, 2.5
+    )
 
 
 def _shortlist(model: Segmenter, count: int) -> Iterator[Result]:
