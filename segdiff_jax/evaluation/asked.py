@@ -12,7 +12,7 @@ from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary, same_name
 class Asked(NamedTuple):
     """owner: int32 [A], of each class that is asked for, the class of the labels that it means.
 
-    other: what *other* means, where that is a class of the labels; -1 where it is none.
+    other: the class that *other* counts as; -1 for none.
     """
 
     vocabulary: Vocabulary

@@ -122,7 +122,9 @@ def verdict(claims: Sequence[Claim | Elbow], measurements: Sequence[Measurement]
         _elbow(c, measurements) if isinstance(c, Elbow) else _claim(c, measurements) for c in claims
     ]
     seeds = len({m.seed for m in measurements})
-    equal = f"the standard deviation over {seeds} seeds" if seeds > 1 else f"{TOLERANCE}, of one seed"
+    equal = (
+        f"the standard deviation over {seeds} seeds" if seeds > 1 else f"{TOLERANCE}, of one seed"
+    )
     return [line for line in judge if line] + [f"Equal: within {equal}."]
 
 

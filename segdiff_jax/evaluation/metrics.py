@@ -8,8 +8,8 @@ that occur in the ground truth or in the predictions. Both are reported, of whol
 their boundaries.
 
 Presence asks whether a class is in an image at all, for every image with labels and every class.
-The answer's score is the highest of the class's score map: any quantile would miss what is smaller
-than its rest of the image, and the maps are decoded from latents, so that no single pixel is noise.
+The answer's score is the highest of the class's score map: a quantile would miss objects smaller
+than the share that it cuts off, and maps are decoded from latents, so that no single pixel is noise.
 """
 
 from collections.abc import Collection, Sequence
@@ -229,7 +229,9 @@ def summarize(
     result: dict[str, Any] = {
         "miou_present": _mean(iou[present]),
         "miou_union": _mean(iou[~np.isnan(iou)]),
-        "frequency_weighted_iou": _mean_of_pixels(iou[present], pixels[present]),
+        "frequency_weighted_iou": (
+            float(np.average(iou[present], weights=pixels[present])) if present.any() else None
+        ),
         "pixel_accuracy": float(hits.sum() / pixels.sum()) if pixels.any() else None,
         "mean_accuracy": _mean(hits[present] / pixels[present]),
         "per_class": {n: _number(value) for n, value in zip(names, iou, strict=True)},
@@ -305,10 +307,6 @@ def undefined(figures: dict[str, Any], ensemble: bool = True) -> dict[str, str]:
 
 def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if values.size else None
-
-
-def _mean_of_pixels(values: np.ndarray, pixels: np.ndarray) -> float | None:
-    return float(values @ pixels / pixels.sum()) if pixels.any() else None
 
 
 def _number(value: float) -> float | None:

@@ -33,14 +33,14 @@ _FURTHER = {
     "boundary_miou_present": "boundary mIoU, classes in the ground truth",
     "boundary_miou_union": "boundary mIoU, classes in truth or prediction",
     "false_alarms": "pixels given to classes that the image does not have",
-    "presence_auroc": "which images a class is in: AUROC",
-    "presence_mcc": "which images a class is in: best MCC",
+    "presence_auroc": "class presence: AUROC",
+    "presence_mcc": "class presence: best MCC",
     "calibration_error": "calibration error of the winning score",
-    "calibration_error_before": "the same, of every other image",
-    "calibration_error_after": "… after a temperature fitted on the rest",
-    "temperature": "this temperature",
-    "error_auroc": "errors told by uncertainty: AUROC",
-    "error_aurc": "errors told by uncertainty: risk over coverage",
+    "calibration_error_before": "calibration error, odd images",
+    "calibration_error_after": "calibration error, odd images, after temperature",
+    "temperature": "temperature, fitted on even images",
+    "error_auroc": "uncertainty predicts errors: AUROC",
+    "error_aurc": "uncertainty predicts errors: risk over coverage",
 }
 
 

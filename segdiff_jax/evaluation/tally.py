@@ -1,4 +1,4 @@
-"""Counts of yes and no by value, and what the order of the values tells.
+"""Histograms of yes/no answers over values, and the figures that follow from them.
 
 A tally is int64 [V, 2]: how often the answer was no and yes at each of the V values that a
 non-negative finite float of 16 bits can take, whose bit patterns are in the order of the values.
