@@ -18,6 +18,7 @@ from segdiff_jax.stages import of_stage
 
 if TYPE_CHECKING:
     from segdiff_jax.data.sources.source import Source
+    from segdiff_jax.evaluation.plan import Plan
     from segdiff_jax.evaluation.suite import Cost
     from segdiff_jax.inference.segmenter import Segmenter
 
@@ -151,7 +152,7 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     from segdiff_jax.parallel import processes
     from segdiff_jax.progress import reporter
 
-    first = processes.is_first()
+    first, kept = processes.is_first(), parts.folder_of(args.output)
     split = args.split or config.data.val_split
     source = _source(config, split)
     outputs = (*_OUTPUTS, *([_PREDICTIONS] if args.predictions else []))
@@ -162,37 +163,38 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     if first:
         survey.report(source, config.data, split)
     data = {"source": config.data.source, "root": config.data.root, "split": split}
-    read = {
-        "checkpoint": args.checkpoint,
-        "checkpoint_step": segmenter.checkpoint_step,
-        "data": data,
-    }
-    with contextlib.ExitStack() as stack:
-        if first:
-            stack.enter_context(ownership.claimed(args.output, _KIND, outputs))
-        result = evaluate(
-            segmenter,
-            source,
-            limit=args.limit,
-            seed=args.seed,
-            examples=args.rows,
-            ceiling=args.ceiling,
-            open_vocabulary=args.open,
-            synonyms=args.synonyms,
-            progress=reporter("evaluate", enabled=first),
-            predictions=os.path.join(args.output, _PREDICTIONS) if args.predictions else "",
-            keep=(parts.folder_of(args.output), read),
-        )
+    read = {"checkpoint": args.checkpoint, "checkpoint_step": segmenter.checkpoint_step}
+    read |= {"data": data}
+    claim = ownership.claimed(args.output, _KIND, outputs)
+    with claim if first else contextlib.nullcontext():
+        plan = _plan(args, segmenter, source)
+        result = evaluate(plan, reporter("evaluate", enabled=first), (kept, read))
         summary = result.summary | read | ({} if args.ceiling or not cost else cost._asdict())
-        if not first:
-            return summary
-        stack.enter_context(processes.at_work("writes the page"))
-        report.write(args.output, summary, result, source, args.per_image)
+        if first:
+            with processes.at_work("writes the page"):
+                report.write(args.output, summary, result, source, args.per_image)
+    if first:
+        print(report.text_table(summary))
+        print(f"written: {os.path.join(args.output, 'metrics.json')} and index.html")
     if not args.suite:
-        parts.remove(parts.folder_of(args.output))
-    print(report.text_table(summary))
-    print(f"written: {os.path.join(args.output, 'metrics.json')} and index.html")
+        parts.remove(kept)
     return summary
+
+
+def _plan(args: argparse.Namespace, segmenter: "Segmenter", source: "Source") -> "Plan":
+    from segdiff_jax.evaluation.plan import Plan
+
+    return Plan(
+        segmenter,
+        source,
+        limit=args.limit,
+        seed=args.seed,
+        examples=args.rows,
+        ceiling=args.ceiling,
+        open_vocabulary=args.open,
+        synonyms=args.synonyms,
+        predictions=os.path.join(args.output, _PREDICTIONS) if args.predictions else "",
+    )
 
 
 def _source(config: Config, split: str) -> "Source":
@@ -253,20 +255,18 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for metrics.json and index.html; only those of an earlier run are replaced",
     )
     add("--split", help="split of the dataset; default: config.data.val_split")
-    add(
-        "--limit",
-        type=cli.positive_int,
-        metavar="N",
-        help="evaluate N images, spread evenly over the split; default: all",
-    )
+    limit = "evaluate N images, spread evenly over the split; default: all"
+    add("--limit", type=cli.positive_int, metavar="N", help=limit)
     add("--seed", type=cli.natural_int, default=0, help="seed of the sampling noise; default: 0")
-    add(
-        "--rows",
-        type=cli.natural_int,
-        default=12,
-        metavar="N",
-        help="images shown on the page; default: 12",
-    )
+    rows = "images shown on the page; default: 12"
+    add("--rows", type=cli.natural_int, default=12, metavar="N", help=rows)
+    _add_ways(parser)
+    return parser
+
+
+def _add_ways(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how is scored, and what more is written."""
+    add = parser.add_argument
     add(
         "--ceiling",
         action="store_true",
@@ -298,7 +298,6 @@ def _parser() -> argparse.ArgumentParser:
         help="pixels whose best score is below config.codec.threshold become *other*, which is "
         "counted as wrong; default: every pixel gets a class",
     )
-    return parser
 
 
 def _check_suite(args: argparse.Namespace) -> None:

@@ -12,12 +12,13 @@ from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary, same_name
 class Asked(NamedTuple):
     """owner: int32 [A], of each class that is asked for, the class of the labels that it means.
 
-    other: the class that *other* counts as; -1 for none.
+    other: the class that *other* counts as; -1 for none. synonyms: as of `of`.
     """
 
     vocabulary: Vocabulary
     owner: np.ndarray
     other: int
+    synonyms: str
 
     def labels(self, found: np.ndarray) -> np.ndarray:
         """Map answers int32 [H, W], in which all beyond A is *other*, to classes of the labels."""
@@ -43,7 +44,7 @@ def of(source: Source, synonyms: str = "mean") -> Asked:
     vocabulary, other = (asked, last) if asked else (own, -1)
     owner = np.minimum(np.arange(len(vocabulary), dtype=np.int32), last)
     if synonyms == "mean":
-        return Asked(vocabulary, owner, other)
+        return Asked(vocabulary, owner, other, synonyms)
     entries: dict[str, tuple[ClassEntry, int]] = {}
     for number, entry in enumerate(vocabulary.classes):
         alone = dataclasses.replace(entry, synonyms=())
@@ -54,4 +55,4 @@ def of(source: Source, synonyms: str = "mean") -> Asked:
                 entries.setdefault(same_name(name), (ClassEntry(name), int(owner[number])))
     classes, owners = zip(*entries.values(), strict=True)
     named = Vocabulary(f"{vocabulary.name}, {synonyms}", classes)
-    return Asked(named, np.array(owners, np.int32), other)
+    return Asked(named, np.array(owners, np.int32), other, synonyms)

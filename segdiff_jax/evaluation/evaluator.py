@@ -17,18 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from segdiff_jax import codec, files
-from segdiff_jax.config import SamplerConfig
 from segdiff_jax.data import geometry
-from segdiff_jax.data.sources.source import Source, count_ids, evenly, files_digest
+from segdiff_jax.data.sources.source import count_ids, files_digest
 from segdiff_jax.errors import UserError
-from segdiff_jax.evaluation import asked as asking
 from segdiff_jax.evaluation import metrics, parts, reconstruction
 from segdiff_jax.evaluation import plan as plans
 from segdiff_jax.evaluation.parts import Part, Parts
 from segdiff_jax.evaluation.plan import Plan
 from segdiff_jax.inference import pictures
 from segdiff_jax.inference.result import Segmentation
-from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.parallel import processes
 from segdiff_jax.progress import Progress
 
@@ -53,81 +50,38 @@ class Result(NamedTuple):
 
 
 def evaluate(
-    segmenter: Segmenter,
-    source: Source,
-    *,
-    limit: int | None = None,
-    seed: int = 0,
-    sampler: SamplerConfig | None = None,
-    examples: int = 0,
-    ceiling: bool = False,
-    open_vocabulary: bool = False,
-    synonyms: str = "mean",
+    plan: Plan,
     progress: Progress | None = None,
     keep: tuple[str, Mapping[str, Any]] | None = None,
-    predictions: str = "",
 ) -> Result:
-    """Segment the images of `source` into its own vocabulary and count what is right.
-
-    The vocabulary is closed whatever `config.codec.closed` says, unless `open_vocabulary`: every
-    annotated pixel has a class, so *other* can only be wrong.
+    """Segment the images of a plan into their source's vocabulary and count what is right.
 
     With several processes, all call this with the same arguments: each reads and scores its share
-    of the images, and all get the same figures. The examples are process 0's.
+    of the images, and all get the same figures. The examples are process 0's. The result depends
+    neither on how images are batched nor on the number of devices.
 
     Args:
-      limit: number of images, spread evenly over the source (neighbours are often frames of one
-        video); None = all.
-      seed: of the sampling noise. The result does not depend on how images are batched, nor on
-        the number of devices.
-      sampler: in place of segmenter.config.sampler.
-      examples: number of images to keep for a report, spread evenly.
-      ceiling: the ground truth through codec and VAE and back, in place of a prediction: what a
-        perfect UNet would score. The summary then also says what the VAE leaves of the photos.
-      open_vocabulary: pixels below `config.codec.threshold` are *other* and count as wrong.
-      synonyms: "mean", "max" or "first", see `asked.of`.
       progress: called with (done, total) images.
       keep: a folder for what is done, and what tells this model and data from others, as JSON
         values. A stopped evaluation goes on from there; `parts.remove` when it is not needed.
-      predictions: a folder that gets the predicted class ids of each image, as <name>.png.
 
     Returns:
-      `Result`. Where the source names novel classes, the summary has the trained / novel split.
+      `Result`. Where the source names novel classes, the summary has the trained / novel split; of
+      a ceiling it also says what the VAE leaves of the photos.
 
     Raises:
       UserError: an image or its labels cannot be read, or its maps are not finite; the message
         names the file. The model cannot tell the classes apart, or does not know them. Windows
         are asked of several processes: the photos at their own size are where they were read.
     """
-    sampler = sampler or segmenter.config.sampler
-    if sampler.tiles > 1 and processes.count() > 1:
+    if plan.in_tiles and processes.count() > 1:
         raise UserError(
-            f"config.sampler.tiles={sampler.tiles}: windows are evaluated by one process: "
+            f"config.sampler.tiles={plan.sampling.tiles}: windows are evaluated by one process: "
             "start one, or leave them out"
         )
-    if ceiling:
-        sampler = dataclasses.replace(sampler, ensemble=1, shortlist=0, tiles=0)
-        synonyms = "mean"
-    asked = asking.of(source, synonyms)
-    classes = asked.vocabulary.classes
-    total = len(source) if limit is None else min(limit, len(source))
-    plan = Plan(
-        segmenter,
-        source,
-        images=evenly(total, len(source)),
-        shown=evenly(min(examples, total), total),
-        at_once=min(total, _images_per_call(segmenter, len(classes), sampler)),
-        asked=asked,
-        synonyms=synonyms,
-        sampler=sampler,
-        seed=seed,
-        decoding=dataclasses.replace(segmenter.config.codec, closed=not open_vocabulary),
-        ceiling=ceiling,
-        predictions=predictions,
-    )
-    if not ceiling:
-        segmenter.table(classes)  # what is wrong with the classes is wrong before the first image
-    stored = _stored(plan, *keep) if keep and not ceiling else None
+    if not plan.ceiling:  # what is wrong with the classes is wrong before the first image
+        plan.segmenter.table(plan.asked.vocabulary.classes)
+    stored = _stored(plan, *keep) if keep and not plan.ceiling else None
     counted, kept, photos = _run(plan, stored, progress or (lambda done, total: None))
     counted = parts.of_all_processes(counted)
     summary = plans.summary(plan, counted)
@@ -181,7 +135,7 @@ def _stored(plan: Plan, folder: str, about: Mapping[str, Any]) -> Parts:
     made_from |= {"config": [dataclasses.asdict(config.data), config.seed]}
     made_from |= {"classes": [entry.names for entry in classes]}
     made_from |= {"files": processes.stacked(digest).tolist()}
-    made_from |= {"synonyms": plan.synonyms, "threshold": plan.decoding.threshold}
+    made_from |= {"synonyms": plan.asked.synonyms, "threshold": plan.decoding.threshold}
     made_from |= {"images": plan.images, "shown": plan.shown, "predictions": plan.predictions}
     return Parts(folder, made_from, range(0, len(plan.images), plan.at_once))
 
@@ -226,8 +180,8 @@ def _sampled(plan: Plan, chunk: range, own: Own) -> tuple[np.ndarray, np.ndarray
     names = [own[i]["name"] if i in own else f"image {plan.images[i]}" for i in chunk]
     names += names[-1:] * (plan.at_once - len(names))
     photos, classes = list(_views(plan, chunk, own, "image")), plan.asked.vocabulary.classes
-    gray, spread = plan.segmenter.unclipped_maps(photos, classes, plan.sampler, plan.seed, names)
-    return gray, spread if plan.sampler.ensemble > 1 else None
+    gray, spread = plan.segmenter.unclipped_maps(photos, classes, plan.sampling, plan.seed, names)
+    return gray, spread if plan.sampling.ensemble > 1 else None
 
 
 def _painted(plan: Plan, chunk: range, own: Own) -> np.ndarray:
@@ -267,7 +221,7 @@ def _part(
 
 
 def _in_tiles(plan: Plan, record: Mapping[str, Any]) -> Segmentation:
-    asked = plan.asked.vocabulary, plan.sampler, plan.decoding, plan.seed
+    asked = plan.asked.vocabulary, plan.sampling, plan.decoding, plan.seed
     try:
         return plan.segmenter.in_tiles(record["image"], *asked)
     except UserError as error:
@@ -288,16 +242,3 @@ def _of_image(plan: Plan, image: int, record: Mapping[str, Any], found: Segmenta
     ids = Counter(record.get("ids") or count_ids(truth))
     maps = {image: (labels, found.uncertainty)} if image in plan.shown else {}
     return Part(sums, rows, ids, maps)
-
-
-def _images_per_call(segmenter: Segmenter, num_classes: int, sampler: SamplerConfig) -> int:
-    """Return how many whole images fill one compiled call of the UNet, at least one.
-
-    Memory: the host holds the maps of one image, or of at most `sampler.batch_size` passes.
-    """
-    if sampler.tiles > 1:
-        return 1
-    group = codec.group_size(num_classes, segmenter.config.codec.classes_per_pass)
-    passes = codec.num_groups(num_classes, group)
-    in_full = min(sampler.shortlist, passes) or passes  # passes that get the whole budget
-    return max(1, sampler.batch_size // max(passes, in_full * sampler.ensemble))

@@ -9,7 +9,7 @@ their boundaries.
 
 Presence asks whether a class is in an image at all, for every image with labels and every class.
 The answer's score is the highest of the class's score map: a quantile would miss objects smaller
-than the share that it cuts off, and maps are decoded from latents, so that no single pixel is noise.
+than the share that it cuts off; maps are decoded from latents, so that no single pixel is noise.
 """
 
 from collections.abc import Collection, Sequence

@@ -15,6 +15,7 @@ from segdiff_jax.config import Config
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.evaluation.evaluator import evaluate
 from segdiff_jax.evaluation.findings import NAMES, Claim, Elbow, Setting
+from segdiff_jax.evaluation.plan import Plan
 from segdiff_jax.evaluation.trainings import Training, changed
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.progress import reporter
@@ -289,16 +290,9 @@ def measure(case: Case, config: Config, workdir: str, limit: int | None) -> dict
     model = _model(workdir, asked.diffusion.timestep_spacing, merged)
     count = len(source) if limit is None else min(limit, len(source))
     shown = count if case.noises > 1 else 0
+    label = ", ".join(f"{k} {v}" for k, v in case.setting.items())
     results = [
-        evaluate(
-            model,
-            source,
-            limit=limit,
-            seed=noise,
-            sampler=asked.sampler,
-            examples=shown,
-            progress=reporter(", ".join(f"{k} {v}" for k, v in case.setting.items())),
-        )
+        evaluate(Plan(model, source, limit, noise, asked.sampler, shown), reporter(label))
         for noise in range(case.noises)
     ]
     figures = {
@@ -310,7 +304,7 @@ def measure(case: Case, config: Config, workdir: str, limit: int | None) -> dict
         every = [np.stack([r.examples[i].prediction for r in results]) for i in range(count)]
         figures["agreement"] = agreement(every)
     if case.ceiling:
-        perfect = evaluate(model, source, limit=limit, sampler=asked.sampler, ceiling=True)
+        perfect = evaluate(Plan(model, source, limit, sampler=asked.sampler, ceiling=True))
         figures["miou_ceiling"] = perfect.summary["miou_present"]
     return figures
 

@@ -12,6 +12,7 @@ from PIL import Image
 from segdiff_jax.config import Config
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.evaluation.evaluator import Example, evaluate
+from segdiff_jax.evaluation.plan import Plan
 from segdiff_jax.inference import pictures
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.text.vocabulary import Vocabulary
@@ -51,13 +52,10 @@ def validator_of(networks: Pretrained, config: Config, mesh: Mesh, classes: Voca
 
     def validate(step: int, state: TrainState, telemetry: Telemetry) -> dict[str, float]:
         params = state.ema if config.optimizer.ema_decay else state.params
-        result = evaluate(
-            Segmenter(nnx.merge(graph, params), vae, text, tokenizer, judged, mesh, classes),
-            source,
-            limit=config.train.eval_examples,
-            seed=config.seed,
-            examples=_SHOWN,
-        )
+        unet = nnx.merge(graph, params)
+        model = Segmenter(unet, vae, text, tokenizer, judged, mesh, classes)
+        limit, seed = config.train.eval_examples, config.seed
+        result = evaluate(Plan(model, source, limit, seed, examples=_SHOWN))
         figures = {k: v for k, v in result.summary.items() if isinstance(v, float)}
         telemetry.scalars(step, {f"validation/{name}": v for name, v in figures.items()})
         scored = (figures.get(name, float("nan")) for name in ("miou_present", "pixel_accuracy"))

@@ -7,6 +7,7 @@ from test_evaluator import MemorySource
 
 from segdiff_jax.evaluation import asked, metrics
 from segdiff_jax.evaluation.evaluator import evaluate
+from segdiff_jax.evaluation.plan import Plan
 from segdiff_jax.text import vocabulary
 
 
@@ -42,7 +43,7 @@ def test_what_is_beyond_the_last_class_is_background():
 
 def test_the_highest_score_of_all_names_wins(make_segmenter):
     model, source = make_segmenter(), MemorySource(count=2)  # "building, edifice" among them
-    result = evaluate(model, source, synonyms="max")
+    result = evaluate(Plan(model, source, synonyms="max"))
     assert result.summary["settings"]["classes_asked"] == 4
     expected = np.zeros((3, 4), np.int64)
     for record in source.records:
@@ -51,10 +52,10 @@ def test_the_highest_score_of_all_names_wins(make_segmenter):
         labels = np.where(found == 3, 1, found)
         expected += metrics.confusion(record["labels"], labels, 3)
     assert np.abs(result.confusion - expected).sum() <= 6  # ties, as batches change the last bits
-    first = evaluate(model, source, synonyms="first").summary
+    first = evaluate(Plan(model, source, synonyms="first")).summary
     plain = MemorySource(count=2)
     plain.vocabulary = dataclasses.replace(
         plain.vocabulary,
         classes=tuple(dataclasses.replace(e, synonyms=()) for e in plain.vocabulary.classes),
     )
-    assert first["per_class"] == evaluate(model, plain).summary["per_class"]
+    assert first["per_class"] == evaluate(Plan(model, plain)).summary["per_class"]

@@ -11,6 +11,7 @@ from PIL import Image
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import metrics
 from segdiff_jax.evaluation.evaluator import evaluate
+from segdiff_jax.evaluation.plan import Plan
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.parallel import processes
 from segdiff_jax.text import vocabulary
@@ -47,7 +48,8 @@ def test_same_counts_as_one_image_at_a_time(model):
     sampler = dataclasses.replace(model.config.sampler, batch_size=6)  # two images a call
     calls = []
     result = evaluate(
-        model, source, seed=2, sampler=sampler, examples=2, progress=lambda *a: calls.append(a)
+        Plan(model, source, seed=2, sampler=sampler, examples=2),
+        progress=lambda *a: calls.append(a),
     )
     expected = np.zeros((3, 4), np.int64)
     for record in source.records:
@@ -65,14 +67,14 @@ def test_same_counts_as_one_image_at_a_time(model):
 
 
 def test_summary(model):
-    result = evaluate(model, MemorySource(novel=(1,)), limit=2, seed=7)
+    result = evaluate(Plan(model, MemorySource(novel=(1,)), limit=2, seed=7))
     summary, iou = result.summary, metrics.class_iou(result.confusion)
     assert summary["images"] == 2 and summary["settings"]["seed"] == 7
     assert summary["settings"]["steps"] == 1 and summary["settings"]["ensemble"] == 1
     assert summary["miou_novel"] == pytest.approx(iou[1])
     assert summary["miou_trained"] == pytest.approx((iou[0] + iou[2]) / 2)
     assert summary["per_class"]["building"] == pytest.approx(iou[1])
-    assert "miou_novel" not in evaluate(model, MemorySource(), limit=1).summary
+    assert "miou_novel" not in evaluate(Plan(model, MemorySource(), limit=1)).summary
 
 
 def test_limit_spreads_over_the_source(model):
@@ -83,17 +85,17 @@ def test_limit_spreads_over_the_source(model):
             read.append(index)
             return super().__getitem__(index)
 
-    evaluate(model, Watched(count=10), limit=4)
+    evaluate(Plan(model, Watched(count=10), limit=4))
     assert read == [0, 2, 5, 7]
     read.clear()
-    evaluate(model, Watched(count=3), limit=99)
+    evaluate(Plan(model, Watched(count=3), limit=99))
     assert read == [0, 1, 2]
 
 
 def test_windows_count_as_photos_that_are_segmented_in_windows(model, monkeypatch):
     source = MemorySource(3, sizes=((40, 56), (48, 32)))
     sampler = dataclasses.replace(model.config.sampler, tiles=2, ensemble=2)
-    result = evaluate(model, source, seed=1, sampler=sampler, examples=1)
+    result = evaluate(Plan(model, source, seed=1, sampler=sampler, examples=1))
     expected = np.zeros((3, 4), np.int64)
     for record in source.records:
         found = model(record["image"], source.vocabulary, seed=1, closed=True, tiles=2, ensemble=2)
@@ -103,12 +105,12 @@ def test_windows_count_as_photos_that_are_segmented_in_windows(model, monkeypatc
     assert result.examples[0].uncertainty.max() > 0
     monkeypatch.setattr(processes, "count", lambda: 2)
     with pytest.raises(UserError, match=r"config\.sampler\.tiles=2: .* one process"):
-        evaluate(model, source, sampler=sampler)
+        evaluate(Plan(model, source, sampler=sampler))
 
 
 def test_predictions_are_kept_as_class_ids(model, tmp_path):
     source = MemorySource(3)
-    result = evaluate(model, source, predictions=str(tmp_path / "predictions"))
+    result = evaluate(Plan(model, source, predictions=str(tmp_path / "predictions")))
     confusion = np.zeros((3, 4), np.int64)
     for record in source.records:
         with Image.open(tmp_path / "predictions" / f"{record['name']}.png") as picture:
@@ -121,7 +123,7 @@ def test_ceiling_of_a_perfect_vae_is_one(make_segmenter, tiny_config, monkeypatc
     model = make_segmenter(tiny_config(classes_per_pass=group))
     monkeypatch.setattr(Segmenter, "reconstruct", lambda self, pixels: np.asarray(pixels))
     source = MemorySource(sizes=((16, 16),))  # the networks' own size: nothing to resize
-    summary = evaluate(model, source, ceiling=True).summary
+    summary = evaluate(Plan(model, source, ceiling=True)).summary
     assert summary["miou_present"] == summary["pixel_accuracy"] == 1.0
     assert summary["settings"]["ceiling"]
     assert summary["photo_absolute_error"] == 0.0
@@ -130,7 +132,7 @@ def test_ceiling_of_a_perfect_vae_is_one(make_segmenter, tiny_config, monkeypatc
 
 def test_ceiling_goes_through_the_vae_and_not_the_unet(model, monkeypatch):
     monkeypatch.setattr(Segmenter, "maps", lambda *a: pytest.fail("the ceiling needs no UNet"))
-    summary = evaluate(model, MemorySource(), ceiling=True).summary
+    summary = evaluate(Plan(model, MemorySource(), ceiling=True)).summary
     assert summary["miou_present"] < 0.9, "a random VAE keeps little"
 
 
@@ -139,7 +141,7 @@ def test_a_vae_that_gives_no_numbers_stops_the_ceiling(tiny_networks, tiny_confi
     broken = nnx.clone(vae)
     nnx.update(broken, jax.tree.map(lambda x: x * np.nan, nnx.state(vae)))
     with pytest.raises(UserError, match="not finite"):
-        evaluate(Segmenter(unet, broken, *rest, tiny_config()), MemorySource(2), ceiling=True)
+        evaluate(Plan(Segmenter(unet, broken, *rest, tiny_config()), MemorySource(2), ceiling=True))
 
 
 @pytest.mark.parametrize("fit", ["pad", "stretch"])
@@ -157,7 +159,7 @@ def test_padding_is_not_scored(make_segmenter, tiny_config, monkeypatch, fit):
     for record in source.records:
         record["image"] = np.where(record["image"] == 127, 128, record["image"])
         record["labels"][:] = 1
-    summary = evaluate(model, source, ceiling=True).summary
+    summary = evaluate(Plan(model, source, ceiling=True)).summary
     assert summary["pixel_accuracy"] == 1.0 and summary["settings"]["fit"] == fit
     assert summary["photo_absolute_error"] < 1e-4 or fit == "stretch"
 
@@ -166,12 +168,12 @@ def test_a_figure_without_a_number_has_a_reason(model):
     source = MemorySource(2, novel=(1,))
     for record in source.records:
         record["labels"] = np.where(record["labels"] == 1, 255, record["labels"])
-    summary = evaluate(model, source).summary
+    summary = evaluate(Plan(model, source)).summary
     assert summary["miou_novel"] is summary["miou_harmonic"] is None
     assert summary["undefined"]["miou_novel"] == "no class of these is in the labels"
     assert set(summary["undefined"]) >= {"miou_novel", "miou_harmonic"}
     sampler = dataclasses.replace(model.config.sampler, ensemble=2)
-    summary = evaluate(model, MemorySource(2), sampler=sampler).summary
+    summary = evaluate(Plan(model, MemorySource(2), sampler=sampler)).summary
     assert set(summary["undefined"]) == {"presence_auroc", "presence_mcc"}, "all are in both images"
 
 
@@ -183,7 +185,7 @@ def test_labels_of_16_bits_come_back_from_the_ceiling(make_segmenter, monkeypatc
     for record in source.records:
         ids = np.random.default_rng(1).choice([0, 254, 255, 299, 65535], (16, 16))
         record["labels"] = ids.astype(np.uint16)
-    result = evaluate(model, source, ceiling=True)
+    result = evaluate(Plan(model, source, ceiling=True))
     assert result.summary["pixel_accuracy"] == 1.0
     assert np.flatnonzero(result.confusion.sum(1)).tolist() == [0, 254, 255, 299]
 
@@ -192,7 +194,7 @@ def test_what_is_asked_beyond_the_classes_is_the_last_of_them(model):
     """As VOC with background is scored: "road" and "tree" both mean background."""
     source = MemorySource(3)
     source.asked = vocabulary.from_names(["sky", "building, edifice", "road", "tree"])
-    result = evaluate(model, source, seed=2, examples=3)
+    result = evaluate(Plan(model, source, seed=2, examples=3))
     expected = np.zeros((3, 4), np.int64)
     for record, example in zip(source.records, result.examples, strict=True):
         assert example.prediction.max() <= 2

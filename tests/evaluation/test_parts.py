@@ -11,6 +11,7 @@ from segdiff_jax import ownership
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import parts
 from segdiff_jax.evaluation.evaluator import evaluate
+from segdiff_jax.evaluation.plan import Plan
 from segdiff_jax.text import vocabulary
 
 
@@ -28,10 +29,10 @@ class Breaking(MemorySource):
 def test_a_stopped_evaluation_goes_on(make_segmenter, tmp_path, monkeypatch):
     model, source, keep = make_segmenter(), Breaking(), (str(tmp_path / "parts"), {"step": 6})
     options = {"examples": 2, "sampler": None}
-    whole = evaluate(model, source, **options)
+    whole = evaluate(Plan(model, source, **options))
     source.broken = 3
     with pytest.raises(UserError, match="stopped here"):
-        evaluate(model, source, **options, keep=keep)
+        evaluate(Plan(model, source, **options), keep=keep)
     kept = sorted(p.name for p in (tmp_path / "parts").iterdir())
     assert len(kept) == 1 + 3 and kept[0] == ownership.MARKER, "an image a call, three are done"
 
@@ -40,7 +41,7 @@ def test_a_stopped_evaluation_goes_on(make_segmenter, tmp_path, monkeypatch):
     monkeypatch.setattr(
         model, "unclipped_maps", lambda photos, *a: (sampled.append(a[-1]), plain(photos, *a))[1]
     )
-    again = evaluate(model, source, **options, keep=keep)
+    again = evaluate(Plan(model, source, **options), keep=keep)
     assert [names[0] for names in sampled] == ["photo_3", "photo_4"]
     assert json.dumps(again.summary) == json.dumps(whole.summary)
     assert again.per_image == whole.per_image and (again.confusion == whole.confusion).all()
@@ -48,7 +49,7 @@ def test_a_stopped_evaluation_goes_on(make_segmenter, tmp_path, monkeypatch):
         assert one.name == other.name and (one.prediction == other.prediction).all()
         assert (one.labels == other.labels).all() and (one.image == other.image).all()
     sampled.clear()
-    assert evaluate(model, source, **options, keep=keep).summary == again.summary
+    assert evaluate(Plan(model, source, **options), keep=keep).summary == again.summary
     assert not sampled, "all is there"
     parts.remove(keep[0])
     assert not (tmp_path / "parts").exists()
@@ -58,12 +59,12 @@ def test_parts_of_another_evaluation_are_not_used(make_segmenter, tmp_path):
     model, source, folder = make_segmenter(), Breaking(), str(tmp_path / "parts")
     source.broken = 2
     with pytest.raises(UserError):
-        evaluate(model, source, keep=(folder, {"step": 6}))
+        evaluate(Plan(model, source), keep=(folder, {"step": 6}))
     (tmp_path / "parts" / "mine.txt").write_text("not ours")
     source.broken = 0
     for other in ({"step": 7}, {"step": 6, "root": "elsewhere"}):
         with pytest.raises(UserError, match="stopped here"):
-            evaluate(model, source, keep=(folder, other))
+            evaluate(Plan(model, source), keep=(folder, other))
     left = sorted(p.name for p in (tmp_path / "parts").iterdir())
     assert [name for name in left if name != ownership.MARKER] == ["mine.txt"]
 
@@ -90,11 +91,11 @@ def test_parts_of_other_data_or_another_model_are_not_used(make_segmenter, tmp_p
     model, source, keep = make_segmenter(), Breaking(), (str(tmp_path / "parts"), {"step": 6})
     source.broken = 2
     with pytest.raises(UserError, match="stopped here"):
-        evaluate(model, source, keep=keep)
+        evaluate(Plan(model, source), keep=keep)
     source.broken = 0
     change(model, source)
     with pytest.raises(UserError, match="stopped here"):
-        evaluate(model, source, keep=keep)
+        evaluate(Plan(model, source), keep=keep)
     assert [path.name for path in (tmp_path / "parts").iterdir()] == [ownership.MARKER]
 
 
@@ -102,7 +103,7 @@ def test_larger_pairs_are_shrunk_before_they_are_scored(make_segmenter, tiny_con
     config = tiny_config()
     config.data.shortest = 10
     source = MemorySource(count=2, sizes=((20, 28), (8, 12)))
-    result = evaluate(make_segmenter(config), source, examples=2)
+    result = evaluate(Plan(make_segmenter(config), source, examples=2))
     assert [e.labels.shape for e in result.examples] == [(10, 14), (8, 12)]
     assert [e.image.shape for e in result.examples] == [(10, 14, 3), (8, 12, 3)]
     assert result.summary["labels"]["pairs"] == 2

@@ -13,6 +13,7 @@ from segdiff_jax.config import MeshConfig, OptimizerConfig
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation.evaluator import evaluate
+from segdiff_jax.evaluation.plan import Plan
 from segdiff_jax.evaluation.validation import validator_of
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.parallel import mesh
@@ -70,7 +71,7 @@ def figures_of(tiny_networks, params, config):
     limit, seed = config.train.eval_examples, config.seed
     unet, *rest = tiny_networks
     unet = nnx.merge(nnx.graphdef(unet), params)
-    return evaluate(Segmenter(unet, *rest, config), source, limit=limit, seed=seed).summary
+    return evaluate(Plan(Segmenter(unet, *rest, config), source, limit=limit, seed=seed)).summary
 
 
 def test_figures_are_the_evaluators_for_the_parameters_of_the_state(

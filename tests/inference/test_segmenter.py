@@ -498,6 +498,7 @@ ON_MESHES = """
     from segdiff_jax.config import MeshConfig
     from segdiff_jax.data.sources.source import open_source
     from segdiff_jax.evaluation.evaluator import evaluate
+    from segdiff_jax.evaluation.plan import Plan
     from segdiff_jax.parallel import mesh as meshes
     from segdiff_jax.parallel import rules
 
@@ -525,7 +526,7 @@ ON_MESHES = """
         cut = jax.device_put(cut, rules.state_sharding(cut, mesh))["params"]
         model = segmenter.Segmenter(nnx.merge(graph, cut), *rest, config, mesh)
         parts.clear()
-        result = evaluate(model, source, limit=2, seed=1, examples=2)
+        result = evaluate(Plan(model, source, limit=2, seed=1, examples=2))
         gray, spread = model.maps([source[0]["image"]], source.vocabulary.classes,
                                   config.sampler, seed=1)
         found[name] = {"confusion": result.confusion.tolist(), "parts": parts[0],

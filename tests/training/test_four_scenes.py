@@ -8,6 +8,7 @@ from segdiff_jax import config as c
 from segdiff_jax.data.sources import scenes
 from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.evaluation.evaluator import evaluate
+from segdiff_jax.evaluation.plan import Plan
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models import presets
 from segdiff_jax.train import train
@@ -58,6 +59,6 @@ def test_a_network_trained_on_four_scenes_segments_them(optimized, tmp_path):
     config = c.validate(four_scenes_config(tmp_path / "data"))
     train(config, str(tmp_path / "run"))
     source = open_source(config.data, "train", config.seed)
-    summary = evaluate(Segmenter.load(str(tmp_path / "run")), source).summary
+    summary = evaluate(Plan(Segmenter.load(str(tmp_path / "run")), source)).summary
     print({name: round(iou, 3) for name, iou in summary["per_class"].items()})
     assert summary["miou_present"] > 0.9
