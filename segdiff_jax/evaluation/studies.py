@@ -254,7 +254,10 @@ STUDIES = {
 
 
 def _remembering(maps: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """Let `Networks.maps` sample each member of each map once, in however many ensembles."""
+    """Let `Networks.maps` sample each member of each map once, in however many ensembles.
+
+    The 17 ensembles of a training then take 20 samples of a map in place of 149.
+    """
     known: dict[tuple[Any, ...], np.ndarray] = {}
 
     def remembered(latents, contexts, jobs, sampler, seed, done=None) -> np.ndarray:
