@@ -211,9 +211,7 @@ def _large_photo(model: Segmenter, size: tuple[int, int]) -> Iterator[Result]:
     name = f"{size[0] * size[1] / 1e6:.3g} megapixels, 11 classes, N = 2, to the networks' own time"
     check_equal(name, networks(photo), networks(fitted), _TOLERANCE)
     model(photo, classes, ensemble=2)
-    yield in_turn(
-        name, lambda: model(photo, classes, ensemble=2), lambda: networks(fitted), 3, 2.5
-    )
+    yield in_turn(name, lambda: model(photo, classes, ensemble=2), lambda: networks(fitted), 3, 2.5)
 
 
 def _shortlist(model: Segmenter, count: int) -> Iterator[Result]:
