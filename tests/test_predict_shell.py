@@ -11,6 +11,7 @@ from test_predict import CLASSES, _folder, _names, _photo, _run, place  # noqa: 
 
 from segdiff_jax import cli, predict
 from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.weights import workdir
 
 
 @pytest.fixture
@@ -71,6 +72,19 @@ def test_other_weights_are_other_settings(place, capsys, segmented, make_segment
     monkeypatch.setattr("segdiff_jax.inference.networks.Networks.checksum", lambda _: "0")
     code, output = _run(place, capsys)
     assert code == 0 and len(segmented) == 4 and f"weights {sums} → 0" in output.out
+
+
+@pytest.mark.parametrize("key", ["diffusion.beta_end", "data.max_value"])
+def test_what_else_shapes_a_mask_is_a_setting_too(place, capsys, segmented, key):  # noqa: F811
+    assert _run(place, capsys)[0] == 0
+    recorded = json.loads((place / "o" / "a.json").read_text())["settings"]
+    assert recorded["logit_adjustment"] == 0 and recorded["image_size"]
+    config = workdir.read_config(str(place / "w"))
+    group, name = key.split(".")
+    setattr(getattr(config, group), name, 1 if name == "max_value" else 0.01)
+    workdir.write_config(str(place / "w"), config)
+    code, output = _run(place, capsys)
+    assert code == 0 and len(segmented) == 4 and f"{name} " in output.out, output
 
 
 def test_lines_of_json_are_all_that_stdout_gets(place, capsys):  # noqa: F811

@@ -1,6 +1,7 @@
 """The files of one predicted image: in the formats asked for, a picture, and a description."""
 
 import collections
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -95,20 +96,11 @@ def check_output(output: str, names: Mapping[str, str], written: Sequence[str]) 
 
 
 def all_settings(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """Return `settings` of the call, and those of the model that shape its results."""
-    return dict(settings) | {
-        "eta": config.sampler.eta,
-        "align": config.sampler.align,
-        "reduce": config.sampler.reduce,
-        "uncertainty": config.sampler.uncertainty,
-        "decoder": config.sampler.decoder,
-        "initial_noise": config.sampler.initial_noise,
-        "classes_per_pass": config.codec.classes_per_pass,
-        "context": config.codec.context,
-        "image_size": list(config.data.image_size),
-        "fit": config.data.fit,
-        "templates": list(config.prompts.templates),
-    }
+    """Return those settings of the model that shape its results, with `settings` of the call."""
+    groups = config.sampler, config.codec, config.diffusion, config.prompts
+    of_model = {k: v for group in groups for k, v in dataclasses.asdict(group).items()}
+    view = {name: getattr(config.data, name) for name in ("image_size", "fit", "max_value")}
+    return of_model | view | dict(settings)
 
 
 def write(
