@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 from urllib.parse import unquote
 
@@ -393,6 +394,18 @@ def test_equal_stems_keep_their_extensions(place, capsys):
     assert "a_labels.png" not in found
     said = json.loads((place / "o" / "a.jpg.json").read_text())
     assert said["image"].endswith("in/a.jpg") and said["files"]["labels"] == "a.jpg_labels.png"
+
+
+def test_photos_that_are_named_like_files_of_coco(place, capsys):
+    for name in ("coco.png", "a_coco.jpg"):
+        _photo(place / "in" / name)
+    shutil.copy(place / "in" / "coco.png", place / "in" / "coco")
+    for words in ("5 images segmented", "5 skipped"):
+        code, output = _run(place, capsys, "--format", "coco", images=("in", "in/coco"))
+        assert code == 0 and words in output.out, output
+    found = _names(place / "o")
+    assert {"a.json", "a_coco.json", "a_coco.jpg.json", "coco.png.json", "coco_.json"} <= set(found)
+    assert len(json.loads((place / "o" / "coco.json").read_text())["images"]) == 5
 
 
 def test_a_name_that_is_no_utf8(place, capsys):

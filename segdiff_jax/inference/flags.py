@@ -16,8 +16,8 @@ _DESCRIPTION = (
 
 Per image: O/<name>_labels.png (or what --format says), O/<name>_overlay.png with a legend,
 O/<name>_uncertainty.png (for an ensemble of two or more) and O/<name>.json; O/index.html over all.
-<name> is the image's without its extension, with it where several would be equal, and with its
-folders where these are equal too. The same seed gives the same bytes. The same command again goes
+<name> is the image's without its extension, with it where several would be equal or it ends in
+coco, and with its folders where these are equal too. The same seed gives the same bytes. The same command again goes
 on where it was stopped: what is done with the same settings is skipped.
 
 """

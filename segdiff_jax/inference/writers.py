@@ -34,12 +34,14 @@ PAGE = "index.html"
 def names(paths: Sequence[str]) -> dict[str, str]:
     """Return what the results of each of `paths` are called: <name>_labels.png and so on.
 
-    It is the file's stem, its whole name where several stems are equal, and with the names of the
-    folders above it where these are equal too: <folder>_<name>. Raise `UserError` if even so two
-    are the same, or one is too long for a file.
+    It is the file's stem, its whole name where several stems are equal or one `is_coco`, and with
+    the names of the folders above it where these are equal too: <folder>_<name>. Raise `UserError`
+    if even so two are the same, or one is too long for a file.
     """
     named = {path: _plain(file_name(path)) for path in paths}
+    named |= {path: f"{name}_" for path, name in named.items() if is_coco(name)}
     stems = {path: PurePath(name).stem for path, name in named.items()}
+    stems |= {path: named[path] for path, stem in stems.items() if is_coco(stem)}
     forms = [stems, named]
     for depth in range(1, max(path.count("/") for path in paths) + 1):
         forms += [
@@ -60,6 +62,11 @@ def names(paths: Sequence[str]) -> dict[str, str]:
         if len(f"{chosen[path]}_uncertainty.png".encode()) > _LONGEST_NAME:
             raise UserError(f"{path}: its results' names would be too long: rename it")
     return {path: chosen[path] for path in paths}
+
+
+def is_coco(stem: str) -> bool:
+    """Return whether <stem>.json may be a file of the format COCO: no description may be that."""
+    return bool(re.fullmatch("(.*_)?coco", stem))
 
 
 def _folders(path: str) -> list[str]:

@@ -281,6 +281,7 @@ def _zip(kept: _Kept, kinds: Sequence[str], cache: str) -> str:
         raise UserError("Choose a format first.")
     formats.check(kinds, kept.found.vocabulary)
     name, source = requests.name_of(kept.path), PurePath(kept.path).name
+    name += "_" * writers.is_coco(name)
     made, _ = writers.contents_of(name, source, kept.found, kept.settings, kinds)
     for kind in kinds:
         made |= formats.summary(kind, made.__getitem__, [name], kept.found.vocabulary)
