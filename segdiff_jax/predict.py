@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from segdiff_jax import cli, files, ownership
+from segdiff_jax import cli, files
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import flags, photos, requests
 from segdiff_jax.progress import Progress, reporter, working
@@ -201,7 +201,7 @@ def _segment_photos(
         if ask.first:
             names = [ask.names[path] for path in paths]
             written = writers.outputs(names, args.format, len(ask.classes))
-            stack.enter_context(ownership.claimed(args.output, writers.KIND, written))
+            stack.enter_context(writers.claimed(args.output, written))
         for path in paths:
             found = None if path in done else next(results)
             if not ask.first:
@@ -258,7 +258,7 @@ def _segment_clip(ask: _Ask, path: str, length: "Length", step: Progress) -> Non
     summary = clips.Summary(ask.classes)
     with contextlib.ExitStack() as stack:
         if ask.first:
-            stack.enter_context(ownership.claimed(args.output, writers.KIND, written))
+            stack.enter_context(writers.claimed(args.output, written))
         place = stack.enter_context(tempfile.TemporaryDirectory(prefix="segdiff_"))
         with clips.writer(Path(place, "clip.mp4"), length.rate) as append:
             results = ask.segmenter.stream(clips.frames(path), ask.classes, **ask.settings)

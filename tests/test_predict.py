@@ -138,6 +138,22 @@ def test_every_format_is_read_back(place, capsys):
     assert areas == {c["id"]: c["pixels"] for c in said["classes"] if c["pixels"]}
 
 
+def test_a_set_for_import_holds_ids_of_one_list_of_classes(place, capsys):
+    def run(*images, classes):
+        flags = ["--closed", "--format", "yolo", "cvat"]
+        assert _run(place, capsys, *flags, images=images, classes=classes)[0] == 0
+        labels = place / "o" / "cvat" / "SegmentationClass"
+        return _names(place / "o" / "yolo" / "labels"), _names(labels)
+
+    (place / "o" / "yolo" / "labels").mkdir(parents=True)
+    (place / "o" / "yolo" / "labels" / "mine.txt").write_text("mine")
+    assert run("in/a.png", classes="sky; road") == (["a.txt", "mine.txt"], ["a.png"])
+    assert run("in/b.bmp", classes="sky; road")[1] == ["a.png", "b.png"], "sets may grow"
+    assert run("in/b.bmp", classes="road; sky") == (["b.txt", "mine.txt"], ["b.png"])
+    listed = ownership.owned(place / "o")["prediction"]
+    assert "yolo/labels/b.txt" in listed and "yolo/labels/a.txt" not in listed
+
+
 def test_same_seed_same_bytes_whatever_else_is_predicted(place, capsys):
     for output, images, seed in (("o1", ("in",), "1"), ("o2", ("in",), "1"), ("o3", ("in",), "2")):
         assert _run(place, capsys, "--seed", seed, images=images, output=output)[0] == 0

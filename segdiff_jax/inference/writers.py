@@ -1,10 +1,11 @@
 """The files of one predicted image: in the formats asked for, a picture, and a description."""
 
 import collections
+import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 from typing import Any
@@ -220,10 +221,9 @@ def _remove_stale(output: str, name: str, written: Mapping[str, bytes]) -> None:
     patterns = [file.name for kind in formats.FORMATS.values() for file in kind]
     named = [re.escape(p).replace(r"\{name\}", re.escape(name)) for p in patterns]
     ours = re.compile("|".join(p.replace(r"\{number\}", r"\d+") for p in named))
-    for file in ownership.owned(output).get(KIND, ()):
-        stale = ours.fullmatch(file) or file == f"{name}_uncertainty.png"
-        if stale and file not in written:
-            epath.Path(output, file).unlink(missing_ok=True)
+    listed = ownership.owned(output).get(KIND, frozenset())
+    stale = {file for file in listed if ours.fullmatch(file)} | {f"{name}_uncertainty.png"} & listed
+    _remove(output, stale - set(written))
 
 
 def write_summaries(
@@ -231,19 +231,41 @@ def write_summaries(
 ) -> None:
     """Write what formats of whole sets need beside the files of the images of these `names`.
 
-    What an earlier run wrote of a format that is not asked for now is removed.
+    What an earlier run wrote of a format that is not asked for now is removed, and so are files of
+    its other images in the folder of a format where ids now mean other classes.
     """
 
     def read(name: str) -> bytes:
         return epath.Path(output, name).read_bytes()
 
-    listed = ownership.owned(output).get(KIND, ())
+    listed = ownership.owned(output).get(KIND, frozenset())
     for kind in formats.SUMMARIES:
-        if kind in kinds:
-            _write_set(output, formats.summary(kind, read, names, classes))
+        if kind not in kinds:
+            _remove(output, listed & set(formats.SUMMARIES[kind]))
             continue
-        for stale in set(formats.SUMMARIES[kind]) & set(listed):
-            epath.Path(output, stale).unlink(missing_ok=True)
+        made = formats.summary(kind, read, names, classes)
+        meaning = formats.SUMMARIES[kind][0]  # of the ids, in YOLO's and CVAT's folders
+        if not epath.Path(output, meaning).exists() or read(meaning) != made[meaning]:
+            own = {file for name in names for file in formats.names_of(name, kind, len(classes))}
+            inside = {file for file in listed if file.startswith(f"{kind}/")}
+            _remove(output, inside - own - set(made))
+        _write_set(output, made)
+
+
+def _remove(output: str, stale: Iterable[str]) -> None:
+    for name in stale:
+        epath.Path(output, name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def claimed(output: str, written: Sequence[str]) -> Iterator[None]:
+    """List the files of a run in O's marker, around the block that writes them.
+
+    In the end those are off the list that the block has removed: another's of that name is not ours.
+    """
+    with ownership.claimed(output, KIND, written):
+        yield
+    ownership.settle(output, KIND, ownership.owned(output).get(KIND, ()))
 
 
 def row(
