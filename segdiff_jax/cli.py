@@ -55,12 +55,17 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> NoR
 
 
 def _exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Return 0, 2 on bad input, 75 where a wait was given up, 130 on Ctrl-C."""
+    """Return 0, 2 on bad input, 75 where a wait was given up, 130 on Ctrl-C, 141 if stdout is closed."""
     try:
         main(argv)
+        print(end="", flush=True)  # nothing where stdout is closed from the start
         return 0
     except UserError as error:
         message, code = str(error), error.exit_code
+    except BrokenPipeError:
+        # Who reads stdout has had enough. Python's own end would write what is left once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -300,6 +300,17 @@ def test_a_bug_keeps_its_traceback():
         cli.run(bug, [])
 
 
+@pytest.mark.parametrize("count", [1, 100_000])
+def test_a_reader_that_has_had_enough(count):
+    """As of `| head -c 5`: neither a traceback nor "Exception ignored" when Python ends."""
+    code = f"from segdiff_jax import cli; cli.run(lambda argv: print('x' * {count}), [])"
+    reading, writing = os.pipe()
+    os.close(reading)
+    run = subprocess.run([sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (run.returncode, run.stderr) == (141, b"")
+
+
 def test_interrupt_of_a_real_process():
     # A process started in the background of a script inherits an ignored SIGINT.
     code = (
