@@ -28,7 +28,7 @@ _TIE = 1e-4
 _NOTEBOOK = 640  # pixels of the longer side of the overlay in a notebook
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Segmentation:
     """What one photo [H, W] gave, asked for K classes."""
 

@@ -61,6 +61,12 @@ def test_a_mask_survives_run_lengths_and_polygons(mask):
     assert (filled(regions.polygons(mask), mask.shape) == mask).all()
 
 
+def test_results_are_compared_as_objects():
+    found = result()
+    other = dataclasses.replace(found)
+    assert found == found and found != other and len({found, other}) == 2
+
+
 def test_outer_rings_run_clockwise_and_holes_back():
     mask = np.ones((5, 6), bool)
     mask[2, 2:4] = False
