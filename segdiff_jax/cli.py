@@ -55,7 +55,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> NoR
 
 
 def _exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Return 0, 2 on bad input, 75 where a wait was given up, 130 on Ctrl-C, 141 if stdout is closed."""
+    """Return 0, 2 on bad input, 75 where a wait was given up, 130 on Ctrl-C, 141 as of `| head`."""
     try:
         main(argv)
         print(end="", flush=True)  # nothing where stdout is closed from the start

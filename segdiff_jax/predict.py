@@ -8,21 +8,21 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from segdiff_jax import cli, files
+from segdiff_jax import cli
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import flags, photos, requests
+from segdiff_jax.inference.requests import plural
 from segdiff_jax.progress import Progress, reporter, working
 from segdiff_jax.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from segdiff_jax.inference.clips import Length
+    from segdiff_jax.inference.clips import Clip
     from segdiff_jax.inference.result import Segmentation
     from segdiff_jax.inference.segmenter import Segmenter
 
@@ -40,12 +40,12 @@ def main(argv: list[str]) -> None:
         runtime.start_logging()
     with processes.together(), tempfile.TemporaryDirectory(prefix="segdiff_") as folder:
         paths, ours = photos.without_results(photos.find(args.images))
+        flags.settle_format(args, photos.are_clips(paths))
         _check_streams(args, paths)
         processes.check_same("--images", paths)
         say = functools.partial(_say, args)
         if ours:
-            counted = f"{len(ours)} result" + ("s" if len(ours) > 1 else "")
-            say(f"left out: {counted} of an earlier run, such as {ours[0]}")
+            say(f"left out: {plural(len(ours), 'result')} of an earlier run, such as {ours[0]}")
         if not paths:
             raise UserError(f"--images {ours[0]}: only results of an earlier run: name the photos")
         _predict(args, paths, folder)
@@ -68,9 +68,11 @@ def _check_streams(args: argparse.Namespace, paths: Sequence[str]) -> None:
         raise UserError("--images -: only one process has stdin: write the photo to a file")
     if args.output != _STDOUT:
         return
+    if photos.are_clips(paths):
+        raise UserError("--output -: the results of a clip are several files: name a folder")
     if len(paths) > 1 or len(args.format) > 1 or args.format[0] not in _ONE_FILE:
         raise UserError(
-            f"--output -: for one image and one --format of {', '.join(_ONE_FILE)}: "
+            f"--output -: stdout takes one image in one format ({', '.join(_ONE_FILE)}): "
             "name a folder for more"
         )
     if args.json_lines or sys.stdout.isatty():
@@ -81,147 +83,174 @@ def _check_streams(args: argparse.Namespace, paths: Sequence[str]) -> None:
 
 
 class _Ask(NamedTuple):
-    """What is asked of which model for every photo, and where the results go."""
+    """What is asked for, and what was seen of it before the networks are loaded."""
 
     args: argparse.Namespace
-    segmenter: "Segmenter"
-    read: photos.Photos
     classes: Vocabulary
     settings: dict[str, Any]  # of the call
-    used: dict[str, Any]  # those, and the model's: what is recorded
-    names: dict[str, str]  # path → name of its results
-    first: bool  # of several processes, which all segment, this is the one that writes
-
-    def recorded(self, path: str) -> dict[str, Any]:
-        """Return `used` and the digest of the photo: what its description says of settings."""
-        from segdiff_jax.inference import resuming
-
-        return self.used | {resuming.DIGEST: self.read.digest(path)}
+    read: photos.Photos
+    names: dict[str, str]  # path → name of its results; only those that can be read
+    clips: "dict[str, Clip]"  # path → its length and more; {} of photos
+    had: dict[str, Any]  # path → description of an earlier run
+    unreadable: dict[str, str]  # path → why, of those that are left out
 
     def target(self, path: str) -> str:
         return os.path.join(self.args.output, self.names[path])
+
+    def recorded(self, path: str, used: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings `used` and the digest of the photo, as its description has them."""
+        from segdiff_jax.inference import resuming
+
+        return {**used, resuming.DIGEST: self.read.digest(path)}
+
+    def outputs(self) -> list[str]:
+        """Return all files that may be written."""
+        from segdiff_jax.inference import clips, overview, writers
+
+        kinds, count = self.args.format, len(self.classes)
+        if self.clips:
+            return [f for clip in self.clips.values() for f in clips.outputs(clip, kinds, count)]
+        return [*writers.outputs(self.names.values(), kinds, count), overview.PAGE]
+
+
+class _Model(NamedTuple):
+    segmenter: "Segmenter"
+    used: dict[str, Any]  # all settings, of the call and the model's own
 
 
 def _predict(args: argparse.Namespace, paths: list[str], folder: str) -> None:
     from segdiff_jax.parallel import processes
 
-    first, to_folder = processes.is_first(), args.output != _STDOUT
+    first = processes.is_first()
     with working("loading libraries", first):
-        from segdiff_jax.inference import clips, formats, resuming, writers
+        from segdiff_jax.inference import writers
         from segdiff_jax.inference.segmenter import Segmenter
-        from segdiff_jax.weights import hub, workdir
+        from segdiff_jax.weights import hub
 
-    classes = requests.parse_classes(args.classes)
     place = hub.local(args.checkpoint)
-    config = workdir.read_config(place)
-    settings = flags.settings_of(args, config, classes)
-    names = writers.names(paths)
-    read = photos.Photos(config.data, args.max_pixels, folder)
     progress = functools.partial(reporter, enabled=first and not args.quiet)
-    of_clips = clips.only(paths)
-    kinds = [] if of_clips and not args.frames else args.format
-    if first and to_folder:
-        formats.check(args.format, classes)
-        written = writers.outputs(names.values(), kinds, len(classes))
-        writers.check_output(args.output, names, written)
-    _say(args, classes.summary())
-    had = resuming.earlier(args.output, names) if to_folder else {}
-    unreadable: dict[str, str] = {}
-    if not of_clips:
-        digests = {path: said["settings"][resuming.DIGEST] for path, said in had.items()}
-        unreadable = photos.checked(read, paths, digests, args.skip_unreadable, progress("check"))
-    paths = [path for path in paths if path not in unreadable]
-    lengths = {path: clips.look(path) for path in paths} if of_clips else {}
+    ask = _looked_at(args, paths, place, folder, progress("check"))
     with working(f"loading {args.checkpoint}", first):
         segmenter = Segmenter.load(place, args.which)
-        segmenter.table(classes.classes)  # what is wrong with the classes stops before all else
-    used = writers.all_settings(settings, segmenter.config) | {
+        segmenter.table(ask.classes.classes)  # what is wrong with the classes stops before all else
+    used = writers.all_settings(ask.settings, segmenter.config) | {
         "checkpoint": args.checkpoint,
         "checkpoint_step": segmenter.checkpoint_step,
         "weights": segmenter.networks.checksum(),
     }
-    ask = _Ask(args, segmenter, read, classes, settings, used, names, first)
-    if not to_folder:
-        _write_to_stdout(ask, paths, progress("predict"))
+    model = _Model(segmenter, used)
+    paths = list(ask.names)
+    if args.output == _STDOUT:
+        _write_to_stdout(ask, segmenter, paths, progress("predict"))
         return
-    done = _done_before(ask, paths, had, kinds)
-    if of_clips:
-        for path in paths:
-            if path not in done:
-                _segment_clip(ask, path, lengths[path], progress(path, "frame"))
+    done = _done_before(ask, paths, used)
+    if ask.clips:
+        _segment_clips(ask, model, done, progress)
     else:
-        _segment_photos(ask, paths, done, unreadable, progress("predict"))
-    _report(args, len(paths) - len(done), len(done), unreadable)
+        _segment_photos(ask, model, done, progress("predict"))
+    _report(ask, len(paths) - len(done), len(done))
 
 
-def _write_to_stdout(ask: _Ask, paths: Sequence[str], step: Progress) -> None:
-    (found,) = _stream(ask, paths, step)
-    if ask.first:
+def _looked_at(
+    args: argparse.Namespace, paths: list[str], place: str, folder: str, step: Progress
+) -> _Ask:
+    """Look at the photos and at what an earlier run made of them, before anything is written."""
+    from segdiff_jax.inference import clips, formats, resuming, writers
+    from segdiff_jax.parallel import processes
+    from segdiff_jax.weights import workdir
+
+    classes, config = requests.parse_classes(args.classes), workdir.read_config(place)
+    settings, names = flags.settings_of(args, config, classes), writers.names(paths)
+    read = photos.Photos(config.data, args.max_pixels, folder)
+    to_folder, of_clips = args.output != _STDOUT, photos.are_clips(paths)
+    had = resuming.earlier(args.output, names) if to_folder else {}
+    ask = _Ask(args, classes, settings, read, names, {}, had, {})
+    writes = to_folder and processes.is_first()
+    if writes:
+        formats.check(args.format, classes)
+        writers.check_output(args.output, names, [] if of_clips else ask.outputs())
+    _say(args, classes.summary())
+
+    def look(path: str) -> int:
+        if of_clips:
+            ask.clips[path] = clips.Clip(path, names[path], clips.look(path, read))
+            return 0
+        return 0 if resuming.is_same(had.get(path), path, read) else read.check(path).guessed_max
+
+    ask.unreadable.update(photos.checked(look, paths, args.skip_unreadable, step))
+    for path in ask.unreadable:
+        del names[path]
+    if writes and of_clips:
+        writers.check_output(args.output, names, ask.outputs())
+    return ask
+
+
+def _write_to_stdout(
+    ask: _Ask, segmenter: "Segmenter", paths: Sequence[str], step: Progress
+) -> None:
+    from segdiff_jax.parallel import processes
+
+    (found,) = _stream(ask, segmenter, paths, step)
+    if processes.is_first():
         sys.stdout.buffer.write(found.encoded(_ONE_FILE[ask.args.format[0]]))
         sys.stdout.buffer.flush()
 
 
 def _done_before(
-    ask: _Ask,
-    paths: Sequence[str],
-    had: Mapping[str, Mapping[str, Any]],
-    kinds: Sequence[str],
+    ask: _Ask, paths: Sequence[str], used: Mapping[str, Any]
 ) -> dict[str, Mapping[str, Any]]:
-    """Return the descriptions `had` of an earlier run that are as asked; say what is not."""
+    """Return the descriptions of an earlier run that are as asked; say what is not."""
     from segdiff_jax.inference import resuming
     from segdiff_jax.parallel import processes
 
     changes = {}
-    for path in filter(had.__contains__, paths):
-        changes[path] = resuming.changes(had[path], ask.recorded(path), ask.classes, kinds)
+    for path in filter(ask.had.__contains__, paths):
+        now = ask.recorded(path, used)
+        changes[path] = resuming.changes(ask.had[path], now, ask.classes, ask.args.format)
     # The first process, which writes, decides: others need not see its folder.
     same = processes.stacked(np.array([changes.get(path) == [] for path in paths]))[0]
     again = Counter(change for found in changes.values() for change in found)
     if again:
         listed = "; ".join(text for text, _ in again.most_common(3))
         count = sum(map(bool, changes.values()))
-        _say(ask.args, f"{count} of an earlier run are done again, for other settings: {listed}")
-    return {path: had.get(path, {}) for path, is_same in zip(paths, same, strict=True) if is_same}
+        verb = "is" if count == 1 else "are"
+        _say(ask.args, f"{plural(count, 'earlier result')} {verb} made again: {listed}")
+    return {p: ask.had.get(p, {}) for p, is_same in zip(paths, same, strict=True) if is_same}
 
 
 def _segment_photos(
-    ask: _Ask,
-    paths: Sequence[str],
-    done: Mapping[str, Mapping[str, Any]],
-    unreadable: Mapping[str, str],
-    step: Progress,
+    ask: _Ask, model: _Model, done: Mapping[str, Mapping[str, Any]], step: Progress
 ) -> None:
     """Write the files of each photo that is not done, and index.html over all."""
-    from segdiff_jax.inference import resuming, writers
+    from segdiff_jax.inference import overview, writers
     from segdiff_jax.parallel import processes
 
-    args, rows = ask.args, []
-    results = _stream(ask, [p for p in paths if p not in done], step)
-    with contextlib.ExitStack() as stack:
-        if ask.first:
-            names = [ask.names[path] for path in paths]
-            written = writers.outputs(names, args.format, len(ask.classes))
-            stack.enter_context(writers.claimed(args.output, written))
-        for path in paths:
+    args, rows, first = ask.args, [], processes.is_first()
+    results = _stream(ask, model.segmenter, [p for p in ask.names if p not in done], step)
+    with writers.claimed(args.output, ask.outputs()) if first else contextlib.nullcontext():
+        for path in ask.names:
             found = None if path in done else next(results)
-            if not ask.first:
+            if not first:
                 continue
             with processes.at_work("writes its results"):
                 if found is None:
-                    photo = ask.read.read(path).pixels
-                    rows.append(resuming.row(args.output, path, photo, done[path], ask.classes))
+                    said, photo = done[path], ask.read.read(path).pixels
                 else:
-                    own = ask.recorded(path)
-                    rows.append(writers.write(ask.target(path), path, found, own, args.format))
-                _json_line(args, ask.target(path), path in done)
-        if ask.first:
+                    own, photo = ask.recorded(path, model.used), found.photo
+                    said = writers.write(ask.target(path), path, found, own, args.format)
+                rows.append(overview.row(args.output, path, photo, said))
+                _json_line(ask, path, path in done)
+        if first:
             note = f"{args.checkpoint}: " + ", ".join(f"{k} {v}" for k, v in ask.settings.items())
+            names = list(ask.names.values())
             with processes.at_work("writes its results"):
                 writers.write_summaries(args.output, names, ask.classes, args.format)
-            writers.write_page(args.output, rows, ask.classes, note, unreadable)
+            overview.write_page(args.output, rows, ask.classes, note, ask.unreadable)
 
 
-def _stream(ask: _Ask, paths: Sequence[str], step: Progress) -> Iterator["Segmentation"]:
+def _stream(
+    ask: _Ask, segmenter: "Segmenter", paths: Sequence[str], step: Progress
+) -> Iterator["Segmentation"]:
     """Yield the `Segmentation` of each photo. Raise `UserError` that names the photo."""
     if not paths:
         return
@@ -236,7 +265,7 @@ def _stream(ask: _Ask, paths: Sequence[str], step: Progress) -> Iterator["Segmen
         finished += done == jobs
 
     pixels = (ask.read.read(path).pixels for path in paths)
-    results = ask.segmenter.stream(pixels, ask.classes, progress=part, **ask.settings)
+    results = segmenter.stream(pixels, ask.classes, progress=part, **ask.settings)
     for path in paths:
         try:
             found = next(results)
@@ -247,67 +276,67 @@ def _stream(ask: _Ask, paths: Sequence[str], step: Progress) -> Iterator["Segmen
         yield found
 
 
-def _segment_clip(ask: _Ask, path: str, length: "Length", step: Progress) -> None:
-    """Write O/<name>_overlay.mp4 and O/<name>.json, and with --frames the files of each frame."""
+def _segment_clips(
+    ask: _Ask,
+    model: _Model,
+    done: Mapping[str, Mapping[str, Any]],
+    progress: Callable[[str, str], Progress],
+) -> None:
+    """Write the files of each clip that is not done, and those of the set of all frames."""
     from segdiff_jax.inference import clips, writers
+    from segdiff_jax.parallel import processes
 
-    args, name, own = ask.args, ask.names[path], ask.recorded(path)
-    frames = [f"{name}_{n:06}" for n in range(1, length.frames + 1)] if args.frames else []
-    written = [f"{name}_overlay.mp4", f"{name}.json"]
-    written += writers.outputs(frames, args.format, len(ask.classes))[:-1]  # without a page
-    summary = clips.Summary(ask.classes)
-    with contextlib.ExitStack() as stack:
-        if ask.first:
-            stack.enter_context(writers.claimed(args.output, written))
-        place = stack.enter_context(tempfile.TemporaryDirectory(prefix="segdiff_"))
-        with clips.writer(Path(place, "clip.mp4"), length.rate) as append:
-            results = ask.segmenter.stream(clips.frames(path), ask.classes, **ask.settings)
-            for number, found in enumerate(results, 1):
-                if ask.first:
-                    append(clips.overlay(found))
-                    summary.add(found)
-                    if frames:
-                        target = os.path.join(args.output, frames[number - 1])
-                        writers.write(target, f"{path}#{number}", found, own, args.format)
-                step(number, length.frames)
-        if ask.first:
-            data = Path(place, "clip.mp4").read_bytes()
-            files.write_bytes(f"{ask.target(path)}_overlay.mp4", data)
-            of_frames = {kind: [f"{frame}.json" for frame in frames] for kind in args.format}
-            said = {
-                "image": path,
-                "frames_per_second": float(length.rate),
-                **summary.figures(),
-                "files": {"overlay": f"{name}_overlay.mp4", **(of_frames if frames else {})},
-                "settings": own,
-            }
-            files.write_json(f"{ask.target(path)}.json", said)
-            _json_line(args, ask.target(path), False)
+    args, first = ask.args, processes.is_first()
+    with writers.claimed(args.output, ask.outputs()) if first else contextlib.nullcontext():
+        for path, clip in ask.clips.items():
+            if path not in done:
+                results = _frames(ask, model.segmenter, clip, progress(path, "frame"))
+                if first:
+                    own = ask.recorded(path, model.used)
+                    clips.write(args.output, clip, results, args.format, own)
+                for _ in results:
+                    pass  # of the processes that do not write
+            if first:
+                _json_line(ask, path, path in done)
+        if first:
+            each = (clips.names_of_frames(clip, args.format) for clip in ask.clips.values())
+            names = [name for of_clip in each for name in of_clip]
+            writers.write_summaries(args.output, names, ask.classes, args.format)
 
 
-def _json_line(args: argparse.Namespace, target: str, skipped: bool) -> None:
+def _frames(
+    ask: _Ask, segmenter: "Segmenter", clip: "Clip", step: Progress
+) -> Iterator["Segmentation"]:
+    from segdiff_jax.inference import clips
+
+    frames = clips.frames(clip.path, ask.read)
+    for number, found in enumerate(segmenter.stream(frames, ask.classes, **ask.settings), 1):
+        yield found
+        step(number, clip.length.frames)
+
+
+def _json_line(ask: _Ask, path: str, skipped: bool) -> None:
     """Print what O/<name>.json says on one line, where --json-lines asks for it."""
-    if args.json_lines:
-        said = {"output": args.output, "skipped": skipped}
-        said |= json.loads(epath.Path(f"{target}.json").read_bytes())
+    if ask.args.json_lines:
+        said = {"output": ask.args.output, "skipped": skipped}
+        said |= json.loads(epath.Path(f"{ask.target(path)}.json").read_bytes())
         print(json.dumps(said, ensure_ascii=False), flush=True)
 
 
-def _report(
-    args: argparse.Namespace, segmented: int, skipped: int, unreadable: Mapping[str, str]
-) -> None:
-    from segdiff_jax.inference import writers
+def _report(ask: _Ask, segmented: int, skipped: int) -> None:
+    from segdiff_jax.inference import overview
     from segdiff_jax.parallel import processes
 
-    if args.json_lines and processes.is_first():
-        for path, why in unreadable.items():
+    if ask.args.json_lines and processes.is_first():
+        for path, why in ask.unreadable.items():
             print(json.dumps({"image": path, "error": why}, ensure_ascii=False), flush=True)
-    parts = [f"{segmented} images segmented"]
+    parts = [f"{plural(segmented, 'clip' if ask.clips else 'image')} segmented"]
     if skipped:
         parts.append(f"{skipped} skipped, done before with the same settings")
-    if unreadable:
-        parts.append(f"{len(unreadable)} unreadable left out")
-    _say(args, f"{', '.join(parts)}: {os.path.join(args.output, writers.PAGE)}")
+    if ask.unreadable:
+        parts.append(f"{len(ask.unreadable)} unreadable left out")
+    page = "" if ask.clips else overview.PAGE
+    _say(ask.args, f"{', '.join(parts)}: {os.path.join(ask.args.output, page)}")
 
 
 if __name__ == "__main__":

@@ -47,9 +47,7 @@ def test_what_is_done_with_the_same_settings_is_skipped(place, capsys, segmented
 
     _photo(place / "in" / "a.png", (20, 28), seed=5)
     count, said = again()
-    assert (
-        count == 1 and "1 of an earlier run are done again, for other settings: the photo" in said
-    )
+    assert count == 1 and "1 earlier result is made again: the photo changed" in said
     count, said = again("--steps=2", "--format", "masks")
     assert count == 2 and "steps 1 → 2" in said and "format labels" in said
     assert "_labels" not in " ".join(_names(place / "o"))
@@ -61,7 +59,7 @@ def test_what_is_done_with_the_same_settings_is_skipped(place, capsys, segmented
     assert again("--steps=2", "--format", "masks", classes="sky; building; road")[0] == 2
     _photo(place / "in" / "c.png")
     count, said = again("--steps=2", "--format", "masks", classes="sky; building; road")
-    assert count == 1 and "1 images segmented, 2 skipped" in said
+    assert count == 1 and "1 image segmented, 2 skipped" in said
     assert (place / "o" / "index.html").read_text().count("<h3>") == 3
 
 
@@ -85,6 +83,40 @@ def test_what_else_shapes_a_mask_is_a_setting_too(place, capsys, segmented, key)
     workdir.write_config(str(place / "w"), config)
     code, output = _run(place, capsys)
     assert code == 0 and len(segmented) == 4 and f"{name} " in output.out, output
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("settings", "photo_sha256"), ("classes", None), ("width", "x"), ("other", {}), ("files", [])],
+)
+def test_a_damaged_description_is_made_again(place, capsys, segmented, key, value):  # noqa: F811
+    assert _run(place, capsys)[0] == 0
+    before = (place / "o" / "a.json").read_bytes()
+    (place / "o" / "a.json").write_text(json.dumps(json.loads(before) | {key: value}))
+    code, output = _run(place, capsys)
+    assert code == 0 and "1 image segmented, 1 skipped" in output.out, output.err
+    assert (place / "o" / "a.json").read_bytes() == before
+
+
+def test_other_colours_are_other_settings(place, capsys, segmented):  # noqa: F811
+    for color in ((255, 0, 0), (0, 0, 255), (0, 0, 255)):
+        listed = {"classes": [{"name": "sky", "synonyms": [], "color": color}]}
+        (place / "c.json").write_text(json.dumps(listed))
+        code, output = _run(place, capsys, "--closed", classes=f"@{place / 'c.json'}")
+        assert code == 0, output.err
+        assert Image.open(place / "o" / "a_labels.png").getpalette()[:3] == list(color)
+        assert f"rgb({color[0]},{color[1]},{color[2]})" in (place / "o" / "index.html").read_text()
+    assert len(segmented) == 4
+
+
+def test_a_photo_done_before_may_be_too_large_now(place, capsys, segmented):  # noqa: F811
+    assert _run(place, capsys)[0] == 0
+    code, output = _run(place, capsys, "--max-pixels=500")
+    assert code == 2 and "a.png: more than 500 pixels" in output.err
+    assert "make it smaller; --max-pixels N reads larger ones" in output.err
+    code, output = _run(place, capsys, "--max-pixels=500", "--skip-unreadable")
+    assert code == 0 and "0 images segmented, 1 skipped" in output.out
+    assert "1 unreadable left out" in output.out and len(segmented) == 2
 
 
 def test_lines_of_json_are_all_that_stdout_gets(place, capsys):  # noqa: F811
@@ -132,10 +164,10 @@ def test_a_photo_from_stdin_and_its_labels_to_stdout(place, capsysbinary, monkey
     for flags, stdin, message in (
         ([], b"", b"nothing on stdin"),
         ([], b"hello", b"-: not an image"),
-        (["--format", "masks"], data, b"--output -: for one image and one --format of labels"),
-        (["--format", "labels", "coco"], data, b"--output -: for one image"),
+        (["--format", "masks"], data, b"--output -: stdout takes one image in one format (labels"),
+        (["--format", "labels", "coco"], data, b"--output -: stdout takes one image"),
         (["--json-lines"], data, b"--json-lines writes there too"),
-        (["--images", str(place / "in")], data, b"--output -: for one image"),
+        (["--images", str(place / "in")], data, b"--output -: stdout takes one image"),
     ):
         code, output = piped(*flags, stdin=stdin)
         assert code == 2 and message in output.err and output.out == b""
@@ -165,7 +197,7 @@ def test_addresses_that_give_no_photo_are_counted(place, capsys, monkeypatch):  
     assert code == 2 and f"1 of 2 images cannot be read: {dead}: cannot be fetched" in output.err
     assert output.err.count("\n") == 1 and not (place / "o").exists()
     code, output = run("--skip-unreadable")
-    assert code == 0 and "1 images segmented, 1 unreadable left out" in output.out
+    assert code == 0 and "1 image segmented, 1 unreadable left out" in output.out
 
 
 def test_tiles_are_asked_for_and_recorded(place, capsys):  # noqa: F811

@@ -5,30 +5,27 @@ labels. Colours are the classes', and the legend names all of them, for it must 
 """
 
 import contextlib
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
+from segdiff_jax import files, ownership
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import pictures, writers
-from segdiff_jax.inference.result import Segmentation
+from segdiff_jax.inference.photos import Photos
+from segdiff_jax.inference.result import Segmentation, other_label
 from segdiff_jax.text.vocabulary import Vocabulary
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 _ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first that the library was built with
-
-
-def only(paths: Sequence[str]) -> bool:
-    """Return whether `paths` are clips. Raise `UserError` if some are and others are not."""
-    found = [path for path in paths if os.path.splitext(path)[1].lower() in SUFFIXES]
-    if found and len(found) < len(paths):
-        raise UserError(f"--images: {found[0]} is a clip, others are photos: give them one by one")
-    return bool(found)
 
 
 def library() -> Any:
@@ -41,12 +38,15 @@ def library() -> Any:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[Any]:
+def _opened(path: str, read: Photos) -> Iterator[Any]:
     av = library()
     try:
-        with av.open(path) as container:
+        with av.open(read.local(path)) as container:
             if not container.streams.video:
                 raise UnreadableError(f"{path}: has no picture in it: give a video")
+            stream = container.streams.video[0]
+            if stream.width * stream.height > read.max_pixels:
+                raise read.too_large(path)
             yield container
     except av.error.FFmpegError as error:
         reason = " ".join(str(error.strerror or error).split())
@@ -60,21 +60,21 @@ class Length(NamedTuple):
     frames: int  # in all, from 1 on
 
 
-def look(path: str) -> Length:
+def look(path: str, read: Photos) -> Length:
     """Measure a clip. All of it is decoded, so that damage is known before any work."""
-    with _opened(path) as container:
+    with _opened(path, read) as container:
         stream = container.streams.video[0]
         rate = Fraction(stream.average_rate or stream.base_rate or 25)
-    return Length(rate, sum(1 for _ in frames(path)))
+    return Length(rate, sum(1 for _ in frames(path, read)))
 
 
-def frames(path: str) -> Iterator[np.ndarray]:
+def frames(path: str, read: Photos) -> Iterator[np.ndarray]:
     """Yield the frames of a clip, uint8 [H, W, 3], upright, all of the first one's size.
 
     Raise `UnreadableError` where the clip cannot be read, also in its midst.
     """
     size: tuple[int, int] | None = None
-    with _opened(path) as container:
+    with _opened(path, read) as container:
         for frame in container.decode(video=0):
             pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
             size = size or pixels.shape[:2]
@@ -118,14 +118,14 @@ class Summary:
     """What is said of a clip as a whole: `add` each frame's result, in order."""
 
     def __init__(self, classes: Vocabulary):
-        self._classes, self._pixels = classes, np.zeros(len(classes), np.int64)
+        self._classes, self._pixels = classes, np.zeros(other_label(len(classes)) + 1, np.int64)
         self._before: np.ndarray | None = None
         self._changed: list[float] = []
         self._frames = 0
 
     def add(self, found: Segmentation) -> None:
-        labels, count = found.labels, len(self._classes)
-        self._pixels += np.bincount(labels.ravel(), minlength=count)[:count]
+        labels = found.labels
+        self._pixels += np.bincount(labels.ravel(), minlength=len(self._pixels))
         if self._before is not None:
             self._changed.append(float((labels != self._before).mean()))
         self._before, self._frames = labels, self._frames + 1
@@ -137,7 +137,78 @@ class Summary:
         """
         assert self._before is not None
         height, width = self._before.shape
-        classes = writers.counted(self._classes, self._pixels, self._before.size * self._frames)
         flicker = float(np.mean(self._changed)) if self._changed else 0.0
         size = {"width": width, "height": height, "frames": self._frames}
-        return size | {"flicker": flicker, "classes": classes}
+        return size | {"flicker": flicker} | writers.counted(self._classes, self._pixels)
+
+
+class Clip(NamedTuple):
+    """A clip that is to be segmented."""
+
+    path: str  # as the user named it
+    name: str  # of its results
+    length: Length
+
+
+def outputs(clip: Clip, kinds: Sequence[str], count: int) -> list[str]:
+    """Return all files that may be written for a clip and `count` classes.
+
+    kinds: the formats of its frames; none of them where frames are not asked for.
+    """
+    of_frames = writers.outputs(names_of_frames(clip, kinds), kinds, count)
+    return [f"{clip.name}_overlay.mp4", f"{clip.name}.json", *of_frames]
+
+
+def names_of_frames(clip: Clip, kinds: Sequence[str]) -> list[str]:
+    return [f"{clip.name}_{n:06}" for n in range(1, clip.length.frames + 1)] if kinds else []
+
+
+def write(
+    output: str,
+    clip: Clip,
+    results: Iterable[Segmentation],
+    kinds: Sequence[str],
+    settings: Mapping[str, Any],
+) -> None:
+    """Write O/<name>_overlay.mp4 and O/<name>.json, and the files of each frame in its `kinds`.
+
+    results: of each frame. What an earlier run wrote of frames that are none now is removed.
+    """
+    names, summary = names_of_frames(clip, kinds), None
+    with tempfile.TemporaryDirectory(prefix="segdiff_") as folder:
+        place = Path(folder, "clip.mp4")
+        with writer(place, clip.length.rate) as append:
+            for number, found in enumerate(results, 1):
+                append(overlay(found))
+                summary = summary or Summary(found.vocabulary)
+                summary.add(found)
+                if kinds:
+                    target = os.path.join(output, names[number - 1])
+                    writers.write(target, f"{clip.path}#{number}", found, settings, kinds)
+        files.write_bytes(os.path.join(output, f"{clip.name}_overlay.mp4"), place.read_bytes())
+    assert summary is not None  # a clip without frames is unreadable
+    of_frames = {kind: [f"{name}.json" for name in names] for kind in kinds}
+    said = {
+        "image": clip.path,
+        "frames_per_second": float(clip.length.rate),
+        **summary.figures(),
+        "files": {"overlay": f"{clip.name}_overlay.mp4", **of_frames},
+        "settings": dict(settings),
+    }
+    files.write_json(os.path.join(output, f"{clip.name}.json"), said)
+    for name in _frames_before(output, clip.name) - set(names):
+        writers.remove(output, name)
+
+
+def _frames_before(output: str, name: str) -> set[str]:
+    """Return the frames of a clip that O holds, also of runs before: not photos of such names."""
+    found = set()
+    for file in ownership.owned(output).get(writers.KIND, ()):
+        frame = re.fullmatch(rf"({re.escape(name)}_0*(\d+))\.json", file)
+        if frame is None:
+            continue
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            image = json.loads(epath.Path(output, file).read_bytes())["image"]
+            if image.endswith(f"#{frame[2]}"):
+                found.add(frame[1])
+    return found

@@ -17,8 +17,8 @@ _DESCRIPTION = (
 Per image: O/<name>_labels.png (or what --format says), O/<name>_overlay.png with a legend,
 O/<name>_uncertainty.png (for an ensemble of two or more) and O/<name>.json; O/index.html over all.
 <name> is the image's without its extension, with it where several would be equal or it ends in
-coco, and with its folders where these are equal too. The same seed gives the same bytes. The same command again goes
-on where it was stopped: what is done with the same settings is skipped.
+coco, and with its folders where these are equal too. The same seed gives the same bytes. The same
+command again goes on where it was stopped: what is done with the same settings is skipped.
 
 """
     + cli.SEVERAL_PROCESSES
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         type=photos.argument,
         metavar="IMAGE",
         help="image files, folders with all below them, patterns such as 'dir/*.png', "
-        "http(s):// addresses, - for stdin; or clips (mp4, mov, mkv, webm, avi), to which "
+        "http(s):// addresses, - for stdin; or clips (mp4, mov, mkv, webm, avi), of which "
         "O/<name>_overlay.mp4 and O/<name>.json are written (needs the extra video)",
     )
     add(
@@ -74,7 +74,6 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         nargs="+",
         choices=("labels", "scores", "scoremaps", "masks", "cutouts", "coco", "yolo", "cvat"),
-        default=["labels"],
         metavar="FORMAT",
         help="labels (default): class ids as O/<name>_labels.png; scores: O/<name>_scores.npz; "
         "of each class, scoremaps: O/<name>_score_<id>.png, 16 bits; masks: O/<name>_mask_<id>.png;"
@@ -102,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--frames",
         action="store_true",
-        help="of clips also write each frame as a photo, O/<name>_000001_labels.png and so on",
+        help="of clips also write each frame as a photo, in the formats of --format: "
+        "O/<name>_000001_labels.png and so on",
     )
     add("--quiet", action="store_true", help="say nothing but warnings and errors")
     other = parser.add_mutually_exclusive_group()
@@ -155,6 +155,21 @@ def _share(text: str) -> float:
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
     return value
+
+
+def settle_format(args: argparse.Namespace, are_clips: bool) -> None:
+    """Put into `args.format` what is to be written of each photo, or of each frame of a clip.
+
+    Raise `UserError` for flags that would do nothing.
+    """
+    if args.frames and not are_clips:
+        raise UserError("--frames: none of --images is a clip: leave it out")
+    if are_clips and not args.frames and args.format:
+        raise UserError(
+            f"--format {' '.join(args.format)}: of a clip, formats are those of its frames: "
+            "add --frames"
+        )
+    args.format = args.format or (["labels"] if args.frames or not are_clips else [])
 
 
 def settings_of(args: argparse.Namespace, config: Config, classes: Vocabulary) -> dict[str, Any]:

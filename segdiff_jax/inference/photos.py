@@ -1,8 +1,8 @@
-"""Which photos --images names, and their bytes: files, folders, patterns, addresses, stdin.
+"""Which photos or clips --images names, and their bytes: files, folders, patterns, URLs, stdin.
 
 find      arguments → paths and URLs, each once; folders with all that is below them
 Photos    a path or URL → its bytes, fetched once, their digest and the decoded photo
-checked   every photo decoded once, before anything is loaded or written
+checked   every photo or clip decoded once, before anything is loaded or written
 """
 
 import glob
@@ -15,7 +15,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -29,8 +29,10 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.progress import Progress
 
 STDIN = "-"
+CLIPS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 _MOST_NAMED = 10  # unreadable images in one message
 _MOST_BYTES = 256 * 2**20  # of one photo from the network or stdin
+_LONGEST_CLIP = 8 * 2**30  # bytes of one clip from the network
 _KEPT_BYTES = 256 * 2**20  # of decoded photos between the check and their use
 
 
@@ -50,8 +52,8 @@ def is_url(path: str) -> bool:
 def find(arguments: Sequence[str]) -> list[str]:
     """Return files and URLs that --images names, each once, by the order of the arguments and name.
 
-    Folders give their images (by extension) and those of all folders below, but for hidden ones.
-    Raise `UserError` for an argument that names nothing.
+    Folders give their images (by extension) and those of all folders below, but for hidden ones,
+    and where there are none their clips. Raise `UserError` for an argument that names nothing.
     """
     found: dict[str, str] = {}  # identity -> path as named
     for one in arguments:
@@ -72,6 +74,18 @@ def file_name(path: str) -> str:
         last = PurePosixPath(unquote(urlsplit(path).path)).name
         return re.sub(r"[\x00-\x1f/\\]", "_", last) or urlsplit(path).netloc
     return "stdin" if path == STDIN else os.path.basename(path)
+
+
+def are_clips(paths: Sequence[str]) -> bool:
+    """Return whether `paths` are clips. Raise `UserError` if some are and others are not."""
+    found = [path for path in paths if is_clip(path)]
+    if found and len(found) < len(paths):
+        raise UserError(f"--images: {found[0]} is a clip, others are photos: give them one by one")
+    return bool(found)
+
+
+def is_clip(path: str) -> bool:
+    return os.path.splitext(file_name(path))[1].lower() in CLIPS
 
 
 def without_results(paths: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -100,7 +114,7 @@ class Photos:
     """
 
     def __init__(self, data: DataConfig, max_pixels: int | None, folder: str):
-        self._max_pixels = max_pixels or data.max_pixels
+        self.max_pixels = max_pixels or data.max_pixels
         self._max_value, self._folder = data.max_value, Path(folder)
         self._fetched: dict[str, Path] = {}
         self._decoded: dict[str, images.Photo] = {}
@@ -113,33 +127,53 @@ class Photos:
     def digest(self, path: str) -> str:
         """Return the SHA-256 of the photo's bytes. Raise `UnreadableError` if it has none."""
         if path not in self.digests:
-            self._hash(path, self._bytes(path))
+            with open(self.local(path), "rb") as file:  # a clip is larger than memory
+                self.digests[path] = hashlib.file_digest(file, "sha256").hexdigest()
         return self.digests[path]
 
     def check(self, path: str) -> images.Photo:
         """Decode a photo and compute its digest; keep it for `read`, as long as 256 MB hold all."""
         data = self._bytes(path)
-        self._hash(path, data)
+        self.digests[path] = hashlib.sha256(data).hexdigest()
         photo = self._decode(path, data)
         if sum(one.pixels.nbytes for one in self._decoded.values()) < _KEPT_BYTES:
             self._decoded[path] = photo
         return photo
 
-    def _hash(self, path: str, data: bytes) -> None:
-        self.digests[path] = hashlib.sha256(data).hexdigest()
+    def local(self, path: str) -> str:
+        """Return a file of this machine with the bytes at `path`, fetched here but once.
+
+        Raise `UnreadableError` for what is no file.
+        """
+        if path != STDIN and not files.is_remote(path):
+            if not (os.path.isfile(path) and os.access(path, os.R_OK)):
+                images.read_bytes(path)  # which says what is wrong
+            return path
+        if path not in self._fetched:
+            place = self._folder / str(len(self._fetched))
+            if path == STDIN:
+                place.write_bytes(_from_stdin())
+            elif is_url(path):
+                _download(path, place)
+            else:
+                place.write_bytes(images.read_bytes(path))
+            self._fetched[path] = place
+        return os.fspath(self._fetched[path])
+
+    def too_large(self, path: str) -> images.TooLargeError:
+        return images.TooLargeError(
+            f"{path}: more than {self.max_pixels:,} pixels (decompression bomb?): make it smaller"
+        )
 
     def _decode(self, path: str, data: bytes) -> images.Photo:
-        return images.read_photo(path, self._max_pixels, max_value=self._max_value, data=data)
+        try:
+            return images.read_photo(path, self.max_pixels, max_value=self._max_value, data=data)
+        except images.TooLargeError as error:
+            raise self.too_large(path) from error
 
     def _bytes(self, path: str) -> bytes:
-        if path != STDIN and not is_url(path):
-            return images.read_bytes(path)
-        if path not in self._fetched:
-            data = _from_stdin() if path == STDIN else _download(path)
-            place = self._folder / str(len(self._fetched))
-            place.write_bytes(data)
-            self._fetched[path] = place
-        return self._fetched[path].read_bytes()
+        elsewhere = path == STDIN or is_url(path)
+        return Path(self.local(path)).read_bytes() if elsewhere else images.read_bytes(path)
 
 
 def _from_stdin() -> bytes:
@@ -151,26 +185,24 @@ def _from_stdin() -> bytes:
     return data
 
 
-def _download(url: str) -> bytes:
+def _download(url: str, place: Path) -> None:
     """Fetch what is at an address. Raise `UnreadableError`, of one line, if that is no photo."""
+    most = _LONGEST_CLIP if is_clip(url) else _MOST_BYTES
     wait = waiting.Wait(urlsplit(url).netloc, waiting.NETWORK, "check the address and the network")
 
-    def fetch() -> bytes:
+    def fetch() -> None:
         request = urllib.request.Request(url, headers={"User-Agent": f"segdiff_jax/{__version__}"})
-        with urllib.request.urlopen(request, timeout=waiting.limit(waiting.NETWORK)) as answer:
-            kind, parts, size = answer.headers.get_content_type(), [], 0
+        seconds = waiting.limit(waiting.NETWORK)
+        with urllib.request.urlopen(request, timeout=seconds) as answer, place.open("wb") as file:
+            if answer.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
+                raise images.UnreadableError(
+                    f"{url}: a web page, not an image: give the address of the image itself"
+                )
             while part := answer.read(1 << 20):
                 wait.heard()
-                parts.append(part)
-                size += len(part)
-                if size > _MOST_BYTES:
-                    raise images.TooLargeError(f"{url}: more than {_MOST_BYTES >> 20} MB: no photo")
-        data = b"".join(parts)
-        if kind in ("text/html", "application/xhtml+xml"):
-            raise images.UnreadableError(
-                f"{url}: a web page, not an image: give the address of the image itself"
-            )
-        return data
+                file.write(part)
+                if file.tell() > most:
+                    raise images.TooLargeError(f"{url}: more than {most >> 20} MB: make it smaller")
 
     try:
         return waiting.bounded(fetch, wait)
@@ -184,19 +216,21 @@ def _download(url: str) -> bytes:
 
 
 def checked(
-    photos: Photos, paths: Sequence[str], done: Mapping[str, str], skip: bool, progress: Progress
+    look: Callable[[str], int],
+    paths: Sequence[str],
+    skip: bool,
+    progress: Progress,
 ) -> dict[str, str]:
     """Decode every photo once, before anything is loaded or written; return path → what is wrong.
 
-    done: the digests of photos that were read by an earlier run; the same bytes are not decoded.
+    look: decodes what is at a path, where that is needed, and returns `guessed_max` of a photo.
     Raise `UserError`, which names all bad ones, unless they are to be skipped and others are left.
     """
     found: dict[str, images.UnreadableError] = {}
     guessed: Counter[int] = Counter()
     for count, path in enumerate(paths, 1):
         try:
-            if path not in done or photos.digest(path) != done[path]:
-                guessed[photos.check(path).guessed_max] += 1
+            guessed[look(path)] += 1
         except images.UnreadableError as error:
             found[path] = error
         if not found or skip:
@@ -243,14 +277,18 @@ def _expand(argument: str) -> list[str]:
 
 
 def _images_in(folder: str) -> list[str]:
-    found = sorted(_below(folder, set()))
+    found = sorted(_below(folder, IMAGE_EXTENSIONS, set()))
+    found = found or sorted(_below(folder, CLIPS, set()))
     if not found:
         raise UserError(f"--images {folder}: no images in this folder, name another one")
     return found
 
 
-def _below(folder: str, seen: set[str]) -> Iterator[str]:
-    """Yield the images in a folder and below. Links are followed, to no folder a second time."""
+def _below(folder: str, kinds: Sequence[str], seen: set[str]) -> Iterator[str]:
+    """Yield the files of these `kinds` in a folder and below.
+
+    Links are followed, to no folder a second time.
+    """
     if identity(folder) in seen:
         return
     seen.add(identity(folder))
@@ -261,9 +299,9 @@ def _below(folder: str, seen: set[str]) -> Iterator[str]:
         suffix = os.path.splitext(path.name)[1].lower()
         remote = files.is_remote(folder)
         # In a store each question takes a request: a folder there is not called x.png.
-        if path.is_dir() if not remote else suffix not in IMAGE_EXTENSIONS and path.is_dir():
-            yield from _below(os.fspath(path), seen)
-        elif suffix in IMAGE_EXTENSIONS:
+        if path.is_dir() if not remote else suffix not in kinds and path.is_dir():
+            yield from _below(os.fspath(path), kinds, seen)
+        elif suffix in kinds:
             yield os.fspath(path)
 
 

@@ -145,3 +145,8 @@ def whole(name: str, value: Any, lowest: int) -> int:
     if not is_whole or not lowest <= value < 2**31:  # JAX's own integers and seeds end there
         raise ValueError(f"{name}={value!r}: give a whole number from {lowest} to {2**31 - 1}")
     return int(value)
+
+
+def plural(count: int, noun: str) -> str:
+    """Write "1 image", "2 images", "2 classes"."""
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")

@@ -4,11 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from segdiff_jax import files, ownership
-from segdiff_jax.inference import page, writers
+from segdiff_jax.inference import overview, writers
+from segdiff_jax.inference.photos import Photos
 from segdiff_jax.text.vocabulary import Vocabulary
 
 DIGEST = "photo_sha256"  # among the settings of a photo's description
@@ -30,7 +30,7 @@ def earlier(output: str, names: Mapping[str, str]) -> dict[str, dict[str, Any]]:
             with files.reading(folder):
                 said = json.loads((folder / f"{name}.json").read_bytes())
                 whole = all(file in ours and (folder / file).exists() for file in _files(said))
-            if whole and DIGEST in said["settings"]:
+            if whole and said["settings"][DIGEST] and said["width"] * said["height"] > 0:
                 found[path] = said
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # half of it, or of another version: the photo is segmented again
@@ -42,26 +42,36 @@ def _files(said: Mapping[str, Any]) -> list[str]:
     return [name for one in written for name in ([one] if isinstance(one, str) else one or [])]
 
 
+def is_same(said: Mapping[str, Any] | None, path: str, read: Photos) -> bool:
+    """Return whether a photo was read by an earlier run, of the same bytes, and is small enough."""
+    if said is None or said["width"] * said["height"] > read.max_pixels:
+        return False
+    return read.digest(path) == said["settings"][DIGEST]
+
+
 def changes(
     said: Mapping[str, Any], settings: Mapping[str, Any], classes: Vocabulary, kinds: Sequence[str]
 ) -> list[str]:
     """Say how a photo was segmented otherwise than is asked now, such as "steps 10 → 20"."""
-    before, now = said["settings"], json.loads(files.to_json(settings))
-    found = ["the photo"] if before[DIGEST] != now[DIGEST] else []
+    try:
+        overview.legend(said)
+        return _changes(said, json.loads(files.to_json(settings)), classes, kinds)
+    except (KeyError, TypeError, AttributeError):
+        return ["the description is damaged"]
+
+
+def _changes(
+    said: Mapping[str, Any], now: Mapping[str, Any], classes: Vocabulary, kinds: Sequence[str]
+) -> list[str]:
+    before = said["settings"]
+    found = ["the photo changed"] if before[DIGEST] != now[DIGEST] else []
     keys = sorted({*before, *now} - {DIGEST})
     found += [f"{k} {before.get(k)} → {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
-    listed = [[one["name"], *one["synonyms"]] for one in said["classes"]]
-    found += ["the classes"] if listed != [list(one.names) for one in classes.classes] else []
-    had = sorted(set(said["files"]) - _PICTURES)
-    return found + ([f"format {' '.join(had)}"] if had != sorted(set(kinds)) else [])
-
-
-def row(
-    output: str, path: str, pixels: np.ndarray, said: Mapping[str, Any], classes: Vocabulary
-) -> page.Row:
-    """Return the photo's row of the page, as the run that segmented it had it."""
-    present = sorted((one for one in said["classes"] if one["pixels"]), key=lambda c: -c["pixels"])
-    colors = dict(zip(classes.names, classes.palette().tolist(), strict=True))
-    legend = {one["name"]: colors[one["name"]] for one in present}
-    other = page.no_class(said["other"]["pixels"] > 0)
-    return writers.row(output, path, pixels, legend | other, said["files"])
+    names = [[one["name"], *one["synonyms"]] for one in said["classes"]]
+    colors = [one["color"] for one in said["classes"]]
+    if names != [list(one.names) for one in classes.classes]:
+        found.append("the classes changed")
+    elif colors != classes.palette().tolist():
+        found.append("the colours changed")
+    had, wanted = (" ".join(sorted(set(k) - _PICTURES)) or "none" for k in (said["files"], kinds))
+    return found + ([f"format {had} → {wanted}"] if had != wanted else [])

@@ -9,27 +9,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from etils import epath
-from PIL import Image
 
 from segdiff_jax import files, ownership
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import formats, page, pictures
-from segdiff_jax.inference.photos import file_name, identity, is_url
+from segdiff_jax.inference import formats, pictures
+from segdiff_jax.inference.photos import file_name, identity
 from segdiff_jax.inference.result import Segmentation, other_label
 from segdiff_jax.text.vocabulary import Vocabulary
 
 _LONGEST_NAME = 255  # bytes, on most file systems
-_THUMBNAIL = 640  # pixels of the longer side of photos inside index.html
-_IN_BROWSERS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 _ALWAYS = ("_overlay.png", "_uncertainty.png", ".json")  # whatever formats are asked for
 
 KIND = "prediction"  # of a folder's marker (`ownership`)
-PAGE = "index.html"
 
 
 def names(paths: Sequence[str]) -> dict[str, str]:
@@ -85,7 +80,7 @@ def outputs(names: Iterable[str], kinds: Sequence[str], count: int) -> list[str]
     for name in names:
         found += [path for kind in kinds for path in formats.names_of(name, kind, count)]
         found += [f"{name}{end}" for end in _ALWAYS]
-    return [*found, PAGE]
+    return found
 
 
 def check_output(output: str, names: Mapping[str, str], written: Sequence[str]) -> None:
@@ -117,30 +112,29 @@ def write(
     found: Segmentation,
     settings: Mapping[str, Any],
     kinds: Sequence[str],
-) -> page.Row:
-    """Write the files of the image at `path`, all or none of them, and return its row of the page.
+) -> dict[str, Any]:
+    """Write the files of the image at `path`, all or none of them, and return its description.
 
     target: the output folder and the image's name in it; "O/a" for O/a_labels.png and so on.
 
     Raise `UserError` if a file cannot be written.
     """
     output, name = os.path.split(target)
-    contents, written = contents_of(name, path, found, settings, kinds)
+    contents, description = contents_of(name, path, found, settings, kinds)
     _write_set(output, contents)
-    _remove_stale(output, name, contents)
-    legend = found.legend() | page.no_class((found.labels >= len(found.classes)).any())
-    return row(output, path, found.photo, legend, written)
+    remove(output, name, contents)
+    return description
 
 
 def contents_of(
     name: str, path: str, found: Segmentation, settings: Mapping[str, Any], kinds: Sequence[str]
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Return the files of one image, its description last, and which of them each format has."""
+    """Return the files of one image, its description last, and what that says."""
     contents = _pictured(name, path, found, kinds)
     description = {"image": path} | _describe(found, settings)
     description["files"] = _by_kind(name, found, kinds, contents)
     contents[f"{name}.json"] = files.to_json(description).encode("utf-8")
-    return contents, description["files"]
+    return contents, description
 
 
 def _pictured(name: str, path: str, found: Segmentation, kinds: Sequence[str]) -> dict[str, bytes]:
@@ -163,12 +157,10 @@ def _describe(found: Segmentation, settings: Mapping[str, Any]) -> dict[str, Any
     """Return what O/<name>.json says of one image. Shares are of its pixels and sum to 1."""
     other, spread = other_label(len(found.classes)), found.uncertainty
     height, width = found.labels.shape
-    pixels = np.bincount(found.labels.ravel(), minlength=other + 1)
     return {
         "width": width,
         "height": height,
-        "classes": counted(found.vocabulary, pixels, found.labels.size),
-        "other": {"id": other, **_count(pixels[other], found.labels.size)},
+        **counted(found.vocabulary, np.bincount(found.labels.ravel(), minlength=other + 1)),
         "uncertainty": None
         if spread is None
         else {"mean": float(spread.mean()), "max": float(spread.max())},
@@ -176,16 +168,19 @@ def _describe(found: Segmentation, settings: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def counted(classes: Vocabulary, pixels: np.ndarray, total: int) -> list[dict[str, Any]]:
-    """Return what a description says of each class, of which there are `pixels` int [K or more]."""
-    return [
-        {"id": i, "name": e.name, "synonyms": list(e.synonyms), **_count(pixels[i], total)}
+def counted(classes: Vocabulary, pixels: np.ndarray) -> dict[str, Any]:
+    """Return what a description says of each class and of *other*: of each label, its `pixels`."""
+    total = pixels.sum()
+
+    def count(label: int) -> dict[str, Any]:
+        return {"pixels": int(pixels[label]), "share": float(pixels[label] / total)}
+
+    colors, other = classes.palette().tolist(), other_label(len(classes))
+    listed = [
+        {"id": i, "name": e.name, "synonyms": list(e.synonyms), "color": colors[i], **count(i)}
         for i, e in enumerate(classes.classes)
     ]
-
-
-def _count(pixels: int, total: int) -> dict[str, Any]:
-    return {"pixels": int(pixels), "share": float(pixels / total)}
+    return {"classes": listed, "other": {"id": other, **count(other)}}
 
 
 def _by_kind(
@@ -216,14 +211,14 @@ def _write_set(output: str, contents: Mapping[str, bytes]) -> None:
         raise
 
 
-def _remove_stale(output: str, name: str, written: Mapping[str, bytes]) -> None:
-    """Remove what an earlier run with other settings wrote of an image: it would be wrong here."""
+def remove(output: str, name: str, but: Iterable[str] = ()) -> None:
+    """Remove what an earlier run wrote of an image, `but` for what this one has written."""
     patterns = [file.name for kind in formats.FORMATS.values() for file in kind]
     named = [re.escape(p).replace(r"\{name\}", re.escape(name)) for p in patterns]
     ours = re.compile("|".join(p.replace(r"\{number\}", r"\d+") for p in named))
     listed = ownership.owned(output).get(KIND, frozenset())
-    stale = {file for file in listed if ours.fullmatch(file)} | {f"{name}_uncertainty.png"} & listed
-    _remove(output, stale - set(written))
+    always = {f"{name}{end}" for end in _ALWAYS}
+    _remove(output, {file for file in listed if file in always or ours.fullmatch(file)} - set(but))
 
 
 def write_summaries(
@@ -261,71 +256,8 @@ def _remove(output: str, stale: Iterable[str]) -> None:
 def claimed(output: str, written: Sequence[str]) -> Iterator[None]:
     """List the files of a run in O's marker, around the block that writes them.
 
-    In the end those are off the list that the block has removed: another's of that name is not ours.
+    In the end what the block removed is off the list: a new file of that name would not be ours.
     """
     with ownership.claimed(output, KIND, written):
         yield
     ownership.settle(output, KIND, ownership.owned(output).get(KIND, ()))
-
-
-def row(
-    output: str,
-    path: str,
-    photo: np.ndarray,
-    legend: Mapping[str, Sequence[int]],
-    written: Mapping[str, Any],
-) -> page.Row:
-    """Return the row of O/index.html for a photo uint8 [H, W, 3] whose files are `written`.
-
-    The page holds a large photo reduced; a click then opens the photo itself, where a browser can.
-    """
-    picture, title, originals = Image.fromarray(photo), "image", {}
-    width, height = picture.size
-    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    if picture.size != (width, height):
-        small = f"{picture.width} × {picture.height}"
-        title = f"image, here at {small} of {width} × {height} pixels"
-        address = _address(output, path)
-        originals = {title: address} if address else {}
-    shown: dict[str, bytes | str] = {title: pictures.encode(picture, photo=True)}
-    for kind in ("labels", "overlay", "uncertainty"):
-        if written.get(kind):
-            shown[kind] = written[kind]
-    return page.Row(path, shown, legend, originals)
-
-
-def _address(output: str, path: str) -> str | None:
-    """Return where a browser that shows O/index.html finds a photo, None where it cannot."""
-    if is_url(path):
-        return path
-    shown = path.lower().endswith(_IN_BROWSERS)
-    if not shown or files.is_remote(path) or files.is_remote(output):
-        return None
-    return quote(os.fsencode(os.path.relpath(path, output)))
-
-
-def write_page(
-    output: str,
-    rows: Sequence[page.Row],
-    classes: Vocabulary,
-    note: str,
-    unreadable: Mapping[str, str],
-) -> None:
-    """Write index.html over all images. unreadable: those that were left out → why."""
-    legend = page.Table(
-        "Classes",
-        ["class", "synonyms"],
-        [(entry.name, ", ".join(entry.synonyms)) for entry in classes.classes],
-        colors=classes.palette().tolist(),
-    )
-    tables = [legend]
-    if unreadable:
-        left_out = list(unreadable.items())
-        tables.append(page.Table("Left out: cannot be read", ["image", "why"], left_out))
-    page.page(
-        os.path.join(output, PAGE),
-        f"{len(rows)} images, {len(classes)} classes",
-        tables=tables,
-        rows=rows,
-        note=f"{note}. Uncertainty is brightest at each image's own maximum.",
-    )

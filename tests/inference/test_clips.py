@@ -2,16 +2,22 @@
 
 import json
 import sys
+import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_predict import _names, _run, place  # noqa: F401
+from test_photos import Server, server  # noqa: F401
+from test_predict import _names, _photo, _run, place  # noqa: F401
 
+from segdiff_jax import cli, predict
+from segdiff_jax.config import DataConfig
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import clips
+from segdiff_jax.inference import clips, photos
+
+READ = photos.Photos(DataConfig(), None, "")
 
 
 def _pictures(count, size=(26, 35), speed=3):
@@ -33,8 +39,8 @@ def clip(tmp_path_factory):
 
 
 def test_what_is_written_is_read_back(clip):
-    assert clips.only([clip]) and clips.look(clip) == (Fraction(12), 5)
-    for frame, picture in zip(clips.frames(clip), _pictures(5), strict=True):
+    assert photos.are_clips([clip]) and clips.look(clip, READ) == (Fraction(12), 5)
+    for frame, picture in zip(clips.frames(clip, READ), _pictures(5), strict=True):
         assert frame.shape == (26, 36, 3), "of even sides"
         difference = np.abs(frame[:, :35].astype(int) - picture)
         assert difference.mean() < 12 and np.median(difference) < 6
@@ -45,11 +51,11 @@ def test_what_is_no_clip_is_one_line(tmp_path, clip, monkeypatch):
     for name, content in (("a.mp4", b""), ("b.mp4", b"hello"), ("c.mp4", data[: len(data) // 3])):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UnreadableError, match=name) as caught:
-            clips.look(str(tmp_path / name))
+            clips.look(str(tmp_path / name), READ)
         assert "\n" not in str(caught.value)
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match=r"pip install 'segdiff_jax\[video\]'"):
-        clips.look(clip)
+        clips.look(clip, READ)
 
 
 def test_one_noise_for_all_frames_flickers_less(make_segmenter):
@@ -75,20 +81,96 @@ def test_one_noise_for_all_frames_flickers_less(make_segmenter):
 
 def test_predict_of_a_clip(place, capsys, clip):  # noqa: F811
     code, output = _run(place, capsys, "--closed", images=(clip,))
-    assert code == 0, output.err
+    assert code == 0 and f"1 clip segmented: {place / 'o'}/\n" in output.out, output.err
     assert _names(place / "o") == ["walk.json", "walk_overlay.mp4"]
     said = json.loads((place / "o" / "walk.json").read_text())
     assert (said["frames"], said["frames_per_second"]) == (5, 12.0)
     assert (said["width"], said["height"]) == (36, 26) and 0 <= said["flicker"] <= 1
     assert sum(one["share"] for one in said["classes"]) == pytest.approx(1)
-    rate, count = clips.look(str(place / "o" / "walk_overlay.mp4"))
-    assert (rate, count) == (12, 5)
-    pictures = list(clips.frames(str(place / "o" / "walk_overlay.mp4")))
+    assert clips.look(str(place / "o" / "walk_overlay.mp4"), READ) == (12, 5)
+    pictures = list(clips.frames(str(place / "o" / "walk_overlay.mp4"), READ))
     assert pictures[0].shape[0] > 26, "a legend below, of the same height in all frames"
     code, output = _run(place, capsys, "--closed", images=(clip,))
     assert code == 0 and "1 skipped" in output.out
-    code, output = _run(place, capsys, "--closed", "--frames", images=(clip,))
-    assert code == 0, output.err
-    assert {"walk_000001_labels.png", "walk_000005.json"} <= set(_names(place / "o"))
-    code, output = _run(place, capsys, images=("in/a.png", clip))
-    assert code == 2 and "is a clip, others are photos" in output.err
+
+
+def test_frames_of_a_clip_are_a_set_of_photos(place, capsys, clip):  # noqa: F811
+    def run(*flags, clip=clip):
+        code, output = _run(place, capsys, "--closed", *flags, images=(clip,))
+        assert code == 0, output.err
+        return output.out, _names(place / "o")
+
+    folder = place / "o"
+    _photo(place / "in" / "walk_000009.png")
+    assert _run(place, capsys, images=("in/walk_000009.png",))[0] == 0
+    mine = {"walk_000009.json", "walk_000009_labels.png", "walk_000009_overlay.png"}
+    _, found = run("--frames")
+    assert {"walk_000001_labels.png", "walk_000005.json", *mine} <= set(found)
+    out, found = run("--frames", "--format", "coco", "yolo", "cvat")
+    assert "1 earlier result is made again: format labels → coco cvat yolo" in out
+    assert "walk_000001_labels.png" not in found
+    assert len(json.loads((folder / "coco.json").read_text())["images"]) == 5
+    assert (folder / "yolo" / "data.yaml").exists() and "cvat.zip" in found
+    with clips.writer(place / "walk.mp4", Fraction(12)) as append:
+        for picture in _pictures(2):
+            append(picture)
+    _, found = run("--frames", clip="walk.mp4")
+    assert [name for name in found if name.endswith("_labels.png")] == [
+        "walk_000001_labels.png",
+        "walk_000002_labels.png",
+        "walk_000009_labels.png",
+    ]
+    assert "coco.json" not in found and "walk_000003.json" not in found
+    out, found = run(clip="walk.mp4")
+    assert "format labels → none" in out
+    assert set(found) - {"cvat", "yolo"} == {"index.html", "walk.json", "walk_overlay.mp4", *mine}
+    assert not [path for path in (folder / "yolo").rglob("*") if path.is_file()]
+
+
+def test_a_clip_that_cannot_be_read_is_left_out(place, capsys, clip):  # noqa: F811
+    (place / "in" / "bad.mp4").write_bytes(b"hello" * 100)
+    code, output = _run(place, capsys, images=(clip, "in/bad.mp4"))
+    assert code == 2 and "1 of 2 images cannot be read: " in output.err and "--skip" in output.err
+    code, output = _run(place, capsys, "--skip-unreadable", images=(clip, "in/bad.mp4"))
+    assert code == 0 and "1 clip segmented, 1 unreadable left out: " in output.out
+    code, output = _run(place, capsys, "--max-pixels=100", images=(clip,))
+    assert code == 2 and "walk.mp4: more than 100 pixels" in output.err
+    assert "--max-pixels N reads larger ones" in output.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "images", "message"),
+    [
+        ([], ("in/a.png", "x.mp4"), "is a clip, others are photos"),
+        (["--format", "coco"], ("x.mp4",), "--format coco: of a clip, formats are those of its"),
+        (["--frames"], ("in/a.png",), "--frames: none of --images is a clip"),
+        (["--output", "-"], ("x.mp4",), "--output -: the results of a clip are several files"),
+    ],
+)
+def test_flags_that_do_nothing_for_clips(place, capsys, flags, images, message):  # noqa: F811
+    (place / "x.mp4").write_bytes(b"")
+    code, output = _run(place, capsys, *flags, images=images)
+    assert code == 2 and message in output.err and output.err.count("\n") == 1
+
+
+def test_a_clip_at_an_address_is_fetched_once(place, capsys, clip, server, monkeypatch):  # noqa: F811
+    url = f"{server}/walk.mp4?width=1"
+    monkeypatch.setitem(Server.files, "/walk.mp4?width=1", Path(clip).read_bytes())
+    Server.served.clear()
+    flags = ["--checkpoint", str(place / "w"), "--output", str(place / "o"), "--classes", "sky"]
+    with pytest.raises(SystemExit) as caught:
+        cli.run(predict.main, [*flags, "--images", url])
+    assert caught.value.code == 0, capsys.readouterr().err
+    assert Server.served == ["/walk.mp4?width=1"] and "walk.json" in _names(place / "o")
+    with pytest.raises(UnreadableError, match="the server answers 404"):
+        clips.look(f"{server}/gone.mp4", READ)
+
+
+def test_the_digest_of_a_clip_needs_little_memory(tmp_path):
+    with (tmp_path / "long.mp4").open("wb") as file:
+        file.truncate(64 * 2**20)
+    tracemalloc.start()
+    READ.digest(str(tmp_path / "long.mp4"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20

@@ -88,6 +88,14 @@ def test_nothing_found(folder, argument, message):
         photos.find([""])
 
 
+def test_a_folder_without_images_gives_its_clips(folder):
+    for name in ("sub/x.mp4", "clips/b.MOV", "clips/c/a.webm", "clips/notes.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    assert _names(folder, "sub") == ["sub/c.png", "sub/d[1].png"]
+    assert _names(folder, "clips") == ["clips/b.MOV", "clips/c/a.webm"]
+
+
 def test_addresses_and_stdin_are_taken_as_they_are(folder):
     url = "https://host/a/street%20view.jpg?width=300"
     assert photos.find([url, "-", url]) == [url, "-"]
@@ -104,6 +112,7 @@ class Server(http.server.BaseHTTPRequestHandler):
     """Of one photo, and of what is met in its place."""
 
     served: list[str] = []
+    files: dict[str, bytes] = {}  # more of them, by their addresses
 
     def do_GET(self):
         self.served.append(self.path)
@@ -119,6 +128,8 @@ class Server(http.server.BaseHTTPRequestHandler):
             "/text": ("text/plain", b"hello"),
             "/large": ("image/png", bytes(1000)),
         }.get(self.path, ("", b""))
+        if self.path in self.files:
+            kind, body = "application/octet-stream", self.files[self.path]
         if self.path == "/moved":
             self.send_response(302)
             self.send_header("Location", "/photo.png")
