@@ -7,7 +7,7 @@ from typing import Any
 from segdiff_jax import cli, codec
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import photos
+from segdiff_jax.inference import photos, requests
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.vocabulary import Vocabulary
 
@@ -174,23 +174,26 @@ def settle_format(args: argparse.Namespace, are_clips: bool) -> None:
 
 def settings_of(args: argparse.Namespace, config: Config, classes: Vocabulary) -> dict[str, Any]:
     """Return the settings of a call to the segmenter. Raise `UserError` for impossible ones."""
-    sampler = config.sampler
-    shortlist = sampler.shortlist if args.shortlist is None else args.shortlist
+    given = requests.Settings(
+        steps=steps_of(args.steps, config),
+        ensemble=args.ensemble,
+        shortlist=args.shortlist,
+        tiles=args.tiles,
+        threshold=args.threshold,
+        closed=args.closed or None,
+    )
+    sampler, decoding = requests.chosen(config, given)
     group = codec.group_size(len(classes), config.codec.classes_per_pass)
-    if shortlist and group > 1:
+    if sampler.shortlist and group > 1:
         raise UserError(
-            f"--shortlist {shortlist}: this model paints {group} classes in one pass, "
+            f"--shortlist {sampler.shortlist}: this model paints {group} classes in one pass, "
             "so there is nothing to leave out: set it to 0"
         )
     return {
-        "steps": steps_of(args.steps, config),
-        "ensemble": args.ensemble or sampler.ensemble,
-        "shortlist": shortlist,
-        "tiles": sampler.tiles if args.tiles is None else args.tiles,
+        **{name: getattr(sampler, name) for name in ("steps", "ensemble", "shortlist", "tiles")},
         "seed": args.seed,
-        "threshold": config.codec.threshold if args.threshold is None else args.threshold,
-        # Who names a threshold wants *other*, even from a model whose config is closed.
-        "closed": args.closed or (config.codec.closed and args.threshold is None),
+        "threshold": decoding.threshold,
+        "closed": decoding.closed,
     }
 
 

@@ -109,7 +109,7 @@ class Settings(TypedDict, total=False):
     ensemble: int | None  # samples to merge, from 1 on; their spread is the uncertainty
     shortlist: int | None  # classes that get the whole budget; 0 = all
     tiles: int | None  # windows along each side of a large image, at most; 0 = as a whole only
-    threshold: float | None  # 0…1: pixels whose best score is below are *other*
+    threshold: float | None  # 0…1: pixels whose best score is below are *other*, unless `closed`
     closed: bool | None  # every pixel gets a class
 
 
@@ -131,6 +131,9 @@ def chosen(config: Config, settings: Settings) -> tuple[SamplerConfig, CodecConf
                 raise ValueError(f"closed={value!r}: give True or False")
         else:
             raise TypeError(f"{name}: is none of {', '.join(Settings.__annotations__)}")
+    if "threshold" in given:
+        # Who names a threshold wants *other*, even from a model whose config is closed.
+        given.setdefault("closed", False)
     sampler = {name: v for name, v in given.items() if name in lowest}
     decoding = {name: v for name, v in given.items() if name not in lowest}
     return (

@@ -53,6 +53,12 @@ def test_seed_decides_everything(model, image):
     assert np.abs(first.scores - model(image, CLASSES, seed=4, ensemble=2).scores).max() > 1e-3
 
 
+def test_a_threshold_opens_a_closed_config(make_segmenter, tiny_config, image):
+    closed = make_segmenter(tiny_config(closed=True))
+    assert (closed(image, CLASSES, threshold=1.0).labels == 255).mean() > 0.99
+    assert not (closed(image, CLASSES).labels == 255).any()
+
+
 def test_closed_and_threshold(model, image):
     closed = model(image, CLASSES, closed=True, threshold=1.0)
     assert (closed.labels == closed.scores.argmax(-1)).mean() > 0.999
