@@ -86,6 +86,7 @@ class _Ask(NamedTuple):
     """What is asked for, and what was seen of it before the networks are loaded."""
 
     args: argparse.Namespace
+    place: str  # of the checkpoint
     classes: Vocabulary
     settings: dict[str, Any]  # of the call
     read: photos.Photos
@@ -114,6 +115,8 @@ class _Ask(NamedTuple):
 
 
 class _Model(NamedTuple):
+    """The model that is loaded, and what is recorded of how it is asked."""
+
     segmenter: "Segmenter"
     used: dict[str, Any]  # all settings, of the call and the model's own
 
@@ -125,13 +128,11 @@ def _predict(args: argparse.Namespace, paths: list[str], folder: str) -> None:
     with working("loading libraries", first):
         from segdiff_jax.inference import writers
         from segdiff_jax.inference.segmenter import Segmenter
-        from segdiff_jax.weights import hub
 
-    place = hub.local(args.checkpoint)
     progress = functools.partial(reporter, enabled=first and not args.quiet)
-    ask = _looked_at(args, paths, place, folder, progress("check"))
+    ask = _looked_at(args, paths, folder, progress("check"))
     with working(f"loading {args.checkpoint}", first):
-        segmenter = Segmenter.load(place, args.which)
+        segmenter = Segmenter.load(ask.place, args.which)
         segmenter.table(ask.classes.classes)  # what is wrong with the classes stops before all else
     used = writers.all_settings(ask.settings, segmenter.config) | {
         "checkpoint": args.checkpoint,
@@ -139,32 +140,31 @@ def _predict(args: argparse.Namespace, paths: list[str], folder: str) -> None:
         "weights": segmenter.networks.checksum(),
     }
     model = _Model(segmenter, used)
-    paths = list(ask.names)
     if args.output == _STDOUT:
-        _write_to_stdout(ask, segmenter, paths, progress("predict"))
+        _write_to_stdout(ask, segmenter, progress("predict"))
         return
-    done = _done_before(ask, paths, used)
+    done = _done_before(ask, used)
     if ask.clips:
         _segment_clips(ask, model, done, progress)
     else:
         _segment_photos(ask, model, done, progress("predict"))
-    _report(ask, len(paths) - len(done), len(done))
+    _report(ask, len(ask.names) - len(done), len(done))
 
 
-def _looked_at(
-    args: argparse.Namespace, paths: list[str], place: str, folder: str, step: Progress
-) -> _Ask:
+def _looked_at(args: argparse.Namespace, paths: list[str], folder: str, step: Progress) -> _Ask:
     """Look at the photos and at what an earlier run made of them, before anything is written."""
     from segdiff_jax.inference import clips, formats, resuming, writers
     from segdiff_jax.parallel import processes
-    from segdiff_jax.weights import workdir
+    from segdiff_jax.weights import hub, workdir
 
-    classes, config = requests.parse_classes(args.classes), workdir.read_config(place)
+    classes = requests.parse_classes(args.classes)
+    place = hub.local(args.checkpoint)
+    config = workdir.read_config(place)
     settings, names = flags.settings_of(args, config, classes), writers.names(paths)
     read = photos.Photos(config.data, args.max_pixels, folder)
     to_folder, of_clips = args.output != _STDOUT, photos.are_clips(paths)
     had = resuming.earlier(args.output, names) if to_folder else {}
-    ask = _Ask(args, classes, settings, read, names, {}, had, {})
+    ask = _Ask(args, place, classes, settings, read, names, {}, had, {})
     writes = to_folder and processes.is_first()
     if writes:
         formats.check(args.format, classes)
@@ -185,25 +185,21 @@ def _looked_at(
     return ask
 
 
-def _write_to_stdout(
-    ask: _Ask, segmenter: "Segmenter", paths: Sequence[str], step: Progress
-) -> None:
+def _write_to_stdout(ask: _Ask, segmenter: "Segmenter", step: Progress) -> None:
     from segdiff_jax.parallel import processes
 
-    (found,) = _stream(ask, segmenter, paths, step)
+    (found,) = _stream(ask, segmenter, list(ask.names), step)
     if processes.is_first():
         sys.stdout.buffer.write(found.encoded(_ONE_FILE[ask.args.format[0]]))
         sys.stdout.buffer.flush()
 
 
-def _done_before(
-    ask: _Ask, paths: Sequence[str], used: Mapping[str, Any]
-) -> dict[str, Mapping[str, Any]]:
+def _done_before(ask: _Ask, used: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Return the descriptions of an earlier run that are as asked; say what is not."""
     from segdiff_jax.inference import resuming
     from segdiff_jax.parallel import processes
 
-    changes = {}
+    paths, changes = list(ask.names), {}
     for path in filter(ask.had.__contains__, paths):
         now = ask.recorded(path, used)
         changes[path] = resuming.changes(ask.had[path], now, ask.classes, ask.args.format)

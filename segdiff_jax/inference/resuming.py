@@ -64,7 +64,8 @@ def _changes(
     said: Mapping[str, Any], now: Mapping[str, Any], classes: Vocabulary, kinds: Sequence[str]
 ) -> list[str]:
     before = said["settings"]
-    found = ["the photo changed"] if before[DIGEST] != now[DIGEST] else []
+    what = "the clip changed" if "frames" in said else "the photo changed"
+    found = [what] if before[DIGEST] != now[DIGEST] else []
     keys = sorted({*before, *now} - {DIGEST})
     found += [f"{k} {before.get(k)} → {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
     names = [[one["name"], *one["synonyms"]] for one in said["classes"]]
