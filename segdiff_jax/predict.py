@@ -110,7 +110,7 @@ class _Ask(NamedTuple):
 
         kinds, count = self.args.format, len(self.classes)
         if self.clips:
-            return [f for clip in self.clips.values() for f in clips.outputs(clip, kinds, count)]
+            return clips.outputs(self.clips.values(), kinds, count)
         return [*writers.outputs(self.names.values(), kinds, count), overview.PAGE]
 
 
@@ -295,8 +295,7 @@ def _segment_clips(
             if first:
                 _json_line(ask, path, path in done)
         if first:
-            each = (clips.names_of_frames(clip, args.format) for clip in ask.clips.values())
-            names = [name for of_clip in each for name in of_clip]
+            names = clips.names_of_frames(ask.clips.values(), args.format)
             writers.write_summaries(args.output, names, ask.classes, args.format)
 
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,17 +150,16 @@ class Clip(NamedTuple):
     length: Length
 
 
-def outputs(clip: Clip, kinds: Sequence[str], count: int) -> list[str]:
-    """Return all files that may be written for a clip and `count` classes.
-
-    kinds: the formats of its frames; none of them where frames are not asked for.
-    """
-    of_frames = writers.outputs(names_of_frames(clip, kinds), kinds, count)
-    return [f"{clip.name}_overlay.mp4", f"{clip.name}.json", *of_frames]
+def outputs(clips: Collection[Clip], kinds: Sequence[str], count: int) -> list[str]:
+    """Return all files that may be written for `clips` and `count` classes."""
+    own = [f"{clip.name}{end}" for clip in clips for end in ("_overlay.mp4", ".json")]
+    return own + writers.outputs(names_of_frames(clips, kinds), kinds, count)
 
 
-def names_of_frames(clip: Clip, kinds: Sequence[str]) -> list[str]:
-    return [f"{clip.name}_{n:06}" for n in range(1, clip.length.frames + 1)] if kinds else []
+def names_of_frames(clips: Collection[Clip], kinds: Sequence[str]) -> list[str]:
+    """Return what the results of each frame are called; [] where there are no `kinds` of them."""
+    counts = {clip.name: clip.length.frames if kinds else 0 for clip in clips}
+    return [f"{name}_{n:06}" for name, count in counts.items() for n in range(1, count + 1)]
 
 
 def write(
@@ -174,7 +173,7 @@ def write(
 
     results: of each frame. What an earlier run wrote of frames that are none now is removed.
     """
-    names, summary = names_of_frames(clip, kinds), None
+    names, summary = names_of_frames([clip], kinds), None
     with tempfile.TemporaryDirectory(prefix="segdiff_") as folder:
         place = Path(folder, "clip.mp4")
         with writer(place, clip.length.rate) as append:

@@ -84,10 +84,15 @@ def outputs(names: Iterable[str], kinds: Sequence[str], count: int) -> list[str]
 
 
 def check_output(output: str, names: Mapping[str, str], written: Sequence[str]) -> None:
-    """Raise `UserError` if a file to be written would replace one of the photos, or one not ours.
+    """Raise `UserError` if a file to be written would replace another, a photo or one not ours.
 
     names: path → name of its results.
     """
+    for name, count in collections.Counter(written).items():
+        if count > 1:
+            raise UserError(
+                f"--output {output}: two of --images would give {name}: use two --output folders"
+            )
     inputs = {identity(path) for path in names}
     for name in written:
         if identity(os.path.join(output, name)) in inputs:

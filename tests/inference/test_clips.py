@@ -1,6 +1,7 @@
 """A small generated clip: read, segmented with one noise, written, and read back."""
 
 import json
+import shutil
 import sys
 import tracemalloc
 from fractions import Fraction
@@ -111,6 +112,9 @@ def test_frames_of_a_clip_are_a_set_of_photos(place, capsys, clip):  # noqa: F81
     assert "walk_000001_labels.png" not in found
     assert len(json.loads((folder / "coco.json").read_text())["images"]) == 5
     assert (folder / "yolo" / "data.yaml").exists() and "cvat.zip" in found
+    shutil.copy(clip, place / "walk_000001.mp4")
+    code, output = _run(place, capsys, "--frames", images=(clip, "walk_000001.mp4"))
+    assert code == 2 and "two of --images would give walk_000001.json: use two" in output.err
     with clips.writer(place / "walk.mp4", Fraction(12)) as append:
         for picture in _pictures(2):
             append(picture)
