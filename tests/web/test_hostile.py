@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -60,6 +61,12 @@ def test_programs_get_what_python_gets(client, served, photo):
     np.testing.assert_array_equal(labels, found.labels)
     assert json.loads(packed.read("a.json"))["settings"]["seed"] == 3
     assert packed.read("yolo/data.yaml").startswith(b"train: images")
+
+
+def test_the_description_of_a_photo_called_coco(client, tmp_path, photo):
+    shutil.copy(photo, tmp_path / "coco.png")
+    _, path = _call(client, tmp_path / "coco.png", kinds=["coco"])
+    assert {"coco_.json", "coco__coco.json", "coco.json"} <= set(zipfile.ZipFile(path).namelist())
 
 
 def _hostile(kind, bomb):
