@@ -248,7 +248,7 @@ def first_difference(classes: Sequence[ClassEntry], others: Sequence[ClassEntry]
 
 
 def with_shares(wanted: Vocabulary, trained: Vocabulary | None) -> Vocabulary:
-    """Return `wanted` with the shares that `trained` has for classes of these names.
+    """Return `wanted` with the shares that `trained` has for classes of these names or synonyms.
 
     A class that the training did not know gets their median: it is neither rare nor common.
     Raise `UserError` if the training counted none.
@@ -258,10 +258,17 @@ def with_shares(wanted: Vocabulary, trained: Vocabulary | None) -> Vocabulary:
             "this model does not say how often its classes occurred in training: set "
             "config.codec.logit_adjustment to 0"
         )
-    known = {same_name(e.name): x for e, x in zip(trained.classes, trained.shares, strict=True)}
-    median = float(np.median(list(known.values())))
+    known, median = known_shares(trained)
     shares = tuple(known.get(same_name(name), median) for name in wanted.names)
     return replace(wanted, shares=shares)
+
+
+def known_shares(trained: Vocabulary) -> tuple[dict[str, float], float]:
+    """Return the share of each name and synonym, as `same_name` has them, and the median share."""
+    pairs = list(zip(trained.classes, trained.shares, strict=True))
+    synonyms = {same_name(name): share for entry, share in pairs for name in entry.synonyms}
+    names = {same_name(entry.name): share for entry, share in pairs}
+    return synonyms | names, float(np.median(trained.shares))
 
 
 def check_known(

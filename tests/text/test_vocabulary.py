@@ -193,3 +193,10 @@ def test_shares_of_classes_are_stored_and_go_by_name(tmp_path):
     assert vocabulary.load(path).shares == (0.6, 0.3, 0.1)
     wanted = vocabulary.from_names(["Pole", "zebra", "sky"])
     assert vocabulary.with_shares(wanted, trained).shares == (0.1, 0.3, 0.6)
+    trained = dataclasses.replace(trained, shares=(0.05, 0.9, 0.02))
+    wanted = vocabulary.from_names(["Edifice", "zebra"])  # a synonym has the share of its class
+    assert vocabulary.with_shares(wanted, trained).shares == (0.9, 0.05)
+    trained = vocabulary.from_names(["bag", "hand bag, bag", "pole, bag"])
+    trained = dataclasses.replace(trained, shares=(0.6, 0.3, 0.1))
+    wanted = vocabulary.from_names(["bag", "zebra"])  # a class's own name comes first
+    assert vocabulary.with_shares(wanted, trained).shares == (0.6, 0.3)
