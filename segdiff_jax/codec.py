@@ -28,7 +28,7 @@ from segdiff_jax.shapes import (
 IGNORE = 255  # in labels of 8 bits: not annotated; in predictions: *other*
 IGNORE_16 = 65535  # the same in labels of 16 bits, where 255 is a class
 PAD = -1  # in class_ids: an empty slot of the group
-_LEAST_SHARE = 1e-4  # of the labelled pixels: rarer classes are adjusted as much as this one
+LEAST_SHARE = 1e-4  # of the labelled pixels: rarer classes are adjusted as much as this one
 MAX_GROUP = 255  # more gray levels than 8 bits hold cannot be told apart
 
 
@@ -166,10 +166,15 @@ def adjusted(ranks: Any, share: float, tau: float) -> Any:
     than one about a common class. What lies beyond [0, 1] is left as it is.
     """
     xp = _numpy_of(ranks)
-    share = min(max(share, _LEAST_SHARE), 1.0 - _LEAST_SHARE)
-    odds = ((1.0 - share) / share) ** tau
+    odds = odds_factor(share, tau)
     inside = xp.clip(ranks, 0.0, 1.0)
     return ranks + (inside * odds / (inside * odds + (1.0 - inside)) - inside)
+
+
+def odds_factor(share: float, tau: float) -> float:
+    """By what `adjusted` multiplies the odds of a class; shares near 0 and 1 are less extreme."""
+    share = min(max(share, LEAST_SHARE), 1.0 - LEAST_SHARE)
+    return ((1.0 - share) / share) ** tau
 
 
 def join_passes(pass_scores: Any, num_classes: int) -> Any:

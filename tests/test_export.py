@@ -146,11 +146,14 @@ def test_model_card_shows_the_photo_and_decodes_as_the_model_does(tiny_networks,
     config = tiny_config()
     card = model_card(config, unet.config, vae.config)
     assert "top left corner" in card and "samples" not in card, "padded, and of one sample"
+    assert "classes.json" not in card
     config.data.fit, config.sampler.ensemble, config.sampler.decoder = "stretch", 3, "joint"
+    config.codec.logit_adjustment = 0.75
     card = model_card(config, unet.config, vae.config)
     assert "Resize the photo to 16 × 16 pixels" in card
     merged, sharpened = card.index("the 3 samples"), card.index("`joint_decoder.safetensors`")
     assert merged < sharpened, "the joint decoder gets what the samples agree on"
+    assert "((1 - p) / p)^0.75" in card and "`share` in `classes.json`" in card
 
 
 @pytest.mark.parametrize(

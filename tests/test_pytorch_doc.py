@@ -18,6 +18,7 @@ from segdiff_jax.diffusion import sampler as sampler_lib
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models.joint_decoder import JointDecoder
 from segdiff_jax.models.linear_decoder import LinearDecoder
+from segdiff_jax.text import vocabulary
 from segdiff_jax.weights import loading
 from segdiff_jax.weights.mask_decoders import Decoders
 
@@ -33,10 +34,10 @@ def blocks():
     return found
 
 
-def compare(blocks, networks, tmp_path, ensemble=1, decoders=None):
+def compare(blocks, networks, tmp_path, ensemble=1, decoders=None, trained=None):
     """Exports `networks`, runs the document on it and returns both sides' labels and scores."""
     *modules, config = networks
-    export.write_folder((*modules, config), tmp_path / "model", decoders=decoders)
+    export.write_folder((*modules, config), tmp_path / "model", trained=trained, decoders=decoders)
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 26, 3), np.uint8))
     photo.save(tmp_path / "photo.png")
     names: dict = {}
@@ -45,7 +46,7 @@ def compare(blocks, networks, tmp_path, ensemble=1, decoders=None):
     written = np.asarray(Image.open(tmp_path / "labels.png"))
     assert written.shape == (40, 26) and set(np.unique(written)) <= {0, 1, 2, 255}
 
-    segmenter = Segmenter(*networks)
+    segmenter = Segmenter(*networks, trained=trained)
     if decoders:
         segmenter.add_decoders(decoders)
     channels, factor = modules[1].config.latent_channels, modules[1].config.downsampling
@@ -89,6 +90,20 @@ def test_several_classes_per_pass(
     monkeypatch.chdir(tmp_path)
     config = tiny_config(classes_per_pass=group, context=context, threshold=0.4)
     check(*compare(blocks, (*tiny_networks, config), tmp_path), config)
+
+
+def test_classes_that_were_rare_in_training_are_raised(
+    blocks, tiny_networks, tiny_config, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config(classes_per_pass=1, closed=True, logit_adjustment=0.75)
+    trained = vocabulary.from_names(["Sky", "house, building", "pole"])
+    trained = dataclasses.replace(trained, shares=(0.3, 0.25, 0.28))
+    ours, labels, scores = compare(blocks, (*tiny_networks, config), tmp_path, trained=trained)
+    check(ours, labels, scores, config)
+    settings = dataclasses.replace(config.codec, logit_adjustment=0.0)
+    plain = Segmenter(*tiny_networks, dataclasses.replace(config, codec=settings))
+    assert (plain(ours.photo, CLASSES, seed=4).labels != ours.labels).any()
 
 
 @pytest.mark.parametrize("decoder", ["linear", "joint"])

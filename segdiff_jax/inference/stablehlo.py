@@ -8,7 +8,6 @@ six months of its own releases
 """
 
 import functools
-import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,6 +27,7 @@ from segdiff_jax.inference import sampling
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models.attention import plain
 from segdiff_jax.parallel.attention_kernels import with_attention
+from segdiff_jax.text import vocabulary
 from segdiff_jax.text.prompts import expanded
 from segdiff_jax.weights import safetensors_files
 
@@ -67,6 +67,7 @@ def write(
     Raises:
       UserError: a weight overflows float16, or the place holds other files or cannot be written.
     """
+    about = describe(model, sampler, dtype)
     function: Callable[..., jax.Array] = sample_with(model, sampler)
     inputs: tuple[Any, ...] = _inputs(model)
     beside = _size(model, dtype) > _LIMIT
@@ -78,9 +79,7 @@ def write(
     data = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*inputs).serialize()
     names = [FUNCTION, DESCRIPTION, *([WEIGHTS] if beside else [])]
     with ownership.whole_folder(directory, "stablehlo", names, last=FUNCTION) as folder:
-        about = describe(model, sampler, dtype)
-        text = json.dumps(about, indent=2, ensure_ascii=False)
-        files.write_text(folder / DESCRIPTION, text + "\n")
+        files.write_json(folder / DESCRIPTION, about)
         if beside:
             _write_weights(model, folder / WEIGHTS, dtype)
         files.write_bytes(folder / FUNCTION, bytes(data))
@@ -206,11 +205,28 @@ def describe(model: Segmenter, sampler: SamplerConfig, dtype: str) -> dict[str, 
         },
         "codec": {
             name: getattr(config.codec, name)
-            for name in ("classes_per_pass", "context", "threshold", "closed")
+            for name in ("classes_per_pass", "context", "threshold", "closed", "logit_adjustment")
         },
+        "adjustment": _adjustment(model),
         "templates": list(expanded(config.prompts.templates)),
         "trained_classes": None if model.trained is None else list(model.trained.names),
         "key": f"seed s is [0, s], as jax.random.key(s, impl={_RNG!r})",
         # What stands for *other* depends on how many classes a program asks for.
         "other_label": {"up to 255 classes": codec.IGNORE, "more": codec.IGNORE_16},
+    }
+
+
+def _adjustment(model: Segmenter) -> dict[str, Any] | None:
+    """Return how scores change before the best is chosen (`codec.adjusted`); None if they stay.
+
+    Raise `UserError` for a model that does not say how often its classes occurred in training.
+    """
+    tau = model.config.codec.logit_adjustment
+    if not tau:
+        return None
+    shares, median = vocabulary.known_shares(model.trained)
+    return {
+        "score": "s * f / (s * f + 1 - s)",
+        "factors": {name: codec.odds_factor(share, tau) for name, share in shares.items()},
+        "factor_of_other_names": codec.odds_factor(median, tau),
     }

@@ -251,6 +251,16 @@ def with_shares(wanted: Vocabulary, trained: Vocabulary | None) -> Vocabulary:
     """Return `wanted` with the shares that `trained` has for classes of these names or synonyms.
 
     A class that the training did not know gets their median: it is neither rare nor common.
+    Raise `UserError` as `known_shares` does.
+    """
+    known, median = known_shares(trained)
+    shares = tuple(known.get(same_name(name), median) for name in wanted.names)
+    return replace(wanted, shares=shares)
+
+
+def known_shares(trained: Vocabulary | None) -> tuple[dict[str, float], float]:
+    """Return the share of each name and synonym, as `same_name` has them, and the median share.
+
     Raise `UserError` if the training counted none.
     """
     if trained is None or not trained.shares:
@@ -258,13 +268,6 @@ def with_shares(wanted: Vocabulary, trained: Vocabulary | None) -> Vocabulary:
             "this model does not say how often its classes occurred in training: set "
             "config.codec.logit_adjustment to 0"
         )
-    known, median = known_shares(trained)
-    shares = tuple(known.get(same_name(name), median) for name in wanted.names)
-    return replace(wanted, shares=shares)
-
-
-def known_shares(trained: Vocabulary) -> tuple[dict[str, float], float]:
-    """Return the share of each name and synonym, as `same_name` has them, and the median share."""
     pairs = list(zip(trained.classes, trained.shares, strict=True))
     synonyms = {same_name(name): share for entry, share in pairs for name in entry.synonyms}
     names = {same_name(entry.name): share for entry, share in pairs}

@@ -3,6 +3,7 @@
 Nothing in it depends on where or when the export was made: an export of an export is the same.
 """
 
+from segdiff_jax.codec import LEAST_SHARE
 from segdiff_jax.config import Config
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
@@ -89,6 +90,7 @@ def _settings(config: Config) -> list[tuple[str, object]]:
         ("steps × members", f"{config.sampler.steps} × {config.sampler.ensemble}"),
         ("decoder", config.sampler.decoder),
         ("threshold", "none" if config.codec.closed else config.codec.threshold),
+        ("logit adjustment", config.codec.logit_adjustment or "none"),
     ]
 
 
@@ -129,9 +131,17 @@ def _decoding(config: Config, vae: VAEConfig) -> str:
 
 
 def _scores(config: Config) -> str:
-    if config.codec.classes_per_pass == 1:
-        return "The class's score at a pixel of value m is (m + 1) / 2; the label is the argmax."
-    return (
-        "Class j = 1…G of a group has gray level -1 + 2j/G; its score falls from 1 there to 0 one "
-        "level away. The label is the argmax over all groups."
-    )
+    score = "The class's score at a pixel of value m is (m + 1) / 2"
+    if config.codec.classes_per_pass != 1:
+        score = (
+            "Class j = 1…G of a group has gray level -1 + 2j/G; its score falls from 1 there to 0 "
+            "one level away"
+        )
+    if config.codec.logit_adjustment:
+        score += (
+            ". A score s becomes s·f / (s·f + 1 - s), where f = ((1 - p) / p)"
+            f"^{config.codec.logit_adjustment:g} and p, from {LEAST_SHARE:g} to "
+            f"{1 - LEAST_SHARE:g}, is the `share` in `classes.json` of the class that has this "
+            "name or synonym, or else the median share"
+        )
+    return f"{score}. The label is the argmax over all classes."

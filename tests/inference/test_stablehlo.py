@@ -105,6 +105,29 @@ def test_context_of_several_classes_per_pass(make_segmenter, tiny_config, image)
         np.testing.assert_allclose(gray[0], expected[0, group], atol=1e-5)
 
 
+def test_who_follows_the_description_paints_the_same_labels(tiny_networks, tiny_config, image):
+    """Classes that were rare in training are raised: known ones, synonyms and unknown ones."""
+    config = tiny_config(classes_per_pass=1, closed=True, logit_adjustment=0.75)
+    trained = vocabulary.from_names(["sky", "building, edifice", "pole"])
+    trained = dataclasses.replace(trained, shares=(0.05, 0.9, 1e-9))
+    model, names = Segmenter(*tiny_networks, config, trained=trained), ["Sky", "edifice", "road"]
+    about = json.loads(json.dumps(stablehlo.describe(model, config.sampler, "float32")))
+    maps, _ = model.maps([image], vocabulary.from_names(names).classes, config.sampler, seed=0)
+    scores, rule = (maps[0] + 1) / 2, about["adjustment"]
+    assert rule["score"] == "s * f / (s * f + 1 - s)" and about["codec"]["closed"]
+    factors = [rule["factors"].get(name.lower(), rule["factor_of_other_names"]) for name in names]
+    f = np.array(factors)[:, None, None]
+    adjusted = scores * f / (scores * f + 1 - scores)
+    found = model(image, names)
+    np.testing.assert_allclose(found.scores, np.moveaxis(adjusted, 0, -1), atol=1e-5)
+    np.testing.assert_array_equal(found.labels, adjusted.argmax(0))
+    assert (found.labels != scores.argmax(0)).any()
+    plain = stablehlo.describe(Segmenter(*tiny_networks, tiny_config()), config.sampler, "float32")
+    assert plain["adjustment"] is None
+    with pytest.raises(UserError, match="set config.codec.logit_adjustment to 0"):
+        stablehlo.describe(Segmenter(*tiny_networks, config), config.sampler, "float32")
+
+
 def test_half_precision_weights_take_half_the_space(make_segmenter, tiny_networks, image, tmp_path):
     model, dtype = make_segmenter(), "bfloat16"
     sampler = model.config.sampler
