@@ -1,6 +1,5 @@
 """Class lists: names, synonyms and colours, in the order of their ids."""
 
-import colorsys
 import json
 import logging
 import re
@@ -13,7 +12,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from segdiff_jax import files, stored
 from segdiff_jax.errors import UserError
+from segdiff_jax.text import colors
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,11 @@ _SHOWN_CLASSES, _SHOWN_SYNONYMS, _SHOWN_LETTERS = 12, 3, 40  # in a summary
 
 @dataclass(frozen=True)
 class ClassEntry:
-    """A class. Raises `TypeError` if a name is no text, or `synonyms` is one text."""
+    """A class.
+
+    Raises `TypeError` if a name is no text or `synonyms` is one text, `ValueError` for a colour
+    that is none.
+    """
 
     name: str
     synonyms: tuple[str, ...] = ()  # their prompts are averaged with the name's
@@ -44,6 +49,8 @@ class ClassEntry:
         for name in self.names:
             if not isinstance(name, str):
                 raise TypeError(f"ClassEntry: the name {name!r} is no text")
+        if self.color is not None:
+            object.__setattr__(self, "color", colors.rgb(self.color))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -105,10 +112,8 @@ class Vocabulary:
 
     def palette(self) -> np.ndarray:
         """Return RGB of each id, uint8 [K, 3]: the class's own or one made up for its id."""
-        colors = [
-            _fallback_color(i) if e.color is None else e.color for i, e in enumerate(self.classes)
-        ]
-        return np.array(colors, np.uint8)
+        own = (entry.color for entry in self.classes)
+        return np.array([c or colors.made_up(i) for i, c in enumerate(own)], np.uint8)
 
 
 SEPARATE_CLASSES = (
@@ -166,14 +171,6 @@ def visible(text: str) -> str:
     return "".join(ascii(c)[1:-1] if _invisible(c) else c for c in shorten(text))
 
 
-def _fallback_color(i: int) -> tuple[int, int, int]:
-    # Hues a golden angle apart stay distinct however many there are; saturation and value cycle.
-    hue = (0.13 + 0.618033988749895 * i) % 1.0
-    rgb = colorsys.hsv_to_rgb(hue, (0.85, 0.6, 0.95)[i % 3], (0.9, 0.75, 0.6, 1.0)[i % 4])
-    red, green, blue = (round(255 * value) for value in rgb)
-    return red, green, blue
-
-
 def packaged() -> tuple[str, ...]:
     """List the names of the vocabularies that ship with the package.
 
@@ -191,16 +188,29 @@ def load(name_or_path: str | epath.PathLike) -> Vocabulary:
     """
     text = str(name_or_path)
     if text in packaged():
-        return _from_json((_PACKAGED / f"{text}.json").read_text("utf-8"), text)
+        return _from_object(stored.read_object(_PACKAGED / f"{text}.json"), text)
+    if text.endswith(".json"):
+        return _from_object(stored.read_object(name_or_path, "name the file of a class list"), text)
+    return _from_lines(_lines_of(name_or_path), text)
+
+
+def _lines_of(path: str | epath.PathLike) -> str:
+    """Return the text of a classes.txt. An empty one is no fault of the file's here."""
     try:
-        content = epath.Path(name_or_path).read_bytes().decode("utf-8-sig")
+        with files.reading(path):
+            data = epath.Path(path).read_bytes()
+        reason = data.strip() and stored.instead(data)
+        if reason:
+            raise UserError(f"{path}: {reason}")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{text}: not text in UTF-8, write one class name a line") from error
-    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not text in UTF-8, write one class name a line") from error
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise UserError(
-            f"vocabulary {text!r}: no such file, and not one of {', '.join(packaged())}"
+            f"vocabulary {str(path)!r}: no such file, and not one of {', '.join(packaged())}"
         ) from error
-    return _from_json(content, text) if text.endswith(".json") else _from_lines(content, text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error}): name another file") from error
 
 
 def _from_lines(content: str, path: str) -> Vocabulary:
@@ -312,14 +322,12 @@ def to_json(vocabulary: Vocabulary) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-def _from_json(content: str, name: str) -> Vocabulary:
+def _from_object(value: dict[str, Any], name: str) -> Vocabulary:
     try:
-        classes = json.loads(content)["classes"]
-        entries = [
-            ClassEntry(c["name"], tuple(c["synonyms"]), tuple(c["color"]) if "color" in c else None)
-            for c in classes
-        ]
+        classes = value["classes"]
+        entries = [ClassEntry(c["name"], c["synonyms"], c.get("color")) for c in classes]
         shares = tuple(float(c["share"]) for c in classes if "share" in c)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{name}: no class list of this program: restore it") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{name}: no class list of this program ({reason}): restore it") from error
     return Vocabulary(name, tuple(entries), shares if len(shares) == len(entries) else ())

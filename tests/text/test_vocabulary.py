@@ -78,6 +78,16 @@ def test_unknown_vocabulary_lists_the_packaged_ones():
     assert all(name in str(caught.value) for name in ("'ade20k'", *SIZES))
 
 
+def test_what_is_no_file_of_names(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    for folder in (tmp_path, tmp_path / "folder.json"):
+        with pytest.raises(UserError, match=f"{folder}: .*Is a directory"):
+            vocabulary.load(folder)
+    (tmp_path / "pointer.txt").write_text("version https://git-lfs.github.com/spec/v1\noid")
+    with pytest.raises(UserError, match="pointer.txt: a git-lfs pointer"):
+        vocabulary.load(tmp_path / "pointer.txt")
+
+
 def test_from_names_refuses_nothing_and_repeated_names():
     with pytest.raises(UserError, match="empty class list"):
         vocabulary.from_names([])
@@ -168,6 +178,11 @@ def test_an_entry_is_made_of_texts():
     for arguments in (("building", "edifice"), (5,), ("building", (5,))):
         with pytest.raises(TypeError, match="ClassEntry"):
             vocabulary.ClassEntry(*arguments)
+    entry = vocabulary.ClassEntry("sky", color=np.array([1, 0, 255]))
+    assert entry.color == (1, 0, 255) and hash(entry)
+    for color in ([300, 0, 0], "red", (1, 2), (-1, 0, 0), (0.5, 0, 0), 5):
+        with pytest.raises(ValueError, match="ClassEntry: color=.* three whole numbers"):
+            vocabulary.ClassEntry("sky", color=color)
 
 
 def test_a_stored_list_is_the_list(tmp_path):
@@ -177,10 +192,22 @@ def test_a_stored_list_is_the_list(tmp_path):
     assert vocabulary.load(path).classes == given.classes and vocabulary.load(path).name == str(
         path
     )
-    for broken in ("{", '{"classes": [{"name": 5, "synonyms": []}], "name": ""}', "[]"):
+    entry = '{"classes": [{"name": "sky", "synonyms": %s, "color": %s}]}'
+    for broken, words in (
+        ("{", "not valid JSON"),
+        ('{"classes": [{"name": 5, "synonyms": []}], "name": ""}', "5 is no text"),
+        ("[]", "no JSON object"),
+        (entry % ("[]", "[300, 0, 0]"), "three whole numbers"),
+        (entry % ('"abc"', "[0, 0, 0]"), "is one text"),
+        ('{"classes": ["sky"]}', "no class list of this program"),
+        ('{"classes": [{"name": "sky"}]}', "no 'synonyms'"),
+        ('{"classes": %s}' % ("[" * 100_000 + "]" * 100_000), "nested too deeply"),
+        ("version https://git-lfs.github.com/spec/v1", "git-lfs pointer"),
+    ):
         path.write_text(broken)
-        with pytest.raises(UserError, match="classes.json"):
+        with pytest.raises(UserError, match=f"classes.json: .*{words}") as caught:
             vocabulary.load(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_shares_of_classes_are_stored_and_go_by_name(tmp_path):
