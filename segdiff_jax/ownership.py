@@ -172,10 +172,16 @@ def _write_marker(directory: os.PathLike[str] | str, listed: Mapping[str, Collec
 def check_whole(directory: os.PathLike[str] | str, kind: str) -> None:
     """Raises `UserError` unless `directory` is new, empty, or holds what its marker lists alone.
 
-    Also where it cannot be made or written to, as far as `files.check_place` sees. Writes nothing.
+    Also where it cannot be made or written to, as far as `files.check_place` sees, and where it
+    would be taken away under a shell. Writes nothing.
     """
     files.check_place(directory)
     folder = epath.Path(directory)
+    if not files.is_remote(directory) and _lies_in(os.curdir, os.fspath(directory)):
+        raise UserError(
+            f"{folder}: is or holds the folder you are in, which would be replaced by a new one: "
+            "go to another one"
+        )
     inside = sorted(_entries(folder) - {MARKER})
     if not inside:
         return

@@ -93,6 +93,15 @@ def test_a_folder_without_a_list_is_somebody_elses(tmp_path):
     refused(tmp_path / "d", r"has no \.segdiff_files\.json .*remove it yourself")
 
 
+def test_the_folder_that_one_is_in_is_not_taken_away(tmp_path, monkeypatch):
+    save(tmp_path / "d")
+    for place, output in (("d", "."), ("d/scheduler", ".."), ("d/scheduler", tmp_path / "d")):
+        monkeypatch.chdir(tmp_path / place)
+        refused(output, "holds the folder you are in, .*: go to another one")
+    monkeypatch.chdir(tmp_path)
+    save("d")
+
+
 def test_another_kind_is_not_replaced(tmp_path):
     save(tmp_path / "d", kind="pretrained")
     refused(tmp_path / "d", "holds pretrained files", lambda d: save(d, kind="diffusers"))
