@@ -27,6 +27,7 @@ unless --host says otherwise; no file of this machine is served but the page and
 """
 _EXAMPLES = 4
 _SHOWN_CLASSES = 8
+_LAST_PORT = 2**16 - 1
 
 
 def main(argv: list[str]) -> None:
@@ -44,6 +45,8 @@ def main(argv: list[str]) -> None:
         help="refuse larger photos; default: 32 megapixels",
     )
     args = parser.parse_args(argv)
+    if args.port > _LAST_PORT:
+        raise UserError(f"--port {args.port}: give a number from 0 to {_LAST_PORT}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what visitors left is gone
     _serve(args)
 
@@ -119,7 +122,11 @@ def _examples(
     names = [] if trained is None else trained.names[:_SHOWN_CLASSES]
     if given:
         examples = []
-        for number, path in enumerate(photos.find([given])[:_EXAMPLES]):
+        try:
+            found = photos.find([given])[:_EXAMPLES]
+        except UserError as error:  # that names the flag of predict
+            raise UserError(str(error).replace("--images", "--examples", 1)) from error
+        for number, path in enumerate(found):
             try:
                 requests.photo(path, limits)  # no visitor is offered what would be refused
             except UserError as error:

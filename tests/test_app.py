@@ -65,6 +65,24 @@ def test_without_gradio_it_says_what_to_install(place):
     assert "pip install 'segdiff_jax[app]'" in line
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--port", "70000"], "--port 70000: give a number from 0 to 65535"),
+        (["--host", "a" * 70], "cannot listen on aaa.*: choose another --port or --host"),
+        (["--examples", "."], r"--examples \.: no images in this folder"),
+    ],
+)
+def test_addresses_and_folders_that_are_none(flags, words, place, monkeypatch):
+    monkeypatch.chdir(place)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(UserError, match=words):
+            app.main(["--checkpoint", "w", "--port", "0", *flags])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_examples_of_the_same_name_stay_apart_and_a_broken_one_is_named(place, tiny_config):
     given, temporary = place / "photos", str(place / "temporary")
     for folder, gray in (("a", 50), ("b", 200)):

@@ -14,6 +14,7 @@ both    → Passes.shortlist        the passes that are worth the whole budget
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Unpack
@@ -75,7 +76,7 @@ class Segmenter:
         self._tables: dict[tuple[ClassEntry, ...], conditioning.PromptTable] = {}
 
     @staticmethod
-    def load(checkpoint: str, which: str | int = "newest") -> "Segmenter":
+    def load(checkpoint: os.PathLike[str] | str, which: str | int = "newest") -> "Segmenter":
         """Read a training workdir or an export: local, `gs://`, or OWNER/NAME of Hugging Face.
 
         which: "newest", "best" (by the mIoU of the training's validation) or a step, of the
@@ -86,7 +87,7 @@ class Segmenter:
         folder = hub.local(checkpoint)
         networks, step = loading.load_networks(folder, which=which)
         decoders = loading.load_decoders(folder, networks, step)
-        networks = loading.with_decoder(networks, decoders, checkpoint)
+        networks = loading.with_decoder(networks, decoders, os.fspath(checkpoint))
         segmenter = Segmenter(*networks, trained=workdir.read_classes(folder))
         segmenter.checkpoint_step = step
         segmenter.add_decoders(decoders)

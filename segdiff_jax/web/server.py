@@ -93,7 +93,8 @@ def _bound(host: str, port: int) -> socket.socket:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
         return found
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter of a host that cannot be a name
+        reason = getattr(error, "strerror", None) or "no such name"
         raise UserError(
-            f"cannot listen on {host}:{port} ({error.strerror}): choose another --port or --host"
+            f"cannot listen on {host}:{port} ({reason}): choose another --port or --host"
         ) from error

@@ -70,11 +70,12 @@ def locate_configs(source: str) -> epath.Path:
         return _root(source, _small([*STEM, "tokenizer", "schedule"]))
 
 
-def local(checkpoint: str) -> str:
+def local(checkpoint: os.PathLike[str] | str) -> str:
     """Return the folder of a workdir or export; download one on Hugging Face, OWNER/NAME.
 
     "demo" is the model that comes with the package, unless there is a folder of that name.
     """
+    checkpoint = os.fspath(checkpoint)
     if checkpoint == DEMO and not os.path.exists(checkpoint):
         return os.fspath(Path(__file__).with_name(DEMO))
     repository = _repository(checkpoint)

@@ -243,7 +243,7 @@ def test_an_export_on_the_hub_is_a_checkpoint(hub, contents, exported):
     commit = hub.commit("someone/model", contents)
     image = np.random.default_rng(0).integers(0, 256, (20, 28, 3), dtype=np.uint8)
     expected = Segmenter.load(str(exported))(image, ["sky", "road"])
-    for name in ("someone/model", f"someone/model@{commit}"):
+    for name in (Path("someone/model"), f"someone/model@{commit}"):
         found = Segmenter.load(name)(image, ["sky", "road"])
         assert found.scores.tobytes() == expected.scores.tobytes()
     with pytest.raises(UserError, match="someone/other: no such folder, nor could it be had"):
