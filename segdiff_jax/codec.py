@@ -1,4 +1,4 @@
-"""Labels <-> gray image <-> scores; which class has which gray level in the context; pixels.
+"""Labels -> gray image -> ranks; which class has which gray level in the context; pixels.
 
 K classes are cut into groups of G = `classes_per_pass`; one network pass paints one group. In a
 pass, gray level -1 is "none of these" and class j = 1 ... G of the group is at -1 + 2j/G.
@@ -15,12 +15,10 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.shapes import (
     Array,
     ClassIds,
-    ClassScores,
     GrayMap,
     GroupIds,
     Labels,
     Levels,
-    PassScores,
     PixelMask,
     Pixels,
 )
@@ -42,10 +40,7 @@ def label_type(num_classes: int) -> type[np.unsignedinteger]:
     return np.uint8 if num_classes <= IGNORE else np.uint16
 
 
-def _ignored_in(labels: Labels, ignore_label: int | None) -> int:
-    """`ignore_label`, or by the type of `labels` if that is None."""
-    if ignore_label is not None:
-        return ignore_label
+def _ignored_in(labels: Labels) -> int:
     return IGNORE_16 if labels.dtype == np.uint16 else IGNORE
 
 
@@ -81,13 +76,13 @@ def _levels(size: int) -> np.ndarray:
     return -1.0 + 2.0 * np.arange(1, size + 1) / size
 
 
-def encode(labels: Labels, class_ids: ClassIds, ignore_label: int | None = None) -> GrayMap:
+def encode(labels: Labels, class_ids: ClassIds) -> GrayMap:
     """Paints a group: labels int [..., H, W] -> gray float32 [..., H, W] in [-1, 1].
 
-    class_ids int [G] in level order; -1 marks an empty slot. Other classes and `ignore_label`
-    become -1 (`valid_mask` says where the latter are). By default it is 65535 in uint16, else 255.
+    class_ids int [G] in level order; -1 marks an empty slot. Other classes and *ignore*, 65535 in
+    uint16 and else 255, become -1 (`valid_mask` says where the latter is).
     """
-    ignored = _ignored_in(labels, ignore_label)
+    ignored = _ignored_in(labels)
     labels = labels.astype(jnp.int32)[..., None]  # unsigned on disk; -1 must not wrap around
     match = (labels == class_ids) & (class_ids != PAD) & (labels != ignored)
     return jnp.max(jnp.where(match, levels(class_ids.shape[0]), -1.0), axis=-1)
@@ -109,17 +104,17 @@ def to_gray(pixels: Any) -> jax.Array:
     return pixels.mean(-1)
 
 
-def valid_mask(labels: Labels, ignore_label: int | None = None) -> PixelMask:
-    """Where the annotation says something: bool, the shape of `labels`. Default as of `encode`."""
-    return labels != _ignored_in(labels, ignore_label)
+def valid_mask(labels: Labels) -> PixelMask:
+    """Where the annotation says something: bool, the shape of `labels`."""
+    return labels != _ignored_in(labels)
 
 
-def latent_valid(labels: Labels, factor: int, ignore_label: int | None = None) -> jax.Array:
+def latent_valid(labels: Labels, factor: int) -> jax.Array:
     """Latent pixels none of whose pixels is *ignore*: [..., H, W] -> bool [..., H/f, W/f].
 
     The max-pool of the ignore mask. Raises `ValueError` if `factor` does not divide H and W.
     """
-    return jnp.all(_blocks(valid_mask(labels, ignore_label), factor), axis=(-3, -1))
+    return jnp.all(_blocks(valid_mask(labels), factor), axis=(-3, -1))
 
 
 def latent_shown(labels: Labels, class_ids: ClassIds, factor: int) -> jax.Array:
@@ -138,36 +133,26 @@ def _blocks(pixels: PixelMask, factor: int) -> Array:
     return pixels.reshape(*lead, height // factor, factor, width // factor, factor)
 
 
-def scores(gray: GrayMap, size: int) -> PassScores:
-    """s_j = max(0, 1 - |m - l_j| / (2/G)): gray [..., H, W] -> [..., H, W, G] in [0, 1].
+def ranks(gray: np.ndarray, size: int) -> np.ndarray:
+    """1 - |m - l_j| / (2/G): gray [..., H, W] -> [..., H, W, G], by which classes are ordered.
 
-    What lies beyond [-1, 1] scores as its nearest end does. Numpy in, numpy out.
+    Of a pass the nearest level wins. Ranks rise on beyond the top level, so that of several passes
+    the brighter map wins; for G = 1 they are (m + 1) / 2 throughout. Cut to [0, 1] they are scores.
     """
-    return _numpy_of(gray).clip(ranks(gray, size), 0.0, 1.0)
+    above = gray[..., None] - _levels(size).astype(np.float32)
+    top = np.arange(size) == size - 1
+    return 1.0 + np.where(top & (above > 0), above, -np.abs(above)) * (size / 2.0)
 
 
-def ranks(gray: Any, size: int) -> Any:
-    """`scores` before they are cut to [0, 1]: what orders classes whose scores are equal.
-
-    1 - |m - l_j| / (2/G), so that of a pass the nearest level wins; and rising on beyond the top
-    level, so that of several passes the brighter map wins. For G = 1 it is (m + 1) / 2 throughout.
-    """
-    xp = _numpy_of(gray)
-    above = gray[..., None] - xp.asarray(_levels(size), xp.float32)
-    top = xp.asarray(np.arange(size) == size - 1)
-    return 1.0 + xp.where(top & (above > 0), above, -xp.abs(above)) * (size / 2.0)
-
-
-def adjusted(ranks: Any, share: float, tau: float) -> Any:
+def adjusted(ranks: np.ndarray, share: float, tau: float) -> np.ndarray:
     """Raise the ranks [...] of a class that has the part `share` of the labelled pixels.
 
     The odds of a score s in [0, 1], s / (1 - s), grow by ((1 - share) / share)^tau (logit
     adjustment, arXiv 2007.07314): certain scores stay, a doubt about a rare class counts for more
     than one about a common class. What lies beyond [0, 1] is left as it is.
     """
-    xp = _numpy_of(ranks)
     odds = odds_factor(share, tau)
-    inside = xp.clip(ranks, 0.0, 1.0)
+    inside = ranks.clip(0.0, 1.0)
     return ranks + (inside * odds / (inside * odds + (1.0 - inside)) - inside)
 
 
@@ -177,29 +162,10 @@ def odds_factor(share: float, tau: float) -> float:
     return ((1.0 - share) / share) ** tau
 
 
-def join_passes(pass_scores: Any, num_classes: int) -> Any:
-    """Scores of the passes of `groups`, [P, ..., H, W, G] -> [..., H, W, K], padding dropped."""
-    joined = _numpy_of(pass_scores).moveaxis(pass_scores, 0, -2)  # [..., H, W, P, G]
+def join_passes(of_passes: np.ndarray, num_classes: int) -> np.ndarray:
+    """Ranks of the passes of `groups`, [P, ..., H, W, G] -> [..., H, W, K], padding dropped."""
+    joined = np.moveaxis(of_passes, 0, -2)  # [..., H, W, P, G]
     return joined.reshape(*joined.shape[:-2], -1)[..., :num_classes]
-
-
-def _numpy_of(array: Any) -> Any:
-    """The module that computes with `array`: numpy compiles nothing for a new shape."""
-    return np if isinstance(array, np.ndarray) else jnp
-
-
-def decode(
-    class_scores: ClassScores, threshold: float = 0.5, closed: bool = False, other: int = IGNORE
-) -> Labels:
-    """Scores [..., H, W, K] -> labels int32 [..., H, W].
-
-    The class with the highest score (the first of equals). Pixels whose best score is below
-    `threshold` become `other`, unless the vocabulary is `closed`.
-    """
-    labels = jnp.argmax(class_scores, axis=-1).astype(jnp.int32)
-    if closed:
-        return labels
-    return jnp.where(jnp.max(class_scores, axis=-1) < threshold, other, labels)
 
 
 def level_code(size: int, dim: int) -> np.ndarray:

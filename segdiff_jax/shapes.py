@@ -40,8 +40,6 @@ GrayMap = Float[Array, "*map"]  # [..., H, W], the gray image of a pass, about [
 ClassMaps = Float[Array, "B K H W"]  # gray maps or logits of K classes asked of each photo
 ClassText = Float[Array, "B K D"]  # their pooled prompts
 Features = Float[Array, "B h w c"]  # of photos, in blocks of pixels
-PassScores = Float[Array, "*map G"]
-ClassScores = Float[Array, "*map K"]
 
 Members = Float[Array, "N H W"]  # gray maps of an ensemble, in [0, 1]
 MergedMap = Float[Array, "H W"]

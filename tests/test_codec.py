@@ -8,18 +8,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segdiff_jax import codec
+from segdiff_jax.config import CodecConfig
 from segdiff_jax.errors import UserError
+from segdiff_jax.inference import result
+from segdiff_jax.text import vocabulary
 
 SIZES = (1, 2, 7, 64, 255)  # few, since every size compiles anew
+
+
+def read(gray, num_classes, size, **options):
+    """What gray images [P, H, W] say of a photo of their own size."""
+    classes = vocabulary.from_names([f"class {k}" for k in range(num_classes)])
+    photo = np.zeros((*gray.shape[1:], 3), np.uint8)
+    settings = CodecConfig(classes_per_pass=size, **options)
+    return result.from_maps(np.asarray(gray), None, photo, classes, settings, "stretch")
 
 
 def round_trip(labels, num_classes, size, **options):
     """Labels -> the gray images of every pass -> scores -> labels."""
     ids = jnp.asarray(codec.groups(num_classes, size))
     gray = jax.vmap(lambda group: codec.encode(labels, group))(ids)  # [P, H, W]
-    scores = codec.join_passes(codec.scores(gray, size), num_classes)
-    assert scores.shape == (*labels.shape, num_classes)
-    return np.asarray(codec.decode(scores, **options))
+    found = read(gray, num_classes, size, **options)
+    assert found.scores.shape == (*labels.shape, num_classes)
+    return found.labels
 
 
 @pytest.mark.parametrize("num_classes", [1, 11, 255])
@@ -52,15 +63,15 @@ def test_noise_below_half_a_level_does_not_change_the_label(size, seed):
     labels = rng.integers(0, size, (4, 4))
     gray = codec.encode(jnp.asarray(labels), jnp.arange(size))
     noisy = gray + rng.uniform(-0.49, 0.49, gray.shape) * 2 / size
-    found = codec.decode(codec.scores(noisy, size), threshold=0.5)
-    np.testing.assert_array_equal(found, labels)
+    found = read(noisy[None], size, size, threshold=0.5)
+    np.testing.assert_array_equal(found.labels, labels)
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.sampled_from(SIZES), st.integers(0, 2**31))
 def test_scores_follow_the_definition(size, seed):
     gray = np.random.default_rng(seed).uniform(-1, 1, (5, 3)).astype(np.float32)
-    scores = np.asarray(codec.scores(jnp.asarray(gray), size))
+    scores = read(gray[None], size, size).scores
     for j in range(1, size + 1):
         level = -1 + 2 * j / size
         expected = np.maximum(0, 1 - np.abs(gray.astype(np.float64) - level) / (2 / size))
@@ -86,7 +97,6 @@ def test_ignored_pixels_are_never_painted():
     gray = codec.encode(labels, jnp.array([255, codec.PAD, 7]))
     np.testing.assert_allclose(gray, [[-1, -1, 1]])
     np.testing.assert_array_equal(codec.valid_mask(labels), [[False, True, True]])
-    np.testing.assert_array_equal(codec.valid_mask(labels, 7), [[True, True, False]])
 
 
 def test_in_labels_of_16_bits_255_is_a_class():
@@ -117,12 +127,17 @@ def test_latent_valid_rejects_sizes_that_do_not_divide():
         codec.latent_valid(jnp.zeros((6, 8), int), 4)
 
 
-def test_decode_threshold_other_and_closed():
-    scores = jnp.array([[[0.2, 0.6], [0.4, 0.3], [0.5, 0.5], [0.0, 0.0]]])
-    np.testing.assert_array_equal(codec.decode(scores, 0.5), [[1, 255, 0, 255]])
-    np.testing.assert_array_equal(codec.decode(scores, 0.5, other=-1), [[1, -1, 0, -1]])
-    np.testing.assert_array_equal(codec.decode(scores, 0.5, closed=True), [[1, 0, 0, 0]])
-    assert codec.decode(scores).dtype == jnp.int32
+def test_threshold_other_and_closed():
+    scores = np.float32([[[0.2, 0.6], [0.4, 0.3], [0.5, 0.5], [0.0, 0.0]]])
+    photo, classes = np.zeros((1, 4, 3), np.uint8), vocabulary.from_names(["sky", "road"])
+
+    def labels(**options):
+        ranks, chosen = np.moveaxis(scores, -1, 0), CodecConfig(**options)
+        return result.from_ranks(ranks, None, photo, classes, chosen).labels
+
+    np.testing.assert_array_equal(labels(threshold=0.5), [[1, 255, 0, 255]])
+    np.testing.assert_array_equal(labels(threshold=0.5, closed=True), [[1, 0, 0, 0]])
+    assert labels().dtype == np.int32
 
 
 @settings(deadline=None)

@@ -2,8 +2,9 @@
 
 Training (where it draws no random crop), evaluation and prediction show the same view of a photo:
 
-    fit    photo [H, W, 3] or labels [H, W]  →  the same at `size`, the networks' resolution
-    unfit  maps [h, w] or [h, w, C] at `size` →  the same at (H, W)
+    fit      photo [H, W, 3] or labels [H, W]  →  the same at `size`, the networks' resolution
+    filled   the part of `size` that the photo fills, from the top left corner on
+    enlarge  this part of maps, [h, w] or [h, w, C]  →  the same at (H, W)
 
 `config.data.fit` chooses the rule. "pad" keeps the aspect ratio: the photo is as large as `size`
 holds it, in the top left corner, where it lies on the grid of the latents, and padding follows on
@@ -48,12 +49,6 @@ def fit(pixels: np.ndarray, size: Size, rule: str) -> np.ndarray:
     shown = np.full((*size, *pixels.shape[2:]), padding_of(pixels), pixels.dtype)
     shown[:height, :width] = resized
     return shown
-
-
-def unfit(maps: np.ndarray, native: Size, rule: str) -> np.ndarray:
-    """Bring maps float32 [h, w] or [h, w, C] back to `native` size, without padding: [H, W, …]."""
-    height, width = filled(native, maps.shape[:2], rule)
-    return enlarge(maps[:height, :width], native)
 
 
 def enlarge(maps: np.ndarray, size: Size) -> np.ndarray:

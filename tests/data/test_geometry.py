@@ -39,19 +39,20 @@ def test_a_photo_is_whole_in_its_corner_and_the_rest_is_padding(native, size, ru
 
 @given(native=st.tuples(st.integers(24, 200), st.integers(24, 200)), size=SIZES, rule=RULES)
 @settings(deadline=None)
-def test_unfit_brings_back_what_fit_has_shown(native, size, rule):
+def test_what_fit_has_shown_is_brought_back(native, size, rule):
     """Of a smooth photo, whose values survive resizing: the same within what a pixel spans."""
     y, x = np.mgrid[0 : native[0], 0 : native[1]]
     photo = np.stack([250 * y / native[0], 250 * x / native[1], 0 * y], -1).astype(np.uint8)
     shown = geometry.fit(photo, size, rule)
-    back = geometry.unfit(shown.astype(np.float32), native, rule)
+    filled = geometry.filled(native, size, rule)
+    part = shown[: filled[0], : filled[1]].astype(np.float32)
+    back = geometry.enlarge(part, native)
     assert back.shape == photo.shape and back.dtype == np.float32
     # A pixel of the view, at whose edge a value is held, spans so much of the ramp.
-    filled = geometry.filled(native, size, rule)
     for axis in (0, 1):
         off = np.abs(back[..., axis] - photo[..., axis].astype(float))
         assert off.max() <= 250 / min(filled[axis], native[axis]) + 2
-    assert np.allclose(geometry.unfit(shown[..., 1].astype(np.float32), native, rule), back[..., 1])
+    assert np.allclose(geometry.enlarge(part[..., 1], native), back[..., 1])
 
 
 @given(native=st.tuples(LENGTH, LENGTH), size=SIZES, rule=RULES, seed=st.integers(0, 9))
@@ -80,7 +81,7 @@ def test_photos_of_the_views_aspect_ratio_are_the_same_by_both_rules():
 @pytest.mark.parametrize("size", [(40, 56), (9, 200), (16, 24), (5, 6)])
 def test_maps_are_resized_bilinearly(size):
     maps = np.random.default_rng(1).random((16, 24, 2), np.float32)
-    ours = geometry.unfit(maps, size, "stretch")
+    ours = geometry.enlarge(maps, size)
     theirs = jax.image.resize(maps, (*size, 2), "linear")
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 

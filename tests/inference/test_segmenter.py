@@ -141,7 +141,8 @@ def test_uncertainty_is_the_spread_of_the_winning_class(model, image):
     assert found.uncertainty.shape == (40, 56) and found.uncertainty.dtype == np.float32
     sampler = dataclasses.replace(model.config.sampler, ensemble=3)
     _, spread = model.maps([image], _entries(*CLASSES), sampler, 0)
-    resized = geometry.unfit(np.moveaxis(spread[0], 0, -1), (40, 56), model.config.data.fit)
+    height, width = geometry.filled((40, 56), (16, 16), model.config.data.fit)
+    resized = geometry.enlarge(np.moveaxis(spread[0], 0, -1)[:height, :width], (40, 56))
     winner = found.scores.argmax(-1)[..., None]
     np.testing.assert_allclose(
         found.uncertainty, np.take_along_axis(resized, winner, -1)[..., 0], atol=1e-6
