@@ -218,13 +218,13 @@ def _segmenter(
     from segdiff_jax.inference.segmenter import Segmenter
     from segdiff_jax.weights import loading, workdir
 
-    networks, step = loading.load_networks(args.folder, which=args.which)
+    networks, decoders, step = loading.load_networks(args.folder, which=args.which)
     unet, vae, text_encoder, tokenizer, _ = networks
     check_image_size(config, vae.config.downsampling, f"the VAE of {args.checkpoint}")
     trained = workdir.read_classes(args.folder)
     segmenter = Segmenter(unet, vae, text_encoder, tokenizer, config, trained=trained)
     segmenter.checkpoint_step = step
-    segmenter.add_decoders(loading.load_decoders(args.folder, networks, step))
+    segmenter.networks.add_decoders(decoders)
     classes = len(asked.of(source, args.synonyms).vocabulary)
     tokens = tokenizer.model_max_length
     return segmenter, suite.cost(unet.config, vae.config, config, classes, tokens)

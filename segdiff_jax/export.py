@@ -55,11 +55,10 @@ def main(argv: list[str]) -> None:
     runtime.start()
     folder = hub.local(args.checkpoint)
     _check_output(args, folder, workdir.read_config(folder))
-    networks, step = loading.load_networks(folder, args.weights, args.which)
+    networks, decoders, _ = loading.load_networks(folder, args.weights, args.which)
     trained = workdir.read_classes(folder)
     if args.format == "diffusers":
-        decoders = loading.load_decoders(folder, networks, step)
-        networks = loading.with_decoder(networks, decoders, args.checkpoint)
+        networks = loading.with_nearest_decoder(networks, decoders, args.checkpoint)
         write_folder(networks, args.output, args.dtype, trained, decoders)
     else:
         from segdiff_jax.inference import stablehlo
@@ -169,11 +168,11 @@ def write_folder(
     trained: vocabulary.Vocabulary | None = None,
     decoders: "Decoders | None" = None,
 ) -> None:
-    """Write the networks and config of `loading.load_networks` as a Stable Diffusion folder.
+    """Write networks, config and decoders of `loading.load_networks` as a Stable Diffusion folder.
 
     The bytes depend on the arguments only, and loading the folder gives the arguments back (but
-    for `portable`). trained: the classes of the training. decoders: as `loading.load_decoders`
-    gives them. Raise `UserError` as `weights.pretrained.save` does.
+    for `portable`). trained: the classes of the training. Raise `UserError` as
+    `weights.pretrained.save` does.
     """
     from flax import nnx
 

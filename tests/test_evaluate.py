@@ -20,6 +20,7 @@ from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.parallel import processes
 from segdiff_jax.text import vocabulary
 from segdiff_jax.weights import loading, workdir
+from segdiff_jax.weights.mask_decoders import Decoders
 
 CONFIG = """
 from segdiff_jax.config import Config, DataConfig, SamplerConfig, VAEConfig
@@ -59,6 +60,7 @@ def files(tmp_path, data, tiny_networks, tiny_config, monkeypatch):
         "load_networks",
         lambda path, which: (
             (*tiny_networks, workdir.read_config(path)),
+            Decoders(),
             {"newest": 6, "best": 2}[which],
         ),
     )
@@ -177,7 +179,7 @@ def test_maps_that_are_not_finite_have_no_score(files, capsys, tiny_networks, mo
     monkeypatch.setattr(
         loading,
         "load_networks",
-        lambda path, which: ((unet, broken, *rest, workdir.read_config(path)), 6),
+        lambda path, which: ((unet, broken, *rest, workdir.read_config(path)), Decoders(), 6),
     )
     code, output = _run(files, capsys, *more)
     assert code == 2 and "not finite: the weights of the VAE" in output.err

@@ -15,6 +15,7 @@ from segdiff_jax import cli, files, ownership, predict
 from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary
 from segdiff_jax.weights import loading, workdir
+from segdiff_jax.weights.mask_decoders import Decoders
 
 CLASSES = "sky; building, edifice; road"
 
@@ -28,6 +29,7 @@ def place(tmp_path, tiny_networks, tiny_config, monkeypatch):
         "load_networks",
         lambda path, which: (
             (*tiny_networks, workdir.read_config(path)),
+            Decoders(),
             {"newest": 6, "best": 2}[which],
         ),
     )

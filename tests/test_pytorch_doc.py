@@ -48,7 +48,7 @@ def compare(blocks, networks, tmp_path, ensemble=1, decoders=None, trained=None)
 
     segmenter = Segmenter(*networks, trained=trained)
     if decoders:
-        segmenter.add_decoders(decoders)
+        segmenter.networks.add_decoders(decoders)
     channels, factor = modules[1].config.latent_channels, modules[1].config.downsampling
     shape = (*(n // factor for n in config.data.image_size), channels)
     keys = sampler_lib.member_keys(jax.random.key(4), ensemble)
@@ -77,7 +77,7 @@ def check(ours, labels, scores, config):
 
 def test_a_trained_model_paints_the_same_masks_in_torch(trained, blocks, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (*modules, config), _ = loading.load_networks(trained)
+    (*modules, config), *_ = loading.load_networks(trained)
     steps = dataclasses.replace(config.sampler, steps=4)
     # Training was short: the best of three bad scores, or else every pixel would be *other*.
     codec = dataclasses.replace(config.codec, closed=True)

@@ -127,7 +127,7 @@ def _defaults(model: Segmenter, folder: Path, small: bool) -> Result:
     pixels = (photo.shape[0] // shape[0]) ** 2
     linear = LinearDecoder(jnp.full((3, 3, channels, pixels), 0.1), jnp.zeros(pixels))
     joint = twins.filled(lambda: JointDecoder(width, rngs=nnx.Rngs(0)))
-    model.add_decoders(Decoders(linear, joint=joint))
+    model.networks.add_decoders(Decoders(linear, joint=joint))
     once = dataclasses.replace(model.config.sampler, steps=1, ensemble=1, decoder="joint")
     theirs = paper.Pipeline(folder)
     model.maps([photo], classes, once, 0)  # compiled

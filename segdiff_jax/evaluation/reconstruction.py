@@ -64,7 +64,7 @@ def photos(segmenter: Segmenter, images: np.ndarray, natives: np.ndarray) -> lis
     natives: int [n, 2], the sizes of the photos they are made from; padding does not count.
     """
     pixels, data = np.asarray(codec.to_pixels(images)), segmenter.config.data
-    decoded = segmenter.reconstruct(pixels)
+    decoded = segmenter.networks.reconstruct(pixels)
     sums = []
     for native, before, after in zip(natives.tolist(), pixels, decoded, strict=False):
         height, width = geometry.filled((native[0], native[1]), data.image_size, data.fit)
@@ -75,13 +75,14 @@ def photos(segmenter: Segmenter, images: np.ndarray, natives: np.ndarray) -> lis
 
 def masks(segmenter: Segmenter, labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Paint labels [I, h, w] and take them through the VAE: unclipped maps [I, P, h, w]."""
+    networks = segmenter.networks
     size = codec.group_size(num_classes, segmenter.config.codec.classes_per_pass)
     groups = codec.groups(num_classes, size)
     painted = np.stack(
         [np.asarray(codec.encode(jnp.asarray(labels), jnp.asarray(ids))) for ids in groups], axis=1
     )
     jobs = painted.reshape(-1, *labels.shape[1:], 1)  # [I * P, h, w, 1]
-    each = equal_parts(jobs, segmenter.mesh.size)  # in three channels, all would be gigabytes
+    each = equal_parts(jobs, networks.mesh.size)  # in three channels, all would be gigabytes
     pixels = (np.broadcast_to(part, (*part.shape[:3], 3)) for part in each)
-    back = [np.asarray(codec.to_gray(jnp.asarray(segmenter.reconstruct(part)))) for part in pixels]
+    back = [np.asarray(codec.to_gray(jnp.asarray(networks.reconstruct(part)))) for part in pixels]
     return np.concatenate(back)[: len(jobs)].reshape(painted.shape)

@@ -275,10 +275,10 @@ def _remembering(maps: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 
 @functools.lru_cache(maxsize=1)  # the cases of a training follow one another
 def _model(workdir: str, spacing: str, remembering: bool) -> Segmenter:
-    networks, step = loading.load_networks(workdir)
+    networks, decoders, _ = loading.load_networks(workdir)
     config = changed(networks[-1], {"diffusion.timestep_spacing": spacing}, "model")
     model = Segmenter(*networks[:-1], config, trained=workdirs.read_classes(workdir))
-    model.add_decoders(loading.load_decoders(workdir, networks, step))
+    model.networks.add_decoders(decoders)
     if remembering:
         model.networks.maps = _remembering(model.networks.maps)  # type: ignore[method-assign]
     return model

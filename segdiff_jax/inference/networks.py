@@ -61,7 +61,7 @@ class Networks:
         self._most: int | None = None  # jobs in one call that fit into memory; None: not known
 
     def add_decoders(self, decoders: Decoders) -> None:
-        """Add those that are given to the choices for `config.sampler.decoder`."""
+        """Add choices for `config.sampler.decoder`; a linear decoder also ranks shortlists."""
         if decoders.linear is not None:
             self.decoders["linear"] = None, whole(decoders.linear, self.mesh)
         if decoders.tiny is not None:

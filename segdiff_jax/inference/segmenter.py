@@ -41,7 +41,6 @@ from segdiff_jax.text import conditioning, vocabulary
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
 from segdiff_jax.weights import hub, loading, workdir
-from segdiff_jax.weights.mask_decoders import Decoders
 
 
 class Encoded(NamedTuple):
@@ -85,21 +84,12 @@ class Segmenter:
         Raise `UserError` if it is neither, has no such step, or holds another architecture.
         """
         folder = hub.local(checkpoint)
-        networks, step = loading.load_networks(folder, which=which)
-        decoders = loading.load_decoders(folder, networks, step)
-        networks = loading.with_decoder(networks, decoders, os.fspath(checkpoint))
+        networks, decoders, step = loading.load_networks(folder, which=which)
+        networks = loading.with_nearest_decoder(networks, decoders, os.fspath(checkpoint))
         segmenter = Segmenter(*networks, trained=workdir.read_classes(folder))
         segmenter.checkpoint_step = step
-        segmenter.add_decoders(decoders)
+        segmenter.networks.add_decoders(decoders)
         return segmenter
-
-    @property
-    def mesh(self) -> Mesh:
-        return self.networks.mesh
-
-    def add_decoders(self, decoders: Decoders) -> None:
-        """Add choices for `config.sampler.decoder`; a linear decoder also ranks shortlists."""
-        self.networks.add_decoders(decoders)
 
     def __call__(
         self,
@@ -182,10 +172,6 @@ class Segmenter:
         if decoding.logit_adjustment:
             classes = vocabulary.with_shares(classes, self.trained)
         return from_maps(gray, spread, photo, classes, decoding, self.config.data.fit)
-
-    def reconstruct(self, pixels: np.ndarray) -> np.ndarray:
-        """Send images [I, h, w, 3] in [-1, 1] through the VAE and back, as of `Networks`."""
-        return self.networks.reconstruct(pixels)
 
     def maps(
         self,

@@ -44,10 +44,11 @@ Networks = tuple[UNet, VAE, CLIPText, Tokenizer, Config]
 
 def load_networks(
     path: str, weights: str | None = None, which: str | int = "newest"
-) -> tuple[Networks, int | None]:
+) -> tuple[Networks, mask_decoders.Decoders, int | None]:
     """Load everything needed to segment, from a training workdir or an exported folder.
 
-    Return with it the step of the checkpoint; None for an export.
+    Return with it what is there beside the decoder of the VAE, and the step of the checkpoint;
+    None for an export.
 
     weights: "ema" | "raw" of a training; by default the EMA where the training kept one.
     which: "newest", "best" (by the mIoU of its validation) or a step, of a training's checkpoints.
@@ -60,12 +61,14 @@ def load_networks(
             raise UserError(
                 f"{path}: an export has no checkpoints to choose from: leave --which out"
             )
-        return _load_export(path), None
+        exported = _load_export(path)
+        return exported, _decoders(path, exported, None), None
     if pretrained.is_whole(epath.Path(path) / PRETRAINED):
         check_image_size(config, str(epath.Path(path) / PRETRAINED))
     unet, config, step = load_unet(path, weights, which=which)
     frozen = load_frozen(str(epath.Path(path) / PRETRAINED), jnp.dtype(config.model.dtype))
-    return (unet, *frozen, config), step
+    networks = unet, *frozen, config
+    return networks, _decoders(path, networks, step), step
 
 
 def load_unet(
@@ -164,11 +167,7 @@ def load_frozen(
     return vae, text_encoder, tokens
 
 
-def load_decoders(path: str, networks: Networks, step: int | None) -> mask_decoders.Decoders:
-    """Load what a run or an export has beside the decoder of its VAE.
-
-    networks, step: as `load_networks` returns them.
-    """
+def _decoders(path: str, networks: Networks, step: int | None) -> mask_decoders.Decoders:
     _, vae, text_encoder, *_ = networks
     folder = epath.Path(path)
     tiny, joint = folder, folder
@@ -181,8 +180,13 @@ def load_decoders(path: str, networks: Networks, step: int | None) -> mask_decod
     )
 
 
-def with_decoder(networks: Networks, decoders: mask_decoders.Decoders, where: str) -> Networks:
-    """Return `networks` whose config names a decoder that is there; say so if it is another one."""
+def with_nearest_decoder(
+    networks: Networks, decoders: mask_decoders.Decoders, where: str
+) -> Networks:
+    """Return `networks` with the decoder nearest to the one their config names; say if it differs.
+
+    where: the checkpoint, for the message.
+    """
     *_, config = networks
     wanted = config.sampler.decoder
     name = mask_decoders.nearest(wanted, decoders)

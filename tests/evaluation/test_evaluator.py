@@ -12,6 +12,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import metrics
 from segdiff_jax.evaluation.evaluator import evaluate
 from segdiff_jax.evaluation.plan import Plan
+from segdiff_jax.inference.networks import Networks
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.parallel import processes
 from segdiff_jax.text import vocabulary
@@ -121,7 +122,7 @@ def test_predictions_are_kept_as_class_ids(model, tmp_path):
 @pytest.mark.parametrize("group", [1, 2, 0])
 def test_ceiling_of_a_perfect_vae_is_one(make_segmenter, tiny_config, monkeypatch, group):
     model = make_segmenter(tiny_config(classes_per_pass=group))
-    monkeypatch.setattr(Segmenter, "reconstruct", lambda self, pixels: np.asarray(pixels))
+    monkeypatch.setattr(Networks, "reconstruct", lambda self, pixels: np.asarray(pixels))
     source = MemorySource(sizes=((16, 16),))  # the networks' own size: nothing to resize
     summary = evaluate(Plan(model, source, ceiling=True)).summary
     assert summary["miou_present"] == summary["pixel_accuracy"] == 1.0
@@ -131,7 +132,9 @@ def test_ceiling_of_a_perfect_vae_is_one(make_segmenter, tiny_config, monkeypatc
 
 
 def test_ceiling_goes_through_the_vae_and_not_the_unet(model, monkeypatch):
-    monkeypatch.setattr(Segmenter, "maps", lambda *a: pytest.fail("the ceiling needs no UNet"))
+    monkeypatch.setattr(
+        Segmenter, "unclipped_maps", lambda *a: pytest.fail("the ceiling needs no UNet")
+    )
     summary = evaluate(Plan(model, MemorySource(), ceiling=True)).summary
     assert summary["miou_present"] < 0.9, "a random VAE keeps little"
 
@@ -154,7 +157,7 @@ def test_padding_is_not_scored(make_segmenter, tiny_config, monkeypatch, fit):
     def spoils_padding(self, pixels):
         return np.where(pixels == np.float32(127 / 127.5 - 1), -0.5, pixels)
 
-    monkeypatch.setattr(Segmenter, "reconstruct", spoils_padding)
+    monkeypatch.setattr(Networks, "reconstruct", spoils_padding)
     source = MemorySource(2, sizes=((8, 32),))
     for record in source.records:
         record["image"] = np.where(record["image"] == 127, 128, record["image"])
@@ -179,7 +182,7 @@ def test_a_figure_without_a_number_has_a_reason(model):
 
 def test_labels_of_16_bits_come_back_from_the_ceiling(make_segmenter, monkeypatch):
     model = make_segmenter()
-    monkeypatch.setattr(Segmenter, "reconstruct", lambda self, pixels: np.asarray(pixels))
+    monkeypatch.setattr(Networks, "reconstruct", lambda self, pixels: np.asarray(pixels))
     source = MemorySource(2, sizes=((16, 16),))
     source.vocabulary = vocabulary.from_names([f"class {i}" for i in range(300)])
     for record in source.records:

@@ -42,7 +42,7 @@ def test_maps_come_from_the_decoder_that_was_chosen(model, image):
     tiny = TinyVAE(
         TinyVAEConfig(width=4, encoder_blocks=(0, 0), decoder_blocks=(0, 0)), rngs=nnx.Rngs(0)
     )
-    model.add_decoders(Decoders(_constant(0.25), tiny))
+    model.networks.add_decoders(Decoders(_constant(0.25), tiny))
     np.testing.assert_allclose(_maps(model, image, "linear"), 0.25, atol=1e-6)
     assert _maps(model, image, "tiny").shape == by_vae.shape
     assert np.abs(_maps(model, image, "tiny") - by_vae).max() > 0.01
@@ -51,7 +51,9 @@ def test_maps_come_from_the_decoder_that_was_chosen(model, image):
 
 def test_a_shortlist_ranks_without_the_vae_and_decodes_with_it(model, image):
     full = model(image, CLASSES, seed=5)
-    model.add_decoders(Decoders(_constant(0.25)))  # to which all classes are equally present
+    model.networks.add_decoders(
+        Decoders(_constant(0.25))
+    )  # to which all classes are equally present
     short = model(image, CLASSES, seed=5, shortlist=2)
     np.testing.assert_allclose(short.scores[..., :2], full.scores[..., :2], atol=1e-5)
     assert (short.network_scores[..., 2:] == 0).all()
@@ -80,7 +82,7 @@ def _joint(model):
 
 def test_a_joint_decoder_sees_the_photo(model, image):
     without = model.networks.checksum()
-    model.add_decoders(Decoders(_constant(0.25), joint=_joint(model)))
+    model.networks.add_decoders(Decoders(_constant(0.25), joint=_joint(model)))
     model.config.sampler.decoder = "joint"
     scores = model(image, CLASSES).network_scores
     # The maps are the same everywhere, so what differs from pixel to pixel is of the photo.
@@ -94,13 +96,13 @@ def test_a_joint_decoder_sees_the_photo(model, image):
 def test_weights_of_it_that_are_not_finite_are_named(model, image):
     joint = _joint(model)
     joint.scale[...] = np.nan
-    model.add_decoders(Decoders(_constant(0.25), joint=joint))
+    model.networks.add_decoders(Decoders(_constant(0.25), joint=joint))
     with pytest.raises(UserError, match="not finite: the weights of the joint decoder are not"):
         _maps(model, image, "joint")
 
 
 def test_classes_off_the_shortlist_stay_off_it(model, image):
-    model.add_decoders(Decoders(_constant(0.25), joint=_joint(model)))
+    model.networks.add_decoders(Decoders(_constant(0.25), joint=_joint(model)))
     model.config.sampler.decoder = "joint"
     full, short = (model(image, CLASSES, shortlist=m).network_scores for m in (0, 2))
     np.testing.assert_allclose(short[..., :2], full[..., :2], atol=1e-6)
@@ -109,14 +111,14 @@ def test_classes_off_the_shortlist_stay_off_it(model, image):
 
 def test_tiles_see_their_own_part_of_the_photo(model):
     photo = np.random.default_rng(1).integers(0, 256, (48, 32, 3), np.uint8)
-    model.add_decoders(Decoders(_constant(0.25), joint=_joint(model)))
+    model.networks.add_decoders(Decoders(_constant(0.25), joint=_joint(model)))
     model.config.sampler.decoder = "joint"
     whole, tiled = (model(photo, CLASSES, tiles=tiles).scores for tiles in (0, 2))
     assert whole.shape == tiled.shape and np.abs(tiled - whole).max() > 1e-3
 
 
 def test_another_list_compiles_nothing_for_it(model, image, caplog):
-    model.add_decoders(Decoders(_constant(0.25), joint=_joint(model)))
+    model.networks.add_decoders(Decoders(_constant(0.25), joint=_joint(model)))
     model.config.sampler.decoder = "joint"
 
     def compiled(classes):

@@ -460,7 +460,7 @@ def test_maps_that_are_not_finite_are_no_answer(model, with_vae, tiny_networks, 
     with pytest.raises(UserError, match="b.png: the map of sky .*overflow"):
         huge.unclipped_maps([image, image], entries, model.config.sampler, 0, ["b.png", "c.png"])
     with pytest.raises(UserError, match="VAE decodes is not finite"):
-        huge.reconstruct(np.ones((1, 16, 16, 3), np.float32))
+        huge.networks.reconstruct(np.ones((1, 16, 16, 3), np.float32))
 
 
 def test_no_other_list_and_no_other_number_compiles_anything(make_segmenter, image, caplog):
@@ -509,7 +509,7 @@ ON_MESHES = """
     from segdiff_jax.parallel import mesh as meshes
     from segdiff_jax.parallel import rules
 
-    (*networks, config), _ = loading.load_networks(sys.argv[1])
+    (*networks, config), *_ = loading.load_networks(sys.argv[1])
     config.sampler = dataclasses.replace(config.sampler, steps=2, ensemble=2, batch_size=12)
     source = open_source(config.data, config.data.val_split, config.seed)
     sampler_on, parts = sampling.sampler_on, []

@@ -255,7 +255,7 @@ def test_it_validates_from_zeros_as_it_predicts(finished):
 
 
 def test_an_export_of_it_starts_from_zeros_too(finished, tmp_path):
-    networks, _ = loading.load_networks(finished)
+    networks, *_ = loading.load_networks(finished)
     export.write_folder(networks, tmp_path / "model", trained=workdirs.read_classes(finished))
     photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     names = ["plain red circle", "background"]

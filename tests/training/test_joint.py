@@ -225,8 +225,7 @@ def test_a_unet_that_goes_on_gets_another_and_the_earlier_one_keeps_its_own(
 
 
 def test_an_export_has_it_too_and_sharpens_as_the_training_does(finished, tmp_path):
-    networks, step = loading.load_networks(finished)
-    decoders = loading.load_decoders(finished, networks, step)
+    networks, decoders, _ = loading.load_networks(finished)
     assert decoders.joint is not None
     export.write_folder(
         networks, tmp_path / "model", trained=workdirs.read_classes(finished), decoders=decoders

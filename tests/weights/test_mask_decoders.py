@@ -40,8 +40,7 @@ def test_the_file_of_another_vae_and_a_damaged_one_are_refused(tmp_path):
 
 
 def test_a_finished_training_has_one_and_so_has_its_export(trained, micro_config, tmp_path):
-    networks, step = loading.load_networks(trained)
-    decoders = loading.load_decoders(trained, networks, step)
+    networks, decoders, _ = loading.load_networks(trained)
     linear = decoders.linear
     assert decoders.tiny is decoders.joint is None and linear.kernel.shape[:3] == (
         3,
@@ -49,12 +48,12 @@ def test_a_finished_training_has_one_and_so_has_its_export(trained, micro_config
         networks[1].config.latent_channels,
     )
     export.write_folder(networks, tmp_path / "model", decoders=decoders)
-    again = loading.load_decoders(str(tmp_path / "model"), networks, None)
+    again = loading.load_networks(str(tmp_path / "model"))[1]
     np.testing.assert_array_equal(again.linear.kernel, linear.kernel)
 
     copy = tmp_path / "run"  # as of an earlier version, without one
     shutil.copytree(trained, copy)
     (copy / mask_decoders.LINEAR).unlink()
     train(micro_config(), str(copy))
-    fitted = loading.load_decoders(str(copy), networks, step)
+    fitted = loading.load_networks(str(copy))[1]
     np.testing.assert_allclose(fitted.linear.kernel, linear.kernel, atol=1e-3)
