@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -181,7 +180,7 @@ def write_folder(
 
     unet, vae, text_encoder, tokenizer, config = networks
     config = portable(config)
-    settings = json.dumps(stored(config), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    settings = files.to_json(stored(config))
     card = model_card(config, unet.config, vae.config)
     decoders = decoders or mask_decoders.Decoders()
     frozen = vae, text_encoder, tokenizer

@@ -22,7 +22,6 @@ from flax import nnx
 from segdiff_jax import codec, files, ownership
 from segdiff_jax.config import SamplerConfig
 from segdiff_jax.data.geometry import GRAY
-from segdiff_jax.errors import UserError
 from segdiff_jax.inference import sampling
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models.attention import plain
@@ -146,15 +145,8 @@ def _size(model: Segmenter, dtype: str) -> int:
 
 def _stored(model: Segmenter, dtype: str) -> dict[str, np.ndarray]:
     """Return the weights as numpy arrays of `dtype`: constants of the exported function."""
-
-    def store(array: jax.Array) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            stored = np.asarray(array).astype(jnp.dtype(dtype))
-        if dtype == "float16" and not np.isfinite(stored).all():
-            raise UserError("--dtype float16: a weight overflows it: use bfloat16 or float32")
-        return stored
-
-    return {name: store(array) for name, array in _named_weights(model).items()}
+    where, arrays = f"--dtype {dtype}: a weight", _named_weights(model)
+    return {n: safetensors_files.as_stored(np.asarray(a), dtype, where) for n, a in arrays.items()}
 
 
 def _write_weights(model: Segmenter, path: epath.Path, dtype: str) -> None:

@@ -22,6 +22,8 @@ from segdiff_jax.text.vocabulary import ClassEntry, visible
 
 log = logging.getLogger(__name__)
 
+_PROMPTS = 64  # in one call of the text encoder
+
 
 class PromptTable(NamedTuple):
     """Text of a vocabulary, encoded once. A pytree of numpy or JAX arrays."""
@@ -44,7 +46,6 @@ def encode_prompts(
     tokenizer: Tokenizer,
     classes: Iterable[ClassEntry],
     templates: Sequence[str],
-    batch_size: int = 64,
 ) -> PromptTable:
     """Encode every prompt of every class; synonyms and templates of a class are averaged.
 
@@ -55,9 +56,9 @@ def encode_prompts(
     ends = np.argmax(token_ids == tokenizer.eos_id, axis=1)  # the first: padding may repeat it
     graph, params = nnx.split(text_encoder)
     hidden = []
-    for start in range(0, len(token_ids), batch_size):
-        rows = token_ids[start : start + batch_size]
-        padded = np.pad(rows, ((0, batch_size - len(rows)), (0, 0)), mode="edge")
+    for start in range(0, len(token_ids), _PROMPTS):
+        rows = token_ids[start : start + _PROMPTS]
+        padded = np.pad(rows, ((0, _PROMPTS - len(rows)), (0, 0)), mode="edge")
         hidden.append(np.asarray(_encode(graph, params, padded))[: len(rows)])
     states = np.concatenate(hidden)  # [S, L, D]
     if not np.isfinite(states).all():
