@@ -4,9 +4,11 @@ A folder that a command writes into holds `MARKER`, JSON that lists by kind ("pr
 "diffusers", …) the files written there. It is written before the first of them and names them all,
 so that whenever a command is killed, the next one knows what is its own.
 
-For a folder that may hold other files too: `claimed` (or `claim` before the work and `settle` after
-it); `check` looks only, `adopted` and `adopt` do not look. For one that is replaced as a whole:
-`whole_folder`, and `check_whole`. `owned` tells what is listed, `is_ours` of a single file.
+For a folder that may hold other files too: `claimed` (or `claim` before the work and
+`release_unwritten` after it); `check` looks only. `claimed_unchecked` and `claim_unchecked` do not
+look: for `train`, and for `study` that prepares its trainings, whose own lock and config say whether
+a folder is theirs. For a folder that is replaced as a whole: `whole_folder`, and `check_whole`.
+`owned` tells what is listed, `is_ours` of a single file.
 """
 
 import contextlib
@@ -118,16 +120,16 @@ def claim(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) 
     Raises `UserError` as `check` does, and where that fails.
     """
     check(directory, kind, names)
-    adopt(directory, kind, names)
+    claim_unchecked(directory, kind, names)
 
 
-def adopt(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) -> None:
+def claim_unchecked(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) -> None:
     """`claim` without `check`, where something else tells that `names` are ours."""
     listed = owned(directory)
     _write_marker(directory, listed | {kind: listed.get(kind, frozenset()) | set(names)})
 
 
-def settle(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) -> None:
+def release_unwritten(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) -> None:
     """Takes those of `names` off the list that were not written: such files would not be ours."""
     listed = owned(directory)
     missing = set(names) - _present(epath.Path(directory), names)
@@ -141,23 +143,25 @@ def settle(directory: os.PathLike[str] | str, kind: str, names: Collection[str])
 
 @contextlib.contextmanager
 def claimed(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) -> Iterator[None]:
-    """`claim` before the block that writes the files `names`, `settle` after it."""
+    """`claim` before the block that writes the files `names`, `release_unwritten` after it."""
     check(directory, kind, names)
-    with adopted(directory, kind, names):
+    with claimed_unchecked(directory, kind, names):
         yield
 
 
 @contextlib.contextmanager
-def adopted(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) -> Iterator[None]:
-    """`adopt` before the block that writes the files `names`, `settle` after it."""
-    adopt(directory, kind, names)
+def claimed_unchecked(
+    directory: os.PathLike[str] | str, kind: str, names: Collection[str]
+) -> Iterator[None]:
+    """`claimed` without `check`."""
+    claim_unchecked(directory, kind, names)
     try:
         yield
     except BaseException:
         with contextlib.suppress(UserError):  # what stopped the block may stop this: a full disk
-            settle(directory, kind, names)
+            release_unwritten(directory, kind, names)
         raise
-    settle(directory, kind, names)
+    release_unwritten(directory, kind, names)
 
 
 def _write_marker(directory: os.PathLike[str] | str, listed: Mapping[str, Collection[str]]) -> None:

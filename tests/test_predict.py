@@ -388,7 +388,7 @@ def test_a_stopped_run_is_gone_on_with(place, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_bytes", dying)
-        patch.setattr(ownership, "settle", lambda *_: None)
+        patch.setattr(ownership, "release_unwritten", lambda *_: None)
         assert _run(place, capsys)[0] == 9
     assert _names(place / "o"), "it had begun"
     (place / "o" / "notes.txt").write_text("mine")

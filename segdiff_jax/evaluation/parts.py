@@ -102,7 +102,7 @@ def remove(folder: str) -> None:
     names = ownership.owned(folder).get(_KIND, frozenset())
     for name in names:
         (place / name).unlink(missing_ok=True)
-    ownership.settle(folder, _KIND, names)
+    ownership.release_unwritten(folder, _KIND, names)
     if place.is_dir() and not any(place.iterdir()):  # a bucket has no empty folders
         place.rmdir()
 

@@ -94,7 +94,7 @@ def _copy_latents(config: Config, workdir: Path) -> None:
     pattern = f"*-seed{config.seed}/{workdirs.LATENTS}/cache.json"
     for cache in sorted(workdir.parent.glob(pattern)):
         if workdirs.read_config(str(cache.parents[1])).codec.classes_per_pass == groups:
-            ownership.adopt(workdir, origin.KIND, {"config.json", workdirs.LATENTS})
+            ownership.claim_unchecked(workdir, origin.KIND, {"config.json", workdirs.LATENTS})
             workdirs.write_config(str(workdir), config)
             shutil.copytree(cache.parent, workdir / workdirs.LATENTS)
             return

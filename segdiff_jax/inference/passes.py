@@ -83,17 +83,17 @@ class Passes:
         The maps of all others are darker than any of these, so that their classes win nowhere.
         Raise `NotFinite` if a map or its spread is.
         """
-        (images, some), members = kept.shape, self._sampler.ensemble
-        jobs = sampling.grid(images, some, members)
+        (images, passes), members = kept.shape, self._sampler.ensemble
+        jobs = sampling.grid(images, passes, members)
         jobs[:, 1] = kept[jobs[:, 0], jobs[:, 1]]
         maps = self._maps(latents, jobs, self._sampler)
         size = maps.shape[1:]
-        maps = maps.reshape(images, some, members, *size)
+        maps = maps.reshape(images, passes, members, *size)
         merged, merged_spread = sampling.merge(maps, self._sampler, self._networks.mesh)
         if views is not None:
             merged = self._networks.sharpened(views, merged, self._text[kept])
         gray, spread = merged, merged_spread
-        if some < self._count:
+        if passes < self._count:
             gray = np.full((images, self._count, *size), min(-1.0, merged.min()) - 1.0, np.float32)
             spread = np.zeros_like(gray)
             rows = np.arange(images)[:, None]

@@ -195,8 +195,9 @@ class Segmenter:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return `maps` that go beyond [-1, 1] where the decoder does.
 
-        What lies beyond orders classes of equal score. There are P = ⌈K/G⌉ passes. Each image is
-        encoded once, as a whole: there are no tiles here. `names` are the images' in messages.
+        Values beyond [-1, 1] break ties between equal scores. There are P = ⌈K/G⌉ passes. Each
+        image is encoded once, as a whole: there are no tiles here. `names` are the images' in
+        messages.
 
         Raise `UserError` for classes that this model cannot tell apart or was not trained for, and
         for maps that are not finite.

@@ -265,4 +265,4 @@ def claimed(output: str, written: Sequence[str]) -> Iterator[None]:
     """
     with ownership.claimed(output, KIND, written):
         yield
-    ownership.settle(output, KIND, ownership.owned(output).get(KIND, ()))
+    ownership.release_unwritten(output, KIND, ownership.owned(output).get(KIND, ()))
