@@ -244,12 +244,11 @@ def _sampler(config: Config, nets: _Networks, mesh: Mesh, jobs: int) -> tuple[An
     contexts, mask = jax.eval_shape(lambda table, ids: context(table, ids, kind), nets.table, ids)
     shared = kernels_as_multiplied(unet, unet_params), decoder_params, schedule
     members = jax.ShapeDtypeStruct((jobs,), jnp.int32)
-    per_job = contexts, mask, _floats(jobs, *nets.latent), members
+    settings = config.sampler.steps, config.sampler.eta, config.sampler.initial_noise
     return sampling.sampler_on(mesh), (
-        *(unet, decoder),
-        *(config.sampler.steps, config.sampler.eta, config.sampler.initial_noise),
+        sampling.How(unet, decoder, *settings),
         *(meshes.abstract(tree, whole) for tree in shared),
-        *(meshes.abstract(tree, rows) for tree in per_job),
+        meshes.abstract(sampling.Jobs(contexts, mask, _floats(jobs, *nets.latent), members), rows),
         meshes.abstract(key, whole),
     )
 

@@ -6,9 +6,9 @@ so that whenever a command is killed, the next one knows what is its own.
 
 For a folder that may hold other files too: `claimed` (or `claim` before the work and
 `release_unwritten` after it); `check` looks only. `claimed_unchecked` and `claim_unchecked` do not
-look: for `train`, and for `study` that prepares its trainings, whose own lock and config say whether
-a folder is theirs. For a folder that is replaced as a whole: `whole_folder`, and `check_whole`.
-`owned` tells what is listed, `is_ours` of a single file.
+look: for `train`, and for `study` that prepares its trainings, whose own lock and config say
+whether a folder is theirs. For a folder that is replaced as a whole: `whole_folder`, and
+`check_whole`. `owned` tells what is listed, `is_ours` of a single file.
 """
 
 import contextlib

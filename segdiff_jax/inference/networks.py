@@ -174,23 +174,15 @@ class Networks:
         key = jax.random.wrap_key_data(put(key, replicated(self.mesh)))
         sample = sampling.sampler_on(self.mesh)
         decoder, decoder_params = self.decoders[sampler.decoder]
+        settings = sampler.steps, sampler.eta, sampler.initial_noise
+        how = sampling.How(self.unet, decoder, *settings)
 
         def start(jobs: np.ndarray) -> jax.Array:
             image, pass_, member = jobs.T
-            rows = *contexts(pass_), latents[image], member.astype(np.int32)
+            rows = sampling.Jobs(*contexts(pass_), latents[image], member.astype(np.int32))
             with processes.at_work("compiles or runs the sampler"):
-                return sample(
-                    self.unet,
-                    decoder,
-                    sampler.steps,
-                    sampler.eta,
-                    sampler.initial_noise,
-                    self.unet_params,
-                    decoder_params,
-                    self.schedule,
-                    *jax.tree.map(lambda array: spread_rows(array, self.mesh), rows),
-                    key,
-                )
+                spread = jax.tree.map(lambda array: spread_rows(array, self.mesh), rows)
+                return sample(how, self.unet_params, decoder_params, self.schedule, spread, key)
 
         return start
 

@@ -8,7 +8,7 @@ merge          members [I, P, N, H, W] → maps and their spread [I, P, H, W]
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,25 @@ def reconstruct(vae: nnx.GraphDef, params: Any, pixels: jax.Array) -> jax.Array:
     return decode_latents(network, encode_latents(network, pixels))
 
 
+class How(NamedTuple):
+    """What the sampler is compiled for, but for shapes."""
+
+    unet: nnx.GraphDef
+    decoder: nnx.GraphDef | None  # as of `gray_maps`
+    steps: int
+    eta: float
+    start: str  # as config.sampler.initial_noise
+
+
+class Jobs(NamedTuple):
+    """What differs between jobs, each a row of every array."""
+
+    contexts: Any  # float [J, L, D]
+    mask: Any  # bool [J, L], the tokens that count; None where all do
+    latents: Any  # of the job's image, [J, h, w, c]
+    members: Any  # the number of the job's member, int [J]
+
+
 @functools.cache
 def sampler_on(mesh: Mesh) -> Any:
     """Return `sample_jobs` under `jit`, for each device's part of the jobs; only arrays are traced.
@@ -57,40 +76,24 @@ def sampler_on(mesh: Mesh) -> Any:
     """
     rows = meshes.rows_sharding(mesh).spec
 
-    def sample(unet, decoder, steps, eta, start, *arrays):
-        own_jobs = functools.partial(sample_jobs, unet, decoder, steps, eta, start)
-        specs = (P(), P(), P(), rows, rows, rows, rows, P())
+    def sample(how, *arrays):
+        own_jobs, specs = functools.partial(sample_jobs, how), (P(), P(), P(), rows, P())
         spread = jax.shard_map(own_jobs, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
         return spread(*arrays)
 
-    return jax.jit(sample, static_argnums=(0, 1, 2, 3, 4))
+    return jax.jit(sample, static_argnums=0)
 
 
 def sample_jobs(
-    unet: nnx.GraphDef,
-    decoder: nnx.GraphDef | None,
-    steps: int,
-    eta: float,
-    start: str,
+    how: How,
     unet_params: Any,
     decoder_params: Any,
     schedule: Schedule,
-    contexts: jax.Array,
-    mask: jax.Array | None,
-    image_latents: jax.Array,
-    members: jax.Array,
+    jobs: Jobs,
     key: jax.Array,
 ) -> jax.Array:
-    """Return the unclipped gray maps [J, H, W] of jobs.
-
-    Args:
-      decoder, decoder_params: as of `gray_maps`.
-      start: as config.sampler.initial_noise.
-      contexts: float [J, L, D], with the `mask` [J, L] of their tokens, None where all count.
-      image_latents: of the job's image, [J, h, w, c].
-      members: the number of the job's member, int [J].
-    """
-    network = nnx.merge(unet, unet_params)
+    """Return the unclipped gray maps [J, H, W] of jobs."""
+    network = nnx.merge(how.unet, unet_params)
 
     def member(k, image_latent, context, context_mask):
         def predict(noisy, t):
@@ -100,12 +103,12 @@ def sample_jobs(
 
         # The noise of member k is the same for every image and pass.
         member_key = jax.random.fold_in(key, k)
-        shape = image_latent.shape
-        return samplers.sample_member(predict, schedule, member_key, shape, steps, eta, start)
+        shape, settings = image_latent.shape, (how.steps, how.eta, how.start)
+        return samplers.sample_member(predict, schedule, member_key, shape, *settings)
 
-    in_axes = (0, 0, 0, None if mask is None else 0)
-    x0 = jax.vmap(member, in_axes)(members, image_latents, contexts, mask)
-    return gray_maps(decoder, decoder_params, x0)
+    in_axes = (0, 0, 0, None if jobs.mask is None else 0)
+    x0 = jax.vmap(member, in_axes)(jobs.members, jobs.latents, jobs.contexts, jobs.mask)
+    return gray_maps(how.decoder, decoder_params, x0)
 
 
 def gray_maps(decoder: nnx.GraphDef | None, params: Any, latents: jax.Array) -> jax.Array:

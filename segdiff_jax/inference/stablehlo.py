@@ -93,6 +93,8 @@ def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.A
     schedule = jax.tree.map(jnp.asarray, jax.device_get(networks.schedule))
     # The file is for every platform: no kernel of the one that it is written on.
     unet = nnx.split(with_attention(nnx.merge(networks.unet, networks.unet_params), plain))[0]
+    settings = sampler.steps, sampler.eta, sampler.initial_noise
+    how = sampling.How(unet, networks.vae, *settings)
 
     def sample(weights: Weights, image: jax.Array, context: jax.Array, key: jax.Array) -> jax.Array:
         leaves = [jnp.asarray(weights[name]).astype(jnp.float32) for name in names]
@@ -100,25 +102,14 @@ def sample_with(model: Segmenter, sampler: SamplerConfig) -> Callable[..., jax.A
         passes, members = context.shape[0], sampler.ensemble
         job = jnp.arange(passes * members)
         latent = sampling.encode(networks.vae, params["vae"], image[None])[0]
-        gray = sampling.sample_jobs(
-            unet,
-            networks.vae,
-            sampler.steps,
-            sampler.eta,
-            sampler.initial_noise,
-            params["unet"],
-            params["vae"],
-            schedule,
-            context[job // members],
-            None,
-            jnp.broadcast_to(latent, (job.shape[0], *latent.shape)),
-            job % members,
-            jax.random.wrap_key_data(key, impl=_RNG),
-        )
+        latents = jnp.broadcast_to(latent, (job.shape[0], *latent.shape))
+        jobs = sampling.Jobs(context[job // members], None, latents, job % members)
+        random = jax.random.wrap_key_data(key, impl=_RNG)
+        gray = sampling.sample_jobs(how, params["unet"], params["vae"], schedule, jobs, random)
         if members > 1:
             gray = gray.reshape(passes, members, height, width)
-            settings = sampler.align, sampler.reduce, sampler.uncertainty
-            gray = sampling.merge_members(gray, *settings)[0]
+            merging = sampler.align, sampler.reduce, sampler.uncertainty
+            gray = sampling.merge_members(gray, *merging)[0]
         return gray.clip(-1.0, 1.0)
 
     return sample

@@ -135,7 +135,8 @@ def test_what_does_not_fit_into_memory_is_halved_and_said_once(
     def limited(most):
         def on_mesh(mesh):
             def sample(*arguments):
-                sizes.append(len(arguments[8]))
+                *_, jobs, _ = arguments
+                sizes.append(len(jobs.members))
                 if sizes[-1] > most:
                     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
                 return sampler_on(mesh)(*arguments)
