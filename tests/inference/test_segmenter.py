@@ -113,15 +113,6 @@ def test_classes_are_scored_one_by_one_when_alone_in_a_pass(model, image):
     np.testing.assert_allclose(model(image, CLASSES[1:2]).scores, scores[..., 1:2], atol=1e-5)
 
 
-def test_synonyms_are_averaged(model, image):
-    both = model.table(_entries("building, edifice"))
-    apart = model.table(_entries("building", "edifice"))
-    np.testing.assert_allclose(both.hidden[0], apart.hidden.mean(0), atol=1e-6)
-    assert np.abs(apart.hidden[0] - apart.hidden[1]).max() > 1e-2
-    with_synonym = model(image, ["building, edifice"]).scores
-    assert np.abs(with_synonym - model(image, ["building"]).scores).max() > 0
-
-
 def test_shortlist_spends_the_full_budget_on_the_most_present(model, image):
     classes = ("sky", "building", "road", "red tree")
     full = model(image, classes, steps=2, ensemble=2, seed=5)
@@ -160,15 +151,6 @@ def test_several_classes_per_pass(make_segmenter, tiny_config, image, group, con
     assert gray.shape == (1, 1 if group == 0 else 2, 16, 16)
     with pytest.raises(UserError, match="shortlist=1"):
         model(image, CLASSES, shortlist=1)
-
-
-@pytest.mark.parametrize(
-    ("classes", "message"),
-    [([], "empty class list"), (["sky", "Sky"], "duplicate class name"), ([""], "empty name")],
-)
-def test_bad_classes(model, image, classes, message):
-    with pytest.raises(UserError, match=message):
-        model(image, classes)
 
 
 @pytest.mark.parametrize(

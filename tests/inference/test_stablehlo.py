@@ -207,27 +207,3 @@ def test_overflow_is_refused_and_leaves_nothing(tiny_networks, tiny_config, tmp_
     with pytest.raises(UserError, match="--dtype float16: a weight overflows"):
         stablehlo.write(big, tmp_path / "m", big.config.sampler, "float16")
     assert not any(tmp_path.iterdir())
-
-
-def test_an_earlier_export_stays_until_the_new_one_is_whole(make_segmenter, tmp_path, monkeypatch):
-    model = make_segmenter()
-    folder = tmp_path / "m"
-    names = stablehlo.FUNCTION, stablehlo.DESCRIPTION
-    with ownership.claimed(folder, "stablehlo", names):
-        for name in names:
-            (folder / name).write_text("earlier")
-
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(UserError, match="the disk is full"):
-        stablehlo.write(model, folder, model.config.sampler)
-    assert {(folder / name).read_text() for name in names} == {"earlier"}
-    monkeypatch.undo()
-    stablehlo.write(model, folder, model.config.sampler)
-    assert json.loads((folder / stablehlo.DESCRIPTION).read_text())["sampler"]["steps"] == 1
-    (folder / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="thesis.tex: is no part of the export"):
-        stablehlo.write(model, folder, model.config.sampler)
-    assert [p.name for p in tmp_path.iterdir()] == ["m"]
