@@ -109,33 +109,15 @@ def _examples(
 
     Raise `UserError` for a photo that the page would refuse.
     """
-    import shutil
-
     from PIL import Image
 
     from segdiff_jax.data.sources import scenes
-    from segdiff_jax.inference import photos
-    from segdiff_jax.web import requests
     from segdiff_jax.web.page import Example
 
     os.makedirs(temporary, exist_ok=True)
-    names = [] if trained is None else trained.names[:_SHOWN_CLASSES]
     if given:
-        examples = []
-        try:
-            found = photos.find([given])[:_EXAMPLES]
-        except UserError as error:  # that names the flag of predict
-            raise UserError(str(error).replace("--images", "--examples", 1)) from error
-        for number, path in enumerate(found):
-            try:
-                requests.photo(path, limits)  # no visitor is offered what would be refused
-            except UserError as error:
-                raise UserError(f"--examples {path}: {error}") from error
-            folder = os.path.join(temporary, str(number))  # two may have the same name
-            os.makedirs(folder)
-            copy = shutil.copy(path, folder)
-            examples.append(Example(copy, "\n".join(names)))
-        return examples
+        names = [] if trained is None else trained.names[:_SHOWN_CLASSES]
+        return [Example(path, "\n".join(names)) for path in _copies(given, temporary, limits)]
     if config.data.source != "scenes":
         return []
     source = scenes.ScenesSource(config.data.scenes, (192, 192), train=False, seed=config.seed)
@@ -148,6 +130,29 @@ def _examples(
         shown = [source.vocabulary.names[i] for i in ids if i < len(source.vocabulary)]
         examples.append(Example(path, "\n".join(shown)))
     return examples
+
+
+def _copies(given: str, temporary: str, limits: "Limits") -> list[str]:
+    """Return copies, below `temporary`, of the first photos of the folder `given`."""
+    import shutil
+
+    from segdiff_jax.inference import photos
+    from segdiff_jax.web import requests
+
+    try:
+        found = photos.find([given])[:_EXAMPLES]
+    except UserError as error:  # that names the flag of predict
+        raise UserError(str(error).replace("--images", "--examples", 1)) from error
+    copies = []
+    for number, path in enumerate(found):
+        try:
+            requests.photo(path, limits)  # no visitor is offered what would be refused
+        except UserError as error:
+            raise UserError(f"--examples {path}: {error}") from error
+        folder = os.path.join(temporary, str(number))  # two may have the same name
+        os.makedirs(folder)
+        copies.append(shutil.copy(path, folder))
+    return copies
 
 
 if __name__ == "__main__":

@@ -329,5 +329,5 @@ def _from_object(value: dict[str, Any], name: str) -> Vocabulary:
         shares = tuple(float(c["share"]) for c in classes if "share" in c)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{name}: no class list of this program ({reason}): restore it") from error
+        raise UserError(f"{name}: no class list of this program ({reason}): correct it") from error
     return Vocabulary(name, tuple(entries), shares if len(shares) == len(entries) else ())
