@@ -12,7 +12,7 @@ CONFIG = """
     from segdiff_jax import config as c
     from segdiff_jax.models import presets
 
-    presets.PRESETS["micro"] = presets._small((32,), (4, 8), 32)
+    presets.PRESETS["micro"] = presets.small((32,), (4, 8), 32)
 
     def get_config():
         return c.Config(

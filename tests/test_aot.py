@@ -20,7 +20,7 @@ from segdiff_jax.config import Config, DataConfig, ModelConfig, NoiseConfig, Tra
 from segdiff_jax.models import presets
 
 def get_config():
-    presets.PRESETS["micro"] = presets._small((32,), (4, 8), 32)
+    presets.PRESETS["micro"] = presets.small((32,), (4, 8), 32)
     return Config(
         data=DataConfig(source="scenes", image_size=(16, 16), cache_latents=True),
         model=ModelConfig(preset="micro", dtype="bfloat16"),

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from test_telemetry import read_events, read_scalars
+from written import read_events, read_scalars
 
 from segdiff_jax.config import MeshConfig, OptimizerConfig
 from segdiff_jax.data.sources.source import open_source

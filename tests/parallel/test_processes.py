@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import Run, Started, free_port
-from test_telemetry import read_scalars
+from written import read_scalars
 
 from segdiff_jax.errors import UserError
 from segdiff_jax.parallel import processes

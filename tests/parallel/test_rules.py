@@ -143,7 +143,7 @@ TWO_SLICES = """
     slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
     meshes["awkward"] = [dict(mesh.shape), slices.tolist()]
     rules.SMALLEST_SPREAD = 0  # the arrays here are small
-    presets.PRESETS["micro"] = presets._small((32,), (4, 8), 32)
+    presets.PRESETS["micro"] = presets.small((32,), (4, 8), 32)
     programs = {}
     for name, sizes in {"1": (1, 4), "-1": (-1, 4), "within": (2, 2)}.items():
         config = Config(mesh=MeshConfig(*sizes), model=ModelConfig(preset="micro"))

@@ -14,13 +14,12 @@ import pytest
 import torch
 from commands import Run
 from flax import nnx
-from test_run import same_bits, state_of, steps_of
-from test_step import SmallUNet
-from test_telemetry import read_scalars
+from small import B, C, H, K, SmallUNet, W, make_batch, make_config
+from written import read_scalars, same_bits, state_of, steps_of
 
 from segdiff_jax import cli, codec, export
 from segdiff_jax import config as configs
-from segdiff_jax.config import Config, E2EConfig, ModelConfig, OptimizerConfig, TrainConfig
+from segdiff_jax.config import Config, E2EConfig
 from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.segmenter import Segmenter
@@ -35,21 +34,6 @@ from segdiff_jax.training.stop import Stopped
 from segdiff_jax.training.telemetry import Telemetry
 from segdiff_jax.weights import loading, mask_decoders
 from segdiff_jax.weights import workdir as workdirs
-
-B, C, H, W, K = 4, 3, 8, 12, 6
-
-
-def make_batch(seed=0):
-    """Blocks of classes, *ignore* among them; absent classes and empty slots are asked for too."""
-    rng = np.random.default_rng(seed)
-    labels = np.kron(rng.integers(0, 4, (B, 4, 4)), np.ones((1, 2, 3))).astype(np.uint8)
-    labels[:, :2, :5] = 255
-    labels[3] = 255
-    return {
-        "image": rng.integers(0, 256, (B, H, W, 3), dtype=np.uint8),
-        "labels": labels,
-        "class_ids": np.array([[0, 1, 2], [3, 5, 0], [1, -1, -1], [0, 1, 2]], np.int32),
-    }
 
 
 def torch_loss(maps, batch):
@@ -109,17 +93,6 @@ def test_without_a_valid_pixel_there_is_no_loss():
     loss = lambda maps: losses.label_loss(maps, batch, losses.label_weights(batch))  # noqa: E731
     value, gradient = jax.value_and_grad(loss)(jnp.ones((B, C, H, W)))
     assert value == 0 and (gradient == 0).all()
-
-
-def make_config(e2e=None, remat=False, **optimizer):
-    defaults = {"learning_rate": 3e-3, "warmup_steps": 1, "weight_decay": 0.0}
-    return Config(
-        stage="e2e",
-        e2e=e2e or E2EConfig(classes=C),
-        model=ModelConfig(remat=remat),
-        optimizer=OptimizerConfig(**defaults | optimizer),
-        train=TrainConfig(batch_size=B),
-    )
 
 
 @pytest.fixture(scope="module")

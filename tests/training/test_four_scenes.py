@@ -32,7 +32,7 @@ def write_scenes(root):
 
 def four_scenes_config(root):
     """Mask latents at f = 4 from the photo's in one step: what is asked of the UNet is to read."""
-    presets.PRESETS["four"] = presets._small((32, 64), (8, 16, 32), 32)
+    presets.PRESETS["four"] = presets.small((32, 64), (8, 16, 32), 32)
     return c.Config(
         data=c.DataConfig(
             root=str(root),

@@ -13,9 +13,8 @@ import safetensors.numpy
 import torch
 from commands import Run
 from flax import nnx
-from test_e2e import B, C, H, K, W, make_batch, make_config
-from test_run import steps_of
-from test_step import SmallUNet
+from small import B, C, H, K, SmallUNet, W, make_batch, make_config
+from written import steps_of
 
 from segdiff_jax import codec, export
 from segdiff_jax.config import Config, JointConfig, SamplerConfig

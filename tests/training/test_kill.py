@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 from commands import Run
-from test_run import same_bits, state_of
+from written import same_bits, state_of
 
 STEPS = "--config.train.steps={}"
 OFTEN = ("--config.train.checkpoint_every=1", "--config.train.keep_checkpoints=2")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_telemetry import read_scalars
+from written import read_scalars
 
 from segdiff_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig
 from segdiff_jax.errors import UserError

@@ -1,6 +1,5 @@
 """Whole trainings, minute ones: what they leave, how they end, how they go on."""
 
-import functools
 import hashlib
 import json
 import logging
@@ -14,46 +13,21 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from test_telemetry import read_scalars
+from written import read_scalars, same_bits, state_of, steps_of
 
 from segdiff_jax import __version__, aot, codec, ownership
 from segdiff_jax.data import latent_cache, pipeline
 from segdiff_jax.data.sources.scenes import vocabulary
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.segmenter import Segmenter
-from segdiff_jax.models.unet import UNet
 from segdiff_jax.parallel import mesh as meshes
 from segdiff_jax.text.vocabulary import from_names
 from segdiff_jax.train import train
 from segdiff_jax.training import run as runs
-from segdiff_jax.training.step import init_state
 from segdiff_jax.training.stop import Stopped
 from segdiff_jax.training.telemetry import Telemetry
 from segdiff_jax.weights import loading, pretrained
 from segdiff_jax.weights import workdir as workdirs
-from segdiff_jax.weights.checkpoint import Checkpoints
-
-
-def steps_of(workdir):
-    checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
-    steps = checkpoints.steps()
-    checkpoints.close()
-    return steps
-
-
-def state_of(workdir, step=None):
-    config = workdirs.read_config(str(workdir))
-    checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
-    params = abstract_params(loading.unet_config_from(checkpoints.metadata()["unet"]))
-    abstract = jax.eval_shape(lambda p: init_state(p, config), params)
-    state, _ = checkpoints.restore(abstract, step)
-    checkpoints.close()
-    return state
-
-
-@functools.cache
-def abstract_params(architecture):
-    return nnx.state(nnx.eval_shape(lambda: UNet(architecture, rngs=nnx.Rngs(0))))
 
 
 def copy_at_step_2(trained, folder):
@@ -63,13 +37,6 @@ def copy_at_step_2(trained, folder):
     for step in (4, 6):
         shutil.rmtree(f"{workdir}/checkpoints/{step}")
     return workdir
-
-
-def same_bits(a, b):
-    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(
-        np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in leaves
-    )
 
 
 def contents(folder):

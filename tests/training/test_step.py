@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from small import SmallUNet
 
 from segdiff_jax.config import Config, NoiseConfig, OptimizerConfig, TrainConfig
 from segdiff_jax.diffusion.schedule import make_schedule
@@ -15,18 +16,6 @@ from segdiff_jax.training.losses import Frozen
 from segdiff_jax.training.step import diffusion_step, init_state
 
 B, H, W, C, K = 8, 4, 6, 4, 3
-
-
-class SmallUNet(nnx.Module):
-    """One linear layer over the sample, moved by time and text."""
-
-    def __init__(self, rngs):
-        self.mix = nnx.Linear(2 * C, C, rngs=rngs)
-        self.text = nnx.Linear(5, C, rngs=rngs)
-
-    def __call__(self, sample, timesteps, context, context_mask):
-        text = self.text(context.mean(1))[:, None, None]  # [B, 1, 1, C]
-        return jnp.tanh(self.mix(sample)) + text * (timesteps / 1000)[:, None, None, None]
 
 
 def make_config(**optimizer):

@@ -3,7 +3,6 @@ import io
 import logging
 import os
 import signal
-import struct
 import sys
 import time
 from types import SimpleNamespace
@@ -12,34 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboardX.proto.event_pb2 import Event
+from written import read_events, read_scalars
 
 from segdiff_jax.config import Config, TrainConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.training import telemetry as module
 from segdiff_jax.training.stop import GracefulStop
 from segdiff_jax.training.telemetry import Telemetry, device_rates
-
-
-def read_events(directory):
-    """The events of all files: each record is length, checksum, bytes, checksum (TFRecord)."""
-    events = []
-    for path in sorted(directory.rglob("events.out.tfevents.*")):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            (length,) = struct.unpack_from("<Q", data, at)
-            events.append(Event.FromString(data[at + 12 : at + 12 + length]))
-            at += length + 16
-    return events
-
-
-def read_scalars(workdir):
-    values = {}
-    for event in read_events(workdir / "tensorboard"):
-        for value in event.summary.value:
-            if value.HasField("simple_value"):
-                values.setdefault(value.tag, {})[event.step] = value.simple_value
-    return values
 
 
 def reports(workdir, first_step=0, stage="diffusion", **train):
