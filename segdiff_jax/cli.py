@@ -10,6 +10,7 @@ import io
 import os
 import re
 import runpy
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -63,7 +64,9 @@ def _exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except UserError as error:
         message, code = str(error), error.exit_code
     except BrokenPipeError:
-        # Who reads stdout has had enough. Python's own end would write what is left once more.
+        if not _reader_is_gone():
+            raise  # of a connection, or of a worker process
+        # Python's own end would write what is left once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except OSError as error:
@@ -76,6 +79,13 @@ def _exit_code(main: Callable[[list[str]], None], argv: list[str]) -> int:
         return 130
     print(f"error: {files.shown(_one_line(message))}", file=sys.stderr)
     return code
+
+
+def _reader_is_gone() -> bool:
+    """Return whether stdout is a pipe whose reader has had enough."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def parser(prog: str, description: str, epilog: str = "") -> argparse.ArgumentParser:

@@ -311,6 +311,12 @@ def test_a_reader_that_has_had_enough(count):
     assert (run.returncode, run.stderr) == (141, b"")
 
 
+def test_a_broken_pipe_that_is_not_stdout_is_no_quiet_end():
+    code = "from segdiff_jax import cli\ndef main(argv): raise BrokenPipeError\ncli.run(main, [])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert run.returncode == 1 and b"BrokenPipeError" in run.stderr
+
+
 def test_interrupt_of_a_real_process():
     # A process started in the background of a script inherits an ignored SIGINT.
     code = (

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from segdiff_jax import files, ownership
+from segdiff_jax import codec, files, ownership
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import pictures, writers
 from segdiff_jax.inference.photos import Photos
-from segdiff_jax.inference.result import Segmentation, other_label
+from segdiff_jax.inference.result import Segmentation
 from segdiff_jax.text.vocabulary import Vocabulary
 
 _ENCODERS = ("libx264", "libopenh264", "mpeg4")  # the first that the library was built with
@@ -118,7 +118,8 @@ class Summary:
     """What is said of a clip as a whole: `add` each frame's result, in order."""
 
     def __init__(self, classes: Vocabulary):
-        self._classes, self._pixels = classes, np.zeros(other_label(len(classes)) + 1, np.int64)
+        self._classes = classes
+        self._pixels = np.zeros(codec.ignore_label(len(classes)) + 1, np.int64)
         self._before: np.ndarray | None = None
         self._changed: list[float] = []
         self._frames = 0

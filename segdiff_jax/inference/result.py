@@ -33,7 +33,7 @@ class Segmentation:
     """What one photo [H, W] gave, asked for K classes."""
 
     photo: np.ndarray  # uint8 [H, W, 3], RGB
-    labels: np.ndarray  # int32 [H, W]: index into `classes`, or `other_label(K)`
+    labels: np.ndarray  # int32 [H, W]: index into `classes`, or `codec.ignore_label(K)`
     # float32 [H, W], 0 = unanimous: the spread of the ensemble for the winning class, in units of
     # the gray map's range. None for one sample.
     uncertainty: np.ndarray | None
@@ -178,11 +178,7 @@ def from_ranks(
         group = codec.group_size(len(vocabulary), settings.classes_per_pass)
         uncertainty = winners.picked(spread, labels // group)  # of the pass that asked for it
     if not settings.closed:
-        np.copyto(labels, other_label(len(vocabulary)), where=best < settings.threshold - _TIE)
+        other = codec.ignore_label(len(vocabulary))
+        np.copyto(labels, other, where=best < settings.threshold - _TIE)
     scores, best = np.moveaxis(scores, 0, -1), best.clip(0.0, 1.0)
     return Segmentation(photo, labels, uncertainty, vocabulary, scores, best)
-
-
-def other_label(num_classes: int) -> int:
-    """Return the label of *other*: 255, or 65535 where 255 is a class."""
-    return codec.ignore_label(num_classes)

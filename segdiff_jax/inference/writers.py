@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from segdiff_jax import files, ownership
+from segdiff_jax import codec, files, ownership
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import formats, pictures
 from segdiff_jax.inference.photos import file_name, identity
-from segdiff_jax.inference.result import Segmentation, other_label
+from segdiff_jax.inference.result import Segmentation
 from segdiff_jax.text.vocabulary import Vocabulary
 
 _LONGEST_NAME = 255  # bytes, on most file systems
@@ -160,7 +160,7 @@ def _pictured(name: str, path: str, found: Segmentation, kinds: Sequence[str]) -
 
 def _describe(found: Segmentation, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return what O/<name>.json says of one image. Shares are of its pixels and sum to 1."""
-    other, spread = other_label(len(found.classes)), found.uncertainty
+    other, spread = codec.ignore_label(len(found.classes)), found.uncertainty
     height, width = found.labels.shape
     return {
         "width": width,
@@ -180,7 +180,7 @@ def counted(classes: Vocabulary, pixels: np.ndarray) -> dict[str, Any]:
     def count(label: int) -> dict[str, Any]:
         return {"pixels": int(pixels[label]), "share": float(pixels[label] / total)}
 
-    colors, other = classes.palette().tolist(), other_label(len(classes))
+    colors, other = classes.palette().tolist(), codec.ignore_label(len(classes))
     listed = [
         {"id": i, "name": e.name, "synonyms": list(e.synonyms), "color": colors[i], **count(i)}
         for i, e in enumerate(classes.classes)
