@@ -54,9 +54,12 @@ def tensor_name(component: str, path: str) -> str:
 
 
 def canonical_name(component: str, name: str) -> str | None:
-    """Spell a name found in a file as `tensor_name` does; None for buffers that hold no weights."""
+    """Spell a name found in a file as `tensor_name` does; None for what the network does not use.
+
+    Of a text encoder that is a buffer without weights, and a projection of the pooled output.
+    """
     if component == "text_encoder":
-        if name.endswith("position_ids"):
+        if name.endswith(("position_ids", "text_projection.weight")):
             return None
         return name if name.startswith("text_model.") else f"text_model.{name}"
     if component == "vae":

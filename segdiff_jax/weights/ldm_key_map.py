@@ -5,7 +5,7 @@ become those of diffusers and transformers, from which `key_map` goes on:
 
     model.diffusion_model.              UNet: one list of blocks down, one up, over all levels
     first_stage_model.                  VAE: the levels of its decoder counted from the bottom
-    cond_stage_model.transformer.       CLIP of SD 1, named as transformers does
+    cond_stage_model.transformer.       CLIP of SD 1, named as transformers does, or did at first
     cond_stage_model.model.             CLIP of SD 2, named as OpenCLIP does, with q, k, v in one
 """
 
@@ -24,9 +24,14 @@ Config = UNetConfig | VAEConfig | CLIPTextConfig
 _PREFIXES = {
     "unet": ("model.diffusion_model.",),
     "vae": ("first_stage_model.",),
-    "text_encoder": ("cond_stage_model.transformer.", "cond_stage_model.model."),
+    "text_encoder": (
+        "cond_stage_model.transformer.text_model.",
+        "cond_stage_model.transformer.",
+        "cond_stage_model.model.",
+    ),
 }
 _SDXL = "conditioner.embedders."
+_SD2_LAYERS = 23  # of its text encoder
 _CLIP_HEAD = 64  # channels of a head in every CLIP text encoder, and in the UNet of SD 2
 
 _UNET = (
@@ -183,10 +188,10 @@ def _vae_tensors(tensors: Tensors) -> Iterator[Entry]:
 def _clip_config(tensors: Tensors) -> CLIPTextConfig:
     return _text_config(
         tensors,
-        token="text_model.embeddings.token_embedding.weight",
-        position="text_model.embeddings.position_embedding.weight",
-        hidden="text_model.encoder.layers.0.mlp.fc1.weight",
-        layers=_count(tensors, r"text_model\.encoder\.layers\.(\d+)\."),
+        token="embeddings.token_embedding.weight",
+        position="embeddings.position_embedding.weight",
+        hidden="encoder.layers.0.mlp.fc1.weight",
+        layers=_count(tensors, r"encoder\.layers\.(\d+)\."),
         activation="quick_gelu",
     )
 
@@ -203,8 +208,9 @@ def _open_clip_config(tensors: Tensors) -> CLIPTextConfig:
 
 
 def _open_clip_layers(tensors: Tensors) -> int:
-    """Drop the last layer: SD 2 reads what comes out before it."""
-    return _count(tensors, r"transformer\.resblocks\.(\d+)\.") - 1
+    """Drop the last layer, where the file has it: SD 2 reads what comes out before it."""
+    layers = _count(tensors, r"transformer\.resblocks\.(\d+)\.")
+    return layers if layers == _SD2_LAYERS else layers - 1
 
 
 def _text_config(
@@ -249,6 +255,7 @@ def _open_clip_tensors(tensors: Tensors) -> Iterator[Entry]:
 _READERS: dict[str, tuple[Callable[[Tensors], Config], Callable[[Tensors], Iterator[Entry]]]] = {
     "model.diffusion_model.": (_unet_config, _unet_tensors),
     "first_stage_model.": (_vae_config, _vae_tensors),
+    "cond_stage_model.transformer.text_model.": (_clip_config, _clip_tensors),
     "cond_stage_model.transformer.": (_clip_config, _clip_tensors),
     "cond_stage_model.model.": (_open_clip_config, _open_clip_tensors),
 }

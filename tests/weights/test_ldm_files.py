@@ -78,8 +78,7 @@ def vae_file(tensors):
     return {n: t[..., None, None] if attention.fullmatch(n) else t for n, t in found.items()}
 
 
-def open_clip_file(tensors):
-    """In OpenCLIP's names, with a last layer that Stable Diffusion 2 does not read."""
+def open_clip_names(tensors):
     pieces = [(r"^embeddings\.token_embedding", "token_embedding")]
     pieces += [(r"^embeddings\.position_embedding\.weight", "positional_embedding")]
     pieces += [(r"^final_layer_norm", "ln_final"), (r"layer_norm(\d)", r"ln_\1")]
@@ -89,6 +88,12 @@ def open_clip_file(tensors):
     for name in [name for name in found if "q_proj" in name]:
         parts = [found.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
         found[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    return found
+
+
+def open_clip_file(tensors):
+    """In OpenCLIP's names, with a last layer that Stable Diffusion 2 does not read."""
+    found = open_clip_names(tensors)
     extra = {
         n.replace("blocks.1.", "blocks.2."): t + 1 for n, t in found.items() if "blocks.1." in n
     }
@@ -164,17 +169,21 @@ def same_tensors(found, expected):
         assert torch.equal(found[name], expected[name]), name
 
 
+def same_networks(ours, theirs):
+    assert ours.config == theirs.config
+    a, b = (dict(nnx.to_flat_state(nnx.state(network))) for network in (ours, theirs))
+    assert a.keys() == b.keys()
+    for path in a:
+        np.testing.assert_array_equal(a[path][...], b[path][...], err_msg=str(path))
+
+
 def test_the_networks_are_those_of_the_folder(both):
     folder, file = both
     wanted = load(folder, NETWORKS)
     found = load(file, NETWORKS)
     assert found.schedule is found.tokenizer is None
     for ours, theirs in zip(found[:3], wanted[:3], strict=True):
-        assert ours.config == theirs.config
-        a, b = (dict(nnx.to_flat_state(nnx.state(network))) for network in (ours, theirs))
-        assert a.keys() == b.keys()
-        for path in a:
-            np.testing.assert_array_equal(a[path][...], b[path][...], err_msg=str(path))
+        same_networks(ours, theirs)
     assert load(file, ("unet",), widen_conv_in=True).unet.config.in_channels == 8
 
 
@@ -200,6 +209,32 @@ def test_a_training_can_begin_from_a_file(both, tmp_path, caplog):
     config.init_tokenizer = ""
     with pytest.raises(UserError, match="holds no tokenizer"):
         origin.check(config, str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("layers", "prefix", "extra"),
+    [
+        # diffusers' script back to the original layout leaves out the layer that nobody reads.
+        (23, "cond_stage_model.model.", ()),
+        (1, "cond_stage_model.transformer.", ()),  # as transformers 4.0 named them
+        (1, "cond_stage_model.transformer.text_model.", ("text_projection.weight",)),
+    ],
+)
+def test_text_encoders_as_other_programs_write_them(tmp_path, layers, prefix, extra):
+    oracle = oracles.text_encoder(
+        hidden_size=64, intermediate_size=8, num_attention_heads=1, num_hidden_layers=layers
+    )
+    oracle.config.hidden_act = "gelu" if layers > 1 else "quick_gelu"
+    folder = oracles.write(tmp_path / "folder", text_encoder=oracle)
+    words = {n.removeprefix("text_model."): t for n, t in oracle.state_dict().items()}
+    words = {n: t for n, t in words.items() if not n.endswith("position_ids")}
+    words = open_clip_names(words) if layers > 1 else words
+    words |= {name: torch.ones(64, 64) for name in extra}
+    save_file({prefix + n: t.contiguous() for n, t in words.items()}, tmp_path / "m.safetensors")
+    same_networks(
+        load(tmp_path / "m.safetensors", ("text_encoder",)).text_encoder,
+        load(folder, ("text_encoder",)).text_encoder,
+    )
 
 
 @pytest.mark.parametrize(

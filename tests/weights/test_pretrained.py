@@ -204,7 +204,9 @@ def test_reads_published_clip_names(tmp_path):
 
     def published(stored):
         stored = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in stored.items()}
-        return stored | {"text_model.embeddings.position_ids": np.arange(77)[None]}
+        stored |= {"text_model.embeddings.position_ids": np.arange(77)[None]}
+        # Of a CLIPTextModelWithProjection
+        return stored | {"text_projection.weight": np.ones((16, 32), np.float32)}
 
     rewrite(root / "text_encoder" / "model.safetensors", published)
     assert_same(load(root, ("text_encoder",)).text_encoder, plain)
