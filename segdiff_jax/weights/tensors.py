@@ -17,6 +17,7 @@ from segdiff_jax.weights.hub import STEM
 Shape = tuple[int, ...]
 
 _CONV_IN = "conv_in/kernel"
+_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls what needs no scales beside it
 
 
 class Entry(NamedTuple):
@@ -80,14 +81,24 @@ def plan(
     return Plan(component, folder, graph, variables, keys, shapes, known, widened)
 
 
-def check(plans: Iterable[Plan]) -> None:
-    """Raise one `UserError` that lists every tensor of every component that does not fit."""
+def check(plans: Collection[Plan]) -> None:
+    """Raise one `UserError` that lists every tensor of every component that does not fit.
+
+    Where all fit, or one that names the first which is stored in a quantised form.
+    """
     found = [f"{plan.folder}: {'; '.join(parts)}" for plan in plans if (parts := _misfits(plan))]
     if found:
         raise UserError(
             f"{'; '.join(found)}: the tensors do not fit config.json "
             "(is it the config.json of these weights?)"
         )
+    for entry in (entry for plan in plans for entry in plan.entries.values()):
+        stored = entry.opened.get_slice(entry.name).get_dtype()
+        if stored not in _FLOATS:
+            raise UserError(
+                f"{entry.file}: {entry.name} is stored as {stored}: use weights in float32, "
+                "float16 or bfloat16"
+            )
 
 
 def fill(plan: Plan, place: Place | None = None) -> nnx.Module:

@@ -278,6 +278,19 @@ def test_damaged_weights_name_the_file(exported, tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8])
+def test_quantised_weights_are_refused(kind, tmp_path):
+    root = write(tmp_path, unet=tiny_unet())
+    path = root / "unet" / WEIGHTS
+    stored = safetensors.torch.load_file(path)
+    stored["conv_in.weight"] = stored["conv_in.weight"].to(kind)
+    safetensors.torch.save_file(stored, path)
+    with pytest.raises(
+        UserError, match=rf"{WEIGHTS}: conv_in.weight is stored as (F8|I8).* float16"
+    ):
+        load(root, ("unet",))
+
+
 def test_a_tokenizer_with_more_tokens_than_the_encoder_has_positions(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "m")
     path = tmp_path / "m" / "tokenizer" / "tokenizer_config.json"
