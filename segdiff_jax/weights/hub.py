@@ -33,6 +33,8 @@ _NAMES = (  # how weights are published, best first; the last three are indices 
     r"{stem}{variant}\.safetensors\.index\.json",  # huggingface_hub's own
 )
 
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
 DEMO = "demo"  # the folder of the model that comes with the package
 
 log = logging.getLogger(__name__)
@@ -94,6 +96,8 @@ def _root(source: str, patterns: list[str]) -> epath.Path:
     elif not files.is_remote(source) and not root.exists():
         raise UserError(f"{source}: no such folder, nor a Hugging Face repository: check the name")
     if not (root / INDEX).exists():
+        if root.name.endswith(_PICKLES):
+            raise _pickled(root)
         raise UserError(f"{source}: no {INDEX}: give a Stable Diffusion folder (is it whole?)")
     return root
 
@@ -209,13 +213,16 @@ def _indices(component: str, names: Collection[str]) -> dict[str, str]:
 
 
 def _no_weights(folder: epath.Path, names: list[str]) -> UserError:
-    pickles = [name for name in names if name.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+    pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
-        return UserError(
-            f"{folder / pickles[0]}: pickled weights can run code and are not read: "
-            "convert them to safetensors"
-        )
+        return _pickled(folder / pickles[0])
     return UserError(f"{folder}: no .safetensors weights, or shards without index: fetch it again")
+
+
+def _pickled(path: epath.Path) -> UserError:
+    return UserError(
+        f"{path}: pickled weights can run code and are not read: convert them to safetensors"
+    )
 
 
 def _shards(index: epath.Path) -> list[epath.Path]:

@@ -30,7 +30,16 @@ _PREFIXES = {
         "cond_stage_model.model.",
     ),
 }
-_SDXL = "conditioner.embedders."
+_MODELS = {  # by names that tensors of theirs have, and none of Stable Diffusion 1 and 2
+    r"^conditioner\.embedders\.|\blabel_emb\.": "Stable Diffusion XL",
+    r"\bjoint_blocks\.": "Stable Diffusion 3",
+    r"\b(double_blocks|single_transformer_blocks|add_q_proj)\.": "Flux or another transformer",
+}
+_PARTS = {  # what goes beside a model, or is a part of one: looked for where there is no whole
+    r"\blora_|\.lora[._]|\.(hada|lokr)_": "a LoRA",
+    r"^control_model\.|^controlnet_|\binput_hint_block\.": "a ControlNet",
+    r"^(down_blocks|mid_block|up_blocks|encoder|decoder|text_model)\.": "one network alone",
+}
 _SD2_LAYERS = 23  # of its text encoder
 _CLIP_HEAD = 64  # channels of a head in every CLIP text encoder, and in the UNet of SD 2
 
@@ -79,8 +88,8 @@ def read(entries: list[Entry], component: str, file: str) -> tuple[Config, list[
 
     Raises `UserError` if the file has no such component.
     """
-    if any(entry.name.startswith(_SDXL) for entry in entries):
-        raise UserError(f"{file}: is of Stable Diffusion XL: use Stable Diffusion 1 or 2")
+    if model := _recognised(entries, _MODELS):
+        raise UserError(f"{file}: is of {model}: use Stable Diffusion 1 or 2")
     for prefix in _PREFIXES[component]:
         tensors = {e.name.removeprefix(prefix): e for e in entries if e.name.startswith(prefix)}
         if tensors:
@@ -92,10 +101,20 @@ def read(entries: list[Entry], component: str, file: str) -> tuple[Config, list[
                     f"{file}: {prefix}* lacks tensors of Stable Diffusion 1 and 2 ({error}): "
                     "fetch it again, or use another model"
                 ) from error
+    if part := _recognised(entries, _PARTS):
+        raise UserError(
+            f"{file}: is {part}: give the whole model that it belongs to, as a file in Stable "
+            "Diffusion's original layout or as a folder"
+        )
     raise UserError(
         f"{file}: has no tensors {' or '.join(f'{p}*' for p in _PREFIXES[component])}, so no "
         f"{component}: give a whole file in Stable Diffusion's original layout, or a folder"
     )
+
+
+def _recognised(entries: list[Entry], kinds: Mapping[str, str]) -> str | None:
+    found = (kind for name, kind in kinds.items() if any(re.search(name, e.name) for e in entries))
+    return next(found, None)
 
 
 def _rename(name: str, rules: tuple[tuple[str, str], ...]) -> str:

@@ -28,7 +28,7 @@ from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE, VAEConfig
 from segdiff_jax.text.tokenizer import train_tokenizer
 from segdiff_jax.weights import hf_config, pretrained
-from segdiff_jax.weights.pretrained import Pretrained, load, save
+from segdiff_jax.weights.pretrained import Pretrained, describe, load, save
 
 UNET = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1}
 UNET |= {"attention_head_dim": 2, "cross_attention_dim": 12}
@@ -304,6 +304,10 @@ def test_pickles_are_refused(tmp_path):
     tiny_unet().save_pretrained(root / "unet", safe_serialization=False)
     with pytest.raises(UserError, match=r"diffusion_pytorch_model.bin: .* safetensors"):
         load(root, ("unet",))
+    (tmp_path / "v1-5.ckpt").write_bytes(b"never looked at")
+    for call in (describe, load):
+        with pytest.raises(UserError, match=r"v1-5.ckpt: pickled .* convert .* safetensors"):
+            call(tmp_path / "v1-5.ckpt", ("unet",))
 
 
 def test_only_what_is_asked_for_must_exist(exported, tmp_path):
