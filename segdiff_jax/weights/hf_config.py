@@ -125,6 +125,8 @@ def check_unet(config: UNetConfig, file: str, keys: Mapping[str, str]) -> None:
 
 def read_unet(values: Json, file: str) -> UNetConfig:
     """Read `unet/config.json` as `UNetConfig`. Missing keys mean what they mean to diffusers."""
+    if values.get("addition_embed_type") == "text_time":
+        raise UserError(f"{file}: is of Stable Diffusion XL: use Stable Diffusion 1 or 2")
     hf_options.check(values, {"_class_name": ("UNet2DConditionModel",)} | _UNET_FIXED, file)
     single = ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim")
     values, names = hf_options.same_everywhere(values, single), dict(_UNET_NAMES)
@@ -269,7 +271,9 @@ def read_schedule(values: Json, file: str) -> DiffusionConfig:
     there alone.
     """
     hf_options.check(values, _SCHEDULE_FIXED, file)
-    ddim = values.get("_class_name", "DDIMScheduler") == "DDIMScheduler"
+    name = values.get("_class_name", "DDIMScheduler")
+    if str(name).startswith(("FlowMatch", "EDM")):  # which have no betas
+        raise UserError(f"{file}: {fields.shown(name)} is not supported: use another model")
     return hf_options.read(
         DiffusionConfig,
         values,
@@ -281,7 +285,7 @@ def read_schedule(values: Json, file: str) -> DiffusionConfig:
         prediction_type="epsilon",
         timestep_spacing="leading",
         rescale_betas_zero_snr=False,
-        set_alpha_to_one=ddim,
+        set_alpha_to_one=name == "DDIMScheduler",
         steps_offset=0,
     )
 

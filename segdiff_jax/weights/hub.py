@@ -16,7 +16,7 @@ from etils import epath
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import tqdm
 
-from segdiff_jax import files, stored, waiting
+from segdiff_jax import fields, files, stored, waiting
 from segdiff_jax.errors import UserError
 
 INDEX = "model_index.json"
@@ -62,7 +62,7 @@ def locate(source: str, components: Collection[str], variant: str | None) -> epa
         for name in components:
             folder = root / folder_name(name)
             if not folder.exists():
-                raise UserError(f"{folder}: no such folder: {source} has no {name}")
+                raise no_part(root, source, name)
         return root
 
 
@@ -216,7 +216,17 @@ def _no_weights(folder: epath.Path, names: list[str]) -> UserError:
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         return _pickled(folder / pickles[0])
-    return UserError(f"{folder}: no .safetensors weights, or shards without index: fetch it again")
+    return UserError(
+        f"{folder}: no .safetensors weights (pickles are not read), or shards without index: fetch "
+        "it again, or use another model"
+    )
+
+
+def no_part(root: epath.Path, source: object, name: str) -> UserError:
+    """Return the error for a component that is not in the folder `root` of `source`."""
+    kind = stored.read_object(root / INDEX).get("_class_name")
+    means = f"{source} is a {fields.shown(kind)[1:-1]} and" if isinstance(kind, str) else source
+    return UserError(f"{root / folder_name(name)}: no such folder: {means} has no {name}")
 
 
 def _pickled(path: epath.Path) -> UserError:

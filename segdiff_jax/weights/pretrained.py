@@ -223,7 +223,7 @@ def describe(
         with files.reading(folder):
             there = folder.exists()
         if not there and name != "schedule":
-            raise UserError(f"{folder}: no such folder: {source} has no {name}")
+            raise hub.no_part(root, source, name)
         if there and name in found:
             found[name] = _read_config(root, name)
     kept = {variant for name in STEM for variant in hub.variants(root / name, name)}

@@ -116,6 +116,12 @@ def test_what_the_hub_does_not_give_is_one_line(source, refuse, message, hub, co
     assert "\n" not in str(error.value)
 
 
+def test_a_repository_of_pickles_alone(hub, contents):
+    hub.commit("someone/old", {p: d for p, d in contents.items() if p != WEIGHTS})
+    with pytest.raises(UserError, match="no .safetensors weights .pickles are not read.*another"):
+        pretrained.load("someone/old", ("vae",))
+
+
 def variant_files(contents, name: str, shard: str, index: str) -> dict[str, bytes]:
     """`contents` with the VAE in float16, whole or in two shards; {n} is "00001-of-00002"."""
     half = {k: v.astype(np.float16) for k, v in safetensors.numpy.load(contents[WEIGHTS]).items()}

@@ -316,8 +316,10 @@ def test_only_what_is_asked_for_must_exist(exported, tmp_path):
     part = load(tmp_path / "m", ("vae",))
     assert part.vae is not None
     assert set(part[:1] + part[2:]) == {None}
-    with pytest.raises(UserError, match="tokenizer: no such folder"):
-        load(tmp_path / "m", ("vae", "tokenizer"))
+    (tmp_path / "m" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    for call in (describe, load):
+        with pytest.raises(UserError, match="tokenizer: no such folder: .* is a FluxPipeline and"):
+            call(tmp_path / "m", ("vae", "tokenizer"))
 
 
 @pytest.mark.parametrize(
@@ -360,6 +362,12 @@ def test_only_what_is_asked_for_must_exist(exported, tmp_path):
         ("text_encoder", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("schedule", {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
         ("schedule", {"clip_sample": True}, "clip_sample"),
+        ("schedule", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatch.* not supp"),
+        (
+            "unet",
+            {"transformer_layers_per_block": [1, 2, 10], "addition_embed_type": "text_time"},
+            "is of Stable Diffusion XL: use Stable Diffusion 1 or 2",
+        ),
     ],
 )
 def test_what_our_modules_cannot_do_is_named(read, values, message):
