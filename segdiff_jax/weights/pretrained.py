@@ -115,7 +115,7 @@ def load(
             if "schedule" in components:
                 parts["schedule"] = _read_config(root, "schedule")
         if "tokenizer" in parts and "text_encoder" in found:
-            _check_length(parts["tokenizer"], found["text_encoder"])
+            _check_tokenizer(parts["tokenizer"], found["text_encoder"])
         if "unet" in found and widen_conv_in:
             found["unet"] = _two_latents(found["unet"])
         plans = {}
@@ -233,12 +233,18 @@ def describe(
     return Described(**found)
 
 
-def _check_length(tokenizer: Tokenizer, encoder: _Found) -> None:
+def _check_tokenizer(tokenizer: Tokenizer, encoder: _Found) -> None:
     length, positions = tokenizer.model_max_length, encoder.config.max_position_embeddings
     if length > positions:
         raise UserError(
             f"{encoder.where}: the text encoder has {positions} positions, but model_max_length in "
             f"tokenizer_config.json is {length}: use the tokenizer of this encoder"
+        )
+    tokens, rows = tokenizer.vocab_size, encoder.config.vocab_size
+    if tokens > rows:  # JAX would not say so by itself
+        raise UserError(
+            f"{encoder.where}: the text encoder has {rows} tokens, but the tokenizer in use "
+            f"{tokens}: use the tokenizer of this encoder"
         )
 
 

@@ -291,11 +291,15 @@ def test_quantised_weights_are_refused(kind, tmp_path):
         load(root, ("unet",))
 
 
-def test_a_tokenizer_with_more_tokens_than_the_encoder_has_positions(exported, tmp_path):
+def test_a_tokenizer_of_another_encoder_is_refused(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "m")
     path = tmp_path / "m" / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 77}))
     with pytest.raises(UserError, match="has 16 positions, but model_max_length .* is 77"):
+        load(tmp_path / "m", ("text_encoder", "tokenizer"))
+    words = [a + b for a in "abcdefghij" for b in "klmnopqrst"]
+    train_tokenizer([" ".join(words)], 601, 16).save(path.parent)
+    with pytest.raises(UserError, match="has 600 tokens, but the tokenizer .* 601: use the token"):
         load(tmp_path / "m", ("text_encoder", "tokenizer"))
 
 
