@@ -38,7 +38,7 @@ _MODELS = {  # by names that tensors of theirs have, and none of Stable Diffusio
 _PARTS = {  # what goes beside a model, or is a part of one: looked for where there is no whole
     r"\blora_|\.lora[._]|\.(hada|lokr)_": "a LoRA",
     r"^control_model\.|^controlnet_|\binput_hint_block\.": "a ControlNet",
-    r"^(down_blocks|mid_block|up_blocks|encoder|decoder|text_model)\.": "one network alone",
+    r"^((down|up|input)_blocks|mid_block|encoder|decoder|text_model)\.": "one network alone",
 }
 _SD2_LAYERS = 23  # of its text encoder
 _CLIP_HEAD = 64  # channels of a head in every CLIP text encoder, and in the UNet of SD 2

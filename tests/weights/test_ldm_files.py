@@ -251,6 +251,7 @@ def test_text_encoders_as_other_programs_write_them(tmp_path, layers, prefix, ex
         ("controlnet_cond_embedding.conv_in.weight", "is a ControlNet"),
         ("down_blocks.0.resnets.0.conv1.weight", "is one network alone"),
         ("encoder.conv_in.weight", "is one network alone"),
+        ("input_blocks.0.0.weight", "is one network alone"),
         ("model.diffusion_model.x", r"lacks tensors of Stable Diffusion 1 and 2"),
         ("x", r"has no tensors model\.diffusion_model\.\*, so no unet"),
     ],
