@@ -126,7 +126,10 @@ def check_unet(config: UNetConfig, file: str, keys: Mapping[str, str]) -> None:
 def read_unet(values: Json, file: str) -> UNetConfig:
     """Read `unet/config.json` as `UNetConfig`. Missing keys mean what they mean to diffusers."""
     if values.get("addition_embed_type") == "text_time":
-        raise UserError(f"{file}: is of Stable Diffusion XL: use Stable Diffusion 1 or 2")
+        raise UserError(
+            f"{file}: addition_embed_type='text_time' is of Stable Diffusion XL: use Stable "
+            "Diffusion 1 or 2"
+        )
     hf_options.check(values, {"_class_name": ("UNet2DConditionModel",)} | _UNET_FIXED, file)
     single = ("layers_per_block", "transformer_layers_per_block", "cross_attention_dim")
     values, names = hf_options.same_everywhere(values, single), dict(_UNET_NAMES)
