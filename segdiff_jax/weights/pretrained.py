@@ -205,8 +205,9 @@ def describe(
 ) -> Described:
     """Return the configs of `components`, checked as `load` checks them; no weight is read.
 
-    A tokenizer, which is not described, has to be there. Raises `UserError` for what `load` would
-    refuse of them, and for a `variant` of the weights that no part of a local folder has.
+    A tokenizer, which is not described, has to be there, and so have the weights in a folder.
+    Raises `UserError` for what `load` would refuse of them, and for a `variant` that no part of a
+    folder has.
     """
     files.check_scheme(source)
     found: dict[str, Any] = dict.fromkeys(Described._fields)
@@ -230,6 +231,10 @@ def describe(
     if variant and kept and variant not in kept:  # of a repository no weights are here yet
         others = ", ".join(sorted(name or "the plain files" for name in kept))
         raise UserError(f"{root}: no weights of the variant {variant!r}, but {others}: choose")
+    if root == epath.Path(source):  # no repository
+        for name in (name for name in components if name in STEM):
+            here = variant if variant in hub.variants(root / name, name) else None
+            hub.find_weights(root / name, name, here)
     return Described(**found)
 
 
