@@ -276,7 +276,8 @@ def read_schedule(values: Json, file: str) -> DiffusionConfig:
     hf_options.check(values, _SCHEDULE_FIXED, file)
     name = values.get("_class_name", "DDIMScheduler")
     if str(name).startswith(("FlowMatch", "EDM")):  # which have no betas
-        raise UserError(f"{file}: {fields.shown(name)} is not supported: use another model")
+        shown = fields.shown(name)
+        raise UserError(f"{file}: _class_name={shown} is not supported: use another model")
     return hf_options.read(
         DiffusionConfig,
         values,

@@ -84,7 +84,7 @@ def plan(
 def check(plans: Collection[Plan]) -> None:
     """Raise one `UserError` that lists every tensor of every component that does not fit.
 
-    Where all fit, or one that names the first which is stored in a quantised form.
+    Where all fit, it names the first that is stored in a quantised form, if any is.
     """
     found = [f"{plan.folder}: {'; '.join(parts)}" for plan in plans if (parts := _misfits(plan))]
     if found:
