@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from segdiff_jax import codec
 
 OTHER_COLOR = (0, 0, 0)
+_LEGEND_LINES = 3  # of one name, before it is cut
 # Nine points of matplotlib's "magma" (CC0), whose lightness rises evenly: dark = certain.
 _MAGMA = np.array(
     [(0, 0, 4), (28, 16, 68), (79, 18, 123), (129, 37, 129), (181, 54, 122)]
@@ -148,32 +149,45 @@ def with_legend(picture: Image.Image, entries: Sequence[tuple[str, Any]]) -> Ima
     size = max(10, min(picture.width, picture.height) // 24)
     font = ImageFont.load_default(size)
     line, pad = round(size * 1.5), size // 2
-    placed, x, y = [], pad, picture.height + pad
+    placed, x, y, bottom = [], pad, picture.height + pad, picture.height + pad
     for name, color in entries:
-        text = _shorten(name, font, picture.width - 2 * pad - line)
-        width = line + font.getlength(text) + 2 * pad
+        lines = _lines(name, font, picture.width - 2 * pad - line)
+        width = line + max(map(font.getlength, lines)) + 2 * pad
         if x > pad and x + width - pad > picture.width:
-            x, y = pad, y + line
-        placed.append((x, y, text, tuple(int(c) for c in color)))
-        x += round(width)
-    canvas = Image.new("RGB", (picture.width, y + line + pad), (255, 255, 255))
+            x, y = pad, bottom
+        placed.append((x, y, lines, tuple(int(c) for c in color)))
+        x, bottom = x + round(width), max(bottom, y + line * len(lines))
+    canvas = Image.new("RGB", (picture.width, bottom + pad), (255, 255, 255))
     canvas.paste(picture, (0, 0))
     draw = ImageDraw.Draw(canvas)
-    for x, y, text, color in placed:
+    for x, y, lines, color in placed:
         draw.rectangle((x, y + 1, x + size, y + 1 + size), fill=color, outline=(90, 90, 90))
-        draw.text((x + line, y + 1 + size / 2), text, fill=(20, 20, 20), font=font, anchor="lm")
+        for number, text in enumerate(lines):
+            middle = (x + line, y + 1 + size / 2 + number * line)
+            draw.text(middle, text, fill=(20, 20, 20), font=font, anchor="lm")
     return canvas
 
 
-def _shorten(text: str, font: Any, width: float) -> str:
-    """Return as many letters of `text` as fit `width` pixels, of several at least one."""
-    text = " ".join(text.split())  # a line break would upset the layout
-    most = int(width) + 1  # letters: none is narrower than a pixel, and a name may be very long
-    if len(text) <= most and font.getlength(text) <= width:
-        return text
-    low, high = 1, min(most, len(text))  # one is always shown
+def _lines(text: str, font: Any, width: float) -> list[str]:
+    """Break a name that is wider than a small picture, between words where it can be."""
+    rest, lines = " ".join(text.split()), []  # a line break would upset the layout
+    while len(lines) < _LEGEND_LINES - 1:
+        fits = _fitting(rest, font, width)
+        if fits >= len(rest):
+            break
+        space = rest.rfind(" ", 0, fits + 1)
+        end = space if space > 0 else fits
+        lines.append(rest[:end])
+        rest = rest[end:].lstrip()
+    fits = _fitting(rest, font, width)
+    return [*lines, rest if fits >= len(rest) else rest[: _fitting(rest, font, width, "…")] + "…"]
+
+
+def _fitting(text: str, font: Any, width: float, end: str = "") -> int:
+    """Return how many letters of `text`, with `end` after them, fit `width` pixels: at least 1."""
+    low, high = 1, min(int(width) + 1, len(text)) + 1  # no letter is narrower than a pixel
     while high - low > 1:
         middle = (low + high) // 2
-        fits = font.getlength(text[:middle] + "…") <= width
+        fits = font.getlength(text[:middle] + end) <= width
         low, high = (middle, high) if fits else (low, middle)
-    return text[:low] + "…"
+    return low

@@ -61,6 +61,16 @@ def test_legend_with_many_classes_and_foreign_names():
     assert picture.width == 64 and picture.height > 64 + 150 * 10
 
 
+def test_names_with_the_same_beginning_are_told_apart_below_a_small_picture():
+    palette = np.array([[200, 10, 10]], np.uint8)
+    small = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8), palette
+    drawn = [
+        pictures.overlay(*small, [name]).tobytes()
+        for name in ("striped yellow triangle", "striped yellow ring", "striped green ring")
+    ]
+    assert len(set(drawn)) == 3
+
+
 def _lightness(rgb):
     """CIELAB L* of sRGB, from the standard's definition."""
     linear = rgb / 255
