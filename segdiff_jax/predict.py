@@ -237,10 +237,10 @@ def _segment_photos(
                 rows.append(overview.row(args.output, path, photo, said))
                 _json_line(ask, path, path in done)
         if first:
-            note = f"{args.checkpoint}: " + ", ".join(f"{k} {v}" for k, v in ask.settings.items())
             names = list(ask.names.values())
             with processes.at_work("writes its results"):
                 writers.write_summaries(args.output, names, ask.classes, args.format)
+            note = overview.note(args.checkpoint, ask.settings)
             overview.write_page(args.output, rows, ask.classes, note, ask.unreadable)
 
 

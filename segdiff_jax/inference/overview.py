@@ -37,7 +37,7 @@ def row(output: str, path: str, photo: np.ndarray, said: Mapping[str, Any]) -> p
     for kind in ("labels", "overlay", "uncertainty"):
         if said["files"].get(kind):
             shown[kind] = said["files"][kind]
-    return page.Row(path, shown, legend(said), originals)
+    return page.Row(path, shown, legend(said), originals, (width, height))
 
 
 def legend(said: Mapping[str, Any]) -> dict[str, Sequence[int]]:
@@ -55,6 +55,14 @@ def _address(output: str, path: str) -> str | None:
     if not shown or files.is_remote(path) or files.is_remote(output):
         return None
     return quote(os.fsencode(os.path.relpath(path, output)))
+
+
+def note(checkpoint: str, settings: Mapping[str, Any]) -> str:
+    """Say in a line what was asked of which model, without what is switched off."""
+    said = {k: v for k, v in settings.items() if v or k not in ("shortlist", "tiles", "closed")}
+    if said.pop("closed", False):
+        said["threshold"] = "none, every pixel has a class"
+    return f"{checkpoint}: " + ", ".join(f"{name} {value}" for name, value in said.items())
 
 
 def write_page(

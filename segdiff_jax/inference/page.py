@@ -37,6 +37,9 @@ class Row(NamedTuple):
     images: Mapping[str, bytes | str]  # title -> picture
     legend: Mapping[str, Sequence[int]] = {}  # class in the pictures -> RGB, 0…255 each
     originals: Mapping[str, str] = {}  # title of a reduced picture -> address of the whole one
+    # Width and height, in any unit, that all pictures are shown with. What a picture has below that
+    # (an overlay its legend, which the page has too) is seen where it is opened.
+    shape: tuple[int, int] | None = None
 
 
 def comparison(

@@ -163,6 +163,13 @@ def test_a_name_too_long_for_the_legend_is_cut_at_once(letters):
         assert columns.max() + 18 > 140, "as much as fits"
 
 
+def test_pictures_of_a_row_are_shown_in_the_shape_of_its_photo(tmp_path):
+    images = {"image": b"", "overlay": "a_overlay.png"}
+    rows = [page_lib.Row("a", images, shape=(4, 3)), page_lib.Row("b", images)]
+    page_lib.page(tmp_path / "index.html", title="t", rows=rows)
+    assert (tmp_path / "index.html").read_text().count('style="--shape:4/3"') == 1
+
+
 def test_page_is_complete_and_self_contained(tmp_path):
     photo = _random((8, 12, 3), 256).astype(np.uint8)
     labels = np.arange(96).reshape(8, 12) // 40  # most of the first class
