@@ -1,6 +1,7 @@
 """Open a page in the browser: `python -m segdiff_jax.app --checkpoint W`."""
 
 import argparse
+import logging
 import os
 import signal
 import tempfile
@@ -52,6 +53,7 @@ def main(argv: list[str]) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     print("starting the page", flush=True)  # what it is made with takes seconds to import
     from segdiff_jax.weights import hub, workdir
 
@@ -117,7 +119,7 @@ def _examples(
     os.makedirs(temporary, exist_ok=True)
     if given:
         names = [] if trained is None else trained.names[:_SHOWN_CLASSES]
-        return [Example(path, "\n".join(names)) for path in _copies(given, temporary, limits)]
+        return [Example(path, "; ".join(names)) for path in _copies(given, temporary, limits)]
     if config.data.source != "scenes":
         return []
     source = scenes.ScenesSource(config.data.scenes, (192, 192), train=False, seed=config.seed)
@@ -128,7 +130,7 @@ def _examples(
         Image.fromarray(scene["image"]).save(path)
         ids = sorted(set(scene["labels"].ravel().tolist()))
         shown = [source.vocabulary.names[i] for i in ids if i < len(source.vocabulary)]
-        examples.append(Example(path, "\n".join(shown)))
+        examples.append(Example(path, "; ".join(shown)))
     return examples
 
 

@@ -95,3 +95,10 @@ def test_examples_of_the_same_name_stay_apart_and_a_broken_one_is_named(place, t
     (given / "c.jpg").write_text("no photo")
     with pytest.raises(UserError, match=r"photos/c\.jpg: c\.jpg is no photo that can be read"):
         app._examples(str(given), str(place / "others"), tiny_config(), None, Limits())
+
+
+def test_an_example_names_its_classes_as_a_visitor_would(tmp_path, tiny_config):
+    config = tiny_config()
+    config.data.source = "scenes"
+    first, *_ = app._examples(None, str(tmp_path), config, None, Limits())
+    assert first.classes.startswith("background; ") and "\n" not in first.classes

@@ -81,6 +81,7 @@ async function show(text) {
   slider.oninput = () => { strength = slider.value / 100; draw(); };
   bar.append(slider);
 
+  const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
   const legend = make('ul', { class: 'classes' });
   const order = classes.map((_, i) => i).sort((a, b) => classes[b].share - classes[a].share);
   for (const i of order) {
@@ -91,7 +92,7 @@ async function show(text) {
     box.onchange = () => { hidden[box.checked ? 'delete' : 'add'](i); draw(); };
     const swatch = make('i', { style: `background: rgb(${classes[i].color.join(',')})` });
     const share = classes[i].share;
-    const said = share ? `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %` : 'not found';
+    const said = share ? percent(share) : 'not found';
     label.append(box, swatch, make('span', {}, classes[i].name), make('b', {}, said));
     item.append(label);
     if (!share) item.className = 'absent';
@@ -134,6 +135,8 @@ async function show(text) {
   canvas.onpointerleave = (event) => { if (event.pointerType === 'mouse') tip.hidden = true; };
 
   root.append(bar, stage, legend);
+  const rest = 1 - classes.reduce((sum, one) => sum + one.share, 0);
+  if (rest > 0.0005) root.append(make('p', { class: 'rest' }, `none of them: ${percent(rest)}`));
   draw();
 }
 show(props.value);

@@ -93,6 +93,10 @@ def test_the_legend_names_every_class_with_colour_and_share(shown, served):
         assert re.findall(r"\d+", style) == [str(c) for c in color]
     order = [items.nth(i).locator("span").inner_text() for i in range(len(shares))]
     assert order == list(shares), "most pixels first"
+    other = float((found.labels == 255).mean())
+    rest = shown.locator(".viewer .rest")
+    said = float(re.findall(r"[\d.]+", rest.inner_text())[0]) / 100 if rest.count() else 0.0
+    assert abs(said - other) < 0.011, "what belongs to no class"
     assert "3 classes" in shown.locator("#understood").inner_text()
 
 
@@ -174,6 +178,7 @@ def test_names_are_text_wherever_they_are_shown(served, open_page):
     toast = page.get_by_text("duplicate class name").first
     toast.wait_for()
     assert toast.locator("img").count() == 0
+    assert page.locator("#result .error").is_hidden(), "nothing lies over the views"
     assert page.locator("h2 b").count() == 0, "nor is the title markup"
 
 
