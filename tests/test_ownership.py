@@ -208,6 +208,15 @@ def test_apart_through_links_and_dots(tmp_path, monkeypatch, inner, outer):
         ownership.check_apart("m", "init_from", other)
 
 
+@pytest.mark.parametrize("flag", ["--count=-1", "--count=0", "--size=0", "--seed=-1"])
+def test_scenes_of_an_impossible_number_are_refused(tmp_path, capsys, flag):
+    with pytest.raises(SystemExit) as caught:
+        cli.run(scenes.main, ["--output", str(tmp_path / "o"), flag])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and flag.split("=")[0] in error and error.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+
+
 def test_scenes_leave_the_files_of_the_user(tmp_path, capsys):
     def write(output):
         with pytest.raises(SystemExit) as caught:

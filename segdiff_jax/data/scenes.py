@@ -1,6 +1,7 @@
 """Writes scenes as files: `python -m segdiff_jax.data.scenes --output DIR --count 8`."""
 
 import io
+import os
 
 from etils import epath
 from PIL import Image
@@ -13,13 +14,14 @@ from segdiff_jax.files import write_bytes, write_text
 
 def main(argv: list[str]) -> None:
     """Write validation scenes as a folder dataset: images/, masks/, classes.txt."""
-    parser = cli.parser("segdiff_jax.data.scenes", "Write procedural scenes as image files.")
+    parser = cli.parser("segdiff_jax.data.scenes", "Write drawn scenes as image files.")
     parser.add_argument(
         "--output", required=True, type=cli.path, metavar="DIR", help="folder to write"
     )
-    parser.add_argument("--count", type=int, default=8, help="scenes to write (default 8)")
-    parser.add_argument("--size", type=int, default=64, help="height and width (default 64)")
-    parser.add_argument("--seed", type=int, default=0, help="which scenes (default 0)")
+    add, positive = parser.add_argument, cli.positive_int
+    add("--count", type=positive, default=8, metavar="N", help="scenes to write; default: 8")
+    add("--size", type=positive, default=64, metavar="PIXELS", help="height and width; default: 64")
+    add("--seed", type=cli.natural_int, default=0, help="which scenes; default: 0")
     args = parser.parse_args(argv)
     config = ScenesConfig(val_examples=args.count)
     source = ScenesSource(config, (args.size, args.size), train=False, seed=args.seed)
@@ -28,6 +30,7 @@ def main(argv: list[str]) -> None:
         outputs += [f"{folder}/{source.name(index)}.png" for index in range(len(source))]
     with ownership.claimed(args.output, "scenes", outputs):
         _write(source, epath.Path(args.output))
+    print(f"{args.count} scenes written: {os.path.join(args.output, 'images')}")
 
 
 def _write(source: ScenesSource, output: epath.Path) -> None:

@@ -80,7 +80,8 @@ def are_clips(paths: Sequence[str]) -> bool:
     """Return whether `paths` are clips. Raise `UserError` if some are and others are not."""
     found = [path for path in paths if is_clip(path)]
     if found and len(found) < len(paths):
-        raise UserError(f"--images: {found[0]} is a clip, others are photos: give them one by one")
+        mend = "predict clips and photos in commands of their own"
+        raise UserError(f"--images: {found[0]} is a clip, others are photos: {mend}")
     return bool(found)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Set
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -15,6 +15,16 @@ from segdiff_jax.data import images
 from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
+
+
+class Encoded(NamedTuple):
+    """An image that has been through the VAE: to be asked for many lists of classes."""
+
+    photo: np.ndarray  # uint8 [H, W, 3]
+    latent: np.ndarray  # float32, one row of what `Networks.latents` gives
+
+    def __repr__(self) -> str:
+        return f"Encoded({self.photo.shape[0]} × {self.photo.shape[1]})"
 
 
 def parse_classes(text: str) -> Vocabulary:
@@ -30,7 +40,21 @@ def parse_classes(text: str) -> Vocabulary:
         return vocabulary.load(text[1:])
     if text.endswith((".txt", ".json")) and ";" not in text:
         raise UserError(f"--classes {text}: a file is read where @ stands before it: @{text}")
+    if not {";", ","} & set(text):
+        _check_no_packaged(text)
     return vocabulary.from_names([p for p in text.split(";") if p.strip()], name="--classes")
+
+
+def _check_no_packaged(text: str) -> None:
+    """Raise `UserError` for "cityscapes" or "ade20k-150", which would be one class of that name."""
+
+    def letters(name: str) -> str:
+        return "".join(filter(str.isalnum, name)).casefold()
+
+    names = vocabulary.packaged()
+    meant = [n for n in names if letters(text) in (letters(n), letters(n.rpartition("_")[0]))]
+    if meant:
+        raise UserError(f"--classes {text}: no packaged list of this name: write {' or '.join(meant)}")
 
 
 def as_vocabulary(classes: Any) -> Vocabulary:

@@ -17,7 +17,7 @@ import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from jax.sharding import Mesh
@@ -30,7 +30,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.inference import requests, sampling, tiles
 from segdiff_jax.inference.networks import Networks
 from segdiff_jax.inference.passes import Passes
-from segdiff_jax.inference.requests import Settings
+from segdiff_jax.inference.requests import Encoded, Settings
 from segdiff_jax.inference.result import Segmentation, class_ranks, from_maps, from_ranks
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.models.unet import UNet
@@ -41,13 +41,6 @@ from segdiff_jax.text import conditioning, vocabulary
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
 from segdiff_jax.weights import hub, loading, workdir
-
-
-class Encoded(NamedTuple):
-    """An image that has been through the VAE: to be asked for many lists of classes."""
-
-    photo: np.ndarray  # uint8 [H, W, 3]
-    latent: np.ndarray  # float32, one row of what `Networks.latents` gives
 
 
 class Segmenter:
@@ -151,6 +144,11 @@ class Segmenter:
         photos = _ahead(map(self._photo, images))
         call = functools.partial(self, classes=wanted, seed=seed, progress=progress, **settings)
         return _ahead(map(call, photos))
+
+    def __repr__(self) -> str:
+        height, width = self.config.data.image_size
+        said = f"steps {self.config.sampler.steps}, ensemble {self.config.sampler.ensemble}"
+        return f"Segmenter({height} × {width}, {said})"
 
     def encode(self, image: Any) -> Encoded:
         """Prepare an image for many calls with other classes, seeds or settings."""
