@@ -8,7 +8,6 @@ import functools
 import inspect
 import io
 import os
-import re
 import runpy
 import select
 import sys
@@ -343,19 +342,5 @@ def _one_line(text: str) -> str:
 
 def config_help() -> str:
     """List every config key with its type, default and comment, for the end of `--help`."""
-    lines = ["config keys, each set with --config.KEY=VALUE (type, default):"]
-    return "\n".join(lines + _help_lines(Config, ""))
-
-
-def _help_lines(group: Any, prefix: str) -> list[str]:
-    remarks = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(group), re.MULTILINE))
-    lines: list[str] = []
-    groups: list[str] = []
-    for item in dataclasses.fields(group):
-        if fields.is_group(item.type):
-            groups += ["", *_help_lines(item.type, f"{prefix}{item.name}.")]
-            continue
-        shown = f"{fields.type_name(item.type)}, {item.default!r}"
-        remark = remarks.get(item.name, "")
-        lines.append(f"  {prefix + item.name:<36} {shown:<30} {remark}".rstrip())
-    return lines + groups
+    first = "config keys, each set with --config.KEY=VALUE (type, default, meaning, choices):"
+    return "\n".join([first, *fields.help_lines(Config)])

@@ -8,7 +8,9 @@ and the configs of networks all pass the same checks.
 import ast
 import dataclasses
 import difflib
+import inspect
 import math
+import re
 import reprlib
 import types
 import typing
@@ -176,3 +178,21 @@ class _Short(reprlib.Repr):
         if abs(x) < 10**100:
             return repr(x)
         return "a number of more than 100 digits"  # of which Python may refuse to print them
+
+
+def help_lines(group: Any, prefix: str = "") -> list[str]:
+    """One line for each key below `group`: its type, default, comment in the source, choices."""
+    remarks = dict(re.findall(r"^    (\w+): .*  # (.*)$", inspect.getsource(group), re.MULTILINE))
+    lines: list[str] = []
+    groups: list[str] = []
+    for item in dataclasses.fields(group):
+        if is_group(item.type):
+            groups += ["", *help_lines(item.type, f"{prefix}{item.name}.")]
+            continue
+        shown = f"{type_name(item.type)}, {item.default!r}"
+        allowed = item.metadata.get("allowed", ())
+        # Of more, as the layouts of data, the documents say what they are.
+        listed = f"({', '.join(allowed)})" if 0 < len(allowed) <= 5 else ""
+        remark = " ".join(filter(None, [remarks.get(item.name), listed]))
+        lines.append(f"  {prefix + item.name:<36} {shown:<30} {remark}".rstrip())
+    return lines + groups

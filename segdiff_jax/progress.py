@@ -1,6 +1,7 @@
 """How far a long command is: a bar on a terminal, a line now and then elsewhere."""
 
 import contextlib
+import math
 import sys
 import threading
 import time
@@ -86,11 +87,14 @@ def _lines(label: str, unit: str) -> Progress:
         if not done or (done < total and now - shown < SECONDS_BETWEEN_LINES):
             return
         shown = now
-        line = f"{label}: {done:.10g}/{total} {unit}s"
+        whole = math.floor(done) if total > 1 else done  # of one large photo its part counts
+        line = f"{label}: {whole:.10g}/{total} {unit}s"
         since_done, since = first[0]
         if done > since_done:
             rate = (done - since_done) / max(now - since, 1e-9)
-            line += f", {rate:.2f} {unit}s/s, ETA {tqdm.format_interval((total - done) / rate)}"
+            digits = 2 if rate < 10 else 1 if rate < 100 else 0
+            left = tqdm.format_interval((total - done) / rate)
+            line += f", {rate:.{digits}f} {unit}s/s, ETA {left}"
         print(line, file=sys.stderr, flush=True)
 
     return report

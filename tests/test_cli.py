@@ -262,6 +262,8 @@ def test_help_lists_every_key_with_its_comment():
     assert len(keys) == len(set(keys)) == count(Config())
     (line,) = [line for line in text.splitlines() if line.startswith("  data.image_size ")]
     assert "tuple[int, int], (96, 128)" in line and "(height, width)" in line
+    (line,) = [line for line in text.splitlines() if line.startswith("  noise.kind ")]
+    assert line.endswith(" (annealed, multires, gaussian)")
     parser = cli.parser("segdiff_jax.x", "what it does", text)
     assert text in parser.format_help() and "python -m segdiff_jax.x" in parser.format_help()
 

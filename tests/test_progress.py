@@ -22,6 +22,34 @@ def test_lines_show_rate_and_remaining_time(capsys, monkeypatch):
     assert len(lines) == 6
 
 
+def test_a_line_counts_whole_pieces_and_a_rate_without_needless_digits(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+    report = progress.reporter("predict")
+    report(0, 6)
+    report(1.5, 6)
+    clock[0] = 12.5
+    report(3.99, 6)
+    clock[0] += 0.005
+    report(6, 6)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "predict: 3/6 images, 0.20 images/s, ETA 00:10"
+    assert last.startswith("predict: 6/6 images, 0.36 images/s")
+    report = progress.reporter("check")
+    report(1, 1001)
+    clock[0] += 0.5
+    report(1001, 1001)
+    assert "1001/1001 images, 2000 images/s" in capsys.readouterr().err
+
+
+def test_a_line_says_how_much_of_a_single_piece_is_done(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    report = progress.reporter("predict")
+    report(0, 1)
+    report(0.37, 1)
+    assert capsys.readouterr().err == "predict: 0.37/1 images\n"
+
+
 def test_short_work_is_one_line(capsys):
     report = progress.reporter("predict")
     report(0, 2)

@@ -54,7 +54,9 @@ def _check_no_packaged(text: str) -> None:
     names = vocabulary.packaged()
     meant = [n for n in names if letters(text) in (letters(n), letters(n.rpartition("_")[0]))]
     if meant:
-        raise UserError(f"--classes {text}: no packaged list of this name: write {' or '.join(meant)}")
+        raise UserError(
+            f"--classes {text}: no packaged list of this name: write {' or '.join(meant)}"
+        )
 
 
 def as_vocabulary(classes: Any) -> Vocabulary:
