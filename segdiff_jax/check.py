@@ -74,12 +74,13 @@ def _lines(
 ) -> Iterator[str]:
     """Yield what is printed of classes, faults and warnings."""
     yield f"  {1 - sum(share for *_, share in rows):.1%} of the pixels have no class"
-    yield f"  absent: {', '.join(name for name, images, *_ in rows if not images) or 'no class'}"
+    yield f"  absent: {', '.join(name for name, images, *_ in rows if not images) or 'none'}"
     yield from (f"  {fault}" for fault in faults[:_FAULTS])
     if len(faults) > _FAULTS:
         yield f"  and {len(faults) - _FAULTS} more faults"
     yield from (f"  {warning}" for warning in warnings)
     width = max(len(name) for name, *_ in rows)
+    yield f"  {'class':<{width + 2}}  {'images':>7}  {'pixels':>7}"
     yield from (f"    {name:<{width}}  {n:>7}  {share:7.2%}" for name, n, _, share in rows)
 
 

@@ -40,12 +40,11 @@ def parse_classes(text: str) -> Vocabulary:
         return vocabulary.load(text[1:])
     if text.endswith((".txt", ".json")) and ";" not in text:
         raise UserError(f"--classes {text}: a file is read where @ stands before it: @{text}")
-    if not {";", ","} & set(text):
-        _check_no_packaged(text)
+    check_no_list(text, "--classes")
     return vocabulary.from_names([p for p in text.split(";") if p.strip()], name="--classes")
 
 
-def _check_no_packaged(text: str) -> None:
+def check_no_list(text: str, name: str) -> None:
     """Raise `UserError` for "cityscapes" or "ade20k-150", which would be one class of that name."""
 
     def letters(name: str) -> str:
@@ -53,10 +52,9 @@ def _check_no_packaged(text: str) -> None:
 
     names = vocabulary.packaged()
     meant = [n for n in names if letters(text) in (letters(n), letters(n.rpartition("_")[0]))]
-    if meant:
-        raise UserError(
-            f"--classes {text}: no packaged list of this name: write {' or '.join(meant)}"
-        )
+    if meant and not {";", ",", "\n"} & set(text.strip()):
+        listed = " or ".join(meant)
+        raise UserError(f"{name} {text.strip()}: no packaged list of this name: write {listed}")
 
 
 def as_vocabulary(classes: Any) -> Vocabulary:

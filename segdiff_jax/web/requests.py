@@ -12,6 +12,7 @@ from segdiff_jax import codec
 from segdiff_jax.config import Config
 from segdiff_jax.data import images
 from segdiff_jax.errors import UserError
+from segdiff_jax.inference.requests import check_no_list
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.vocabulary import Vocabulary
 
@@ -73,6 +74,7 @@ def classes(text: Any, limits: Limits) -> Vocabulary:
         names = [part.strip() for part in re.split(r"[;\n]", text) if part.strip(" \t\r,")]
         if len(names) > limits.classes:
             raise UserError(f"{len(names)} classes are too many: name {limits.classes} at most.")
+        check_no_list(text, "The list")
         found = vocabulary.from_names(names, "The list")
     if len(found) > limits.classes:
         raise UserError(f"{len(found)} classes are too many: name {limits.classes} at most.")

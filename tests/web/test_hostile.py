@@ -210,6 +210,7 @@ def test_what_is_too_much_or_nothing_is_said(client, photo):
     for asked, message in (
         ({"classes": many}, "2000 classes are too many"),
         ({"classes": "ade20k_847"}, "847 classes are too many: name 200 at most"),
+        ({"classes": "ade20k"}, "no packaged list of this name: write ade20k_150 or"),
         ({"classes": " \n;"}, "Name what to look for|empty class list"),
         ({"classes": "sky\nSKY"}, "duplicate class name"),
         ({"classes": "x" * 200_000}, "too long"),
