@@ -54,6 +54,7 @@ def main(argv: list[str]) -> None:
         try:
             startup.done("processes")
             train(config, os.fspath(args.workdir), startup)
+            logging.info("finished: %s", args.workdir)
         except Stopped as stopped:
             logging.info("%s; run the same command to continue", stopped)
 

@@ -141,6 +141,7 @@ def _compiled(setup: Setup, batch: Any, key: jax.Array) -> Any:
     """
     startup = setup.run.startup
     startup.done("data")
+    log.info("%s: compiling the training step", setup.run.config.stage)
     with processes.at_work("compiles the training step"):
         compiled = setup.step.lower(setup.state, setup.frozen, batch, key).compile()
     processes.barrier()
