@@ -21,8 +21,9 @@ NAMES = ("noise", "steps", "ensemble", "start", "codec", "negatives", "panels")
 _DEMO = Path(__file__).parents[1] / "configs" / "demo.py"
 _DESCRIPTION = f"""Run an experiment of the paper's supplement, and say what it shows.
 
-{", ".join(NAMES[:-1])}: trains what it needs below O/runs, where other studies find it again,
-measures, and writes O/NAME.md, .json, .png and .html: a table, a plot, a verdict.
+{", ".join(NAMES[:-1])}: trains what it needs below O/runs, where
+other studies find it again, measures, and writes O/NAME.md, .json, .png and .html: a table, a
+plot, a verdict.
 The same command again goes on where it was stopped.
 
 panels: photos beside the label maps of several methods, with class names drawn in.

@@ -170,7 +170,8 @@ def with_legend(picture: Image.Image, entries: Sequence[tuple[str, Any]]) -> Ima
 
 def _lines(text: str, font: Any, width: float) -> list[str]:
     """Break a name that is wider than a small picture, between words where it can be."""
-    rest, lines = " ".join(text.split()), []  # a line break would upset the layout
+    rest = " ".join(text.split())  # a line break would upset the layout
+    lines: list[str] = []
     while len(lines) < _LEGEND_LINES - 1:
         fits = _fitting(rest, font, width)
         if fits >= len(rest):
