@@ -118,6 +118,16 @@ def prompt_ids(
     return token_ids, owners
 
 
+def lost_ends(
+    tokenizer: Tokenizer, classes: Sequence[ClassEntry], template: str
+) -> list[tuple[str, str]]:
+    """Return (name, its end that the text encoder does not read) of the names that lose one."""
+    names = [name for entry in classes for name in entry.names]
+    prompts = {name: _prompt(name, template) for name in names}
+    lost = {name: text[tokenizer.kept(text) :] for name, text in prompts.items()}
+    return [(name, end) for name, end in lost.items() if end]
+
+
 def _check_left(kept: int, name: str, template: str, length: int) -> None:
     """Raise `UserError` if the first `kept` characters of a prompt hold nothing of the name."""
     before = template[: template.index(PLACEHOLDER)].rstrip()

@@ -249,7 +249,10 @@ def _connect(page: gr.Blocks, model: _Model, question: _Question, answer: _Answe
 
     def understood(text: str) -> str:
         with contextlib.suppress(UserError):
-            return html.escape(requests.classes(text, model.limits).summary())
+            wanted = requests.classes(text, model.limits)
+            loaded = model.loading.done() and model.loading.exception() is None
+            read = requests.not_read(model.loading.result(), wanted) if loaded else ""
+            return html.escape(wanted.summary() + read)
         return ""
 
     result, kept, kinds, pack, ready = answer

@@ -13,7 +13,9 @@ from segdiff_jax.config import Config
 from segdiff_jax.data import images
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.requests import check_no_list
-from segdiff_jax.text import vocabulary
+from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.text import conditioning, vocabulary
+from segdiff_jax.text.prompts import expanded
 from segdiff_jax.text.vocabulary import Vocabulary
 
 # Of all that Pillow reads: some of the others call programs, or are no photos.
@@ -79,6 +81,18 @@ def classes(text: Any, limits: Limits) -> Vocabulary:
     if len(found) > limits.classes:
         raise UserError(f"{len(found)} classes are too many: name {limits.classes} at most.")
     return found
+
+
+def not_read(segmenter: Segmenter, wanted: Vocabulary) -> str:
+    """Say what a model does not see of names that are too long for it; of others nothing."""
+    template = expanded(segmenter.config.prompts.templates)[0]
+    lost = conditioning.lost_ends(segmenter.tokenizer, wanted.classes, template)
+    if not lost:
+        return ""
+    name, end = lost[0]
+    more = f", and of {len(lost) - 1} more the end" if len(lost) > 1 else ""
+    shown = f"{vocabulary.shorten(end)!r} of {vocabulary.shorten(name)!r}"
+    return f". Too long for this model, which does not see {shown}{more}"
 
 
 def settings(asked: dict[str, Any], config: Config, count: int, limits: Limits) -> dict[str, Any]:

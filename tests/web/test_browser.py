@@ -182,6 +182,16 @@ def test_names_are_text_wherever_they_are_shown(served, open_page):
     assert page.locator("h2 b").count() == 0, "nor is the title markup"
 
 
+def test_a_visitor_is_told_what_the_model_does_not_see_of_a_name(served, open_page):
+    page = open_page(served.url)
+    page.locator("#classes textarea").fill("sky; road")
+    page.wait_for_function("document.querySelector('#understood').innerText.includes('2 classes')")
+    assert "Too long" not in page.locator("#understood").inner_text()
+    page.locator("#classes textarea").fill("sky; " + "a long name of a class " * 8)
+    page.wait_for_function("document.querySelector('#understood').innerText.includes('Too long')")
+    assert "does not see" in page.locator("#understood").inner_text()
+
+
 def test_an_example_fills_the_form(served, open_page):
     page = open_page(served.url)
     page.locator("table tr img, .gallery-item").first.click()
