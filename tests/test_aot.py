@@ -15,6 +15,7 @@ from segdiff_jax.errors import UserError
 from segdiff_jax.parallel import chips
 
 ADE = ["--config", "configs/ade.py", "--topology", "v5e:2x2"]
+TINY = [*ADE, "--config.model.preset=tiny"]
 SMALL = """
 from segdiff_jax.config import Config, DataConfig, ModelConfig, NoiseConfig, TrainConfig, VAEConfig
 from segdiff_jax.models import presets
@@ -175,8 +176,8 @@ def test_search_says_when_nothing_fits(small, monkeypatch):
         ([*ADE, "--config.data.image_size=500,512"], "image_size=500,512: must be multiples of 8"),
         ([*ADE, "--config.stage=vae", "--config.train.batch_size=4"], "config.vae.batch_size"),
         ([*ADE, "--search", "--config.optimizer.accumulation=2"], "config.optimizer.accumulation"),
-        ([*ADE, "--config.optimizer.accumulation=16"], "a batch of 2 .*config.optimizer.accumul"),
-        ([*ADE, "--step", "sample", "--config.sampler.decoder=tiny"], "no preset has such"),
+        ([*TINY, "--config.optimizer.accumulation=16"], "a batch of 2 .*config.optimizer.accumul"),
+        ([*TINY, "--step", "sample", "--config.sampler.decoder=tiny"], "no preset has such"),
         ([*ADE, "--slices", "0"], "--slices"),
         ([*ADE, "--price", "nan"], "--price"),
     ],

@@ -247,8 +247,9 @@ def _starting_point(run: Run) -> str:
 def _nothing_to_do(run: Run, done: int) -> None:
     stage = run.config.stage
     log.info(
-        "%s: nothing to do: the %s stage has done %d steps, and config.%s is %d: raise it to go on",
+        "%s: %sthe %s stage has done %d steps, and config.%s is %d: raise it to go on with it",
         run.workdir,
+        "" if run.followed else "nothing to do: ",
         stage,
         done,
         key_of(stage, "train.steps"),
