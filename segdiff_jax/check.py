@@ -59,9 +59,10 @@ def _check(config: Config, split: str, args: argparse.Namespace) -> bool:
         f"{len(warnings)} warning{'s' * (len(warnings) != 1)}"
     )
     print(f"  ids {survey.ranges(found.ids)}" if found.ids else "  no ids")
-    print("\n".join(_lines(rows, found.faults, warnings)))
+    noted = [doubt] if (doubt := survey.suspicion(source, config.data, found)) else []
+    print("\n".join(_lines(rows, found.faults, [*warnings, *noted])))
     if args.output:
-        wrong = [[str(fault)] for fault in (*found.faults, *warnings)]
+        wrong = [[str(fault)] for fault in (*found.faults, *warnings, *noted)]
         columns, colors = ["class", "images", "pixels", "share"], source.vocabulary.palette()
         classes = page.Table("Classes", columns, rows, bar=3, colors=colors.tolist())
         tables = [classes, page.Table("Faults", ["fault"], wrong)]

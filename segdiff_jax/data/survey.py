@@ -109,8 +109,9 @@ def report(source: Source, config: DataConfig, split: str) -> tuple[float, ...]:
     log.info("labels of %r: %s", split, _line(source, found))
     if nothing := unlabelled(source, config, split, found):
         raise UserError(nothing)
-    for warning in warnings(source, config, split, found):
-        log.warning("labels of %r: %s", split, warning)
+    for warning in (*warnings(source, config, split, found), suspicion(source, config, found)):
+        if warning:
+            log.warning("labels of %r: %s", split, warning)
     pixels = pixels_of_classes(found.ids, source.lookup)
     each = [pixels[number] for number in range(len(source.vocabulary))]
     return tuple(round(count / sum(each), 6) for count in each) if sum(each) else ()
@@ -206,12 +207,22 @@ def _of_ids(source: PairSource, found: Survey) -> Iterator[str]:
     elif len(classes) == 1 < len(names):
         only = f"{classes[commonest]!r} (id {commonest})"
         yield f"all that is not ignored is {only}: there is nothing to tell apart, check the masks"
-    elif commonest == 0 and not any(map(_is_background, names)):
-        yield (
-            f"the commonest id is 0, which is {classes[0]!r}, and no class is called background: "
-            "if 0 is background and the ids of the classes begin with 1, set "
-            "config.data.first_id=1, or begin the class list with background"
-        )
+
+
+def suspicion(source: Source, config: DataConfig, found: Survey) -> str:
+    """Say what is often a mistake, but may be as it should, or ""."""
+    if config.source != "folder" or not isinstance(source, PairSource):
+        return ""
+    names, numbers = source.vocabulary.names, {i: class_of(i, source.lookup) for i in found.ids}
+    classes = {value: names[number] for value, number in numbers.items() if number >= 0}
+    commonest = max(classes, key=lambda value: found.ids[value], default=None)
+    if commonest != 0 or len(classes) < 2 or any(map(_is_background, names)):
+        return ""
+    return (
+        f"the commonest id is 0, which is {classes[0]!r}, and no class is called background: "
+        "if 0 is background and the ids of the classes begin with 1, set "
+        "config.data.first_id=1, or begin the class list with background"
+    )
 
 
 def _shift(ids: Mapping[int, int], lookup: np.ndarray) -> str:
