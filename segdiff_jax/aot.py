@@ -36,7 +36,7 @@ from segdiff_jax.parallel import attention_kernels, chips, rules
 from segdiff_jax.parallel import mesh as meshes
 from segdiff_jax.parallel.placement import multiple
 from segdiff_jax.parallel.roofline import Step, measure
-from segdiff_jax.stages import key_of, of_stage
+from segdiff_jax.stages import of_stage
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.conditioning import PromptTable, context
 from segdiff_jax.training.losses import Frozen
@@ -163,9 +163,7 @@ def _linear_decoder(nets: _Networks) -> LinearDecoder:
 def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
     """Return the step of config.stage as `training.run` compiles it."""
     count, size, vae_only = config.train.batch_size, config.data.image_size, config.stage == "vae"
-    # As train does, for its errors.
-    meshes.local_rows(mesh, count, f"config.{key_of(config.stage, 'train.batch_size')}")
-    meshes.local_rows(mesh, count // config.optimizer.accumulation, "config.optimizer.accumulation")
+    meshes.check_batches(mesh, config)  # as train does, for its errors
     whole = meshes.replicated(mesh)
     (unet, unet_params), (vae, vae_params) = nnx.split(nets.unet), nnx.split(nets.vae)
     schedule = jax.eval_shape(lambda: make_schedule(config.diffusion))

@@ -14,8 +14,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from segdiff_jax.config import MeshConfig
+from segdiff_jax.config import Config, MeshConfig
 from segdiff_jax.errors import UserError
+from segdiff_jax.stages import key_of
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # `tensor` peers have the same examples
@@ -105,6 +106,18 @@ def local_rows(mesh: Mesh, batch_size: int, key: str = "config.train.batch_size"
         )
     cuts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for cut in cuts if cut for row in range(*cut[0].indices(batch_size))})
+
+
+def check_batches(mesh: Mesh, own: Config) -> None:
+    """Raise `UserError` unless a stage's batch, and each micro-batch, divides over the devices.
+
+    own: the config of the stage (`stages.of_stage`). Of a micro-batch that does not divide, each
+    device would compute all rows.
+    """
+    size, rounds = own.train.batch_size, own.optimizer.accumulation
+    local_rows(mesh, size, f"config.{key_of(own.stage, 'train.batch_size')}")
+    if rounds > 1:
+        local_rows(mesh, size // rounds, "config.optimizer.accumulation")
 
 
 def place_batch(batch: dict[str, np.ndarray], mesh: Mesh, size: int) -> dict[str, jax.Array]:

@@ -15,8 +15,8 @@ from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote, reading
 from segdiff_jax.models import presets
-from segdiff_jax.parallel.mesh import local_rows, make_mesh
-from segdiff_jax.stages import key_of, of_stage
+from segdiff_jax.parallel.mesh import check_batches, make_mesh
+from segdiff_jax.stages import of_stage
 from segdiff_jax.weights import hub, loading, mask_decoders, pretrained
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.checksums import flat
@@ -96,11 +96,7 @@ def _check_batches(config: Config, workdir: str) -> None:
         given = config.init_from or pretrained.is_whole(epath.Path(workdir) / workdirs.PRETRAINED)
         stages += ["vae"] * (not given) + ["joint"] * (config.joint.steps > 0)
     for stage in stages:
-        own = of_stage(dataclasses.replace(config, stage=stage))
-        size, rounds = own.train.batch_size, own.optimizer.accumulation
-        local_rows(mesh, size, f"config.{key_of(stage, 'train.batch_size')}")
-        if rounds > 1:  # of a micro-batch that does not divide, each device would compute all rows
-            local_rows(mesh, size // rounds, "config.optimizer.accumulation")
+        check_batches(mesh, of_stage(dataclasses.replace(config, stage=stage)))
 
 
 def _is_start(folder: str) -> bool:

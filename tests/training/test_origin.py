@@ -235,7 +235,9 @@ def test_batches_of_the_stages_to_come_must_divide_over_the_devices(
     micro_config, tmp_path, monkeypatch
 ):
     asked, config = {}, micro_config()
-    monkeypatch.setattr(origin, "local_rows", lambda _, size, key: asked.update({key: size}))
+    monkeypatch.setattr(
+        "segdiff_jax.parallel.mesh.local_rows", lambda _, size, key: asked.update({key: size})
+    )
     config.joint.steps, config.joint.batch_size = 1, 5
     origin.check_start(config, str(tmp_path))
     batches = {"config.train.batch_size": 4, "config.vae.batch_size": 4}
