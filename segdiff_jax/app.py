@@ -141,12 +141,8 @@ def _copies(given: str, temporary: str, limits: "Limits") -> list[str]:
     from segdiff_jax.inference import photos
     from segdiff_jax.web import requests
 
-    try:
-        found = photos.find([given])[:_EXAMPLES]
-    except UserError as error:  # that names the flag of predict
-        raise UserError(str(error).replace("--images", "--examples", 1)) from error
     copies = []
-    for number, path in enumerate(found):
+    for number, path in enumerate(photos.find([given], "--examples")[:_EXAMPLES]):
         try:
             requests.photo(path, limits)  # no visitor is offered what would be refused
         except UserError as error:

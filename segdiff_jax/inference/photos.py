@@ -49,15 +49,15 @@ def is_url(path: str) -> bool:
         return False
 
 
-def find(arguments: Sequence[str]) -> list[str]:
-    """Return files and URLs that --images names, each once, by the order of the arguments and name.
+def find(arguments: Sequence[str], flag: str = "--images") -> list[str]:
+    """Return files and URLs that `flag` names, each once, by the order of the arguments and name.
 
     Folders give their images (by extension) and those of all folders below, but for hidden ones,
     and where there are none their clips. Raise `UserError` for an argument that names nothing.
     """
     found: dict[str, str] = {}  # identity -> path as named
     for one in arguments:
-        for path in _expand(one):
+        for path in _expand(one, flag):
             found.setdefault(identity(path), path)
     return list(found.values())
 
@@ -256,32 +256,32 @@ def _all_unreadable(found: Mapping[str, images.UnreadableError], total: int) -> 
     return UserError("".join((counted, shown, more, *(f"; {mend}" for mend in mends))))
 
 
-def _expand(argument: str) -> list[str]:
+def _expand(argument: str, flag: str) -> list[str]:
     if argument == STDIN or is_url(argument):
         return [argument]
     if not argument:
-        raise UserError("--images: an empty name, name a file, a folder or a pattern")
+        raise UserError(f"{flag}: an empty name, name a file, a folder or a pattern")
     files.check_scheme(argument)
     path = epath.Path(argument)
     try:
         with files.reading(argument):
             if path.is_dir():
-                return _images_in(argument)
+                return _images_in(argument, flag)
             if path.exists():
                 return [argument]
             if glob.has_magic(argument):
-                return _matches(argument)
+                return _matches(argument, flag)
     except OSError as error:
-        raise UserError(f"--images {argument}: {error.strerror}: correct the path") from error
+        raise UserError(f"{flag} {argument}: {error.strerror}: correct the path") from error
     wrong = files.dangling(argument) or f"{argument}: no such file or folder, correct the path"
-    raise UserError(f"--images {wrong}")
+    raise UserError(f"{flag} {wrong}")
 
 
-def _images_in(folder: str) -> list[str]:
+def _images_in(folder: str, flag: str) -> list[str]:
     found = sorted(_below(folder, IMAGE_EXTENSIONS, set()))
     found = found or sorted(_below(folder, CLIPS, set()))
     if not found:
-        raise UserError(f"--images {folder}: no images in this folder, name another one")
+        raise UserError(f"{flag} {folder}: no images in this folder, name another one")
     return found
 
 
@@ -306,7 +306,7 @@ def _below(folder: str, kinds: Sequence[str], seen: set[str]) -> Iterator[str]:
             yield os.fspath(path)
 
 
-def _matches(pattern: str) -> list[str]:
+def _matches(pattern: str, flag: str) -> list[str]:
     if files.is_remote(pattern):
         path = epath.Path(pattern)
         found = [os.fspath(p) for p in path.parent.glob(path.name)]
@@ -318,7 +318,7 @@ def _matches(pattern: str) -> list[str]:
         hint = ""
         if "[" in pattern:
             hint = "; [ and ] enclose letters to choose from: write [[] for a bracket itself"
-        raise UserError(f"--images {pattern}: no file matches this pattern, correct it{hint}")
+        raise UserError(f"{flag} {pattern}: no file matches this pattern, correct it{hint}")
     return sorted(found)
 
 
