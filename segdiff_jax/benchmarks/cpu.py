@@ -11,6 +11,7 @@ from segdiff_jax.benchmarks import steps, twins
 from segdiff_jax.benchmarks.timing import Result, side_by_side
 from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE, VAEConfig
+from segdiff_jax.parallel import attention_kernels
 
 _TOKENS, _TOLERANCE = 77, 1e-3
 NARROW = UNetConfig(
@@ -41,7 +42,8 @@ def run(small: bool) -> Iterator[Result]:
 
 
 def _unet(config: UNetConfig, size: int, rounds: int) -> Iterator[Result]:
-    network = twins.filled(lambda: UNet(config, rngs=nnx.Rngs(0)))
+    attention = attention_kernels.on_device("cpu")
+    network = twins.filled(lambda: UNet(config, attention=attention, rngs=nnx.Rngs(0)))
     twin, forward = twins.of_unet(network), twins.jitted(UNet.__call__, network)
     for batch in (1, 4):
         sample = twins.normal(batch, size, size, config.in_channels)

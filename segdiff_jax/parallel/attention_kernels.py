@@ -1,8 +1,9 @@
 """The attention that suits the devices of a mesh: a function for networks to be built with.
 
 TPUs: splash attention (jax.experimental.pallas.ops.tpu.splash_attention), which holds a block of
-the weights on the chip at a time. NVIDIA: cuDNN's, in half precision. Both are for attention
-without a mask; what they do not take, and all on CPUs, is `models.attention.plain`.
+the weights on the chip at a time. NVIDIA: cuDNN's, in half precision. CPUs: `plain` for a block of
+queries at a time. All are for attention without a mask; what they do not take is
+`models.attention.plain`.
 """
 
 import functools
@@ -21,6 +22,7 @@ from segdiff_jax.models.attention import AttentionFn, plain
 from segdiff_jax.models.layers import PRODUCT, Attention
 
 N = TypeVar("N", bound=nnx.Module)
+_QUERIES = 256  # in a block of `in_blocks`
 
 
 def with_attention(network: N, attention: AttentionFn) -> N:
@@ -69,7 +71,33 @@ def in_parts(attention: AttentionFn, mesh: Mesh) -> AttentionFn:
 
 def on_device(platform: str) -> AttentionFn:
     """Return the attention function for one device of `platform` ("tpu", "gpu" or "cpu")."""
-    return {"tpu": splash, "gpu": cudnn}.get(platform, plain)
+    return {"tpu": splash, "gpu": cudnn}.get(platform, in_blocks)
+
+
+def in_blocks(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    """Attend from a block of positions of one head at a time: its weights stay in a CPU's cache.
+
+    Gradients recompute the weights. With a mask, and up to one block of positions, this is `plain`.
+    """
+    batch, length, heads, width = query.shape
+    if mask is not None or length <= _QUERIES:
+        return plain(query, key, value, mask)
+
+    def of_head(arrays: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        query, key, value = arrays  # [S, D], [L, D], [L, D]
+
+        @jax.checkpoint
+        def of_position(query: jax.Array) -> jax.Array:  # [D] -> [D]
+            logits = jnp.matmul(query, key.T, preferred_element_type=jnp.float32)
+            return jax.nn.softmax(logits).astype(value.dtype) @ value
+
+        return jax.lax.map(of_position, query / math.sqrt(width), batch_size=_QUERIES)
+
+    by_head = (x.swapaxes(1, 2).reshape(-1, x.shape[1], width) for x in (query, key, value))
+    out = jax.lax.map(of_head, tuple(by_head))  # [B · N, S, D]
+    return out.reshape(batch, heads, length, width).swapaxes(1, 2)
 
 
 def cudnn(

@@ -62,6 +62,34 @@ def test_the_kernel_is_as_close_to_float32_in_bfloat16_as_plain_attention_is():
     assert kernel < max(1.5 * own, 5e-3)
 
 
+@pytest.mark.parametrize(
+    ("length", "others", "width"),
+    [
+        (300, 300, 40),  # the last block is shorter
+        (512, 77, 64),  # to a text
+        (400, 400, 256),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_blocks_of_queries_and_their_gradients_equal_plain_attention(length, others, width, dtype):
+    inputs = _inputs(length, others, width=width, dtype=dtype)
+    worst = _worst(_run(attention_kernels.in_blocks, *inputs), _run(plain, *inputs))
+    assert worst < (1e-5 if dtype == jnp.float32 else 5e-3)
+
+
+def test_gradients_of_blocks_hold_a_fraction_of_the_weights():
+    """Of 4 heads of 1024 positions, those of 256 positions of one head at a time."""
+
+    def held(attention):
+        *arrays, weights = _inputs(1024, 1024)
+        gradients = jax.grad(lambda *qkv: (attention(*qkv) * weights).sum(), (0, 1, 2))
+        return jax.jit(gradients).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+    blocks, whole = held(attention_kernels.in_blocks), held(plain)
+    print(blocks, whole)
+    assert blocks < whole / 3
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("others", [8, 6])
 def test_every_platform_has_attention_with_a_mask_and_to_another_sequence(platform, others):
