@@ -4,7 +4,6 @@ Weights are published whole or in shards with an index, as plain files or as var
 under names that have changed over the years.
 """
 
-import functools
 import logging
 import os
 import re
@@ -60,8 +59,7 @@ def locate(source: str, components: Collection[str], variant: str | None) -> epa
             more = [p for n in bare for p in _patterns(n, None if variant else "*")]
             root = _root(source, wanted + more)
         for name in components:
-            folder = root / folder_name(name)
-            if not folder.exists():
+            if not (root / folder_name(name)).exists():
                 raise no_part(root, source, name)
         return root
 
@@ -83,17 +81,16 @@ def local(checkpoint: os.PathLike[str] | str) -> str:
     repository = _repository(checkpoint)
     if repository is None or os.path.exists(os.path.dirname(checkpoint)):
         return checkpoint  # where the folder above it exists, its name is wrong
-    patterns = ["*.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
-    return os.fspath(_fetch(repository[1], repository[2], patterns))
+    # At the top of the folder, of the weights only ours: others put whole models in one file there.
+    patterns = ["*.json", "*/*.txt", "*/*.safetensors", "*_decoder.safetensors"]
+    return os.fspath(_fetch(repository, patterns))
 
 
 def _root(source: str, patterns: list[str]) -> epath.Path:
     """Return the folder `source`, or where a repository's files that match `patterns` are."""
     repository = _repository(source)
-    root = epath.Path(source)
-    if repository:
-        root = _fetch(repository[1], repository[2], patterns)
-    elif not files.is_remote(source) and not root.exists():
+    root = _fetch(repository, patterns) if repository else epath.Path(source)
+    if not files.is_remote(source) and not root.exists():
         raise UserError(f"{source}: no such folder, nor a Hugging Face repository: check the name")
     if not (root / INDEX).exists():
         if root.name.endswith(_PICKLES):
@@ -124,22 +121,21 @@ def _patterns(component: str, variant: str | None) -> list[str]:
     return [f"{stem}{name}.safetensors" for name in names]
 
 
-def _fetch(repository: str, revision: str | None, patterns: list[str]) -> epath.Path:
+def _fetch(repository: re.Match[str], patterns: list[str]) -> epath.Path:
+    name, revision = repository.groups()
     advice = "check the network, or set HF_HUB_OFFLINE=1 to use what is in its cache"
-    wait = waiting.Wait(f"Hugging Face ({repository})", waiting.NETWORK, advice)
+    wait = waiting.Wait(f"Hugging Face ({name})", waiting.NETWORK, advice)
 
     class Bar(tqdm):  # its progress is a sign of life
         def update(self, n: float | None = 1) -> bool | None:
             wait.heard()
             return super().update(n)
 
-    download = functools.partial(
-        huggingface_hub.snapshot_download,
-        repository,
-        revision=revision,
-        allow_patterns=patterns,
-        tqdm_class=Bar,
-    )
+    def download() -> str:
+        return huggingface_hub.snapshot_download(
+            name, revision=revision, allow_patterns=patterns, tqdm_class=Bar
+        )
+
     try:
         return epath.Path(waiting.bounded(download, wait))
     except waiting.NoAnswer:
@@ -147,9 +143,8 @@ def _fetch(repository: str, revision: str | None, patterns: list[str]) -> epath.
     except Exception as error:  # the library raises its own, httpx's, OSError and ValueError
         told = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
         reason = " ".join(str(told or error).split())[:200] or repr(error)
-        where = f"{repository}@{revision}" if revision else repository
         raise UserError(
-            f"{where}: no such folder, nor could it be had from Hugging Face ({reason}): "
+            f"{repository[0]}: no such folder, nor could it be had from Hugging Face ({reason}): "
             "check the name, the network and HF_HUB_OFFLINE"
         ) from error
 
@@ -162,27 +157,25 @@ def find_weights(folder: epath.Path, component: str, variant: str | None) -> lis
     since many repositories have it for the UNet alone; the log says so. Raises `UserError` when
     there are no weights, or only pickles.
     """
-    with files.reading(folder):
-        names = sorted(path.name for path in folder.iterdir())
-        present = _indices(component, names)
-        if not present:
-            raise _no_weights(folder, names)
-        wanted = variant or ""
-        if variant is None and "" not in present:
-            if len(present) > 1:
-                raise UserError(
-                    f"{folder}: there are only the variants {', '.join(sorted(present))}: "
-                    f"choose one, for a training with --config.init_variant={min(present)}"
-                )
-            (wanted,) = present
-        if wanted not in present and "" in present:
-            log.info("%s: has no variant %s, its plain files are read", folder, wanted)
-            wanted = ""
-        if wanted not in present:
-            others = ", ".join(sorted(present))
-            raise UserError(f"{folder}: {variant}: there is no such variant, but {others}: choose")
-        path = folder / present[wanted]
-        return [path] if path.suffix == ".safetensors" else _shards(path)
+    present = variants(folder, component)
+    if not present:
+        raise _no_weights(folder)
+    wanted = variant or ""
+    if variant is None and "" not in present:
+        if len(present) > 1:
+            raise UserError(
+                f"{folder}: there are only the variants {', '.join(sorted(present))}: "
+                f"choose one, for a training with --config.init_variant={min(present)}"
+            )
+        (wanted,) = present
+    if wanted not in present and "" in present:
+        log.info("%s: has no variant %s, its plain files are read", folder, wanted)
+        wanted = ""
+    if wanted not in present:
+        others = ", ".join(sorted(present))
+        raise UserError(f"{folder}: {variant}: there is no such variant, but {others}: choose")
+    path = folder / present[wanted]
+    return [path] if path.suffix == ".safetensors" else _shards(path)
 
 
 def _has_weights(folder: epath.Path, component: str, variant: str | None) -> bool:
@@ -191,20 +184,13 @@ def _has_weights(folder: epath.Path, component: str, variant: str | None) -> boo
         return (not variant or variant in variants(folder, component)) and bool(
             find_weights(folder, component, variant)
         )
-    except (UserError, FileNotFoundError):
+    except UserError:
         return False
 
 
-def variants(folder: epath.Path, component: str) -> list[str]:
-    """Return the variants that `find_weights` can choose from, "" for the plain files."""
-    with files.reading(folder):
-        names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    return sorted(_indices(component, names))
-
-
-def _indices(component: str, names: Collection[str]) -> dict[str, str]:
-    """Map each variant ("" for none) to the file among `names` to start from."""
-    found: dict[str, str] = {}
+def variants(folder: epath.Path, component: str) -> dict[str, str]:
+    """Map each variant that `find_weights` can choose ("" is the plain files) to its first file."""
+    names, found = _names(folder), dict[str, str]()
     for pattern in _NAMES:
         compiled = re.compile(pattern.format(stem=STEM[component], variant=r"(?:\.(\w+))?"))
         for match in filter(None, map(compiled.fullmatch, names)):
@@ -212,8 +198,13 @@ def _indices(component: str, names: Collection[str]) -> dict[str, str]:
     return found
 
 
-def _no_weights(folder: epath.Path, names: list[str]) -> UserError:
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+def _names(folder: epath.Path) -> list[str]:
+    with files.reading(folder):
+        return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def _no_weights(folder: epath.Path) -> UserError:
+    pickles = [name for name in _names(folder) if name.endswith(_PICKLES)]
     if pickles:
         return _pickled(folder / pickles[0])
     return UserError(
@@ -240,7 +231,9 @@ def _shards(index: epath.Path) -> list[epath.Path]:
     shards = set(weights.values()) if isinstance(weights, dict) else set()
     if not shards or not all(re.fullmatch(r"[\w.-]+\.safetensors", str(name)) for name in shards):
         raise UserError(f"{index}: must name .safetensors files beside it: fetch it again")
-    for name in sorted(shards):
-        if not (index.parent / name).exists():
-            raise UserError(f"{index.parent / name}: this shard is missing: fetch it again")
-    return [index.parent / name for name in sorted(shards)]
+    paths = [index.parent / name for name in sorted(shards)]
+    with files.reading(index):
+        missing = [path for path in paths if not path.exists()]
+    if missing:
+        raise UserError(f"{missing[0]}: this shard is missing: fetch it again")
+    return paths

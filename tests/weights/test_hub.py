@@ -16,7 +16,9 @@ from PIL import Image
 from segdiff_jax import evaluate, export, ownership
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.segmenter import Segmenter
+from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.weights import pretrained
+from segdiff_jax.weights.mask_decoders import LINEAR, Decoders
 
 STEM = "vae/diffusion_pytorch_model"
 WEIGHTS = f"{STEM}.safetensors"
@@ -24,8 +26,12 @@ WEIGHTS = f"{STEM}.safetensors"
 
 @pytest.fixture(scope="module")
 def exported(tiny_networks, tiny_config, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("export") / "model"
-    export.write_folder((*tiny_networks, tiny_config()), folder)
+    """A model whose masks are decoded by what lies beside the networks."""
+    folder, config = tmp_path_factory.mktemp("export") / "model", tiny_config()
+    config.sampler.decoder = "linear"
+    draw = lambda *shape: np.random.default_rng(0).normal(size=shape).astype(np.float32)  # noqa: E731
+    decoders = Decoders(LinearDecoder(draw(3, 3, 4, 4), draw(4)))
+    export.write_folder((*tiny_networks, config), folder, decoders=decoders)
     return folder
 
 
@@ -38,7 +44,8 @@ def contents(exported) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """The hub of this process and of those it starts, with an empty cache."""
+    """The hub of this process, with an empty cache; commands here start no runtime of their own."""
+    monkeypatch.setattr("segdiff_jax.parallel.runtime.start", lambda: None)
     server = FakeHub()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -47,26 +54,20 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     # Its uploads need a store of their own.
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    for name, value in (
-        ("HF_ENDPOINT", server.url),
-        ("HF_HOME", str(tmp_path / "hf")),
-        ("HF_HUB_CACHE", str(tmp_path / "hf" / "hub")),
-        ("HF_HUB_DISABLE_XET", "1"),
-    ):
-        monkeypatch.setenv(name, value)
     yield server
     server.shutdown()
     server.server_close()
 
 
-def leaves(module) -> list[np.ndarray]:
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(module))]
+def assert_same(left, right, rounded=np.float32) -> None:
+    pairs = (jax.tree.leaves(nnx.state(module)) for module in (left, right))
+    for a, b in zip(*pairs, strict=True):
+        np.testing.assert_array_equal(a, np.asarray(b).astype(rounded).astype(np.float32))
 
 
-def assert_same(left, right, rounded=None) -> None:
-    for a, b in zip(leaves(left), leaves(right), strict=True):
-        b = b.astype(rounded).astype(np.float32) if rounded else b
-        np.testing.assert_array_equal(a, b)
+def push(checkpoint, output, *more, repository="me/model"):
+    argv = ["--checkpoint", str(checkpoint), "--output", str(output), "--format=diffusers"]
+    export.main([*argv, "--push-to-hub", repository, *more])
 
 
 def test_a_repository_its_revisions_and_the_cache(hub, contents, tiny_networks, monkeypatch):
@@ -81,7 +82,7 @@ def test_a_repository_its_revisions_and_the_cache(hub, contents, tiny_networks, 
     assert None not in loaded[:5]
     for part, ours in zip(loaded[:3], tiny_networks, strict=False):
         assert_same(part, ours)
-    assert hub.downloads() == set(contents) - {"README.md", "segdiff.json"}
+    assert hub.downloads() == set(contents) - {"README.md", "segdiff.json", LINEAR}
 
     hub.log.clear()
     assert_same(pretrained.load("someone/model").vae, tiny_networks[1])
@@ -178,66 +179,58 @@ def test_a_variant_is_fetched_only_for_the_component_that_has_nothing_else(hub, 
 
 
 def test_push_and_read_back(hub, exported, contents, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("segdiff_jax.parallel.runtime.start", lambda: None)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    argv = ["--checkpoint", str(exported), "--output", str(tmp_path / "m"), "--format=diffusers"]
-    export.main([*argv, "--push-to-hub", "me/model"])
+    push(exported, tmp_path / "m")
     assert f"pushed: {hub.url}/me/model" in capsys.readouterr().out
     assert hub.private == {"me/model": True}
     hub.content("me/model").pop(".gitattributes")
     assert hub.content("me/model") == contents
     assert len(hub.commits) == 2, "an empty repository, and all files in one commit"
-
-    before = len(hub.commits)
-    export.main([*argv, "--dtype", "bfloat16", "--push-to-hub", "me/model"])  # over the first one
-    assert len(hub.commits) == before + 1
+    push(exported, tmp_path / "m", "--dtype", "bfloat16")  # over the first one
+    assert len(hub.commits) == 3
     assert len(hub.content("me/model")[WEIGHTS]) < 0.7 * len(contents[WEIGHTS])
-
     assert None not in pretrained.load("me/model")[:5]
 
 
+@pytest.mark.parametrize(
+    ("repository", "output", "message"),
+    [
+        ("me/mo del", "n", "--push-to-hub me/mo del: Repo id"),
+        ("me/model", "gs://b/n", "only a local folder can be pushed"),
+        ("me/model", "n", "--push-to-hub me/model: .*check .* `hf auth login`"),
+    ],
+)
 def test_a_push_that_cannot_succeed_is_refused_before_the_work(
-    hub, exported, tmp_path, monkeypatch
+    repository, output, message, hub, exported, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("segdiff_jax.parallel.runtime.start", lambda: None)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    for repository, output, message in (
-        ("me/mo del", tmp_path / "n", "--push-to-hub me/mo del: Repo id"),
-        ("me/model", "gs://b/n", "only a local folder can be pushed"),
-        ("me/model", tmp_path / "n", "--push-to-hub me/model: .*check .* `hf auth login`"),
-    ):
-        argv = ["--checkpoint", str(exported), "--output", str(output), "--format", "diffusers"]
-        with pytest.raises(UserError, match=message) as error:
-            export.main([*argv, "--push-to-hub", repository])
-        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=message) as error:
+        push(exported, output, repository=repository)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "n").exists() and not hub.commits
 
 
 def test_a_push_that_breaks_leaves_the_repository_as_it_was(hub, exported, tmp_path, monkeypatch):
-    monkeypatch.setattr("segdiff_jax.parallel.runtime.start", lambda: None)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     before = hub.commit("me/model", {"README.md": b"---\n"})
     hub.refuse = "/commit/"
-    argv = ["--checkpoint", str(exported), "--output", str(tmp_path / "m"), "--format=diffusers"]
     with pytest.raises(UserError, match="--push-to-hub me/model: .*403") as error:
-        export.main([*argv, "--push-to-hub", "me/model"])
+        push(exported, tmp_path / "m")
     assert "\n" not in str(error.value)
     assert hub.branches["me/model"] == {"main": before}
 
 
-def test_export_and_evaluate_take_a_model_from_the_hub(
-    hub, contents, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr("segdiff_jax.parallel.runtime.start", lambda: None)
+def test_export_and_evaluate_take_a_model_from_the_hub(hub, contents, tmp_path):
     hub.commit("someone/model", contents)
     argv = ["--checkpoint", "someone/model", "--output"]
     export.main([*argv, str(tmp_path / "again"), "--format=diffusers"])
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == contents[WEIGHTS]
-    for folder, name, shape in (("images", "a.png", (16, 16, 3)), ("masks", "a.png", (16, 16))):
+    for folder, shape in (("images", (16, 16, 3)), ("masks", (16, 16))):
         (tmp_path / "data" / "val" / folder).mkdir(parents=True)
         picture = Image.fromarray(np.ones(shape, np.uint8))
-        picture.save(tmp_path / "data" / "val" / folder / name)
+        picture.save(tmp_path / "data" / "val" / folder / "a.png")
     (tmp_path / "data" / "classes.txt").write_text("sky\nroad\n")
     data = ["--config.data.source=folder", f"--config.data.root={tmp_path / 'data'}"]
     evaluate.main([*argv, str(tmp_path / "o"), *data])
