@@ -9,6 +9,7 @@ become those of diffusers and transformers, from which `key_map` goes on:
     cond_stage_model.model.             CLIP of SD 2, named as OpenCLIP does, with q, k, v in one
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 
@@ -18,18 +19,10 @@ from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
 from segdiff_jax.weights.tensors import Entry
 
-Tensors = Mapping[str, Entry]  # by their names without the prefix
+Tensors = Mapping[str, Entry]  # by name, without the prefix
+Named = Iterator[tuple[str, Entry]]  # by the names of diffusers and transformers
 Config = UNetConfig | VAEConfig | CLIPTextConfig
 
-_PREFIXES = {
-    "unet": ("model.diffusion_model.",),
-    "vae": ("first_stage_model.",),
-    "text_encoder": (
-        "cond_stage_model.transformer.text_model.",
-        "cond_stage_model.transformer.",
-        "cond_stage_model.model.",
-    ),
-}
 _MODELS = {  # by names that tensors of theirs have, and none of Stable Diffusion 1 and 2
     r"^conditioner\.embedders\.|\blabel_emb\.": "Stable Diffusion XL",
     r"\bjoint_blocks\.": "Stable Diffusion 3",
@@ -79,7 +72,6 @@ _OPEN_CLIP = (
     (r"\.mlp\.c_fc\.", ".mlp.fc1."),
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
     (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
-    (r"^", "text_model."),
 )
 
 
@@ -90,13 +82,13 @@ def read(entries: list[Entry], component: str, file: str) -> tuple[Config, list[
     """
     if model := _recognised(entries, _MODELS):
         raise UserError(f"{file}: is of {model}: use Stable Diffusion 1 or 2")
-    for prefix in _PREFIXES[component]:
-        tensors = {e.name.removeprefix(prefix): e for e in entries if e.name.startswith(prefix)}
-        if tensors:
-            config, renamed = _READERS[prefix]
+    for prefix, (rename, config) in _READERS[component].items():
+        found = {e.name.removeprefix(prefix): e for e in entries if e.name.startswith(prefix)}
+        if found:
             try:
-                return config(tensors), list(renamed(tensors))
-            except (KeyError, IndexError, ValueError) as error:
+                tensors = {name: e._replace(called=name) for name, e in rename(found)}
+                return config(tensors), list(tensors.values())
+            except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
                 raise UserError(
                     f"{file}: {prefix}* lacks tensors of Stable Diffusion 1 and 2 ({error}): "
                     "fetch it again, or use another model"
@@ -107,7 +99,7 @@ def read(entries: list[Entry], component: str, file: str) -> tuple[Config, list[
             "Diffusion's original layout or as a folder"
         )
     raise UserError(
-        f"{file}: has no tensors {' or '.join(f'{p}*' for p in _PREFIXES[component])}, so no "
+        f"{file}: has no tensors {' or '.join(f'{p}*' for p in _READERS[component])}, so no "
         f"{component}: give a whole file in Stable Diffusion's original layout, or a folder"
     )
 
@@ -129,40 +121,17 @@ def _count(tensors: Tensors, pattern: str) -> int:
     return len({match[1] for match in found if match})
 
 
-def _layers(tensors: Tensors) -> int:
-    """Count the resnets per level going down: after them there is a strided convolution, if any."""
+def _unet_tensors(tensors: Tensors) -> Named:
+    # Going down, a level is its resnets and a strided convolution, but for the last level. Going up
+    # it has one resnet more, so as many blocks.
     halving = (re.match(r"input_blocks\.(\d+)\.0\.op\.", name) for name in tensors)
     blocks = _count(tensors, r"input_blocks\.(\d+)\.")
-    return min((int(match[1]) for match in halving if match), default=blocks) - 1
-
-
-def _unet_config(tensors: Tensors) -> UNetConfig:
-    layers = _layers(tensors)
-    first = range(1, _count(tensors, r"input_blocks\.(\d+)\."), layers + 1)  # block of each level
-    widths = tuple(tensors[f"input_blocks.{i}.0.in_layers.2.weight"].shape[0] for i in first)
-    attention = "middle_block.1.transformer_blocks"
-    linear = len(tensors["middle_block.1.proj_in.weight"].shape) == 2
-    return UNetConfig(
-        in_channels=tensors["input_blocks.0.0.weight"].shape[1],
-        out_channels=tensors["out.2.weight"].shape[0],
-        block_out_channels=widths,
-        cross_attention=tuple(f"input_blocks.{i}.1.norm.weight" in tensors for i in first),
-        layers_per_block=layers,
-        transformer_layers=_count(tensors, rf"{re.escape(attention)}\.(\d+)\."),
-        # SD 1 has eight heads, of any width; SD 2 heads of one width, and linear projections.
-        heads=tuple(width // _CLIP_HEAD if linear else 8 for width in widths),
-        cross_attention_dim=tensors[f"{attention}.0.attn2.to_k.weight"].shape[1],
-        use_linear_projection=linear,
-    )
-
-
-def _unet_tensors(tensors: Tensors) -> Iterator[Entry]:
-    layers = _layers(tensors)
+    per_level = min((int(match[1]) for match in halving if match), default=blocks)
 
     def place(match: re.Match[str]) -> str:
         way, block, part, rest = match[1], int(match[2]), int(match[3]), match[4]
         down = way == "input"
-        level, layer = divmod(block - down, layers + 1)
+        level, layer = divmod(block - down, per_level)
         name = f"{'down' if down else 'up'}_blocks.{level}"
         if rest.startswith("op."):
             return f"{name}.downsamplers.0.conv.{rest.removeprefix('op.')}"
@@ -172,26 +141,31 @@ def _unet_tensors(tensors: Tensors) -> Iterator[Entry]:
 
     for name, entry in tensors.items():
         renamed = _rename(name, _UNET)
-        yield entry._replace(
-            called=re.sub(r"^(input|output)_blocks\.(\d+)\.(\d+)\.(.*)", place, renamed)
-        )
+        yield re.sub(r"^(input|output)_blocks\.(\d+)\.(\d+)\.(.*)", place, renamed), entry
 
 
-def _vae_config(tensors: Tensors) -> VAEConfig:
-    levels = range(_count(tensors, r"encoder\.down\.(\d+)\."))
-    return VAEConfig(
-        in_channels=tensors["encoder.conv_in.weight"].shape[1],
-        out_channels=tensors["decoder.conv_out.weight"].shape[0],
-        latent_channels=tensors["post_quant_conv.weight"].shape[0],
-        block_out_channels=tuple(
-            tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels
+def _unet_config(tensors: Tensors) -> UNetConfig:
+    levels = range(_count(tensors, r"down_blocks\.(\d+)\."))
+    widths = tuple(tensors[f"down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels)
+    middle = "mid_block.attentions.0"
+    linear = len(tensors[f"{middle}.proj_in.weight"].shape) == 2
+    return UNetConfig(
+        in_channels=tensors["conv_in.weight"].shape[1],
+        out_channels=tensors["conv_out.weight"].shape[0],
+        block_out_channels=widths,
+        cross_attention=tuple(
+            f"down_blocks.{i}.attentions.0.norm.weight" in tensors for i in levels
         ),
-        layers_per_block=_count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
-        mid_attention="encoder.mid.attn_1.norm.weight" in tensors,
+        layers_per_block=_count(tensors, r"down_blocks\.0\.resnets\.(\d+)\."),
+        transformer_layers=_count(tensors, rf"{re.escape(middle)}\.transformer_blocks\.(\d+)\."),
+        # SD 1 has eight heads, of any width; SD 2 heads of one width, and linear projections.
+        heads=tuple(width // _CLIP_HEAD if linear else 8 for width in widths),
+        cross_attention_dim=tensors[f"{middle}.transformer_blocks.0.attn2.to_k.weight"].shape[1],
+        use_linear_projection=linear,
     )
 
 
-def _vae_tensors(tensors: Tensors) -> Iterator[Entry]:
+def _vae_tensors(tensors: Tensors) -> Named:
     top = _count(tensors, r"decoder\.up\.(\d+)\.") - 1
     kinds = {"block": "resnets", "upsample": "upsamplers.0"}
 
@@ -201,80 +175,69 @@ def _vae_tensors(tensors: Tensors) -> Iterator[Entry]:
     for name, entry in tensors.items():
         if name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):
             renamed = re.sub(r"^decoder\.up\.(\d+)\.(block|upsample)\.", place, name)
-            yield entry._replace(called=_rename(renamed, _VAE))
+            yield _rename(renamed, _VAE), entry
 
 
-def _clip_config(tensors: Tensors) -> CLIPTextConfig:
-    return _text_config(
-        tensors,
-        token="embeddings.token_embedding.weight",
-        position="embeddings.position_embedding.weight",
-        hidden="encoder.layers.0.mlp.fc1.weight",
-        layers=_count(tensors, r"encoder\.layers\.(\d+)\."),
-        activation="quick_gelu",
+def _vae_config(tensors: Tensors) -> VAEConfig:
+    levels = range(_count(tensors, r"encoder\.down_blocks\.(\d+)\."))
+    return VAEConfig(
+        in_channels=tensors["encoder.conv_in.weight"].shape[1],
+        out_channels=tensors["decoder.conv_out.weight"].shape[0],
+        latent_channels=tensors["post_quant_conv.weight"].shape[0],
+        block_out_channels=tuple(
+            tensors[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in levels
+        ),
+        layers_per_block=_count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        mid_attention="encoder.mid_block.attentions.0.group_norm.weight" in tensors,
     )
 
 
-def _open_clip_config(tensors: Tensors) -> CLIPTextConfig:
-    return _text_config(
-        tensors,
-        token="token_embedding.weight",
-        position="positional_embedding",
-        hidden="transformer.resblocks.0.mlp.c_fc.weight",
-        layers=_open_clip_layers(tensors),
-        activation="gelu",
-    )
+def _clip_tensors(tensors: Tensors) -> Named:
+    yield from tensors.items()
 
 
-def _open_clip_layers(tensors: Tensors) -> int:
-    """Drop the last layer, where the file has it: SD 2 reads what comes out before it."""
+def _open_clip_tensors(tensors: Tensors) -> Named:
     layers = _count(tensors, r"transformer\.resblocks\.(\d+)\.")
-    return layers if layers == _SD2_LAYERS else layers - 1
+    # The last layer, where the file has it, is dropped: SD 2 reads what comes out before it.
+    layers -= layers != _SD2_LAYERS
+    unused = (f"transformer.resblocks.{layers}.", "text_projection", "logit_scale", "attn_mask")
+    for name, entry in tensors.items():
+        if name.startswith(unused):
+            continue
+        renamed = _rename(name, _OPEN_CLIP)
+        fused = re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", renamed)
+        if not fused:
+            yield renamed, entry
+            continue
+        third = entry.shape[0] // 3
+        for i, part in enumerate("qkv"):
+            shape, rows = (third, *entry.shape[1:]), slice(i * third, (i + 1) * third)
+            named = f"{fused[1]}.self_attn.{part}_proj.{fused[2]}"
+            yield named, entry._replace(shape=shape, rows=rows)
 
 
-def _text_config(
-    tensors: Tensors, token: str, position: str, hidden: str, layers: int, activation: str
-) -> CLIPTextConfig:
-    tokens, width = tensors[token].shape
+def _clip_config(tensors: Tensors, activation: str) -> CLIPTextConfig:
+    tokens, width = tensors["embeddings.token_embedding.weight"].shape
     return CLIPTextConfig(
         vocab_size=tokens,
         hidden_size=width,
-        intermediate_size=tensors[hidden].shape[0],
-        num_hidden_layers=layers,
+        intermediate_size=tensors["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=_count(tensors, r"encoder\.layers\.(\d+)\."),
         num_attention_heads=width // _CLIP_HEAD,
-        max_position_embeddings=tensors[position].shape[0],
+        max_position_embeddings=tensors["embeddings.position_embedding.weight"].shape[0],
         hidden_act=activation,
     )
 
 
-def _clip_tensors(tensors: Tensors) -> Iterator[Entry]:
-    for name, entry in tensors.items():
-        yield entry._replace(called=name)
-
-
-def _open_clip_tensors(tensors: Tensors) -> Iterator[Entry]:
-    last = f"transformer.resblocks.{_open_clip_layers(tensors)}."
-    for name, entry in tensors.items():
-        if name.startswith((last, "text_projection", "logit_scale", "attn_mask")):
-            continue
-        called = _rename(name, _OPEN_CLIP)
-        fused = re.fullmatch(r"(.*)\.attn\.in_proj_(weight|bias)", called)
-        if not fused:
-            yield entry._replace(called=called)
-            continue
-        third = entry.shape[0] // 3
-        for i, part in enumerate("qkv"):
-            yield entry._replace(
-                called=f"{fused[1]}.self_attn.{part}_proj.{fused[2]}",
-                shape=(third, *entry.shape[1:]),
-                rows=slice(i * third, (i + 1) * third),
-            )
-
-
-_READERS: dict[str, tuple[Callable[[Tensors], Config], Callable[[Tensors], Iterator[Entry]]]] = {
-    "model.diffusion_model.": (_unet_config, _unet_tensors),
-    "first_stage_model.": (_vae_config, _vae_tensors),
-    "cond_stage_model.transformer.text_model.": (_clip_config, _clip_tensors),
-    "cond_stage_model.transformer.": (_clip_config, _clip_tensors),
-    "cond_stage_model.model.": (_open_clip_config, _open_clip_tensors),
+_SD1_TEXT = _clip_tensors, functools.partial(_clip_config, activation="quick_gelu")
+_SD2_TEXT = _open_clip_tensors, functools.partial(_clip_config, activation="gelu")
+# By component, the prefixes that it may have, and how its tensors are renamed and its config read.
+_READERS: dict[str, dict[str, tuple[Callable[[Tensors], Named], Callable[[Tensors], Config]]]] = {
+    "unet": {"model.diffusion_model.": (_unet_tensors, _unet_config)},
+    "vae": {"first_stage_model.": (_vae_tensors, _vae_config)},
+    "text_encoder": {
+        "cond_stage_model.transformer.text_model.": _SD1_TEXT,
+        "cond_stage_model.transformer.": _SD1_TEXT,
+        "cond_stage_model.model.": _SD2_TEXT,
+    },
 }
