@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from segdiff_jax import ownership
 from segdiff_jax.combinations import check_image_size
@@ -19,7 +20,6 @@ from segdiff_jax.parallel.mesh import check_batches, make_mesh
 from segdiff_jax.stages import of_stage
 from segdiff_jax.weights import hub, loading, mask_decoders, pretrained
 from segdiff_jax.weights import workdir as workdirs
-from segdiff_jax.weights.checksums import flat
 from segdiff_jax.weights.pretrained import Described
 
 log = logging.getLogger(__name__)
@@ -109,10 +109,7 @@ def check_config(stored: dict[str, Any], current: dict[str, Any]) -> None:
     Both are nested dictionaries of JSON values (`config.to_dict`). Keys of `DEFINES_STATE` must be
     equal; steps, logging, paths, learning rates, data augmentation and so on may differ.
     """
-    old, new = (
-        {".".join(path): value for path, value in flat(json.loads(json.dumps(tree))).items()}
-        for tree in (stored, current)
-    )
+    old, new = (flatten_dict(json.loads(json.dumps(x)), sep=".") for x in (stored, current))
     differing = []
     for key in sorted(old.keys() | new.keys()):
         before, now = old.get(key), new.get(key)

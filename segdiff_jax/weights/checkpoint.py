@@ -19,14 +19,14 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote
 from segdiff_jax.parallel import processes
-from segdiff_jax.parallel.rules import leaf_path
 from segdiff_jax.weights import checksums, step_folders
-from segdiff_jax.weights.checksums import by_name, flat
-from segdiff_jax.weights.orbax_faults import seen, silence_failed_writes, silence_reading
+from segdiff_jax.weights.checksums import by_name
+from segdiff_jax.weights.orbax_faults import seen, silence
 
 log = logging.getLogger(__name__)
 
@@ -67,14 +67,11 @@ class Checkpoints:
         self._damaged: list[int] = []
         self._noted: int | None = None
         with self._writing():
-            if read_only:
-                silence_reading()
-            else:
-                silence_failed_writes()
-                if processes.is_first():
-                    step_folders.settle(self.directory)
-                    self.directory.mkdir(parents=True, exist_ok=True)
-                    _drop_damaged_metrics(self.directory)
+            silence()
+            if not read_only and processes.is_first():
+                step_folders.settle(self.directory)
+                self.directory.mkdir(parents=True, exist_ok=True)
+                _drop_damaged_metrics(self.directory)
             processes.barrier()
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -135,12 +132,13 @@ class Checkpoints:
             if processes.is_first():
                 step_folders.note(self.directory, step)
                 self._noted = step
-            tree = by_name(state)
+            leaves = by_name(state)
+            described = {"user": metadata, "checksums": checksums.of(leaves)}
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(tree),
-                    metadata=ocp.args.JsonSave({"user": metadata, "checksums": checksums.of(tree)}),
+                    state=ocp.args.PyTreeSave(unflatten_dict(leaves, sep="/")),
+                    metadata=ocp.args.JsonSave(described),
                 ),
                 metrics=metrics or {},  # None would draw a warning from Orbax on every save
                 force=True,
@@ -188,10 +186,8 @@ class Checkpoints:
             held = ", ".join(map(str, candidates)) or "none"
             raise UserError(f"{self.directory}: no checkpoint of step {step} (there are: {held})")
         if not candidates:
-            unknown = step_folders.unknown_folders(self.directory)
-            if unknown:
-                raise UserError(step_folders.explain(self.directory, unknown))
-            raise UserError(f"{self.directory}: no readable checkpoint: train first, or check it")
+            nothing = f"{self.directory}: no readable checkpoint: train first, or check it"
+            raise UserError(step_folders.complaint(self.directory) or nothing)
         for candidate in reversed(candidates if step is None else [step]):
             where = self.directory / str(candidate)
             try:
@@ -215,8 +211,8 @@ class Checkpoints:
         )
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        wanted = jax.tree.map(_with_sharding, abstract)
-        tree = by_name(wanted)
+        wanted = by_name(jax.tree.map(_with_sharding, abstract))
+        tree = unflatten_dict(wanted, sep="/")
         folder = self.directory / str(step)
         args = ocp.args.PyTreeRestore(
             tree,
@@ -225,19 +221,18 @@ class Checkpoints:
         )
 
         def read() -> tuple[Any, Any, Any]:
-            stored = self._manager.item_metadata(step)["state"].tree
-            _check_architecture(folder, stored, tree)
+            stored = flatten_dict(self._manager.item_metadata(step)["state"].tree, sep="/")
+            _check_architecture(folder, stored, wanted)
             # Not through the manager, which waits for the other processes when it has read.
             restored = ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args)
             return stored, restored, _read_json(folder)
 
         stored, restored, metadata = _in_all(read)
-        checksums.verify(restored, metadata["checksums"], stored)
-        checksums.check_finite(restored)
-        arrays = flat(restored)
-        leaves, structure = jax.tree_util.tree_flatten_with_path(wanted)
-        in_order = [arrays[leaf_path(path)] for path, _ in leaves]
-        return jax.tree_util.tree_unflatten(structure, in_order), metadata["user"]
+        arrays = flatten_dict(restored, sep="/")
+        checksums.verify(arrays, metadata["checksums"], stored)
+        checksums.check_finite(arrays)
+        in_order = [arrays[name] for name in wanted]
+        return jax.tree.unflatten(jax.tree.structure(abstract), in_order), metadata["user"]
 
     def _read_metadata(self, step: int) -> dict[str, Any]:
         return _in_all(lambda: _read_json(self.directory / str(step)))["user"]
@@ -325,14 +320,15 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or here)
 
 
-def _check_architecture(where: epath.Path, stored: Any, wanted: dict[str, Any]) -> None:
-    old = {path: tuple(leaf.shape) for path, leaf in flat(stored).items() if path[0] in wanted}
-    new = {path: tuple(leaf.shape) for path, leaf in flat(wanted).items()}
-    for path in [*new, *(path for path in old if path not in new)]:
-        if old.get(path) != new.get(path):
-            before, now = (f"shape {t[path]}" if path in t else "absent" for t in (old, new))
+def _check_architecture(where: epath.Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+    parts = {name.split("/")[0] for name in wanted}
+    old = {n: tuple(leaf.shape) for n, leaf in stored.items() if n.split("/")[0] in parts}
+    new = {n: tuple(leaf.shape) for n, leaf in wanted.items()}
+    for name in new | old:
+        if old.get(name) != new.get(name):
+            before, now = (f"shape {t[name]}" if name in t else "absent" for t in (old, new))
             raise UserError(
-                f"{where}: checkpoint of another architecture: {'/'.join(path)} is {before} there "
+                f"{where}: checkpoint of another architecture: {name} is {before} there "
                 f"and {now} here: use the config it was trained with"
             )
 

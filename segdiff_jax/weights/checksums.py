@@ -15,24 +15,9 @@ from segdiff_jax.weights.tensors import all_finite
 
 
 def by_name(tree: Any) -> dict[str, Any]:
-    """Return `tree` as nested dictionaries with string keys, one level per part of `leaf_path`."""
-    nested: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        *parents, name = leaf_path(path)
-        folder = nested
-        for parent in parents:
-            folder = folder.setdefault(parent, {})
-        folder[name] = leaf
-    return nested
-
-
-def flat(nested: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """Flatten nested dictionaries: (part, part, …) → leaf, in the order of `nested`."""
-    leaves: dict[tuple[str, ...], Any] = {}
-    for key, value in nested.items():
-        path = (*prefix, str(key))
-        leaves |= flat(value, path) if isinstance(value, dict) else {path: value}
-    return leaves
+    """Return the leaves of `tree` under the parts of `leaf_path`, "params/conv_in/kernel"."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(leaf_path(path)): leaf for path, leaf in leaves}
 
 
 @jax.jit
@@ -43,9 +28,8 @@ def _checksum(array: jax.Array) -> jax.Array:
     return jnp.sum(array, dtype=jnp.uint32)
 
 
-def of(tree: dict[str, Any]) -> dict[str, int]:
-    """Return the checksum of each array of `by_name`'s tree under its path, "a/b/kernel"."""
-    leaves = {"/".join(path): leaf for path, leaf in flat(tree).items()}
+def of(leaves: dict[str, jax.Array]) -> dict[str, int]:
+    """Return the checksum of each array, by its name."""
     spread = [name for name, leaf in leaves.items() if len(leaf.sharding.device_set) > 1]
     sums = {name: _checksum(leaf) for name, leaf in leaves.items() if name not in set(spread)}
     found = {name: int(value) for name, value in jax.device_get(sums).items()}
@@ -69,24 +53,26 @@ def _local_checksum(array: jax.Array) -> int:
     return total % 2**32
 
 
-def verify(tree: dict[str, Any], expected: dict[str, int], stored: Any) -> None:
+def verify(leaves: dict[str, jax.Array], expected: dict[str, int], stored: dict[str, Any]) -> None:
     """Raise `ValueError` unless arrays that kept their type have the sums that were stored."""
-    dtypes = {"/".join(path): leaf.dtype for path, leaf in flat(stored).items()}
-    same = {path: x for path, x in flat(tree).items() if x.dtype == dtypes["/".join(path)]}
-    for name, value in of({"/".join(path): x for path, x in same.items()}).items():
+    same = {name: leaf for name, leaf in leaves.items() if leaf.dtype == stored[name].dtype}
+    for name, value in of(same).items():
         if value != expected[name]:
             raise ValueError(f"the contents of {name} do not match their checksum")
 
 
-def check_finite(tree: dict[str, Any]) -> None:
+def check_finite(leaves: dict[str, jax.Array]) -> None:
     """Raise `ValueError` for NaN or infinity, in every process.
 
     Both pass a checksum, and a run that resumed from them would blame data or learning rate.
     """
-    bad = None
-    for path, array in flat(tree).items():
-        if bad is None and jnp.issubdtype(array.dtype, jnp.floating):
-            mine = (part.data for part in array.addressable_shards if part.replica_id == 0)
-            bad = None if all(all_finite(np.asarray(data)) for data in mine) else path
+    bad = next((name for name, leaf in leaves.items() if not _is_finite(leaf)), None)
     if not processes.all_agree(bad is None):
-        raise ValueError(f"{'/'.join(bad or ('an array',))} holds NaN or infinity")
+        raise ValueError(f"{bad or 'an array'} holds NaN or infinity")
+
+
+def _is_finite(array: jax.Array) -> bool:
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return True
+    mine = (part.data for part in array.addressable_shards if part.replica_id == 0)
+    return all(all_finite(np.asarray(data)) for data in mine)

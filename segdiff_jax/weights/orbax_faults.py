@@ -12,7 +12,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from segdiff_jax import waiting
@@ -80,34 +79,22 @@ def _answers_and_failures() -> tuple[float, float]:
 
 
 @functools.cache
-def silence_reading() -> None:
-    """Drop Orbax's warning that a checkpoint which is only read is not written to."""
-    logging.getLogger("absl").addFilter(
-        lambda record: not str(record.msg).startswith("Given directory is read only")
-    )
-
-
-@functools.cache
-def silence_failed_writes() -> None:
-    """Drop the tracebacks of failed writes, and no others, from now on."""
+def silence() -> None:
+    """Drop tracebacks of failed writes, and what Orbax warns of a folder that is only read."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_news)
     sys.unraisablehook = functools.partial(_unless_loop_is_closed, sys.unraisablehook)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    if record.levelno < logging.ERROR or not record.exc_info:
-        return True
-    return not _passed_orbax(record.exc_info[2])
-
-
-def _passed_orbax(trace: TracebackType | None) -> bool:
-    return any("orbax" in frame.filename for frame in traceback.extract_tb(trace))
+    if record.levelno >= logging.ERROR and record.exc_info:
+        trace = traceback.extract_tb(record.exc_info[2])
+        return not any("orbax" in frame.filename for frame in trace)
+    return not str(record.msg).startswith("Given directory is read only")
 
 
 def _unless_loop_is_closed(otherwise: Callable[[Any], None], found: Any) -> None:
     """Ignore reports to event loops that Orbax has closed after the first failure."""
-    if not (
-        isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"
-    ):
+    error = found.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
         otherwise(found)

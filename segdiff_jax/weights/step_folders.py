@@ -57,7 +57,7 @@ def settle(directory: epath.Path) -> None:
     with reading(directory):
         unfinished, unknown = _sort(directory)
         if unknown:
-            raise UserError(explain(directory, unknown))
+            raise UserError(_explain(directory, unknown))
         for folder in unfinished:
             log.info("%s: left unfinished by a run that was killed: removed", folder)
             folder.rmtree()
@@ -65,8 +65,13 @@ def settle(directory: epath.Path) -> None:
             note.unlink()
 
 
-def explain(directory: epath.Path, unknown: list[epath.Path]) -> str:
-    """Describe, in one line, numbered folders that are no complete checkpoints."""
+def complaint(directory: epath.Path) -> str | None:
+    """Describe, in one line, numbered folders that may be incomplete checkpoints, if there are."""
+    _, unknown = _sort(directory)
+    return _explain(directory, unknown) if unknown else None
+
+
+def _explain(directory: epath.Path, unknown: list[epath.Path]) -> str:
     names = ", ".join(folder.name for folder in unknown)
     if not is_remote(directory):
         return (
@@ -89,13 +94,8 @@ def numbered(directory: epath.Path) -> list[int]:
     return []
 
 
-def unknown_folders(directory: epath.Path) -> list[epath.Path]:
-    """List numbered folders with files that are neither complete nor known to be unfinished."""
-    return _sort(directory)[1]
-
-
 def _sort(directory: epath.Path) -> tuple[list[epath.Path], list[epath.Path]]:
-    """Return the numbered folders that are surely unfinished, and those that may be."""
+    """Return the numbered folders with files that are surely unfinished, and those that may be."""
     unfinished: list[epath.Path] = []
     unknown: list[epath.Path] = []
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
