@@ -26,7 +26,7 @@ def steps_of(workdir):
 def state_of(workdir, step=None):
     config = workdirs.read_config(str(workdir))
     checkpoints = Checkpoints(Path(workdir) / "checkpoints", read_only=True)
-    params = abstract_params(loading.unet_config_from(checkpoints.metadata()["unet"]))
+    params = abstract_params(loading.unet_config_from(checkpoints.metadata()))
     abstract = jax.eval_shape(lambda p: init_state(p, config), params)
     state, _ = checkpoints.restore(abstract, step)
     checkpoints.close()

@@ -88,8 +88,7 @@ def _saved_unet_config(config: Config, workdir: str) -> UNetConfig | None:
     with Checkpoints(folder, read_only=True) as checkpoints:
         if checkpoints.latest_step() is None:
             return None
-        saved = checkpoints.metadata()
-        return loading.unet_config_from(saved["unet"], str(folder), saved)
+        return loading.unet_config_from(checkpoints.metadata(), str(folder))
 
 
 def _given_unet(config: Config, mesh: Mesh) -> UNet | None:

@@ -6,9 +6,9 @@ either  ─► decoders that take the place of the VAE's
 """
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel.mesh import abstract
 from segdiff_jax.parallel.rules import state_sharding
 from segdiff_jax.text.tokenizer import Tokenizer
-from segdiff_jax.weights import hf_config, mask_decoders, pretrained
+from segdiff_jax.weights import hf_config, mask_decoders, pretrained, tensors
 from segdiff_jax.weights.checkpoint import Checkpoints
 from segdiff_jax.weights.workdir import (
     BEST_METRIC,
@@ -53,21 +53,22 @@ def load_networks(
     weights: "ema" | "raw" of a training; by default the EMA where the training kept one.
     which: "newest", "best" (by the mIoU of its validation) or a step, of a training's checkpoints.
     """
-    config = read_config(path)
-    if not is_workdir(path):
-        if weights:
-            raise UserError(f"{path}: an export has one set of weights: leave --weights out")
-        if which != "newest":
-            raise UserError(
-                f"{path}: an export has no checkpoints to choose from: leave --which out"
-            )
-        exported = _load_export(path)
-        return exported, _decoders(path, exported, None), None
-    if pretrained.is_whole(epath.Path(path) / PRETRAINED):
-        check_image_size(config, str(epath.Path(path) / PRETRAINED))
-    unet, config, step = load_unet(path, weights, which=which)
-    frozen = load_frozen(str(epath.Path(path) / PRETRAINED), jnp.dtype(config.model.dtype))
-    networks = unet, *frozen, config
+    config, folder, step = read_config(path), epath.Path(path), None
+    dtype = jnp.dtype(config.model.dtype)
+    if is_workdir(path):
+        folder /= PRETRAINED
+        if pretrained.is_whole(folder):
+            check_image_size(config, str(folder))
+        unet, config, step = load_unet(path, weights, which=which)
+    else:
+        if weights or which != "newest":
+            flag = "--weights" if weights else "--which"
+            raise UserError(f"{path}: an export is of one set of weights: leave {flag} out")
+        check_image_size(config, path)
+        found = pretrained.load(path, ("unet",), dtype=dtype)
+        assert found.unet
+        unet = found.unet
+    networks = unet, *load_frozen(str(folder), dtype), config
     return networks, _decoders(path, networks, step), step
 
 
@@ -92,21 +93,17 @@ def load_unet(
         raise UserError(f"{path}: was trained without EMA: use --weights raw")
     kept = "ema" if config.optimizer.ema_decay and weights != "raw" else "params"
     dtype = jnp.dtype(config.model.dtype)
-    checkpoints = Checkpoints(
-        epath.Path(path) / CHECKPOINTS, best_metric=BEST_METRIC, read_only=True
-    )
-    try:
+    folder = epath.Path(path) / CHECKPOINTS
+    with Checkpoints(folder, best_metric=BEST_METRIC, read_only=True) as checkpoints:
         wanted = _step(checkpoints, path, which)
-        saved = checkpoints.metadata(wanted)
-        unet_config = unet_config_from(saved["unet"], str(checkpoints.directory), saved)
-        unet = nnx.eval_shape(lambda: UNet(unet_config, dtype=dtype, rngs=nnx.Rngs(0)))
-        graph, params = nnx.split(unet)
+        unet_config = unet_config_from(checkpoints.metadata(wanted), str(folder))
+        graph, params = nnx.split(
+            tensors.shapes_of(functools.partial(UNet, unet_config, dtype=dtype))
+        )
         if mesh is not None:
             params = abstract(params, state_sharding(params, mesh))
         restored, _ = checkpoints.restore({kept: params}, wanted)
         step = checkpoints.used
-    finally:
-        checkpoints.close()
     assert step is not None
     log.info("%s: checkpoint of step %d", path, step)
     return nnx.merge(graph, restored[kept]), config, step
@@ -130,17 +127,14 @@ def _step(checkpoints: Checkpoints, path: str, which: str | int) -> int | None:
     return int(which)
 
 
-def unet_config_from(
-    values: Any, where: str = "checkpoint", metadata: Mapping[str, Any] = MappingProxyType({})
-) -> UNetConfig:
-    """Invert `dataclasses.asdict` after a trip through JSON.
+def unet_config_from(metadata: Mapping[str, Any], where: str = "checkpoint") -> UNetConfig:
+    """Return the architecture that `metadata` of a checkpoint, as of `checkpoint_metadata`, names.
 
-    where, metadata: of the checkpoint that `values` come from. Raises `UserError` that names it
-    for what no network can be built of.
+    Raises `UserError` that names `where` it is for what no network can be built of.
     """
     with reading_of(metadata.get(VERSION_KEY), where):
-        config = fields.build(UNetConfig, values or {}, "unet")
-        if not values:
+        config = fields.build(UNetConfig, metadata["unet"] or {}, "unet")
+        if not metadata["unet"]:
             raise UserError("holds no UNet: name the workdir of a diffusion stage")
         hf_config.check_unet(config, "unet", {})
     return config
@@ -169,8 +163,7 @@ def load_frozen(
 
 def _decoders(path: str, networks: Networks, step: int | None) -> mask_decoders.Decoders:
     _, vae, text_encoder, *_ = networks
-    folder = epath.Path(path)
-    tiny, joint = folder, folder
+    folder = tiny = joint = epath.Path(path)
     if step is not None:
         tiny, joint = folder / PRETRAINED, joint_folder(path, step)
     return mask_decoders.Decoders(
@@ -198,12 +191,3 @@ def with_nearest_decoder(
         )
     sampler = dataclasses.replace(config.sampler, decoder=name)
     return *networks[:-1], dataclasses.replace(config, sampler=sampler)
-
-
-def _load_export(path: str) -> Networks:
-    config = read_config(path)
-    check_image_size(config, path)
-    dtype = jnp.dtype(config.model.dtype)
-    unet = pretrained.load(path, components=("unet",), dtype=dtype).unet
-    assert unet
-    return (unet, *load_frozen(path, dtype), config)

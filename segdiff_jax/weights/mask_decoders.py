@@ -5,6 +5,7 @@ joint_decoder.safetensors (joint/STEP/)  trained after it, where config.joint.st
 tiny_vae/ (of a workdir: pretrained/) an AutoencoderTiny of the same latent space, put there by hand
 """
 
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from segdiff_jax.models.layers import Dtype
 from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.tiny_vae import TinyVAE
 from segdiff_jax.models.vae import VAEConfig
-from segdiff_jax.weights import pretrained, safetensors_files
+from segdiff_jax.weights import pretrained, safetensors_files, tensors
 
 LINEAR, TINY, JOINT = "linear_decoder.safetensors", "tiny_vae", "joint_decoder.safetensors"
 
@@ -48,6 +49,12 @@ def nearest(wanted: str, decoders: Decoders) -> str:
     return wanted
 
 
+def _found(folder: os.PathLike[str] | str, name: str) -> epath.Path | None:
+    path = epath.Path(folder) / name
+    with files.reading(path):
+        return path if path.exists() else None
+
+
 def linear_to_bytes(decoder: LinearDecoder) -> bytes:
     """Serialise the contents of `linear_decoder.safetensors`."""
     return safetensors.numpy.save({k: np.asarray(v) for k, v in decoder._asdict().items()})
@@ -58,10 +65,8 @@ def read_linear(folder: os.PathLike[str] | str, vae: VAEConfig) -> LinearDecoder
 
     Raises `UserError` for a damaged file, and for one that was not fitted to such a VAE.
     """
-    path = epath.Path(folder) / LINEAR
-    with files.reading(path):
-        if not path.exists():
-            return None
+    if (path := _found(folder, LINEAR)) is None:
+        return None
     pixels = vae.downsampling**2
     expected = {"kernel": (3, 3, vae.latent_channels, pixels), "bias": (pixels,)}
     return LinearDecoder(**_arrays(path, expected, "fitted to this VAE"))
@@ -84,12 +89,10 @@ def read_joint(
 
     Raises `UserError` for a damaged file, and for one that reads text of another width.
     """
-    path = epath.Path(folder) / JOINT
-    with files.reading(path):
-        if not path.exists():
-            return None
-    build = lambda: JointDecoder(text_width, dtype=dtype, rngs=nnx.Rngs(0))  # noqa: E731
-    graph, state = nnx.split(nnx.eval_shape(build))
+    if (path := _found(folder, JOINT)) is None:
+        return None
+    make = functools.partial(JointDecoder, text_width, dtype=dtype)
+    graph, state = nnx.split(tensors.shapes_of(make))
     leaves = list(nnx.to_flat_state(state))
     shapes = {_name(key): leaf.shape for key, leaf in leaves}
     arrays = _arrays(path, shapes, "trained for this text encoder")
@@ -119,10 +122,8 @@ def read_tiny(
 
     Raises `UserError` as `pretrained.load` does, and for one with another latent space's shape.
     """
-    path = epath.Path(folder) / TINY
-    with files.reading(path):
-        if not path.exists():
-            return None
+    if (path := _found(folder, TINY)) is None:
+        return None
     tiny = pretrained.load(folder, (TINY,), dtype=dtype).tiny_vae
     assert tiny is not None
     shape = tiny.config.latent_channels, tiny.config.downsampling
