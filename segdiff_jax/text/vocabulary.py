@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from segdiff_jax import files, stored
+from segdiff_jax import stored
 from segdiff_jax.errors import UserError
 from segdiff_jax.text import colors
 
@@ -191,26 +191,8 @@ def load(name_or_path: str | epath.PathLike) -> Vocabulary:
         return _from_object(stored.read_object(_PACKAGED / f"{text}.json"), text)
     if text.endswith(".json"):
         return _from_object(stored.read_object(name_or_path, "name the file of a class list"), text)
-    return _from_lines(_lines_of(name_or_path), text)
-
-
-def _lines_of(path: str | epath.PathLike) -> str:
-    """Return the text of a classes.txt. An empty one is no fault of the file's here."""
-    try:
-        with files.reading(path):
-            data = epath.Path(path).read_bytes()
-        reason = data.strip() and stored.instead(data)
-        if reason:
-            raise UserError(f"{path}: {reason}")
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not text in UTF-8, write one class name a line") from error
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise UserError(
-            f"vocabulary {str(path)!r}: no such file, and not one of {', '.join(packaged())}"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error}): name another file") from error
+    mend = f"give a file in UTF-8 with one class name a line, or one of {', '.join(packaged())}"
+    return _from_lines(stored.read_text(name_or_path, mend), text)
 
 
 def _from_lines(content: str, path: str) -> Vocabulary:
