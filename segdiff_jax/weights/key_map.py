@@ -70,20 +70,21 @@ def canonical_name(component: str, name: str) -> str | None:
 
 def file_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape a published file has for our array of `shape` at `path`."""
-    if not path.endswith("/kernel"):
-        return shape
-    return shape[::-1] if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
+    return tuple(shape[axis] for axis in _file_axes(path, len(shape)))
 
 
 def from_file(path: str, array: np.ndarray) -> np.ndarray:
     """Lay a tensor of a file out as ours (a view)."""
-    if not path.endswith("/kernel"):
-        return array
-    return array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
+    return np.transpose(array, np.argsort(_file_axes(path, array.ndim)))
 
 
 def to_file(path: str, array: np.ndarray) -> np.ndarray:
     """Invert `from_file`."""
+    return np.transpose(array, _file_axes(path, array.ndim))
+
+
+def _file_axes(path: str, dimensions: int) -> tuple[int, ...]:
+    """Return our axes in the order of a file's."""
     if not path.endswith("/kernel"):
-        return array
-    return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
+        return tuple(range(dimensions))
+    return (1, 0) if dimensions == 2 else (3, 2, 0, 1)
