@@ -95,9 +95,6 @@ def load(
       UserError: no such folder, an architecture that our modules do not have, damaged files, or
         tensors that are missing, unexpected or of the wrong shape (all of them in one error).
     """
-    wrong = [name for name in components if name not in Pretrained._fields]
-    if wrong:
-        raise ValueError(f"{wrong[0]!r} is not one of {Pretrained._fields}")
     files.check_scheme(source)
     networks = [name for name in STEM if name in components]
     parts: dict[str, Any] = {}
@@ -211,11 +208,11 @@ def describe(
     """
     files.check_scheme(source)
     found: dict[str, Any] = dict.fromkeys(Described._fields)
+    networks = [name for name in components if name in STEM]
     if is_single_file(source):
         if variant:
             raise UserError(f"{source}: one file has no variants: leave {variant!r} out")
         with contextlib.ExitStack() as stack:
-            networks = [name for name in components if name in STEM]
             in_file = _in_file(epath.Path(source), networks, stack)
             return Described(**found | {name: part.config for name, part in in_file.items()})
     root = hub.locate_configs(os.fspath(source))
@@ -232,9 +229,8 @@ def describe(
         others = ", ".join(sorted(name or "the plain files" for name in kept))
         raise UserError(f"{root}: no weights of the variant {variant!r}, but {others}: choose")
     if root == epath.Path(source):  # no repository
-        for name in (name for name in components if name in STEM):
-            here = variant if variant in hub.variants(root / name, name) else None
-            hub.find_weights(root / name, name, here)
+        for name in networks:
+            hub.find_weights(root / name, name, variant)
     return Described(**found)
 
 
@@ -298,8 +294,6 @@ def save(
     Raises:
       UserError: the place holds other files or cannot be written, or a weight overflows float16.
     """
-    if dtype not in safetensors_files.FLOATS:
-        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(safetensors_files.FLOATS)}")
     extra = extra_files or {}
     given = {name: part for name, part in pretrained._asdict().items() if part is not None}
     names = [f"{hub.folder_name(name)}/{file}" for name in given for file in _file_names(name)]

@@ -16,7 +16,6 @@ W/.segdiff_files.json  which of these names a run wrote, so that nothing of the 
 import dataclasses
 import functools
 import json
-import logging
 import os
 import re
 from typing import Any
@@ -34,8 +33,6 @@ from segdiff_jax.text import vocabulary
 from segdiff_jax.text.vocabulary import Vocabulary
 from segdiff_jax.weights import step_folders
 from segdiff_jax.weights.hub import INDEX
-
-log = logging.getLogger(__name__)
 
 PRETRAINED, CHECKPOINTS, LATENTS = "pretrained", "checkpoints", "latents"
 VAE_STAGE, JOINT_STAGE = "vae", "joint"
@@ -154,7 +151,7 @@ def read_config(workdir: str) -> Config:
 
 
 def read_classes(path: str) -> Vocabulary | None:
-    """Read the classes that a run or an export was trained with; None of an earlier version."""
+    """Read the classes that a run or an export was trained with; None where it does not say."""
     stored = epath.Path(path) / CLASSES
     with reading(path):
         return vocabulary.load(stored) if stored.exists() else None
@@ -169,12 +166,6 @@ def settle_classes(workdir: str, classes: Vocabulary, write: bool) -> None:
     begun = folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
     stored = read_classes(workdir) if begun else None
     if stored is None:
-        if begun and write:
-            log.warning(
-                "%s: does not say which classes it was started with (it is of an earlier version): "
-                "it goes on with %s",
-                *(workdir, classes.summary()),
-            )
         if write:
             write_text(epath.Path(workdir) / CLASSES, vocabulary.to_json(classes))
         return

@@ -169,8 +169,10 @@ def test_reads_shards_and_variants(tmp_path):
     only = write(tmp_path / "only")
     tiny_unet().half().save_pretrained(only / "unet", variant="fp16", max_shard_size="20KB")
     assert_same(load(only, ("unet",)).unet, load(root, ("unet",), variant="fp16").unet)
-    with pytest.raises(UserError, match="bf16: there is no such variant, but fp16"):
-        load(only, ("unet",), variant="bf16")
+    vae((8,), norm_num_groups=4).save_pretrained(only / "vae", variant="bf16")
+    for call in (describe, load):
+        with pytest.raises(UserError, match="bf16: there is no such variant, but fp16"):
+            call(only, ("unet",), variant="bf16")
     shard = sorted((only / "unet").glob("*.safetensors"))[1]
     shard.unlink()
     with pytest.raises(UserError, match=f"{shard.name}: this shard is missing"):
@@ -266,18 +268,6 @@ DAMAGE = {
 }
 
 
-def test_damaged_weights_name_the_file(exported, tmp_path):
-    path = shutil.copytree(exported, tmp_path / "m") / "vae" / WEIGHTS
-    good = path.read_bytes()
-    for damage in DAMAGE.values():
-        bad = damage(good, int.from_bytes(good[:8], "little"))
-        assert bad != good
-        path.write_bytes(bad)
-        with pytest.raises(UserError, match=WEIGHTS) as error:
-            load(tmp_path / "m", ("vae",))
-        assert "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8])
 def test_quantised_weights_are_refused(kind, tmp_path):
     root = write(tmp_path, unet=tiny_unet())
@@ -330,7 +320,6 @@ def test_only_what_is_asked_for_must_exist(exported, tmp_path):
     ("read", "values", "message"),
     [
         ("unet", {"class_embed_type": "timestep"}, "class_embed_type='timestep' is not supp"),
-        ("unet", {"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
         ("unet", {"layers_per_block": [1, 2, 2, 2]}, "layers_per_block"),
         ("unet", {"down_block_types": ["AttnDownBlock2D"] * 4}, "AttnDownBlock2D"),
         ("unet", {"up_block_types": ["UpBlock2D"] * 4}, "must mirror"),
@@ -342,30 +331,23 @@ def test_only_what_is_asked_for_must_exist(exported, tmp_path):
         ("unet", {"in_channels": 10**30}, "in_channels=10+: must be at least 1 and at most"),
         ("unet", {"block_out_channels": [0, 8, 8, 8]}, "block_out_channels"),
         ("unet", {"block_out_channels": []}, "levels"),
-        ("unet", {"block_out_channels": 8}, "block_out_channels=8"),
         ("unet", {"attention_head_dim": [8]}, "attention_head_dim has 1 levels instead of 4"),
-        ("unet", {"attention_head_dim": "8"}, "attention_head_dim"),
         ("unet", {"down_block_types": 5}, "down_block_types holds 5"),
         ("unet", {"down_block_types": [[], 1, 2, 3]}, "down_block_types holds"),
         ("unet", {"norm_eps": 0}, "norm_eps=0.0: must be at least"),
-        ("unet", {"use_linear_projection": "yes"}, "use_linear_projection='yes': must be bool"),
         ("vae", {"scaling_factor": 0}, "scaling_factor=0.0: must be at least 0.0001"),
-        ("vae", {"scaling_factor": -1}, "scaling_factor=-1.0"),
         ("vae", {"scaling_factor": 1e-9}, "scaling_factor=1e-09"),
         ("vae", {"scaling_factor": float("nan")}, "scaling_factor=nan: must be float"),
-        ("vae", {"scaling_factor": "0.18"}, "scaling_factor='0.18': must be float"),
         ("vae", {"scaling_factor": None}, "scaling_factor=None"),
         ("text_encoder", {"layer_norm_eps": -1e-5}, "layer_norm_eps=-1e-05"),
         ("text_encoder", {"num_attention_heads": 0}, "num_attention_heads=0"),
         ("text_encoder", {"hidden_act": ["gelu"]}, "hidden_act"),
         ("schedule", {"beta_start": -0.1}, "beta_start=-0.1: must be at least"),
         ("schedule", {"trained_betas": [0.1]}, "trained_betas"),
-        ("schedule", {"steps_offset": -1}, "steps_offset=-1"),
         ("vae", {"use_quant_conv": False}, "use_quant_conv"),
         ("vae", {"_class_name": "VQModel"}, "VQModel"),
         ("text_encoder", {"hidden_act": "relu"}, "hidden_act='relu'"),
         ("schedule", {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
-        ("schedule", {"clip_sample": True}, "clip_sample"),
         ("schedule", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatch.* not supp"),
         (
             "unet",
@@ -393,52 +375,47 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
 HTML = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
 
 
-def test_what_stands_in_place_of_a_file_is_named(exported, tmp_path):
+NO_CONFIG = (b"[" * 100_000, b'{"scaling_factor": NaN}', b"7", b'{"a": 1')
+NO_TOKENIZER = (
+    ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}),
+    ("tokenizer_config.json", {"bos_token": {"content": [1]}}),
+    ("vocab.json", {"a": "b"}),
+)
+PART_OF = {
+    "unet/config.json": "unet",
+    f"unet/{WEIGHTS}": "unet",
+    "text_encoder/model.safetensors": "text_encoder",
+    "tokenizer/vocab.json": "tokenizer",
+    "tokenizer/merges.txt": "tokenizer",
+    "tokenizer/tokenizer_config.json": "tokenizer",
+    "scheduler/scheduler_config.json": "schedule",
+}
+
+
+def test_a_file_that_is_damaged_or_something_else_is_named(exported, tmp_path):
     folder = shutil.copytree(exported, tmp_path / "m")
-    for file, part in {
-        "unet/config.json": "unet",
-        f"unet/{WEIGHTS}": "unet",
-        "text_encoder/model.safetensors": "text_encoder",
-        "tokenizer/vocab.json": "tokenizer",
-        "tokenizer/merges.txt": "tokenizer",
-        "tokenizer/tokenizer_config.json": "tokenizer",
-        "scheduler/scheduler_config.json": "schedule",
-    }.items():
+
+    def refused(part, file, bad, says="", named=None):
         path, good = folder / file, (folder / file).read_bytes()
-        for data, says in (
-            (LFS, "a git-lfs pointer.* `git lfs pull`"),
-            (HTML, "an HTML page.*again"),
-        ):
-            path.write_bytes(data)
-            with pytest.raises(UserError, match=f"{path}: {says}") as error:
-                load(folder, (part,))
-            assert "\n" not in str(error.value)
+        assert bad != good
+        path.write_bytes(bad)
+        with pytest.raises(UserError, match=f"{named or path}.*{says}") as error:
+            load(folder, (part,))
+        assert "\n" not in str(error.value)
         path.write_bytes(good)
 
-
-def test_json_that_is_no_config_names_the_file(exported, tmp_path):
-    path = shutil.copytree(exported, tmp_path / "m") / "vae" / "config.json"
-    for text in ("[" * 100_000, '{"scaling_factor": NaN}', "7", '{"a": 1'):
-        path.write_text(text)
-        with pytest.raises(UserError, match=str(path)) as error:
-            load(tmp_path / "m", ("vae",))
-        assert "\n" not in str(error.value)
-
-
-def test_a_tokenizer_of_other_shapes_names_the_folder(exported, tmp_path):
-    folder = shutil.copytree(exported, tmp_path / "m") / "tokenizer"
-    for file, value in (
-        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}),
-        ("tokenizer_config.json", {"bos_token": {"content": [1]}}),
-        ("vocab.json", {"a": "b"}),
-    ):
-        before = (folder / file).read_bytes()
-        (folder / file).write_text(json.dumps(json.loads(before) | value))
-        with pytest.raises(UserError, match=str(folder)) as error:
-            load(tmp_path / "m", ("tokenizer",))
-        assert "\n" not in str(error.value)
-        (folder / file).write_bytes(before)
+    good = (folder / "vae" / WEIGHTS).read_bytes()
+    for damage in DAMAGE.values():
+        refused("vae", f"vae/{WEIGHTS}", damage(good, int.from_bytes(good[:8], "little")))
+    for bad in NO_CONFIG:
+        refused("vae", "vae/config.json", bad)
+    for name, value in NO_TOKENIZER:
+        bad = json.loads((folder / "tokenizer" / name).read_bytes()) | value
+        refused("tokenizer", f"tokenizer/{name}", json.dumps(bad).encode(), "", folder)
+    for file, part in PART_OF.items():
+        refused(part, file, LFS, ": a git-lfs pointer.* `git lfs pull`")
+        refused(part, file, HTML, ": an HTML page.*again")
 
 
 def test_published_configs_of_stable_diffusion():
@@ -509,14 +486,8 @@ def test_host_memory_holds_a_few_tensors_at_most(tmp_path):
     assert peak <= 0.3 * total
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("/no/such/folder", "/no/such/folder: no such folder"),
-        ("gs-bucket", "gs-bucket: no such folder"),
-    ],
-)
-def test_unknown_sources_are_named(source, message):
-    with pytest.raises(UserError, match=message) as error:
+@pytest.mark.parametrize("source", ["/no/such/folder", "gs-bucket"])
+def test_unknown_sources_are_named(source):
+    with pytest.raises(UserError, match=f"{source}: no such folder") as error:
         load(source, ("vae",))
     assert "\n" not in str(error.value)
