@@ -22,69 +22,72 @@ from segdiff_jax.text.tokenizer import train_tokenizer
 from segdiff_jax.training import origin
 from segdiff_jax.weights.pretrained import describe, load
 
-LEVELS, LAYERS = 2, 2
+NETWORKS = ("unet", "vae", "text_encoder")
+
+# Names of diffusers and transformers → those of CompVis and OpenCLIP, for two levels of two layers.
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0"}
 RESNET |= {"conv2": "out_layers.3", "time_emb_proj": "emb_layers.1"}
 RESNET |= {"conv_shortcut": "skip_connection"}
-BLOCK = r"put_blocks\.\d+\.0|middle_block\.[02]"
-NETWORKS = ("unet", "vae", "text_encoder")
+UNET = [
+    (r"^time_embedding\.linear_(\d)", lambda m: f"time_embed.{2 * int(m[1]) - 2}"),
+    (r"^conv_in", "input_blocks.0.0"),
+    (r"^conv_norm_out", "out.0"),
+    (r"^conv_out", "out.2"),
+    (r"^mid_block\.resnets\.(\d)", lambda m: f"middle_block.{2 * int(m[1])}"),
+    (r"^mid_block\.attentions\.0", "middle_block.1"),
+    (r"\.resnets\.(\d)", r".\1.0"),
+    (r"\.attentions\.(\d)", r".\1.1"),
+    (r"^down_blocks\.(\d)\.(\d)", lambda m: f"input_blocks.{3 * int(m[1]) + int(m[2]) + 1}"),
+    (r"^up_blocks\.(\d)\.(\d)", lambda m: f"output_blocks.{3 * int(m[1]) + int(m[2])}"),
+    (r"^down_blocks\.0\.downsamplers\.0\.conv", "input_blocks.3.0.op"),
+    (r"^up_blocks\.0\.upsamplers\.0", "output_blocks.2.1"),
+    *(
+        (rf"^((?:in|out)put_blocks\.\d+\.0|middle_block\.[02])\.{theirs}\.", rf"\1.{original}.")
+        for theirs, original in RESNET.items()
+    ),
+]
+VAE = [
+    (r"conv_norm_out", "norm_out"),
+    (r"conv_shortcut", "nin_shortcut"),
+    (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{1 + int(m[1])}"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"group_norm", "norm"),
+    (r"to_([qkv])\.", r"\1."),
+    (r"to_out\.0", "proj_out"),
+    (r"down_blocks\.(\d)", r"down.\1"),
+    (r"up_blocks\.(\d)", lambda m: f"up.{1 - int(m[1])}"),
+    (r"resnets", "block"),
+    (r"(down|up)samplers\.0", r"\1sample"),
+]
+OPEN_CLIP = [
+    (r"^embeddings\.token_embedding", "token_embedding"),
+    (r"^embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"^final_layer_norm", "ln_final"),
+    (r"layer_norm(\d)", r"ln_\1"),
+    (r"^encoder\.layers", "transformer.resblocks"),
+    (r"self_attn", "attn"),
+    (r"mlp\.fc1", "mlp.c_fc"),
+    (r"mlp\.fc2", "mlp.c_proj"),
+]
 
 
-def unet_names() -> dict[str, str]:
-    """Beginnings of diffusers' names → CompVis's, for levels that all but the last attend."""
-    names = {
-        "time_embedding.linear_1.": "time_embed.0.",
-        "time_embedding.linear_2.": "time_embed.2.",
-    }
-    names |= {"conv_in.": "input_blocks.0.0.", "conv_norm_out.": "out.0.", "conv_out.": "out.2."}
-    for i, part in enumerate(("resnets.0.", "attentions.0.", "resnets.1.")):
-        names[f"mid_block.{part}"] = f"middle_block.{i}."
-    for level in range(LEVELS):
-        for layer in range(LAYERS + 1):
-            down, up = (LAYERS + 1) * level + layer + 1, (LAYERS + 1) * level + layer
-            names[f"down_blocks.{level}.resnets.{layer}."] = f"input_blocks.{down}.0."
-            names[f"down_blocks.{level}.attentions.{layer}."] = f"input_blocks.{down}.1."
-            names[f"up_blocks.{level}.resnets.{layer}."] = f"output_blocks.{up}.0."
-            names[f"up_blocks.{level}.attentions.{layer}."] = f"output_blocks.{up}.1."
-        halving, last = (LAYERS + 1) * (level + 1), (LAYERS + 1) * level + LAYERS
-        names[f"down_blocks.{level}.downsamplers.0.conv."] = f"input_blocks.{halving}.0.op."
-        names[f"up_blocks.{level}.upsamplers.0."] = f"output_blocks.{last}.{2 if level else 1}."
-    return names
-
-
-def renamed(tensors, beginnings, pieces=()):
+def renamed(tensors, rules):
     found = {}
     for name, tensor in tensors.items():
-        begin = next((b for b in beginnings if name.startswith(b)), "")
-        name = beginnings.get(begin, "") + name.removeprefix(begin)
-        for theirs, original in pieces:
-            name = re.sub(theirs, original, name)
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
         found[name] = tensor.contiguous()
     return found
 
 
 def vae_file(tensors):
-    pieces = [(r"conv_norm_out", "norm_out"), (r"conv_shortcut", "nin_shortcut")]
-    pieces += [(rf"mid_block\.resnets\.{i}", f"mid.block_{i + 1}") for i in range(2)]
-    pieces += [(r"mid_block\.attentions\.0", "mid.attn_1"), (r"group_norm", "norm")]
-    pieces += [(r"to_([qkv])\.", r"\1."), (r"to_out\.0", "proj_out")]
-    pieces += [(r"down_blocks\.(\d)\.resnets", r"down.\1.block")]
-    pieces += [(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample")]
-    for i in range(LEVELS):
-        pieces += [(rf"up_blocks\.{i}\.resnets", f"up.{LEVELS - 1 - i}.block")]
-        pieces += [(rf"up_blocks\.{i}\.upsamplers\.0", f"up.{LEVELS - 1 - i}.upsample")]
-    found = renamed(tensors, {}, pieces)
+    found = renamed(tensors, VAE)
     attention = re.compile(r".*mid\.attn_1\.(q|k|v|proj_out)\.weight")
     return {n: t[..., None, None] if attention.fullmatch(n) else t for n, t in found.items()}
 
 
 def open_clip_names(tensors):
-    pieces = [(r"^embeddings\.token_embedding", "token_embedding")]
-    pieces += [(r"^embeddings\.position_embedding\.weight", "positional_embedding")]
-    pieces += [(r"^final_layer_norm", "ln_final"), (r"layer_norm(\d)", r"ln_\1")]
-    pieces += [(r"^encoder\.layers", "transformer.resblocks"), (r"self_attn", "attn")]
-    pieces += [(r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj")]
-    found = renamed(tensors, {}, pieces)
+    found = renamed(tensors, OPEN_CLIP)
     for name in [name for name in found if "q_proj" in name]:
         parts = [found.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
         found[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
@@ -131,17 +134,10 @@ def both(request, tmp_path_factory) -> tuple[Path, Path]:
     words = {n.removeprefix("text_model."): t for n, t in text.state_dict().items()}
     words = {name: tensor for name, tensor in words.items() if not name.endswith("position_ids")}
     parts = {
-        "model.diffusion_model.": renamed(
-            unet.state_dict(),
-            unet_names(),
-            [
-                (rf"({BLOCK})\.{theirs}\.", rf"\1.{original}.")
-                for theirs, original in RESNET.items()
-            ],
-        ),
+        "model.diffusion_model.": renamed(unet.state_dict(), UNET),
         "first_stage_model.": vae_file(vae.state_dict()),
         "cond_stage_model.model." if two else "cond_stage_model.transformer.text_model.": (
-            open_clip_file(words) if two else renamed(words, {})
+            open_clip_file(words) if two else renamed(words, ())
         ),
     }
     checkpoint = {prefix + n: t for prefix, part in parts.items() for n, t in part.items()}
