@@ -4,7 +4,6 @@ Weights are published whole or in shards with an index, as plain files or as var
 under names that have changed over the years.
 """
 
-import logging
 import os
 import re
 from collections.abc import Collection
@@ -35,8 +34,6 @@ _NAMES = (  # how weights are published, best first; the last three are indices 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 DEMO = "demo"  # the folder of the model that comes with the package
-
-log = logging.getLogger(__name__)
 
 
 def folder_name(component: str) -> str:
@@ -154,26 +151,24 @@ def find_weights(folder: epath.Path, component: str, variant: str | None) -> lis
 
     Without `variant` the plain files are preferred, then the only variant: parameters become
     float32 in any case. With it, a component that lacks the variant falls back on its plain files,
-    since many repositories have it for the UNet alone; the log says so. Raises `UserError` when
-    there are no weights, or only pickles.
+    since many repositories have it for the UNet alone. Raises `UserError` when there are no
+    weights, or only pickles.
     """
     present = variants(folder, component)
     if not present:
         raise _no_weights(folder)
-    wanted = variant or ""
+    others = ", ".join(sorted(present))
     if variant is None and "" not in present:
         if len(present) > 1:
             raise UserError(
-                f"{folder}: there are only the variants {', '.join(sorted(present))}: "
-                f"choose one, for a training with --config.init_variant={min(present)}"
+                f"{folder}: there are only the variants {others}: choose one, for a training with "
+                f"--config.init_variant={min(present)}"
             )
         (wanted,) = present
-    if wanted not in present and "" in present:
-        log.info("%s: has no variant %s, its plain files are read", folder, wanted)
-        wanted = ""
-    if wanted not in present:
-        others = ", ".join(sorted(present))
-        raise UserError(f"{folder}: {variant}: there is no such variant, but {others}: choose")
+    else:
+        wanted = variant if variant and variant in present else ""
+        if wanted not in present:
+            raise UserError(f"{folder}: {variant}: there is no such variant, but {others}: choose")
     path = folder / present[wanted]
     return [path] if path.suffix == ".safetensors" else _shards(path)
 

@@ -8,6 +8,7 @@ memory holds the parameters once, or on each device its own part of them.
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ from segdiff_jax.text import tokenizer as tokenizers
 from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.weights import hf_config, hub, ldm_key_map, safetensors_files, tensors
 from segdiff_jax.weights.hub import INDEX, STEM
+
+log = logging.getLogger(__name__)
 
 _CLASSES = {  # of each component, as others call them
     "unet": ["diffusers", "UNet2DConditionModel"],
@@ -139,6 +142,8 @@ def _in_folder(
 ) -> _Found:
     config = _read_config(root, component)
     paths = hub.find_weights(root / component, component, variant)
+    if variant and variant not in hub.variants(root / component, component):
+        log.info("%s: has no variant %s, its plain files are read", root / component, variant)
     opened = stack.enter_context(safetensors_files.opened(paths))
     return _Found(root / component, config, list(tensors.entries(paths, opened)))
 
