@@ -1,12 +1,13 @@
 """Export a model: `python -m segdiff_jax.export --checkpoint W --output D --format diffusers`."""
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,7 +182,7 @@ def write_folder(
     unet, vae, text_encoder, tokenizer, config = networks
     config = portable(config)
     settings = files.to_json(stored(config))
-    card = model_card(config, unet.config, vae.config)
+    card = model_card(config, unet.config.in_channels)
     decoders = decoders or mask_decoders.Decoders()
     frozen = vae, text_encoder, tokenizer
     parts = pretrained.Pretrained(unet, *frozen, config.diffusion, decoders.tiny)
@@ -217,13 +218,9 @@ def _check_hub(repository: str, output: str) -> None:
 
     if files.is_remote(output):
         raise UserError(f"--output {output}: only a local folder can be pushed: push from there")
-    try:
+    with _pushing(repository):
         validate_repo_id(repository)
         _asked(HfApi().whoami)
-    except waiting.NoAnswer:
-        raise
-    except Exception as error:  # the library raises its own, httpx's, OSError and ValueError
-        raise _hub_error(repository, error) from error
 
 
 def _push(repository: str, folder: str) -> str:
@@ -233,7 +230,7 @@ def _push(repository: str, folder: str) -> str:
     api, root = HfApi(), Path(folder)
     paths = sorted(path for path in root.rglob("*") if path.is_file())
     paths = [path for path in paths if path.name != ownership.MARKER]  # it is about this disk
-    try:
+    with _pushing(repository):
         url = _asked(lambda: api.create_repo(repository, private=True, exist_ok=True))
         # Not upload_folder: its uploads in batches make a commit of each.
         operations = [CommitOperationAdd(path.relative_to(root).as_posix(), path) for path in paths]
@@ -242,10 +239,6 @@ def _push(repository: str, folder: str) -> str:
         )
         # How far it is cannot be seen, so it has no end but that of the library's own patience.
         waiting.bounded(commit, waiting.Wait(f"Hugging Face to take {repository}", None))
-    except waiting.NoAnswer:
-        raise
-    except Exception as error:
-        raise _hub_error(repository, error) from error
     return str(url)
 
 
@@ -255,11 +248,18 @@ def _asked(request: Callable[[], Any]) -> Any:
     return waiting.bounded(request, wait)
 
 
-def _hub_error(repository: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200] or repr(error)
-    return UserError(
-        f"--push-to-hub {repository}: {reason}: check the name, the network and `hf auth login`"
-    )
+@contextlib.contextmanager
+def _pushing(repository: str) -> Iterator[None]:
+    """Turn what Hugging Face refuses, or its library cannot do, into a `UserError`."""
+    try:
+        yield
+    except waiting.NoAnswer:
+        raise
+    except Exception as error:  # the library raises its own, httpx's, OSError and ValueError
+        reason = " ".join(str(error).split())[:200] or repr(error)
+        raise UserError(
+            f"--push-to-hub {repository}: {reason}: check the name, the network and `hf auth login`"
+        ) from error
 
 
 if __name__ == "__main__":

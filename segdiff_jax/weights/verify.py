@@ -1,11 +1,9 @@
 """Comparison of an exported folder in diffusers with the same folder here: `export --verify`."""
 
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -39,46 +37,37 @@ def differences(folder: str, image_size: tuple[int, int]) -> dict[str, float]:
 
     loaded = pretrained.load(folder, ("unet", "vae"))
     assert loaded.unet and loaded.vae
+    unet, vae = loaded.unet, loaded.vae
     read: dict[str, Any] = {"torch_dtype": torch.float32}
-    unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **read)
-    vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae", **read)
-    theirs: dict[str, Any] = {
-        "unet": lambda x, t, context: unet(_nchw(x), torch.tensor(t), torch.tensor(context)).sample,
-        "vae encoder": lambda x: vae.encode(_nchw(x)).latent_dist.mean,
-        "vae decoder": lambda z: vae.decode(_nchw(z)).sample,
-    }
-    found = {}
-    for name, ours, inputs in _cases(loaded.unet, loaded.vae, image_size):
-        with torch.no_grad():
-            expected = theirs[name](*inputs).numpy().transpose(0, 2, 3, 1)
-        with jax.default_matmul_precision("highest"):
-            output = np.asarray(ours(*map(jnp.asarray, inputs)))
-        found[name] = float(np.abs(output - expected).max() / np.abs(expected).max())
-    return found
+    torch_unet = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **read)
+    torch_vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae", **read)
 
-
-def _cases(
-    unet: UNet, vae: VAE, image_size: tuple[int, int]
-) -> Iterator[tuple[str, Any, tuple[np.ndarray, ...]]]:
-    """Return (name, our function, its inputs) of each network, channels last."""
     rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal((1, *shape), np.float32)  # noqa: E731
+    size = tuple(length // vae.config.downsampling for length in image_size)
+    sample = normal(*size, unet.config.in_channels)
+    step = np.array([500])
+    context = normal(_TOKENS, unet.config.cross_attention_dim)
+    pixels = normal(*image_size, vae.config.in_channels).clip(-1, 1)
+    latents = normal(*size, vae.config.latent_channels)
 
-    def normal(*shape: int) -> np.ndarray:
-        return rng.standard_normal(shape, np.float32)
-
-    height, width = (length // vae.config.downsampling for length in image_size)
-    sample = normal(1, height, width, unet.config.in_channels)
-    context = normal(1, _TOKENS, unet.config.cross_attention_dim)
-    pixels = normal(1, *image_size, vae.config.in_channels).clip(-1, 1)
-    latents = normal(1, height, width, vae.config.latent_channels)
+    with torch.no_grad():
+        to_torch = lambda x: torch.from_numpy(x.transpose(0, 3, 1, 2).copy())  # noqa: E731
+        steps, text = torch.tensor(step), torch.tensor(context)
+        theirs = {
+            "unet": torch_unet(to_torch(sample), steps, text).sample,
+            "vae encoder": torch_vae.encode(to_torch(pixels)).latent_dist.mean,
+            "vae decoder": torch_vae.decode(to_torch(latents)).sample,
+        }
     jit: Any = nnx.jit
-    run, encode, decode = jit(UNet.__call__), jit(VAE.encode), jit(VAE.decode)
-    yield "unet", lambda *x: run(unet, *x), (sample, np.array([500]), context)
-    yield "vae encoder", lambda *x: encode(vae, *x)[0], (pixels,)
-    yield "vae decoder", lambda *x: decode(vae, *x), (latents,)
-
-
-def _nchw(array: np.ndarray) -> Any:
-    import torch
-
-    return torch.from_numpy(array.transpose(0, 3, 1, 2).copy())
+    with jax.default_matmul_precision("highest"):
+        ours = {
+            "unet": jit(UNet.__call__)(unet, sample, step, context),
+            "vae encoder": jit(VAE.encode)(vae, pixels)[0],
+            "vae decoder": jit(VAE.decode)(vae, latents),
+        }
+    found = {}
+    for name, tensor in theirs.items():
+        expected = tensor.numpy().transpose(0, 2, 3, 1)
+        found[name] = float(np.abs(ours[name] - expected).max() / np.abs(expected).max())
+    return found
