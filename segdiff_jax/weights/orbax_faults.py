@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 from segdiff_jax import waiting
@@ -80,21 +81,25 @@ def _answers_and_failures() -> tuple[float, float]:
 
 @functools.cache
 def silence() -> None:
-    """Drop tracebacks of failed writes, and what Orbax warns of a folder that is only read."""
+    """Drop tracebacks of failed reads and writes, and what Orbax warns of a read-only folder."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_news)
-    sys.unraisablehook = functools.partial(_unless_loop_is_closed, sys.unraisablehook)
+    sys.unraisablehook = functools.partial(_unless_left_over, sys.unraisablehook)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
     if record.levelno >= logging.ERROR and record.exc_info:
-        trace = traceback.extract_tb(record.exc_info[2])
-        return not any("orbax" in frame.filename for frame in trace)
+        return not _passed_orbax(record.exc_info[2])
     return not str(record.msg).startswith("Given directory is read only")
 
 
-def _unless_loop_is_closed(otherwise: Callable[[Any], None], found: Any) -> None:
-    """Ignore reports to event loops that Orbax has closed after the first failure."""
+def _unless_left_over(otherwise: Callable[[Any], None], found: Any) -> None:
+    """Ignore what ends after the first failure: tasks of Orbax, and reports to its closed loop."""
     error = found.exc_value
-    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+    closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    if not closed and not _passed_orbax(found.exc_traceback):
         otherwise(found)
+
+
+def _passed_orbax(trace: TracebackType | None) -> bool:
+    return any("orbax" in frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))

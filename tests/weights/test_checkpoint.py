@@ -12,6 +12,7 @@ import pytest
 
 from segdiff_jax.errors import UserError
 from segdiff_jax.weights.checkpoint import Checkpoints
+from segdiff_jax.weights.orbax_faults import silence
 
 rng = np.random.default_rng(0)
 KERNEL = rng.normal(size=(300, 40)).astype(np.float32)  # large enough for a data file of its own
@@ -166,6 +167,36 @@ def test_damaged_newest_gives_a_warning_and_the_one_before(two, file, how, caplo
     state, metadata = Checkpoints(two).restore(abstract(make_state(0)))
     assert_same(state, make_state(20))
     assert metadata == {"example": 20}
+
+
+ABANDONED = """
+    import types
+
+    @types.coroutine
+    def pause():
+        yield
+
+    async def read():
+        try:
+            await pause()
+        finally:
+            raise Exception("while reading")
+
+    reading = read()
+    reading.send(None)
+    del reading
+"""
+
+
+def test_reads_that_orbax_abandons_after_a_failure_leave_no_traceback(two, monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda found: told.append(str(found.exc_value)))
+    silence.cache_clear()
+    Checkpoints(two, read_only=True)
+    silence.cache_clear()
+    for file, expected in (("orbax/checkpoint/a.py", []), ("mine.py", ["while reading"])):
+        exec(compile(textwrap.dedent(ABANDONED), file, "exec"), {})
+        assert told == expected
 
 
 def test_damaged_metadata_counts_as_damage_and_damaged_metrics_do_not(two):
