@@ -191,14 +191,6 @@ def guessed_range(guessed: Mapping[int, int], photos: int) -> str:
     )
 
 
-def missing(path: epath.PathLike, kind: str = "file") -> str:
-    """Say why there is no `path`: "no such file", or that it is a link to nothing."""
-    text = os.fspath(path)
-    if not files.is_remote(text) and os.path.islink(text):
-        return f"a link to {os.readlink(text)}, which does not exist"
-    return f"no such {kind}"
-
-
 def _eight_bits(path: epath.PathLike, image: Image.Image, max_value: int) -> tuple[np.ndarray, int]:
     """Return gray uint8 [H, W] of 16-bit pixels, and the range if it was guessed, else 0."""
     values = np.asarray(image).astype(np.int64)

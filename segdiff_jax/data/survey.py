@@ -114,7 +114,7 @@ def report(source: Source, config: DataConfig, split: str) -> tuple[float, ...]:
             log.warning("labels of %r: %s", split, warning)
     pixels = pixels_of_classes(found.ids, source.lookup)
     each = [pixels[number] for number in range(len(source.vocabulary))]
-    return tuple(round(count / sum(each), 6) for count in each) if sum(each) else ()
+    return tuple(round(count / sum(each), 6) for count in each) if any(each) else ()
 
 
 def figures(source: Source, ids: Mapping[int, int], pairs: int) -> dict[str, Any]:
@@ -190,13 +190,8 @@ def warnings(source: Source, config: DataConfig, split: str, found: Survey) -> I
 
 
 def _of_ids(source: PairSource, found: Survey) -> Iterator[str]:
-    names, ids = source.vocabulary.names, found.ids
-    numbers = {value: class_of(value, source.lookup) for value in ids}
-    classes = {value: names[number] for value, number in numbers.items() if number >= 0}
-    if not classes:
-        return
-    commonest = max(classes, key=lambda value: ids[value])
-    if set(ids) == {0, 255} and 0 in classes and 255 not in classes:
+    names, classes = source.vocabulary.names, _named(source, found)
+    if set(found.ids) == {0, 255} and 0 in classes and 255 not in classes:
         absent = [name for number, name in enumerate(names) if not found.images[number]]
         lost = f"{_listed(absent)} would not be learnt" if absent else "nothing else is learnt"
         yield (
@@ -205,7 +200,8 @@ def _of_ids(source: PairSource, found: Survey) -> Iterator[str]:
             "--config.data.ignore_ids=()"
         )
     elif len(classes) == 1 < len(names):
-        only = f"{classes[commonest]!r} (id {commonest})"
+        ((value, name),) = classes.items()
+        only = f"{name!r} (id {value})"
         yield f"all that is not ignored is {only}: there is nothing to tell apart, check the masks"
 
 
@@ -213,16 +209,23 @@ def suspicion(source: Source, config: DataConfig, found: Survey) -> str:
     """Say what is often a mistake, but may be as it should, or ""."""
     if config.source != "folder" or not isinstance(source, PairSource):
         return ""
-    names, numbers = source.vocabulary.names, {i: class_of(i, source.lookup) for i in found.ids}
-    classes = {value: names[number] for value, number in numbers.items() if number >= 0}
+    classes = _named(source, found)
     commonest = max(classes, key=lambda value: found.ids[value], default=None)
-    if commonest != 0 or len(classes) < 2 or any(map(_is_background, names)):
+    if commonest != 0 or len(classes) < 2 or any(map(_is_background, source.vocabulary.names)):
         return ""
     return (
         f"the commonest id is 0, which is {classes[0]!r}, and no class is called background: "
         "if 0 is background and the ids of the classes begin with 1, set "
         "config.data.first_id=1, or begin the class list with background"
     )
+
+
+def _named(source: PairSource, found: Survey) -> dict[int, str]:
+    """Return the ids of the mask files that are classes, and the names of these."""
+    numbers = {value: class_of(value, source.lookup) for value in found.ids}
+    return {
+        value: source.vocabulary.names[number] for value, number in numbers.items() if number >= 0
+    }
 
 
 def _shift(ids: Mapping[int, int], lookup: np.ndarray) -> str:

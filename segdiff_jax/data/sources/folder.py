@@ -4,10 +4,10 @@ import numpy as np
 from etils import epath
 
 from segdiff_jax.config import DataConfig
-from segdiff_jax.data.images import missing
 from segdiff_jax.data.sources.layouts import IGNORE, IGNORE_16, Layout, existing, lookup_of
 from segdiff_jax.data.sources.pairing import is_image, nearby, no_folder, pairs
 from segdiff_jax.errors import UserError
+from segdiff_jax.files import dangling
 from segdiff_jax.text import vocabulary as vocabularies
 from segdiff_jax.text.vocabulary import Vocabulary
 
@@ -74,10 +74,8 @@ def _unread(folder: epath.Path) -> str:
 def _class_file(root: epath.Path) -> epath.Path:
     path = root / "classes.txt"
     if not path.exists():
-        raise UserError(
-            f"{path}: {missing(path)}, write one class name a line in id order "
-            "or set config.data.vocabulary"
-        )
+        mend = "write one class name a line in id order or set config.data.vocabulary"
+        raise UserError(dangling(path) or f"{path}: no such file, {mend}")
     return path
 
 

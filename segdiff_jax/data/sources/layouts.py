@@ -11,7 +11,6 @@ from etils import epath
 
 from segdiff_jax import codec
 from segdiff_jax.config import DataConfig
-from segdiff_jax.data.images import missing
 from segdiff_jax.data.sources.pairing import (
     Pairs,
     is_image,
@@ -22,6 +21,7 @@ from segdiff_jax.data.sources.pairing import (
     pairs_by_mask,
 )
 from segdiff_jax.errors import UserError
+from segdiff_jax.files import dangling
 from segdiff_jax.text import vocabulary as vocabularies
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
 
@@ -89,26 +89,18 @@ def ade20k_847(config: DataConfig, split: str) -> Layout:
     return Layout(found, vocabulary, lookup_of(range(847), (IGNORE_16,)))
 
 
-def pascal_context_59(config: DataConfig, split: str) -> Layout:
-    """Open PNGs of detectron2's preparation, in which background is ignored."""
-    found = _prepared_voc2010(config.root, f"pc59_{split}")
-    vocabulary = vocabularies.load(config.vocabulary or "pascal_context_59")
-    return Layout(found, vocabulary, lookup_of(range(59), (IGNORE,)))
+def pascal_context(config: DataConfig, split: str) -> Layout:
+    """Open detectron2's preparation of VOC 2010, with 59 or 459 classes.
 
-
-def pascal_context_459(config: DataConfig, split: str) -> Layout:
-    """Open 16-bit TIFFs of detectron2's preparation.
-
-    255 is a class; what is ignored is 459 to some authors and 65535 to others.
+    PNGs of 59 ignore the background. In TIFFs of 16 bits, of 459, 255 is a class; what is ignored
+    is 459 to some authors and 65535 to others.
     """
-    found = _prepared_voc2010(config.root, f"pc459_{split}")
-    vocabulary = vocabularies.load(config.vocabulary or "pascal_context_459")
-    return Layout(found, vocabulary, lookup_of(range(459), (459, IGNORE_16)))
-
-
-def _prepared_voc2010(root: str, name: str) -> Pairs:
-    voc = _voc_root(existing(root), (10,))
-    return _prepared(voc, "JPEGImages", f"annotations_detectron2/{name}")
+    count = int(config.source.removeprefix("pascal_context_"))
+    voc = _voc_root(existing(config.root), (10,))
+    found = _prepared(voc, "JPEGImages", f"annotations_detectron2/pc{count}_{split}")
+    ignored = (IGNORE,) if count == 59 else (459, IGNORE_16)
+    vocabulary = vocabularies.load(config.vocabulary or config.source)
+    return Layout(found, vocabulary, lookup_of(range(count), ignored))
 
 
 def _prepared(root: epath.Path, images: str, masks: str) -> Pairs:
@@ -218,7 +210,7 @@ def _voc_list(root: epath.Path, split: str) -> list[str]:
         listed = lists.iterdir() if lists.is_dir() else ()
         have = sorted(path.stem for path in listed if path.suffix == ".txt")
         advice = f"choose one of {', '.join(have)}" if have else "unpack the whole archive"
-        raise UserError(f"{path}: {missing(path)}: {advice}")
+        raise UserError(dangling(path) or f"{path}: no such file: {advice}")
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -267,7 +259,8 @@ def _count(folder: epath.Path, suffix: str) -> int:
 def existing(root: str) -> epath.Path:
     path = epath.Path(root)
     if not path.is_dir():
-        raise UserError(f"config.data.root={root}: {missing(path, 'folder')}, correct the path")
+        absent = f"config.data.root={root}: no such folder, correct the path"
+        raise UserError(dangling(path) or absent)
     return path
 
 

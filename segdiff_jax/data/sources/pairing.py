@@ -1,25 +1,24 @@
 """Which images and masks of two folders belong together; where none do, what lies nearby."""
 
+import itertools
 import logging
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from pathlib import PurePosixPath
 from typing import NoReturn
 
 import fsspec
 from etils import epath
 
-from segdiff_jax.data.images import missing
 from segdiff_jax.errors import UserError
-from segdiff_jax.files import is_remote, reading
+from segdiff_jax.files import dangling, is_remote, reading
 
 IMAGE_EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".bmp", ".webp"),
     *(".tif", ".tiff", ".gif", ".ppm", ".pgm"),
 )
-_FOLDERS_GLANCED_AT = 200
+_FILES_GLANCED_AT = 500_000  # where a data set is not found: a wrong path may be that of a disk
 _SHOWN = 4  # of a list in a message
 
 Pairs = list[tuple[str, str]]
@@ -78,16 +77,12 @@ def _refuse_without_mask(
     count = f" ({len(lonely)} of {len(images)} images have none)" if len(lonely) > 1 else ""
     masks = [os.path.splitext(name)[0] for name in listing(mask_folder) if is_image(name)]
     mend = suffix_hint(lonely, masks)
-    if not mend and {_base(name) for name in masks} & {_base(name) for name in lonely}:
+    if not mend and set(map(os.path.basename, masks)) & set(map(os.path.basename, lonely)):
         mend = "found masks of these names in other sub-folders: mirror those of the images"
     raise UserError(
         f"{images[first]}: no mask {mask_folder / (first + mask_suffix)}.png{count}: "
         f"{mend or 'add it or remove the image'}"
     )
-
-
-def _base(name: str) -> str:
-    return PurePosixPath(name).name
 
 
 def suffix_hint(images: Collection[str], masks: Iterable[str]) -> str:
@@ -127,8 +122,8 @@ def _by_name(folder: epath.Path, suffix: str = "", without: str = "") -> dict[st
 
 def no_folder(folder: epath.Path, found: str = "") -> UserError:
     """Word the error for a folder of a split that is not there; `found` says what there is."""
-    absent = missing(folder, "folder")
-    return UserError(f"{folder}: {absent}, check config.data.root and the split's name{found}")
+    absent = f"{folder}: no such folder, check config.data.root and the split's name{found}"
+    return UserError(dangling(folder) or absent)
 
 
 def _folded(name: str) -> str:
@@ -167,10 +162,13 @@ def _hidden(name: str) -> bool:
 
 def nearby(root: epath.Path, source: str) -> str:
     """Say what there is where `source` found nothing: "; this looks like …", "; found …" or ""."""
-    counts = _glance(root)
-    around = {part for folder in counts for part in folder.split("/")}
+    images: dict[str, list[str]] = {}  # of each folder, the stems of those in it
+    for folder, name in map(os.path.split, itertools.islice(listing(root), _FILES_GLANCED_AT)):
+        found = images.setdefault(folder, [])
+        found += [os.path.splitext(name)[0]] * is_image(name)
+    around = {part for folder in images for part in folder.split("/")}
     around |= {root.name, root.parent.name}
-    around |= {"/".join(folder.split("/")[-2:]) for folder in counts}
+    around |= {"/".join(folder.split("/")[-2:]) for folder in images}
     for marks, name, other in _LAYOUTS:
         if marks <= around and other != source:
             return f"; this looks like {name}: set config.data.source={other}"
@@ -182,13 +180,11 @@ def nearby(root: epath.Path, source: str) -> str:
         )
     if any((root / "annotations").glob("instances_*.json")):
         return "; this looks like COCO's JSON: set config.data.source=coco_instances"
-    folders = [folder for folder, count in counts.items() if count]
-    for folder in folders:
-        stems = [path.stem for path in (root / folder).iterdir() if is_image(path.name)]
-        hint = suffix_hint(stems, stems)
-        if hint and source == "folder":
+    folders = sorted(folder for folder, stems in images.items() if stems)
+    for folder in folders if source == "folder" else ():
+        if hint := suffix_hint(images[folder], images[folder]):
             return f"; in {root / folder}: {hint}"
-    shown = [f"{counts[folder]} images in {root / folder}" for folder in folders[:_SHOWN]]
+    shown = [f"{len(images[folder])} images in {root / folder}" for folder in folders[:_SHOWN]]
     more = f" and {len(folders) - _SHOWN} more folders" if len(folders) > _SHOWN else ""
     return f"; found {', '.join(shown)}{more}" if shown else ""
 
@@ -203,25 +199,3 @@ _LAYOUTS = (
     ({"stuffthingmaps_trainval2017"}, "COCO-Stuff", "coco_stuff"),
     ({"annotations/train2017"}, "COCO-Stuff", "coco_stuff"),
 )
-
-
-def _glance(root: epath.Path) -> dict[str, int]:
-    """List folders in `root`, two levels down, with the number of images directly in each."""
-    counts: dict[str, int] = {}
-    waiting = [("", root)]
-    while waiting and len(counts) < _FOLDERS_GLANCED_AT:
-        below, folder = waiting.pop(0)
-        counts[below] = 0
-        try:
-            inside = sorted(folder.iterdir())
-        except OSError:
-            continue
-        for path in inside:
-            if is_image(path.name):
-                counts[below] += not _hidden(path.name)
-            elif not path.suffix and not _hidden(path.name) and path.is_dir():
-                name = f"{below}/{path.name}".lstrip("/")
-                counts.setdefault(name, 0)
-                if name.count("/") < 2:
-                    waiting.append((name, path))
-    return counts

@@ -68,8 +68,8 @@ def open_source(config: DataConfig, split: str, seed: int) -> Source:
         "coco_stuff": layouts.coco_stuff,
         "pascal_voc": layouts.pascal_voc,
         "pascal_voc_20b": layouts.pascal_voc_20b,
-        "pascal_context_59": layouts.pascal_context_59,
-        "pascal_context_459": layouts.pascal_context_459,
+        "pascal_context_59": layouts.pascal_context,
+        "pascal_context_459": layouts.pascal_context,
         "cityscapes": layouts.cityscapes,
     }
     if config.source not in readers:
