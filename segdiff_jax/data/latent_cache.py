@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from segdiff_jax import codec, waiting
-from segdiff_jax.config import Config
+from segdiff_jax.config import Config, DataConfig
 from segdiff_jax.data import chunks, geometry, pipeline, transforms
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.latents import Latents
@@ -66,45 +66,45 @@ def open_or_build(source: Source, vae: VAE, config: Config, folder: str) -> Late
         assert latents is not None
         return latents
     log.info("%s: latent cache %s: building it", folder, reason)
-    build(source, vae, config, folder, processes.index(), processes.count())
+    build(source, vae, config, folder)
     return Latents(folder, source)
 
 
-def build(
-    source: Source,
-    vae: VAE,
-    config: Config,
-    folder: str,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> None:
-    """Encode all of `source` into `folder`, of which nothing is visible before all is written."""
+def build(source: Source, vae: VAE, config: Config, folder: str) -> None:
+    """Encode all of `source` into `folder`, of which nothing is visible before all is written.
+
+    All processes call this, and each encodes its share.
+    """
+    first, count = processes.is_first(), processes.count()
     target = epath.Path(folder)
     # A store of objects cannot rename: there cache.json, written last, makes the folder a cache.
     partial = target if is_remote(folder) else target.parent / f".{target.name}.partial"
-    if process_index == 0:
+    if first:
         _check_own(target)
     try:
-        if process_index == 0:
+        if first:
             (target / "cache.json").unlink(missing_ok=True)
             if partial.exists():
                 partial.rmtree()
             check_writable(partial)
         processes.barrier()
         with processes.at_work("encodes its share of the latent cache"):
-            _write_shard(source, vae, config, partial, process_index, process_count)
+            _write_shard(source, vae, config, partial, processes.index(), count)
         processes.barrier()
-        if process_index == 0:
-            description = {"made_from": fingerprint(source, vae, config), "shards": process_count}
-            shape = _latent_shape(vae, config)
-            write_json(partial / "cache.json", description | {"latent": shape})
+        if first:
+            description = {
+                "made_from": fingerprint(source, vae, config),
+                "shards": count,
+                "latent": _latent_shape(vae, config),
+            }
+            write_json(partial / "cache.json", description)
             if partial != target:
                 if target.exists():
                     target.rmtree()
                 partial.rename(target)
         processes.barrier()
     except BaseException as error:
-        if process_index == 0 and partial.exists():
+        if first and partial.exists():
             partial.rmtree()
         failed = re.match(r"\w+\(\) failed: ([^;]+)", str(error))  # array_record's words
         if failed:
@@ -182,7 +182,7 @@ def _write_shard(
         try:
             if process == 0:
                 writer.write(encoder.empty())
-            read = functools.partial(_read, source, draws, config)
+            read = functools.partial(_read, source, draws, config.data)
             for pairs in chunks.read_ahead(read, range(first, last), _PAIRS_AT_ONCE):
                 progress(len(contents), last - first)
                 contents += _encoded(pairs, encoder, draws.trained, writer.write)
@@ -218,13 +218,19 @@ def _encoded(
             yield [next(shown).tolist() for _ in pair]
 
 
-def _read(source: Source, draws: pipeline.Draws, config: Config, index: int) -> list[View] | str:
-    """Return the views of a pair; of an unreadable one the message."""
+def _read(source: Source, draws: pipeline.Draws, data: DataConfig, index: int) -> list[View] | str:
+    """Return all that training can show of a pair, at the network's size; or why it cannot."""
     try:
         record = source[index]
     except UnreadableError as error:
         return str(error)
-    return _views(record["image"], record["labels"], index, draws, config)
+    image, labels = record["image"], record["labels"]
+    if data.augment.views:
+        chances = (draws.view_generator(index, view) for view in range(data.augment.views))
+        return [transforms.augment(image, labels, rng, data) for rng in chances]
+    show = functools.partial(geometry.fit, size=data.image_size, rule=data.fit)
+    steps = (1, -1) if data.augment.flip else (1,)
+    return [(show(image[:, ::step]), show(labels[:, ::step])) for step in steps]
 
 
 class _Encoder:
@@ -284,19 +290,6 @@ class _Encoder:
 def _record(latent: np.ndarray, positions: np.ndarray) -> bytes:
     """Pack a latent [h, w, c] with a bit for each of its positions, bool [h, w]."""
     return latent.tobytes() + np.packbits(positions).tobytes()
-
-
-def _views(
-    image: np.ndarray, labels: np.ndarray, index: int, draws: pipeline.Draws, config: Config
-) -> list[View]:
-    """Return all that training can show of pair `index`, at the network's size."""
-    data = config.data
-    if data.augment.views:
-        chances = (draws.view_generator(index, view) for view in range(data.augment.views))
-        return [transforms.augment(image, labels, rng, data) for rng in chances]
-    show = functools.partial(geometry.fit, size=data.image_size, rule=data.fit)
-    steps = (1, -1) if data.augment.flip else (1,)
-    return [(show(image[:, ::step]), show(labels[:, ::step])) for step in steps]
 
 
 def _in_one_image(config: Config) -> bool:

@@ -12,6 +12,7 @@ image. A folder without `cache.json` is no cache. `data/latent_cache.py` writes 
 """
 
 import atexit
+import functools
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ import grain
 import numpy as np
 from etils import epath
 
-from segdiff_jax.config import Config
+from segdiff_jax.config import AugmentConfig, Config
 from segdiff_jax.data import pipeline, transforms
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.preference import Preference
@@ -45,7 +46,8 @@ def train_batches(
     Each is {"image_latents": float32 [b, h, w, c], "mask_latents": float32 [b, h, w, c],
     "shown": bool [b, h, w], "valid": bool [b, h, w], "class_ids": int32 [b, G]}.
     """
-    example = _Example(latents, config, seed, preference)
+    draws = pipeline.Draws(latents, config, seed, preference)
+    example = functools.partial(_example, latents, draws, config.data.augment)
     return pipeline.batches(latents, example, config, seed, start, rows)
 
 
@@ -120,30 +122,27 @@ class Latents:
         return latent, bits.astype(bool).reshape(height, width)
 
 
-class _Example:
-    """Pair -> training example number `index`. A class because worker processes pickle it."""
-
-    def __init__(
-        self, latents: Latents, config: Config, seed: int, preference: Preference | None = None
-    ):
-        self.latents, self.augment = latents, config.data.augment
-        self.draws = pipeline.Draws(latents, config, seed, preference)
-
-    def __call__(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
-        pair, rng = record["pair"], self.draws.generator(index)
-        fixed = self.draws.views > 0
-        view = self.draws.view(rng) if fixed else int(transforms.draw_flip(rng, self.augment))
-        class_ids = self.draws.class_ids(self.latents.classes(pair, view), rng)
-        image, valid = self.latents.image(pair, view)
-        mask, shown = self.latents.mask(pair, view, class_ids[0])
-        return {
-            "image_latents": image,
-            "mask_latents": mask,
-            "shown": shown,
-            "valid": valid,
-            "class_ids": class_ids,
-            "unreadable": record["unreadable"],
-        }
+def _example(
+    latents: Latents,
+    draws: pipeline.Draws,
+    augment: AugmentConfig,
+    index: int,
+    record: dict[str, Any],
+) -> dict[str, Any]:
+    """Make training example number `index` of a record that `Latents` gives."""
+    pair, rng = record["pair"], draws.generator(index)
+    view = draws.view(rng) if draws.views else int(transforms.draw_flip(rng, augment))
+    class_ids = draws.class_ids(latents.classes(pair, view), rng)
+    image, valid = latents.image(pair, view)
+    mask, shown = latents.mask(pair, view, class_ids[0])
+    return {
+        "image_latents": image,
+        "mask_latents": mask,
+        "shown": shown,
+        "valid": valid,
+        "class_ids": class_ids,
+        "unreadable": record["unreadable"],
+    }
 
 
 def _local_copy(root: epath.Path) -> str:

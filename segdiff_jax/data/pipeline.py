@@ -6,6 +6,7 @@ on from any example on any process count sees the same batches as an uninterrupt
 """
 
 import dataclasses
+import functools
 import logging
 import os
 import zlib
@@ -16,7 +17,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from segdiff_jax.config import Config
+from segdiff_jax.config import Config, DataConfig
 from segdiff_jax.data import chance, transforms
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.data.preference import Preference
@@ -47,7 +48,8 @@ def train_batches(
     by default all. G is config.codec.classes_per_pass, or all K classes when that is 0; class_ids
     of -1 are empty slots. `preference` says which classes are asked for more often.
     """
-    example = _Example(source, config, seed, preference)
+    draws = Draws(source, config, seed, preference)
+    example = functools.partial(_example, draws, config.data)
     return batches(source, example, config, seed, start, rows)
 
 
@@ -70,7 +72,7 @@ def batches(
     # Grain adds the epoch to its seed: without the hash, runs of neighbouring seeds would overlap.
     salted = zlib.crc32(f"segdiff {seed}".encode())
     examples = (
-        grain.MapDataset.source(_Substituting(records, config.data.max_unreadable))
+        grain.MapDataset.source(_Readable(records, config.data))
         .shuffle(salted)
         .repeat()
         .map_with_index(example)
@@ -80,14 +82,14 @@ def batches(
     threads = min(16, 2 * (os.cpu_count() or 1))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     iterable = dataset.to_iter_dataset(options)
-    if config.data.workers > 0:
+    shared = config.data.workers > 0
+    if shared:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads absl flags here, but not everyone uses absl
         workers = grain.MultiprocessingOptions(
             num_workers=config.data.workers, per_worker_buffer_size=2
         )
         iterable = iterable.mp_prefetch(workers)
-    shared = config.data.workers > 0
     return TrainBatches(iter(iterable), len(records), config.data.max_unreadable, shared)
 
 
@@ -151,12 +153,17 @@ def too_many_unreadable(unreadable: dict[int, str], length: int, share: float) -
     )
 
 
-class _Substituting:
-    """A source that puts the next readable record in the place of one that cannot be read."""
+class _Readable:
+    """Records with the next readable one in the place of each that cannot be read.
 
-    def __init__(self, source: Records, max_unreadable: float):
+    With data.cache_images they are kept: in each worker process those that it reads, because
+    pixels are not worth a pipe.
+    """
+
+    def __init__(self, source: Records, data: DataConfig):
         self.source = source
-        self.max_unreadable = max_unreadable
+        self.max_unreadable = data.max_unreadable
+        self.kept: dict[int, dict[str, Any]] | None = {} if data.cache_images else None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -167,11 +174,19 @@ class _Substituting:
         while len(failures) <= self.max_unreadable * length and len(failures) < length:
             record = (index + len(failures)) % length
             try:
-                found = self.source[record]
-                return {**found, "record": record, "unreadable": list(failures.items())}
+                found = self._record(record)
             except UnreadableError as error:
                 failures[record] = str(error)
+            else:
+                return {**found, "record": record, "unreadable": list(failures.items())}
         raise too_many_unreadable(failures, length, self.max_unreadable)
+
+    def _record(self, index: int) -> dict[str, Any]:
+        if self.kept is None:
+            return self.source[index]
+        if index not in self.kept:
+            self.kept[index] = self.source[index]
+        return self.kept[index]
 
 
 class _Rows:
@@ -222,26 +237,18 @@ class Draws:
         return draw_classes(labels, self.trained, count, share, rng, self.preference)
 
 
-class _Example:
-    """Record -> training example number `index`. A class because worker processes pickle it."""
-
-    def __init__(
-        self, source: Source, config: Config, seed: int, preference: Preference | None = None
-    ):
-        self.data = config.data
-        self.draws = Draws(source, config, seed, preference)
-
-    def __call__(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
-        rng = chances = self.draws.generator(index)
-        if self.draws.views:
-            chances = self.draws.view_generator(record["record"], self.draws.view(rng))
-        image, labels = transforms.augment(record["image"], record["labels"], chances, self.data)
-        return {
-            "image": image,
-            "labels": labels,
-            "class_ids": self.draws.class_ids(labels, rng),
-            "unreadable": record["unreadable"],
-        }
+def _example(draws: Draws, data: DataConfig, index: int, record: dict[str, Any]) -> dict[str, Any]:
+    """Make training example number `index` of a record of the source."""
+    rng = chances = draws.generator(index)
+    if draws.views:
+        chances = draws.view_generator(record["record"], draws.view(rng))
+    image, labels = transforms.augment(record["image"], record["labels"], chances, data)
+    return {
+        "image": image,
+        "labels": labels,
+        "class_ids": draws.class_ids(labels, rng),
+        "unreadable": record["unreadable"],
+    }
 
 
 def draw_classes(

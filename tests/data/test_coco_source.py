@@ -53,16 +53,10 @@ def root(tmp_path):
 
 
 def annotations():
-    cat, sofa, dogs = (
-        compressed(box(4, 3, 6, 5)),
-        polygon(2, 1, 10, 9),
-        uncompressed(box(0, 11, 12, 16)),
-    )
-    return [
-        {"image_id": 1, "category_id": 3, "segmentation": cat, "iscrowd": 0},
-        {"image_id": 1, "category_id": 90, "segmentation": sofa, "iscrowd": 0},
-        {"image_id": 1, "category_id": 7, "segmentation": dogs, "iscrowd": 1},
-    ]
+    cat = {"category_id": 3, "segmentation": compressed(box(4, 3, 6, 5)), "iscrowd": 0}
+    sofa = {"category_id": 90, "segmentation": polygon(2, 1, 10, 9), "iscrowd": 0}
+    dogs = {"category_id": 7, "segmentation": uncompressed(box(0, 11, 12, 16)), "iscrowd": 1}
+    return [{"image_id": 1} | found for found in (cat, sofa, dogs)]
 
 
 def write(root, kind, found, categories=CATEGORIES, without="", names="ba", **photo):
@@ -165,30 +159,33 @@ def test_the_digest_of_its_files_knows_the_pngs(root):
     assert files_digest(opened(root, "panoptic")) != before
 
 
-def test_mistakes_are_named(root):
+CAT = {"image_id": 1, "category_id": 3, "segmentation": polygon(2, 1, 10, 9)}
+TWINS = [{"id": 3, "name": "cat"}, {"id": 3, "name": "dog"}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"width": 99}, r"json \(a\.jpg\): 99x12 pixels, but its image has 16x12"),
+        ({"found": [CAT | {"segmentation": {"counts": "?"}}]}, "segmentation is no mask"),
+        ({"found": [CAT | {"category_id": 4}]}, "category_id 4 is none"),
+        ({"found": [CAT | {"image_id": "1"}]}, r"json: annotations\[0\] is of image '1', which"),
+        ({"found": [], "categories": TWINS}, "several categories have the 'id' 3: give each"),
+        ({"without": "height"}, r"json: images\[0\] has no 'height': export"),
+        ({"without": "file_name"}, r"json: images\[0\] has no 'file_name': export"),
+    ],
+)
+def test_mistakes_in_the_file_are_named(root, changes, says):
+    write(root, "instances", **{"found": [CAT]} | changes)
+    with pytest.raises(UserError, match=says):
+        opened(root)[0]
+
+
+def test_other_mistakes_are_named(root):
     with pytest.raises(UserError, match=r"panoptic_val2017\.json: no such file"):
         opened(root, "panoptic")
     with pytest.raises(UserError, match="59 classes, but the masks of .*coco_instances have 3"):
         opened(root, vocabulary="pascal_context_59")
-    write(root, "instances", annotations()[1:2], width=99)
-    with pytest.raises(UserError, match=r"json \(a\.jpg\): 99x12 pixels, but its image has 16x12"):
-        opened(root)[0]
-    write(root, "instances", [{"image_id": 1, "category_id": 3, "segmentation": {"counts": "?"}}])
-    with pytest.raises(UserError, match="segmentation is no mask"):
-        opened(root)[0]
-    write(root, "instances", [annotations()[0] | {"category_id": 4}])
-    with pytest.raises(UserError, match="category_id 4 is none"):
-        opened(root)[0]
-    write(root, "instances", [annotations()[0] | {"image_id": "1"}])
-    with pytest.raises(UserError, match=r"json: annotations\[0\] is of image '1', which"):
-        opened(root)
-    write(root, "instances", [], [{"id": 3, "name": "cat"}, {"id": 3, "name": "dog"}])
-    with pytest.raises(UserError, match="json: several categories have the 'id' 3: give each"):
-        opened(root)
-    for lost in ("height", "file_name"):
-        write(root, "instances", annotations(), without=lost)
-        with pytest.raises(UserError, match=rf"json: images\[0\] has no {lost!r}: export"):
-            opened(root)
     (root / "annotations" / "instances_val2017.json").write_text("[]")
     with pytest.raises(UserError, match="no COCO annotations"):
         opened(root)

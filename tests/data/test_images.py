@@ -78,29 +78,23 @@ def test_a_range_that_the_file_names_is_no_guess(tmp_path):
     assert photo.guessed_max == 0 and photo.pixels[0, :, 0].tolist() == [round(800 / 4095 * 255), 0]
 
 
-def test_twelve_bit_colour_is_not_read_as_black(tmp_path):
-    path = tmp_path / "dark.png"
-    path.write_bytes(_deep_png([0x0FFF, 0x0808, 0, 0x0101, 0x0404, 0x0C0C]))
-    with pytest.raises(
-        UnreadableError, match=r"dark\.png: 16-bit colour that uses 12 bits or fewer"
-    ):
+def test_sixteen_bit_rgb_keeps_its_high_bytes(tmp_path):
+    path = tmp_path / "deep.png"
+    path.write_bytes(_png(2, 16, 2, struct.pack(">6H", 0xFFFF, 0x8080, 0, 0x0101, 0x4040, 0xC0C0)))
+    assert read_image(path).tolist() == [[[255, 128, 0], [1, 64, 192]]]
+    # 12 bits would be read as black
+    path.write_bytes(_png(2, 16, 2, struct.pack(">6H", 0x0FFF, 0x0808, 0, 0x0101, 0x0404, 0x0C0C)))
+    with pytest.raises(UnreadableError, match=r"deep\.png: 16-bit colour that uses 12 bits or fe"):
         read_image(path)
 
 
-def test_sixteen_bit_rgb_keeps_its_high_bytes(tmp_path):
-    path = tmp_path / "deep.png"
-    path.write_bytes(_deep_png([0xFFFF, 0x8080, 0, 0x0101, 0x4040, 0xC0C0]))
-    assert read_image(path).tolist() == [[[255, 128, 0], [1, 64, 192]]]
-
-
-def _deep_png(values):
-    """Two pixels of 16-bit colour. PIL cannot write such files, so this one is made by hand."""
-    row = b"\0" + struct.pack(">6H", *values)
-    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(row)), (b"IEND", b"")]
+def _png(width, bits, kind, row):
+    """A file of one row such as PIL cannot write; kind 0 is gray, 2 colour."""
+    header = struct.pack(">IIBBBBB", width, 1, bits, kind, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in chunks
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
     )
 
 
@@ -116,14 +110,12 @@ def test_transparency_is_composited_over_white(save):
     assert read_image(keyed).tolist() == [[[255, 255, 255], [9, 9, 9]]]
 
 
-def test_cmyk_photo_keeps_its_colours(save):
-    blocks = np.kron(
-        np.array([[[220, 30, 30], [30, 200, 60]], [[20, 40, 230], [250, 250, 250]]]),
-        np.ones((16, 16, 1)),
-    ).astype(np.uint8)
-    for name in ("a.jpg", "a.tif"):
-        path = save(Image.fromarray(blocks).convert("CMYK"), name)
-        assert np.abs(read_image(path).astype(int) - blocks).mean() < 6, name
+@pytest.mark.parametrize("name", ["a.jpg", "a.tif"])
+def test_cmyk_photo_keeps_its_colours(save, name):
+    colors = np.array([[[220, 30, 30], [30, 200, 60]], [[20, 40, 230], [250, 250, 250]]])
+    blocks = np.kron(colors, np.ones((16, 16, 1))).astype(np.uint8)
+    path = save(Image.fromarray(blocks).convert("CMYK"), name)
+    assert np.abs(read_image(path).astype(int) - blocks).mean() < 6
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -157,15 +149,18 @@ def test_multi_picture_jpeg_of_a_phone_is_not_animated(save):
 
 
 @pytest.mark.parametrize("reader", [read_image, read_labels])
-def test_broken_files_are_named_with_the_mend(tmp_path, save, reader):
-    noise = RNG.integers(0, 256, (64, 64), dtype=np.uint8)
-    whole = save(noise, "whole.png").read_bytes()
+def test_broken_files_are_named_with_the_mend(tmp_path, save, reader, bomb):
+    noise = RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    whole, photo = (save(noise, name).read_bytes() for name in ("whole.png", "whole.jpg"))
     cases = {
         "missing.png": (None, "no such file"),
         "zero.png": (b"", "empty file"),
         "half.png": (whole[: len(whole) // 2], "truncated"),
+        "half.jpg": (photo[: len(photo) // 2], "truncated"),
         "header.png": (whole[:20], ""),
         "text.png": (b"hello, I am no image", "not an image"),
+        "bomb.png": (bomb, "decompression bomb"),
+        ".": (None, "cannot be read"),
     }
     for name, (data, words) in cases.items():
         path = tmp_path / name
@@ -175,16 +170,6 @@ def test_broken_files_are_named_with_the_mend(tmp_path, save, reader):
             reader(path)
         message = str(caught.value)
         assert message.startswith(str(path)) and words in message and "\n" not in message
-
-
-def test_truncated_jpeg_and_directory_are_unreadable(tmp_path, save):
-    data = save(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8), "a.jpg").read_bytes()
-    path = tmp_path / "half.jpg"
-    path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(UnreadableError, match="truncated"):
-        read_image(path)
-    with pytest.raises(UnreadableError, match="cannot be read"):
-        read_image(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
@@ -211,16 +196,6 @@ def test_max_pixels_reaches_beyond_the_limit_of_pil(save, monkeypatch):
         read_image(path, max_pixels=53)
 
 
-def test_decompression_bombs_are_refused_before_decoding(tmp_path, save, bomb):
-    with pytest.raises(UnreadableError, match="decompression bomb"):
-        read_image(save(RGB), max_pixels=RGB.shape[0] * RGB.shape[1] - 1)
-    path = tmp_path / "bomb.png"
-    path.write_bytes(bomb)
-    for reader in (read_image, read_labels):
-        with pytest.raises(UnreadableError, match=r"bomb\.png.*decompression bomb"):
-            reader(path)
-
-
 def test_palette_labels_are_indices_not_colours(save):
     ids = np.array([[0, 1, 2], [10, 7, 255]], np.uint8)
     image = Image.fromarray(ids, "P")
@@ -234,24 +209,20 @@ def test_gray_labels_are_ids(save, name):
     assert (read_labels(save(GRAY, name)) == GRAY).all()
 
 
-def test_gray_labels_of_few_bits_are_not_spread(tmp_path):
+@pytest.mark.parametrize(
+    ("data", "ids"),
+    [
+        (_png(4, 2, 0, b"\x1b"), [0, 1, 2, 3]),
+        (_png(4, 4, 0, b"\x01\x7f"), [0, 1, 7, 15]),
+        (b"P5 4 1 20\n\x00\x01\x0b\x14", [0, 1, 11, 20]),
+        (b"P5 4 1 300\n\0\0\0\1\1\0\1\x2c", [0, 1, 256, 300]),
+        (b"P2 3 1 20\n0 1 20\n", [0, 1, 20]),
+    ],
+)
+def test_gray_labels_of_few_bits_are_not_spread(tmp_path, data, ids):
     """PIL shows the largest value of 2 or 4 bits, or the one that a PGM names, as white."""
-    path = tmp_path / "a.png"
-    for bits, row in ((2, b"\x1b"), (4, b"\x01\x7f")):
-        chunks = [(b"IHDR", struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0))]
-        chunks += [(b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
-        path.write_bytes(b"\x89PNG\r\n\x1a\n")
-        with path.open("ab") as file:
-            for name, data in chunks:
-                ends = struct.pack(">I", len(data)), struct.pack(">I", zlib.crc32(name + data))
-                file.write(ends[0] + name + data + ends[1])
-        assert read_labels(path).tolist() == [[0, 1, 2, 3] if bits == 2 else [0, 1, 7, 15]]
-    path = tmp_path / "a.pgm"
-    for largest, pixels in ((20, b"\x00\x01\x0b\x14"), (300, b"\0\0\0\1\1\0\1\x2c")):
-        path.write_bytes(b"P5 4 1 %d\n" % largest + pixels)
-        assert read_labels(path).tolist() == [[0, 1, 11, 20] if largest == 20 else [0, 1, 256, 300]]
-    path.write_bytes(b"P2 3 1 20\n0 1 20\n")
-    assert read_labels(path).tolist() == [[0, 1, 20]]
+    (tmp_path / "a.png").write_bytes(data)
+    assert read_labels(tmp_path / "a.png").tolist() == [ids]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import pickle
+import shutil
 
 import jax
 import numpy as np
@@ -79,52 +80,50 @@ def cache(vae, tmp_path_factory):
     return latent_cache.open_or_build(Pairs(), vae, make_config(), str(folder)), folder
 
 
-@pytest.mark.parametrize("codec", [{"negatives": 0.4}, {"negatives": 1.0}, {"classes_per_pass": 0}])
-def test_batches_hold_what_the_step_would_have_encoded(vae, encode, cache, tmp_path, codec):
-    config, source = make_config(**codec), Pairs()
-    stored, _ = cache
-    if config.codec.classes_per_pass == 0:
-        stored = latent_cache.open_or_build(source, vae, config, str(tmp_path / "all"))
-    from_pixels = take(pipeline.train_batches(source, config, 7), 6)
-    from_cache = take(latents.train_batches(stored, config, 7), 6)
+@pytest.fixture
+def copy(cache, tmp_path):
+    """A folder with the cache of `Pairs` that may be changed."""
+    return shutil.copytree(cache[1], tmp_path / "latents")
+
+
+@pytest.mark.parametrize(
+    ("codec", "augment"),
+    [
+        ({"negatives": 0.4}, None),
+        ({"negatives": 1.0}, None),
+        ({"classes_per_pass": 0}, None),
+        ({"negatives": 0.4}, AugmentConfig(max_scale=2.0, color_jitter=0.4, views=3)),
+    ],
+)
+def test_batches_hold_what_the_step_would_have_encoded(
+    vae, encode, cache, tmp_path, codec, augment
+):
+    config, source, folder = make_config(**codec), Pairs(), tmp_path / "latents"
+    stored, f, config.seed = cache[0], vae.config.downsampling, 7
+    if augment or "classes_per_pass" in codec:
+        config.data.augment = augment or config.data.augment
+        stored = latent_cache.open_or_build(source, vae, config, str(folder))
+    from_pixels = take(pipeline.train_batches(source, config, 7), 12 if augment else 6)
+    from_cache = take(latents.train_batches(stored, config, 7), len(from_pixels))
     for pixels, cached in zip(from_pixels, from_cache, strict=True):
         assert (pixels["class_ids"] == cached["class_ids"]).all()
         assert cached["class_ids"].dtype == np.int32 and cached["valid"].dtype == bool
         image_latents, mask_latents = encode(pixels)
         np.testing.assert_allclose(cached["image_latents"], image_latents, atol=1e-5)
         np.testing.assert_allclose(cached["mask_latents"], mask_latents, atol=1e-5)
-        weights = losses.latent_weights(pixels, vae.config.downsampling)
-        assert (losses.latent_weights(cached, vae.config.downsampling) == weights).all()
+        for balance in (0.0, 0.5):
+            weights = losses.latent_weights(pixels, f, balance)
+            assert (losses.latent_weights(cached, f, balance) == weights).all()
         assert 0 < cached["valid"].mean() < 1
-        balanced = losses.latent_weights(pixels, vae.config.downsampling, 0.5)
-        assert (losses.latent_weights(cached, vae.config.downsampling, 0.5) == balanced).all()
-    mirrored = sum(mirrored_rows(batch, source) for batch in from_pixels)
-    assert 4 < mirrored < 20, "both views must be among the 24 examples"
-
-
-def test_fixed_views_hold_what_the_step_would_have_encoded(vae, encode, tmp_path):
-    config, source = make_config(negatives=0.4), Pairs()
-    config.data.augment = AugmentConfig(max_scale=2.0, color_jitter=0.4, views=3)
-    stored = latent_cache.open_or_build(source, vae, config, str(tmp_path / "latents"))
-    images = set()
-    for pixels, cached in zip(
-        take(pipeline.train_batches(source, config, 0), 12),
-        take(latents.train_batches(stored, config, 0), 12),
-        strict=True,
-    ):
-        assert (pixels["class_ids"] == cached["class_ids"]).all()
-        image_latents, mask_latents = encode(pixels)
-        np.testing.assert_allclose(cached["image_latents"], image_latents, atol=1e-5)
-        np.testing.assert_allclose(cached["mask_latents"], mask_latents, atol=1e-5)
-        valid = losses.latent_weights(pixels, vae.config.downsampling) > 0
-        assert (cached["valid"] == valid).all()
-        images |= {image.tobytes() for image in pixels["image"]}
-    assert 20 < len(images) <= 30, "three views of each of ten pairs"
-    config.seed = 1
-    reason = latent_cache._outdated(
-        str(tmp_path / "latents"), latent_cache.fingerprint(source, vae, config)
-    )
-    assert "seed" in reason, "another seed has other views"
+    if augment:
+        images = {image.tobytes() for pixels in from_pixels for image in pixels["image"]}
+        assert 20 < len(images) <= 30, "three views of each of ten pairs"
+        config.seed = 1
+        reason = latent_cache._outdated(str(folder), latent_cache.fingerprint(source, vae, config))
+        assert "seed" in reason, "another seed has other views"
+    else:
+        mirrored = sum(mirrored_rows(batch, source) for batch in from_pixels)
+        assert 4 < mirrored < 20, "both views must be among the 24 examples"
 
 
 def test_processes_together_hold_the_same_global_batch(cache):
@@ -154,43 +153,32 @@ def test_an_open_cache_travels_to_worker_processes(cache):
     assert equal(*batches)
 
 
-def test_a_cache_that_fits_is_used_and_a_stale_one_is_built_again(
-    vae, cache, monkeypatch, caplog, tmp_path
-):
-    _, folder = cache
+def test_a_cache_that_fits_is_used_and_a_stale_one_is_built_again(vae, cache, monkeypatch, caplog):
     built = []
     monkeypatch.setattr(latent_cache, "build", lambda *args: built.append(args))
 
-    def opened(source=None, other_vae=None, config=None):
+    def opened(source=None, vae=vae, config=None, **data):
         built.clear()
+        config = config or make_config()
+        config.data = dataclasses.replace(config.data, **data)
         with caplog.at_level(logging.INFO):
-            latent_cache.open_or_build(
-                source or Pairs(), other_vae or vae, config or make_config(), str(folder)
-            )
+            latent_cache.open_or_build(source or Pairs(), vae, config, str(cache[1]))
         return bool(built)
 
     assert not opened()
     config = make_config(negatives=0.9)  # decided when batches are made
-    config.train.steps, config.data.workers, config.seed = 7, 1, 5
-    assert not opened(config=config)
+    config.train.steps, config.seed = 7, 5
+    assert not opened(config=config, workers=1)
 
     assert opened(source=Pairs(11)) and "another pairs" in caplog.text
-    other = nnx.clone(vae)
+    other, scaled = nnx.clone(vae), nnx.clone(vae)
     kernel = other.encoder.conv_in.kernel
     kernel[...] = kernel[...].at[0, 0, 0, 0].add(1e-6)
-    assert opened(other_vae=other) and "another vae" in caplog.text
-    scaled = nnx.clone(vae)
+    assert opened(vae=other) and "another vae" in caplog.text
     scaled.config = dataclasses.replace(vae.config, scaling_factor=0.5)
-    assert opened(other_vae=scaled)
-    for change in (
-        {"image_size": (32, 36)},
-        {"fit": "stretch"},
-        {"augment": AugmentConfig(flip=False)},
-        {"root": "b"},
-    ):
-        config = make_config()
-        config.data = dataclasses.replace(config.data, **change)
-        assert opened(config=config)
+    assert opened(vae=scaled)
+    assert opened(image_size=(32, 36)) and opened(fit="stretch") and opened(root="b")
+    assert opened(augment=AugmentConfig(flip=False))
     assert opened(config=make_config(classes_per_pass=0)) and "all_in_one_image" in caplog.text
 
 
@@ -219,20 +207,23 @@ def test_a_corrected_mask_makes_the_cache_stale(vae, tmp_path):
         assert sum(not isinstance(pair, str) for pair in stored._contents) == readable
 
 
-def test_a_damaged_cache_is_built_again(vae, tmp_path):
-    config, folder = make_config(), tmp_path / "latents"
-    good = latent_cache.open_or_build(Pairs(4), vae, config, str(folder)).image(3, 1)[0]
-    shard = folder / "latents-00000.array_record"
+def test_a_damaged_cache_is_built_again(vae, copy):
+    shard = copy / "latents-00000.array_record"
     content = shard.read_bytes()
+
+    def opened():
+        return latent_cache.open_or_build(Pairs(), vae, make_config(), str(copy))
+
+    good = opened().image(3, 1)[0]
     for damaged in (content[:70_000], b""):
         shard.write_bytes(damaged)
-        again = latent_cache.open_or_build(Pairs(4), vae, config, str(folder))
+        again = opened()
         assert (again.image(3, 1)[0] == good).all()
     shard.write_bytes(b"x" * len(content))  # while training reads it
     with pytest.raises(UserError, match=r"latents: damaged .* remove it"):
-        take(latents.train_batches(again, config, 0), 9)
-    (folder / "cache.json").write_text("{")
-    assert len(latent_cache.open_or_build(Pairs(4), vae, config, str(folder))) == 4
+        take(latents.train_batches(again, make_config(), 0), 9)
+    (copy / "cache.json").write_text("{")
+    assert len(opened()) == 10
 
 
 class Interrupted(Pairs):
@@ -242,16 +233,14 @@ class Interrupted(Pairs):
         return super().__getitem__(index)
 
 
-def test_a_file_of_the_user_among_the_latents_is_not_removed(vae, tmp_path):
-    config, folder = make_config(), tmp_path / "latents"
-    latent_cache.open_or_build(Pairs(4), vae, config, str(folder))
-    (folder / "notes.txt").write_text("mine")
-    before = sorted(path.name for path in folder.iterdir())
+def test_a_file_of_the_user_among_the_latents_is_not_removed(vae, copy):
+    (copy / "notes.txt").write_text("mine")
+    before = sorted(path.name for path in copy.iterdir())
     with pytest.raises(UserError, match="notes.txt: is no part of a latent cache"):
-        latent_cache.open_or_build(Pairs(5), vae, config, str(folder))
-    assert sorted(path.name for path in folder.iterdir()) == before
-    (folder / "notes.txt").unlink()
-    assert len(latent_cache.open_or_build(Pairs(5), vae, config, str(folder))) == 5
+        latent_cache.open_or_build(Pairs(5), vae, make_config(), str(copy))
+    assert sorted(path.name for path in copy.iterdir()) == before
+    (copy / "notes.txt").unlink()
+    assert len(latent_cache.open_or_build(Pairs(5), vae, make_config(), str(copy))) == 5
 
 
 def test_an_interrupted_build_leaves_nothing(vae, tmp_path):
@@ -302,3 +291,12 @@ def test_unreadable_pairs_are_replaced_as_when_training_from_pixels(vae, encode,
     with pytest.raises(UserError, match=r"png: truncated \(2 of 10 pairs unreadable"):
         latent_cache.open_or_build(source, vae, config, str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("classes_per_pass", [0, 1])
+def test_a_cache_of_nothing_readable_is_one_clear_line(vae, tmp_path, classes_per_pass):
+    config, source = make_config(classes_per_pass=classes_per_pass), Pairs(3, range(3))
+    config.data.max_unreadable = 1.0
+    stored = latent_cache.open_or_build(source, vae, config, str(tmp_path / "latents"))
+    with pytest.raises(UserError, match=r"png: truncated \(3 of 3 pairs unreadable"):
+        next(latents.train_batches(stored, config, 0))

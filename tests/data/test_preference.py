@@ -61,24 +61,19 @@ def test_present_classes_by_inverse_frequency():
 
 
 def _config():
-    return Config(
-        data=DataConfig(
-            source="scenes", image_size=(16, 16), scenes=ScenesConfig(train_examples=40)
-        ),
-        codec=CodecConfig(classes_per_pass=2, negatives=0.5),
-        train=TrainConfig(batch_size=4),
+    scenes = DataConfig(
+        source="scenes", image_size=(16, 16), scenes=ScenesConfig(train_examples=40)
     )
+    codec = CodecConfig(classes_per_pass=2, negatives=0.5)
+    return Config(data=scenes, codec=codec, train=TrainConfig(batch_size=4))
 
 
 def test_rarity_is_the_inverse_of_how_many_pairs_show_a_class():
     config = _config()
     source = open_source(config.data, "train", 0)
-    shown = np.array([np.isin(range(len(source.vocabulary)), r["labels"]) for r in _all(source)])
-    np.testing.assert_allclose(rarity(source, 5), 40 / np.maximum(shown.sum(0), 0.5))
-
-
-def _all(source):
-    return [source[i] for i in range(len(source))]
+    count = len(source.vocabulary)
+    shown = [np.isin(range(count), source[i]["labels"]) for i in range(len(source))]
+    np.testing.assert_allclose(rarity(source, 5), 40 / np.maximum(np.sum(shown, 0), 0.5))
 
 
 def test_examples_with_a_preference_are_the_same_from_wherever_one_starts():

@@ -1,4 +1,3 @@
-import dataclasses
 import pickle
 import time
 
@@ -51,13 +50,11 @@ def test_scenes_have_the_asked_size(size):
 
 def test_training_never_shows_a_novel_class_and_validation_shows_every_class(train, validation):
     assert len(train.vocabulary) == 25 and len(train.novel) == 6
-    seen_in_training, seen_in_validation = occurring(train), occurring(validation)
-    novel = set(train.novel)
-    trained = [i for i in range(25) if i not in novel]
-    assert not seen_in_training[list(novel)].any()
-    assert (seen_in_training[trained] >= 10).all()
-    assert (seen_in_validation[:25] >= 3).all(), "an IoU needs a few examples of every class"
-    assert not seen_in_training[25:].any() and not seen_in_validation[25:].any()
+    in_training, in_validation = occurring(train), occurring(validation)
+    trained = np.setdiff1d(range(25), train.novel)
+    assert (in_training[trained] >= 10).all() and in_training.sum() == in_training[trained].sum()
+    assert (in_validation[:25] >= 3).all(), "an IoU needs a few examples of every class"
+    assert not in_validation[25:].any()
 
 
 def test_every_pair_of_words_of_a_novel_phrase_is_trained_on():
@@ -99,21 +96,10 @@ def test_pixels_show_what_the_phrase_says():
 
 
 def test_background_is_muted_and_mostly_visible(train):
-    share = np.mean([(train[i]["labels"] == 0).mean() for i in range(40)])
-    assert 0.35 < share < 0.85
-    chroma = []
-    for i in range(40):
-        record = train[i]
-        chroma.append(np.ptp(record["image"][record["labels"] == 0].astype(int), axis=-1).mean())
-    assert np.mean(chroma) < 60
-
-
-def test_scenes_kept_in_memory_are_the_scenes(train):
-    kept = open_source(dataclasses.replace(CONFIG, cache_images=True), "train", seed=0)
-    kept[3]["image"] = None  # what a caller does to its scene is its own affair
-    for _ in range(2):
-        np.testing.assert_array_equal(kept[3]["image"], train[3]["image"])
-        np.testing.assert_array_equal(kept[3]["labels"], train[3]["labels"])
+    scenes = [train[i] for i in range(40)]
+    assert 0.35 < np.mean([scene["labels"] == 0 for scene in scenes]) < 0.85
+    pixels = [scene["image"][scene["labels"] == 0].astype(int) for scene in scenes]
+    assert np.mean([np.ptp(muted, axis=-1).mean() for muted in pixels]) < 60
 
 
 def test_generation_is_fast(train):

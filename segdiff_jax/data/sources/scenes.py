@@ -12,7 +12,6 @@ import numpy as np
 
 from segdiff_jax.config import ScenesConfig
 from segdiff_jax.data import chance
-from segdiff_jax.data.sources.memory import Memory
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
 
 TEXTURES = ("plain", "striped")
@@ -56,23 +55,15 @@ def novel_classes() -> tuple[int, ...]:
 
 
 class ScenesSource:
-    """Random access to scenes of `size` = (height, width); `keep` holds those drawn in memory."""
+    """Random access to scenes of `size` = (height, width)."""
 
-    def __init__(
-        self,
-        config: ScenesConfig,
-        size: tuple[int, int],
-        train: bool,
-        seed: int,
-        keep: bool = False,
-    ):
+    def __init__(self, config: ScenesConfig, size: tuple[int, int], train: bool, seed: int):
         self.vocabulary = vocabulary()
         self.novel = novel_classes()
         self.size = (size[0], size[1])
         self.length = config.train_examples if train else config.val_examples
         self.max_shapes = config.max_shapes
         self.seed = seed
-        self._memory = Memory(keep)
         self.split = "train" if train else "val"
         hidden = self.novel if train else ()
         self.drawn = np.array([i for i in range(1, len(self.vocabulary)) if i not in hidden])
@@ -83,9 +74,6 @@ class ScenesSource:
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        return dict(self._memory.get(index, self._draw))
-
-    def _draw(self, index: int) -> dict:
         rng = self._rng(0, index)
         image, labels = render(rng, self._classes(rng, index), self.size)
         return {"image": image, "labels": labels, "name": self.name(index)}

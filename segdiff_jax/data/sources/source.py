@@ -20,7 +20,6 @@ from segdiff_jax.data.sources.layouts import (
     Layout,
     to_labels,
 )
-from segdiff_jax.data.sources.memory import Memory
 from segdiff_jax.data.sources.pairing import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote
@@ -53,8 +52,7 @@ def open_source(config: DataConfig, split: str, seed: int) -> Source:
     """
     if config.source == "scenes":
         train = split == config.train_split
-        keep = config.cache_images
-        return scenes.ScenesSource(config.scenes, config.image_size, train, seed, keep)
+        return scenes.ScenesSource(config.scenes, config.image_size, train, seed)
     if config.source == "tfds":
         from segdiff_jax.data.sources.tfds import TfdsSource
 
@@ -104,7 +102,6 @@ class PairSource:
         self.pairs, self.vocabulary, self.lookup, self.asked, self._drawn, self.files = layout
         self.config = config
         self._names = _names([image for image, _ in self.pairs])
-        self._memory = Memory(config.cache_images)
         classes = np.unique(self.lookup[self.lookup >= 0])
         if len(classes) != len(self.vocabulary):
             raise UserError(
@@ -119,7 +116,10 @@ class PairSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self.pairs):
             raise IndexError(index)
-        return self._memory.get(index, self._read)
+        photo = self._photo(index, images.read_photo)
+        labels, ids = self._labels(index, photo.size)
+        labels = to_labels(labels, self.lookup, len(self.vocabulary))
+        return {"image": photo.pixels, "labels": labels, "name": self._names[index], "ids": ids}
 
     def look(self, index: int, whole: bool = False) -> Look:
         """Return what pair `index` shows. Raise as reading does, but find less damage in photos.
@@ -129,20 +129,12 @@ class PairSource:
         read: Callable[..., Photo | Header] = images.read_photo if whole else images.look_at
         photo = self._photo(index, read)
         labels, ids = self._labels(index, photo.size)
-        unsure = photo.orientation in (2, 3, 4) or (
-            photo.orientation > 4 and photo.size[0] == photo.size[1]
-        )
-        if unsure and self.config.exif == "apply":
-            mask, limit = self.pairs[index][1], self.config.max_pixels
-            unsure = bool(self._drawn) or images.look_at(mask, limit).orientation == 1
-            return Look(ids, unsure, photo.guessed_max)
-        return Look(ids, False, photo.guessed_max)
-
-    def _read(self, index: int) -> dict[str, Any]:
-        photo = self._photo(index, images.read_photo)
-        labels, ids = self._labels(index, photo.size)
-        labels = to_labels(labels, self.lookup, len(self.vocabulary))
-        return {"image": photo.pixels, "labels": labels, "name": self._names[index], "ids": ids}
+        square = photo.size[0] == photo.size[1]  # else the sizes tell
+        unsure = photo.orientation in (2, 3, 4) or (photo.orientation > 4 and square)
+        if unsure and not self._drawn:
+            mask = images.look_at(self.pairs[index][1], self.config.max_pixels)
+            unsure = mask.orientation == 1
+        return Look(ids, unsure and self.config.exif == "apply", photo.guessed_max)
 
     def _photo(self, index: int, read: Callable[..., T]) -> T:
         config, path = self.config, self.pairs[index][0]
