@@ -17,7 +17,7 @@ from segdiff_jax.shapes import Members, MergedMap, PerMember
 REGULARIZER = 0.02
 # Tiny against the objective, large against float32: keeps sqrt and 1/x differentiable at 0.
 TINY = 1e-12
-SHRINK = 1e-6  # stands in for scale 0 where that is the optimum: see `align`
+SHRINK = 1e-6  # stands in for scale 0 where that is the optimum: see `alignment`
 RATES, ITERATIONS = (0.03, 0.003, 0.0003), 100  # first rate of each round; its iterations
 EXTREMES = 64  # darkest pixels, and as many brightest, on which a round measures the extent
 MOST_COMPARED = 24  # members up to which `median` compares them one by one, N²/2 times
@@ -63,11 +63,7 @@ def ensemble(
     """
     if align == "none":
         return merge(maps, reduce, uncertainty)
-    return _align_and_merge(maps, reduce, uncertainty)
-
-
-def _align_and_merge(maps: Members, reduce: str, uncertainty: str) -> tuple[MergedMap, MergedMap]:
-    scale, shift = align(maps, reduce)
+    scale, shift = alignment(maps, reduce)
     aligned = maps * scale[:, None, None] + shift[:, None, None]
     merged, spread = merge(aligned, reduce, uncertainty)
     extent = jnp.maximum(jnp.max(merged) - jnp.min(merged), TINY)
@@ -75,7 +71,7 @@ def _align_and_merge(maps: Members, reduce: str, uncertainty: str) -> tuple[Merg
 
 
 @functools.partial(jax.jit, static_argnames="reduce")
-def align(maps: Members, reduce: str = "median") -> tuple[PerMember, PerMember]:
+def alignment(maps: Members, reduce: str = "median") -> tuple[PerMember, PerMember]:
     """Find (scale [N], shift [N]) that align maps [N, H, W] in [0, 1], by Marigold's objective.
 
     That is the mean pairwise RMS of the aligned maps + 0.02 (|min| + |1 - max|) of the merged one.

@@ -15,6 +15,9 @@ from segdiff_jax.fields import number
 from segdiff_jax.models.layers import Dtype, conv, upsample_nearest
 from segdiff_jax.shapes import Latents, Pixels
 
+# Functions have a place among the layers, as in the published files, whose keys count them.
+Layer = Callable[[jax.Array], jax.Array]
+
 
 @dataclass(frozen=True)
 class TinyVAEConfig:
@@ -45,23 +48,13 @@ class Block(nnx.Module):
         return jax.nn.relu(self.conv[2](h) + x)
 
 
-class Step(nnx.Module):
-    """A function in the place that it has among the layers of a published file."""
-
-    def __init__(self, function: Callable[[jax.Array], jax.Array]):
-        self.function = function
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.function(x)
-
-
 def _double(x: jax.Array) -> jax.Array:
     return upsample_nearest(x, (2 * x.shape[1], 2 * x.shape[2]))
 
 
 def _encoder(config: TinyVAEConfig, **kw: Any) -> nnx.Sequential:
     width, down = config.width, kw | {"stride": 2, "padding": (1, 1), "use_bias": False}
-    layers: list[nnx.Module] = [conv(config.in_channels, width, **kw)]
+    layers: list[Layer] = [conv(config.in_channels, width, **kw)]
     for level, blocks in enumerate(config.encoder_blocks):
         layers += [conv(width, width, **down)] if level else []
         layers += [Block(width, **kw) for _ in range(blocks)]
@@ -70,9 +63,9 @@ def _encoder(config: TinyVAEConfig, **kw: Any) -> nnx.Sequential:
 
 def _decoder(config: TinyVAEConfig, **kw: Any) -> nnx.Sequential:
     width = config.width
-    layers: list[nnx.Module] = [conv(config.latent_channels, width, **kw), Step(jax.nn.relu)]
+    layers: list[Layer] = [conv(config.latent_channels, width, **kw), jax.nn.relu]
     for level, blocks in enumerate(config.decoder_blocks):
-        layers += [Step(_double), conv(width, width, use_bias=False, **kw)] if level else []
+        layers += [_double, conv(width, width, use_bias=False, **kw)] if level else []
         layers += [Block(width, **kw) for _ in range(blocks)]
     return nnx.Sequential(*layers, conv(width, config.out_channels, **kw))
 
