@@ -129,23 +129,16 @@ def test_strength_zero_and_time_zero_are_plain_gaussian(kind, strength, t):
     assert_plain_gaussian(draw_batch(jax.random.key(2), shape, steps, 1000, kind, strength))
 
 
-def test_annealed_strength_is_strength_times_t_over_T():
-    key, t = jax.random.key(4), jnp.full(3, 400)
-    annealed = draw_batch(key, (3, 16, 16, 2), t, 800, "annealed", 0.6)
-    constant = draw_batch(key, (3, 16, 16, 2), t, 800, "multires", 0.3)
-    np.testing.assert_allclose(annealed, constant, atol=1e-6)
-
-
 def test_each_sample_of_a_batch_has_its_own_scales_and_strength():
     key, shape = jax.random.key(5), (4, 24, 32, 3)
     t = jnp.array([0, 300, 700, 999])
-    batch = draw_batch(key, shape, t, 1000, "annealed", 0.9)
+    batch = draw_batch(key, shape, t, 1200, "annealed", 0.9)
     keys = jax.random.split(key, 4)
     single = jax.jit(N.multires_noise, static_argnums=1)
     for b in range(4):
-        alone = single(keys[b], shape[1:], 0.9 * t[b] / 1000)
+        alone = single(keys[b], shape[1:], 0.9 * t[b] / 1200)
         np.testing.assert_allclose(batch[b], alone, atol=1e-5)
     # one more sample changed does not touch the others
-    other = draw_batch(key, shape, t.at[2].set(0), 1000, "annealed", 0.9)
+    other = draw_batch(key, shape, t.at[2].set(0), 1200, "annealed", 0.9)
     assert np.abs(other[2] - batch[2]).max() > 0.01
     np.testing.assert_allclose(other[jnp.array([0, 1, 3])], batch[jnp.array([0, 1, 3])], atol=1e-6)

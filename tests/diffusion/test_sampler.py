@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusion.test_schedule import both
 
-from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.diffusion import sampler as P
-from segdiff_jax.diffusion.schedule import make_schedule, sampling_timesteps
+from segdiff_jax.diffusion.schedule import sampling_timesteps
 from segdiff_jax.errors import UserError
 
 SHAPE = (6, 5, 4)
@@ -24,21 +23,6 @@ def predict(x, t):
 def predict_torch(x, t):
     wave = torch.sin(torch.tensor(t / 100.0))
     return torch.tanh(x @ torch.tensor(MIX)) * (0.5 + t / 2000.0) + 0.1 * wave
-
-
-def setup(spacing="trailing", zero_snr=True, prediction="v_prediction"):
-    fields = {
-        "prediction_type": prediction,
-        "timestep_spacing": spacing,
-        "rescale_betas_zero_snr": zero_snr,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-    }
-    oracle = DDIMScheduler(**fields, clip_sample=False)
-    return make_schedule(DiffusionConfig(**fields)), oracle
 
 
 def diffusers_loop(oracle, latents, steps, eta, noises):
@@ -62,7 +46,7 @@ def diffusers_loop(oracle, latents, steps, eta, noises):
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_equals_the_diffusers_loop(steps, eta, spacing, zero_snr):
-    schedule, oracle = setup(spacing, zero_snr)
+    schedule, oracle = both(spacing=spacing, zero_snr=zero_snr)
     key = jax.random.key(7)
     latents = P.initial_noise(jax.random.key(1), SHAPE)
     noises = [P.step_noise(key, i, SHAPE) for i in range(steps)]
@@ -73,7 +57,7 @@ def test_equals_the_diffusers_loop(steps, eta, spacing, zero_snr):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "sample"])
 def test_equals_the_diffusers_loop_for_other_predictions(prediction):
-    schedule, oracle = setup(zero_snr=False, prediction=prediction)
+    schedule, oracle = both(prediction, zero_snr=False)
     latents = P.initial_noise(jax.random.key(1), SHAPE)
     found = P.sample(predict, schedule, latents, 10)
     expected = diffusers_loop(oracle, latents, 10, 0.0, [])
@@ -82,7 +66,7 @@ def test_equals_the_diffusers_loop_for_other_predictions(prediction):
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
 def test_a_perfect_network_is_recovered_in_one_step_and_in_many(spacing):
-    schedule, _ = setup(spacing)
+    schedule, _ = both(spacing=spacing)
     x0 = jax.random.normal(jax.random.key(3), SHAPE)
 
     def perfect(x, t):
@@ -103,7 +87,7 @@ def test_a_perfect_network_is_recovered_in_one_step_and_in_many(spacing):
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_a_member_is_the_same_whatever_the_ensemble_size_and_batching(eta):
-    schedule, _ = setup()
+    schedule, _ = both()
     key = jax.random.key(5)
 
     def ensemble(n):
@@ -132,7 +116,7 @@ def test_members_differ_and_start_from_plain_gaussian_noise():
 
 
 def test_bad_arguments():
-    schedule, _ = setup()
+    schedule, _ = both()
     with pytest.raises(UserError, match="sampler.steps=0"):
         P.sample(predict, schedule, jnp.zeros(SHAPE), 0)
     with pytest.raises(ValueError, match="key"):

@@ -9,20 +9,19 @@ from torch_oracles import relative_error, run, text_encoder, write
 from segdiff_jax.models.clip_text import CLIPText
 from segdiff_jax.weights import pretrained
 
-# name: (width, inner width, layers, heads, activation, positions, epsilon, [B, L])
-_CASES: dict[str, tuple] = {
-    "sd1_quick_gelu": (32, 48, 3, 4, "quick_gelu", 77, 1e-5, (2, 77)),
-    "sd2_gelu": (32, 48, 2, 2, "gelu", 77, 1e-5, (3, 77)),
-    "odd_width_short": (21, 30, 1, 3, "quick_gelu", 16, 1e-3, (1, 9)),
-    "as_many_heads_as_channels": (6, 12, 1, 6, "quick_gelu", 77, 1e-5, (2, 5)),
-    "two_tokens": (15, 15, 1, 5, "quick_gelu", 8, 1e-5, (5, 2)),
-    "odd_everything": (35, 49, 2, 7, "gelu", 13, 1e-5, (3, 13)),
-}
+# name, width, inner width, layers, heads, activation, positions, epsilon, [B, L]
+_CASES: list[tuple] = [
+    ("sd1_quick_gelu", 32, 48, 3, 4, "quick_gelu", 77, 1e-5, (2, 77)),
+    ("sd2_gelu", 32, 48, 2, 2, "gelu", 77, 1e-5, (3, 77)),
+    ("odd_width_short", 21, 30, 1, 3, "quick_gelu", 16, 1e-3, (1, 9)),
+    ("as_many_heads_as_channels", 6, 12, 1, 6, "quick_gelu", 77, 1e-5, (2, 5)),
+    ("two_tokens", 15, 15, 1, 5, "quick_gelu", 8, 1e-5, (5, 2)),
+    ("odd_everything", 35, 49, 2, 7, "gelu", 13, 1e-5, (3, 13)),
+]
 _NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _NAMES += ("hidden_act", "max_position_embeddings", "layer_norm_eps")
-CASES = {
-    name: (dict(zip(_NAMES, values, strict=True)), size)  # transformers options
-    for name, (*values, size) in _CASES.items()
+CASES = {  # name: (options of transformers, [B, L])
+    name: (dict(zip(_NAMES, values, strict=True)), size) for name, *values, size in _CASES
 }
 FLOAT32 = [(name, jnp.float32, 1e-4) for name in CASES]
 BFLOAT16 = [(name, jnp.bfloat16, 2e-2) for name in list(CASES)[:3]]

@@ -8,22 +8,23 @@ from torch_oracles import from_torch, normal, relative_error, run, to_torch, vae
 from segdiff_jax.models.vae import VAE, decode_latents, encode_latents
 from segdiff_jax.weights import pretrained
 
-# name: (widths, layers, groups, latent channels, attention in the middle, pixels, rest)
-_CASES: dict[str, tuple] = {
-    "sd": ((8, 16, 16), 2, 4, 4, True, (2, 16, 24), {}),
-    "odd_channels_three_layers": ((9, 15), 3, 3, 5, True, (1, 10, 14), {}),
-    "no_attention_wide_latent": ((8, 12), 1, 2, 16, False, (3, 8, 8), {"scaling_factor": 0.5}),
-    "one_level": ((6,), 1, 6, 4, True, (1, 7, 5), {"in_channels": 1, "out_channels": 2}),
-    "one_pixel_wide": ((4,), 1, 2, 4, True, (1, 6, 1), {}),
-    "narrowing": ((12, 8), 1, 4, 4, True, (1, 8, 6), {}),
-    "eleven_channels": ((11,), 1, 11, 7, True, (2, 5, 4), {}),
-    "four_levels": ((2, 4, 4, 6), 1, 2, 4, False, (1, 16, 8), {}),
+_GRAY = {"in_channels": 1, "out_channels": 2}
+# name, widths, layers, groups, latent channels, attention in the middle, pixels, rest
+_CASES: list[tuple] = [
+    ("sd", (8, 16, 16), 2, 4, 4, True, (2, 16, 24), {}),
+    ("odd_channels_three_layers", (9, 15), 3, 3, 5, True, (1, 10, 14), {}),
+    ("no_attention_wide_latent", (8, 12), 1, 2, 16, False, (3, 8, 8), {"scaling_factor": 0.5}),
+    ("one_level", (6,), 1, 6, 4, True, (1, 7, 5), _GRAY),
+    ("one_pixel_wide", (4,), 1, 2, 4, True, (1, 6, 1), {}),
+    ("narrowing", (12, 8), 1, 4, 4, True, (1, 8, 6), {}),
+    ("eleven_channels", (11,), 1, 11, 7, True, (2, 5, 4), {}),
+    ("four_levels", (2, 4, 4, 6), 1, 2, 4, False, (1, 16, 8), {}),
+]
+_NAMES = "layers_per_block", "norm_num_groups", "latent_channels", "mid_block_add_attention"
+CASES = {  # name: (widths, options of diffusers, pixels [B, H, W])
+    name: (widths, dict(zip(_NAMES, values, strict=True)) | rest, size)
+    for name, widths, *values, size, rest in _CASES
 }
-CASES = {}  # name: (widths, options of diffusers, pixels [B, H, W])
-for _name, (_widths, _layers, _groups, _latent, _attention, _size, _rest) in _CASES.items():
-    _options = {"layers_per_block": _layers, "norm_num_groups": _groups}
-    _options |= {"latent_channels": _latent, "mid_block_add_attention": _attention}
-    CASES[_name] = (_widths, _options | _rest, _size)
 
 
 def _moments(oracle, pixels):
