@@ -84,7 +84,7 @@ class Latents:
     def __getitem__(self, pair: int) -> dict[str, Any]:
         if isinstance(self._contents[pair], str):
             raise UnreadableError(self._contents[pair])
-        return {"pair": pair}
+        return {}  # what is read depends on the view
 
     def classes(self, pair: int, view: int) -> np.ndarray:
         """Return the ids [n] of trained classes that a view of a pair shows."""
@@ -130,7 +130,7 @@ def _example(
     record: dict[str, Any],
 ) -> dict[str, Any]:
     """Make training example number `index` of a record that `Latents` gives."""
-    pair, rng = record["pair"], draws.generator(index)
+    pair, rng = record["record"], draws.generator(index)
     view = draws.view(rng) if draws.views else int(transforms.draw_flip(rng, augment))
     class_ids = draws.class_ids(latents.classes(pair, view), rng)
     image, valid = latents.image(pair, view)

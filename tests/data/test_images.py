@@ -172,20 +172,19 @@ def test_broken_files_are_named_with_the_mend(tmp_path, save, reader, bomb):
         assert message.startswith(str(path)) and words in message and "\n" not in message
 
 
-@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
-def test_animated_images_are_refused(save, name):
+@pytest.mark.parametrize("reader", [read_image, read_labels])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        *[(f"a.{kind}", r"animated \(3 frames\)") for kind in ("gif", "png", "webp")],
+        ("scan.tif", r"scan\.tif: has 3 pages: save one"),
+    ],
+)
+def test_files_of_several_images_are_refused(save, reader, name, says):
     frames = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (0, 120, 255)]
     path = save(frames[0], name, save_all=True, append_images=frames[1:])
-    with pytest.raises(UnreadableError, match=r"animated \(3 frames\)"):
-        read_image(path)
-
-
-def test_pages_of_a_tiff_are_not_called_animated(save):
-    pages = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (0, 120)]
-    path = save(pages[0], "scan.tif", save_all=True, append_images=pages[1:])
-    for reader in (read_image, read_labels):
-        with pytest.raises(UnreadableError, match=r"scan\.tif: has 2 pages: save one"):
-            reader(path)
+    with pytest.raises(UnreadableError, match=says):
+        reader(path)
 
 
 def test_max_pixels_reaches_beyond_the_limit_of_pil(save, monkeypatch):
@@ -204,9 +203,12 @@ def test_palette_labels_are_indices_not_colours(save):
     assert labels.dtype == np.uint8 and (labels == ids).all()
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif"])
-def test_gray_labels_are_ids(save, name):
-    assert (read_labels(save(GRAY, name)) == GRAY).all()
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("a.bmp", "L"), ("a.tif", "L"), *[("a.png", mode) for mode in ("L", "RGB", "RGBA", "LA")]],
+)
+def test_gray_labels_are_ids_in_colours_too(save, name, mode):
+    assert (read_labels(save(Image.fromarray(GRAY).convert(mode), name)) == GRAY).all()
 
 
 @pytest.mark.parametrize(
@@ -223,11 +225,6 @@ def test_gray_labels_of_few_bits_are_not_spread(tmp_path, data, ids):
     """PIL shows the largest value of 2 or 4 bits, or the one that a PGM names, as white."""
     (tmp_path / "a.png").write_bytes(data)
     assert read_labels(tmp_path / "a.png").tolist() == [ids]
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
-def test_gray_saved_as_colours_are_ids_too(save, mode):
-    assert (read_labels(save(Image.fromarray(GRAY).convert(mode))) == GRAY).all()
 
 
 def test_wide_labels_keep_ids_above_255(save):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from torch_oracles import from_torch, normal, relative_error, run, to_torch, unet, write
+from torch_oracles import from_torch, normal, random_ours, relative_error, run, to_torch, write
+from torch_oracles import unet as torch_unet
 
 from segdiff_jax.models import layers
 from segdiff_jax.models.unet import UNet, UNetConfig
@@ -60,7 +61,7 @@ def _expected(oracle, sample, timesteps, context, mask=None):
 @pytest.mark.parametrize("name", [name for name in CASES if name != MASKED])
 def test_equals_diffusers(name, tmp_path):
     attends, options, latent, tokens = CASES[name]
-    oracle = unet(attends, cross_attention_dim=CONTEXT, **options)
+    oracle = torch_unet(attends, cross_attention_dim=CONTEXT, **options)
     ours = pretrained.load(write(tmp_path, unet=oracle), ("unet",)).unet
     inputs = _inputs(oracle.config, latent, tokens)
     actual = run(UNet.__call__, ours, *inputs)
@@ -71,7 +72,7 @@ def test_equals_diffusers(name, tmp_path):
 
 def test_context_mask_and_bfloat16(tmp_path):
     attends, options, latent, tokens = CASES[MASKED]
-    oracle = unet(attends, cross_attention_dim=CONTEXT, **options)
+    oracle = torch_unet(attends, cross_attention_dim=CONTEXT, **options)
     folder = write(tmp_path, unet=oracle)
     inputs = _inputs(oracle.config, latent, tokens)
     mask = np.arange(tokens) < np.array([[1], [3], [5]])  # [B, L]
@@ -89,7 +90,7 @@ def test_context_mask_and_bfloat16(tmp_path):
 def test_gradients_equal_torchs_with_recomputed_blocks(tmp_path):
     attends, options, latent, tokens = CASES["deep_transformers_other_time_code"]
     # With one channel per group, as there, the norm undoes biases: their gradient is rounding.
-    oracle = unet(attends, cross_attention_dim=CONTEXT, **options | {"norm_num_groups": 4})
+    oracle = torch_unet(attends, cross_attention_dim=CONTEXT, **options | {"norm_num_groups": 4})
     ours = pretrained.load(write(tmp_path, unet=oracle), ("unet",)).unet
     ours.kept = layers.KEEP_INPUTS  # of remat=True
     inputs = _inputs(oracle.config, latent, tokens)
@@ -114,8 +115,8 @@ def test_gradients_equal_torchs_with_recomputed_blocks(tmp_path):
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_recomputed_blocks_can_be_sampled_from(dtype):
     """The sampler calls a network from inside vmap and scan, and so does validation in training."""
-    network = UNet(SMALL, dtype=jnp.dtype(dtype), remat=True, rngs=nnx.Rngs(0))
-    graph, params = nnx.split(network)
+    make = lambda rngs: UNet(SMALL, dtype=jnp.dtype(dtype), remat=True, rngs=rngs)  # noqa: E731
+    graph, params = nnx.split(random_ours(make))
     text = jnp.ones((1, 7, CONTEXT))
 
     @jax.jit
@@ -139,12 +140,12 @@ def test_recomputed_blocks_can_be_sampled_from(dtype):
 def test_what_blocks_keep_changes_no_gradient(dtype, tolerance):
     rng = np.random.default_rng(0)
     draw = lambda shape: jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32)  # noqa: E731
-    shapes = nnx.split(nnx.eval_shape(lambda: UNet(SMALL, rngs=nnx.Rngs(0))))[1]
-    params = jax.tree.map(lambda leaf: draw(leaf.shape), shapes)
+    # Not a real one: compiling its initialisers takes longer than all that follows.
+    unet = nnx.eval_shape(lambda: UNet(SMALL, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda leaf: draw(leaf.shape), nnx.split(unet)[1])
     inputs = draw((2, 8, 8, SMALL.in_channels)), jnp.array([3, 900]), draw((2, 5, CONTEXT))
 
     def gradients(policy):
-        unet = UNet(SMALL, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
         unet.kept = policy
         graph = nnx.split(unet)[0]
         loss = lambda params: jnp.square(nnx.merge(graph, params)(*inputs)).mean()  # noqa: E731
