@@ -89,6 +89,11 @@ def test_a_folder_of_pairs_with_sub_folders(gcs, bucket):
     config.mask_suffix = ""
     with pytest.raises(UserError, match=r"gs://bucket/.*a\.png: no mask .*mask_suffix=_mask"):
         open_source(config, "train", 0)
+    gcs.put("other/images/train/a.png", picture.getvalue())
+    with pytest.raises(UserError, match=r"gs://bucket/other/masks/train: no such folder"):
+        open_source(DataConfig(source="folder", root=f"{bucket}/other"), "train", 0)
+    with pytest.raises(UserError, match=r"found 1 images in gs://bucket/other/images/train"):
+        open_source(DataConfig(source="cityscapes", root=f"{bucket}/other"), "train", 0)
 
 
 def test_the_parts_of_an_evaluation_that_is_done_leave_nothing_behind(gcs, bucket):
