@@ -186,6 +186,8 @@ def test_other_mistakes_are_named(root):
         opened(root, "panoptic")
     with pytest.raises(UserError, match="59 classes, but the masks of .*coco_instances have 3"):
         opened(root, vocabulary="pascal_context_59")
-    (root / "annotations" / "instances_val2017.json").write_text("[]")
-    with pytest.raises(UserError, match="no COCO annotations"):
-        opened(root)
+    lfs = "version https://git-lfs.github.com/spec/v1"
+    for text, says in (("[]", "no COCO annotations"), (lfs, "git-lfs pointer"), ("", "empty file")):
+        (root / "annotations" / "instances_val2017.json").write_text(text)
+        with pytest.raises(UserError, match=rf"instances_val2017\.json: .*{says}"):
+            opened(root)

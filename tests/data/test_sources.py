@@ -84,7 +84,7 @@ def check_error(config, words, split="train", index=None):
 def test_what_is_missing_or_twice_is_named(root):
     check_error(folder(root / "nowhere"), ["nowhere", "no such folder"])
     check_error(folder(root), ["test/images", "no such folder"], split="test")
-    check_error(folder(root, vocabulary="nope"), ["'nope'", "ade20k_150"])
+    check_error(folder(root, vocabulary="nope"), ["nope: no such file", "ade20k_150"])
     names = (root / "classes.txt").rename(root / "names.txt")
     check_error(folder(root), ["classes.txt", "config.data.vocabulary"])
     names.rename(root / "classes.txt")

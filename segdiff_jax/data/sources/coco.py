@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from segdiff_jax import codec
+from segdiff_jax import codec, stored
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data import images
 from segdiff_jax.data.sources.layouts import Layout, lookup_of
@@ -154,7 +154,7 @@ def _read(path: epath.Path, panoptic: bool) -> dict[str, Any]:
         "categories": ("id", "name"),
     }
     try:
-        about = json.loads(path.read_text())
+        about = json.loads(stored.read_text(path))
         lists = {name: about[name] for name in keys}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no COCO annotations ({error}): fetch the file again") from error

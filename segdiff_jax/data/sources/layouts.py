@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from segdiff_jax import codec
+from segdiff_jax import codec, stored
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data.sources.pairing import (
     Pairs,
@@ -205,16 +205,10 @@ def _voc_root(root: epath.Path, years: Sequence[int] = range(12, 6, -1)) -> epat
 
 def _voc_list(root: epath.Path, split: str) -> list[str]:
     lists = root / "ImageSets" / "Segmentation"
-    path = lists / f"{split}.txt"
-    if not path.exists():
-        listed = lists.iterdir() if lists.is_dir() else ()
-        have = sorted(path.stem for path in listed if path.suffix == ".txt")
-        advice = f"choose one of {', '.join(have)}" if have else "unpack the whole archive"
-        raise UserError(dangling(path) or f"{path}: no such file: {advice}")
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not text in UTF-8: restore it") from error
+    listed = lists.iterdir() if lists.is_dir() else ()
+    have = sorted(path.stem for path in listed if path.suffix == ".txt")
+    mend = f"choose one of {', '.join(have)}" if have else "unpack the whole archive"
+    lines = stored.read_text(lists / f"{split}.txt", mend).splitlines()
     return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
