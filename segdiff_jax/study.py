@@ -82,23 +82,23 @@ def _study(args: argparse.Namespace, config: Config, argv: Sequence[str]) -> Non
     about |= {"config": _not_by_default(config)}
     known = _earlier(path, about)
     with ownership.claimed(args.output, _KIND, names):
-        done: list[Measurement] = []
         for seed in args.seeds:
             of_seed = trainings.changed(config, {"seed": seed})
-            for case in sorted(study.cases(of_seed), key=lambda c: c.training.name):
-                found = next(
-                    (m for m in known if (m.setting, m.seed) == (case.setting, seed)), None
-                )
-                if found is None:
-                    workdir = trainings.trained(case.training, of_seed, runs)
-                    figures = studies.measure(case, of_seed, workdir, args.limit)
-                    found = Measurement(case.setting, seed, figures)
-                    known.append(found)
-                    measured = {"measurements": [m._asdict() for m in known]}
-                    files.write_text(path, tables.to_json(about | measured))
-                done.append(found)
-        order = [case.setting for case in study.cases(config)]
-        done.sort(key=lambda m: (order.index(m.setting), m.seed))
+            cases = [studies.case(of_seed, setting) for setting in study.settings]
+            for case in sorted(cases, key=lambda c: c.training.name):
+                if any((m.setting, m.seed) == (case.setting, seed) for m in known):
+                    continue
+                workdir = trainings.trained(case.training, of_seed, runs)
+                figures = studies.measure(case, of_seed, workdir, args.limit)
+                known.append(Measurement(case.setting, seed, figures))
+                measured = {"measurements": [m._asdict() for m in known]}
+                files.write_text(path, tables.to_json(about | measured))
+        done = [
+            m
+            for setting in study.settings
+            for m in sorted(known, key=lambda m: m.seed)
+            if m.setting == setting and m.seed in args.seeds
+        ]
         others = [m for m in known if m not in done]  # of seeds that were asked for before
         about["measurements"] = [m._asdict() for m in done + others]
         print(_write(args, study, about))

@@ -46,7 +46,7 @@ def finished(trained, micro_config, tmp_path):
     for timesteps in ("uniform", "terminal"):
         workdir = tmp_path / "runs" / f"annealed-{timesteps}-seed0"
         shutil.copytree(trained, workdir)
-        changes = studies.training(short, timesteps).changes
+        changes = studies.training(short, {"timesteps": timesteps}).changes
         workdirs.write_config(str(workdir), trainings.changed(short, changes))
     shutil.copytree(f"{trained}/vae", tmp_path / "runs" / "vae-seed0")
     return tmp_path
@@ -155,11 +155,11 @@ def test_every_study_has_settings_of_its_own(micro_config, joint):
     if joint:  # a training of several classes in a map cannot have one
         config.joint.steps, config.sampler.decoder = 1, "joint"
     for name, of_name in studies.STUDIES.items():
-        cases = of_name.cases(config)
-        settings = [tuple(case.setting.items()) for case in cases]
+        settings = [tuple(setting.items()) for setting in of_name.settings]
         assert len(set(settings)) == len(settings), name
-        assert all(of_name.axis in case.setting for case in cases)
-        for case in cases:
+        for setting in of_name.settings:
+            assert of_name.axis in setting
+            case = studies.case(config, setting)
             studied = trainings.changed(config, case.training.changes, "train")
             trainings.changed(studied, case.changes, "evaluate")
 

@@ -6,8 +6,10 @@ measurements (setting, seed) → rows (setting) with mean ± spread over seeds �
 import io
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 Setting = Mapping[str, str | int]  # what distinguishes a row, such as {"steps": 10}
 
@@ -34,12 +36,13 @@ class Measurement(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """That `figure` is higher in the setting `better` than in `worse`, all else equal."""
+    """That `figure` is higher where `key` is `better` than where it is `worse`, all else equal."""
 
     text: str
     figure: str
-    better: Setting
-    worse: Setting
+    key: str  # of the settings
+    better: str | int
+    worse: str | int
     same: Setting = {}  # where the two are one program, which says nothing
 
 
@@ -87,6 +90,11 @@ def _distinct(items: Any) -> list[Any]:
     return kept
 
 
+def _without(key: str, settings: Iterable[Setting]) -> list[Setting]:
+    """Return the distinct settings that are left without a key."""
+    return _distinct({k: v for k, v in setting.items() if k != key} for setting in settings)
+
+
 def table(
     found: Sequence[Row], axis: str, figures: Sequence[str]
 ) -> tuple[list[str], list[list[str]]]:
@@ -95,25 +103,26 @@ def table(
     One figure follows another; those that no row has are left out.
     """
     values = _distinct(row.setting[axis] for row in found)
-    others = _distinct({k: v for k, v in row.setting.items() if k != axis} for row in found)
+    others = _without(axis, (row.setting for row in found))
     cells = []
     for name in figures:
         for rest in others:
-            settings = [{**rest, axis: value} for value in values]
-            of_values = [_cell(found, setting, name) for setting in settings]
+            of_values = [_cell(_figure(found, {**rest, axis: v}, name)) for v in values]
             if any(of_values):
                 cells.append([NAMES.get(name, name), *map(str, rest.values()), *of_values])
     keys = list(others[0]) if others else []
     return ["figure", *keys, *(f"{axis} {value}" for value in values)], cells
 
 
-def _cell(found: Sequence[Row], setting: Setting, name: str) -> str:
-    for row in found:
-        if row.setting == setting and name in row.figures:
-            value = row.figures[name]
-            spread = "" if value.spread is None else f" ± {value.spread:.3f}"
-            return f"{value.mean:.3f}{spread}"
-    return ""
+def _figure(found: Sequence[Row], setting: Setting, name: str) -> Estimate | None:
+    return next((row.figures.get(name) for row in found if row.setting == setting), None)
+
+
+def _cell(value: Estimate | None) -> str:
+    if value is None:
+        return ""
+    spread = "" if value.spread is None else f" ± {value.spread:.3f}"
+    return f"{value.mean:.3f}{spread}"
 
 
 def verdict(claims: Sequence[Claim | Elbow], measurements: Sequence[Measurement]) -> list[str]:
@@ -130,12 +139,12 @@ def verdict(claims: Sequence[Claim | Elbow], measurements: Sequence[Measurement]
 
 def _claim(claim: Claim, measurements: Sequence[Measurement]) -> str:
     found = []
-    for context in _contexts(claim.better, measurements):
+    for context in _without(claim.key, (m.setting for m in measurements)):
         if claim.same and claim.same.items() <= context.items():
             continue
         better, worse = (
-            _by_seed(claim.figure, {**context, **side}, measurements)
-            for side in (claim.better, claim.worse)
+            _by_seed(claim.figure, {**context, claim.key: value}, measurements)
+            for value in (claim.better, claim.worse)
         )
         gains = [better[seed] - worse[seed] for seed in sorted(better.keys() & worse.keys())]
         if gains:
@@ -161,7 +170,7 @@ def _line(claim: str, votes: Sequence[int], gains: Sequence[float]) -> str:
 
 def _elbow(claim: Elbow, measurements: Sequence[Measurement]) -> str:
     votes, gains = [], []
-    for context in _contexts({claim.key: 0}, measurements):
+    for context in _without(claim.key, (m.setting for m in measurements)):
         curve = {}
         for value in sorted({int(m.setting[claim.key]) for m in measurements}):
             of_seeds = _by_seed(claim.figure, {**context, claim.key: value}, measurements)
@@ -177,11 +186,6 @@ def _elbow(claim: Elbow, measurements: Sequence[Measurement]) -> str:
         votes.append(0 if abs(rises) <= chance else 1 if rises > 0 and elbow <= claim.bound else -1)
         gains.append(rises)
     return _line(claim.text, votes, gains)
-
-
-def _contexts(fixed: Setting, measurements: Sequence[Measurement]) -> list[Setting]:
-    """Return the settings without the keys of `fixed`."""
-    return _distinct({k: v for k, v in m.setting.items() if k not in fixed} for m in measurements)
 
 
 def _by_seed(
@@ -200,22 +204,16 @@ def plot(found: Sequence[Row], key: str, figures: Sequence[str], title: str) -> 
 
     shown = [name for name in figures if any(name in row.figures for row in found)]
     values = _distinct(row.setting[key] for row in found)
-    others = _distinct({k: v for k, v in row.setting.items() if k != key} for row in found)
+    others = _without(key, (row.setting for row in found))
     drawing = Figure(figsize=(5.5 * len(shown), 4.2), layout="constrained")
     drawing.suptitle(title)
     for number, name in enumerate(shown, 1):
         axes = drawing.add_subplot(1, len(shown), number)
         for rest, marker in zip(others, itertools.cycle("osD^vP*X")):
-            at = {
-                row.setting[key]: row.figures[name]
-                for row in found
-                if row.setting == {**rest, key: row.setting[key]} and name in row.figures
-            }
-            places = [values.index(v) for v in at]
-            spreads = [e.spread or 0.0 for e in at.values()]
+            of_values = [_figure(found, {**rest, key: value}, name) for value in values]
+            known = [(place, e.mean, e.spread or 0.0) for place, e in enumerate(of_values) if e]
             label = ", ".join(f"{k} {v}" for k, v in rest.items())
-            means = [e.mean for e in at.values()]
-            axes.errorbar(places, means, spreads, marker=marker, capsize=3, label=label)
+            axes.errorbar(*np.reshape(known, (-1, 3)).T, marker=marker, capsize=3, label=label)
         axes.set_xticks(range(len(values)), [str(v) for v in values])
         axes.set_xlabel(key)
         axes.set_ylabel(NAMES.get(name, name))

@@ -1,11 +1,13 @@
 """The experiments of the paper's supplement: what each trains and measures, what is claimed.
 
-study ─► trainings × seeds   workdirs that all studies share: `trainings`
-      ─► cases               a training, and what is changed for sampling → figures
-      ─► findings            table, plot, verdict
+study ─► settings × seeds   the rows of its table
+      ─► case               a training, which all studies share (`trainings`), and how it samples
+      ─► measure            its figures
+      ─► findings           table, plot, verdict
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,230 +27,188 @@ from segdiff_jax.weights import workdir as workdirs
 TERMINAL_SHARE = 0.9  # of "terminal" timesteps, where the config has only uniform ones
 NOISES = 10  # initial noises whose predictions are held against each other
 
+_GROUP, _HARD = "classes per pass", "hard negatives, %"  # keys of settings
+_SAMPLING = {  # the keys of the config that words of a setting stand for
+    "steps": "sampler.steps",
+    "spacing": "diffusion.timestep_spacing",
+    "members": "sampler.ensemble",
+    "reduce": "sampler.reduce",
+    "align": "sampler.align",
+    "start": "sampler.initial_noise",
+}
+
 
 class Case(NamedTuple):
-    """A row of a study's table: a training, and how it is sampled from."""
+    """A row of a study's table: a training, and what is changed for sampling from it."""
 
     setting: Setting
     training: Training
     changes: Mapping[str, Any]
-    noises: int = 1  # the figures are means over so many
-    ceiling: bool = False  # also the figure of a perfect UNet
+    noises: int  # the figures are means over so many
+    ceiling: bool  # also the figure of a perfect UNet
 
 
 class Study(NamedTuple):
     about: str
-    cases: Callable[[Config], list[Case]]
     axis: str  # of plot and table: a key of the settings
     figures: tuple[str, ...]  # of the table: those of the plot first, then those of the claims
     plotted: int
-    claims: tuple[Claim | Elbow, ...]
+    settings: Sequence[Setting]
+    claims: Sequence[Claim | Elbow]
 
 
-def training(
-    config: Config, timesteps: str, kind: str = "annealed", group: int = -1, context: str = "mean"
-) -> Training:
-    """Name a training and what it changes.
+def case(config: Config, setting: Setting) -> Case:
+    """Return what a setting trains, and how it is sampled from."""
+    long = "members" in setting and setting["timesteps"] == "uniform"
+    changes: dict[str, Any] = {"sampler.steps": 10 if long else 1}
+    changes |= {key: setting[word] for word, key in _SAMPLING.items() if word in setting}
+    noises = NOISES if "noise" in setting else 1
+    ceiling = "context" in setting and setting["steps"] == 1
+    return Case(setting, training(config, setting), changes, noises, ceiling)
 
-    timesteps: "uniform", as in the paper, or "terminal": a share of them is the last one.
+
+def training(config: Config, setting: Setting) -> Training:
+    """Name the training of a setting, and say what it changes.
+
+    Its timesteps are "uniform", as in the paper, or "terminal": a share of them is the last one.
     """
-    share = {"uniform": 0.0, "terminal": config.train.terminal_share or TERMINAL_SHARE}[timesteps]
+    kind, timesteps = setting.get("noise", "annealed"), setting["timesteps"]
+    share = 0.0 if timesteps == "uniform" else config.train.terminal_share or TERMINAL_SHARE
+    name = f"{kind}-{timesteps}"
     changes: dict[str, Any] = {"noise.kind": kind, "train.terminal_share": share}
     changes |= {"sampler.shortlist": 0}  # several classes a pass can have none
     if config.sampler.decoder == "joint":  # what the UNet gets wrong would be mended by the photo
         changes |= {"joint.steps": 0, "sampler.decoder": "vae"}
-    name = f"{kind}-{timesteps}"
-    if group >= 0 and (group, context) != (config.codec.classes_per_pass, config.codec.context):
-        name += f"-g{group or 'all'}-{context}"
+    own = config.codec.classes_per_pass, config.codec.context
+    asked, context = setting.get(_GROUP, own[0]), setting.get("context", own[1])
+    group = 0 if asked == "all" else int(asked)
+    if (group, context) != own:
+        name += f"-g{asked}-{context}"
         changes |= {"codec.classes_per_pass": group, "codec.context": context}
         changes |= {"data.cache_latents": False} if group > 1 else {}
         changes |= {} if group else {"train.balance": 0.0}
+    hard = int(setting.get(_HARD, -1)) / 100
+    if hard >= 0 and hard != config.train.hard_negatives:
+        name += f"-hard{hard:g}"
+        changes |= {"train.hard_negatives": hard}
     return Training(name, changes)
 
 
-_TIMESTEPS = ("uniform", "terminal")
+def _every(**values: Sequence[str | int]) -> list[Setting]:
+    """Return the settings in which each key has one of its values."""
+    return [dict(zip(values, found, strict=True)) for found in itertools.product(*values.values())]
 
 
-def _noise(config: Config) -> list[Case]:
-    return [
-        Case(
-            {"noise": kind, "timesteps": timesteps, "steps": steps},
-            training(config, timesteps, kind),
-            {"sampler.steps": steps},
-            noises=NOISES,
-        )
-        for kind in ("gaussian", "multires", "annealed")
-        for timesteps in _TIMESTEPS
-        for steps in (1, 10)
-    ]
-
-
-def _steps(config: Config) -> list[Case]:
-    return [
-        Case(
-            {"timesteps": timesteps, "spacing": spacing, "steps": steps},
-            training(config, timesteps),
-            {"sampler.steps": steps, "diffusion.timestep_spacing": spacing},
-        )
-        for timesteps in _TIMESTEPS
-        for spacing in ("trailing", "leading")
-        for steps in (1, 2, 4, 10, 25, 50)
-    ]
-
-
-def _ensemble(config: Config) -> list[Case]:
-    return [
-        Case(
-            {"timesteps": timesteps, "reduce": reduce, "align": align, "members": members},
-            training(config, timesteps),
-            {
-                "sampler.steps": 10 if timesteps == "uniform" else 1,
-                "sampler.ensemble": members,
-                "sampler.reduce": reduce,
-                "sampler.align": align,
-            },
-        )
-        for timesteps in _TIMESTEPS
-        for reduce in ("median", "mean")
-        for align in ("none", "affine")
-        for members in (1, 2, 5, 10, 20)
-        if members > 1 or (reduce, align) == ("median", "none")  # of one, nothing is merged
-    ]
-
-
-def _start(config: Config) -> list[Case]:
-    return [
-        Case(
-            {"timesteps": timesteps, "steps": steps, "start": start},
-            training(config, timesteps),
-            {"sampler.steps": steps, "sampler.initial_noise": start},
-        )
-        for timesteps in _TIMESTEPS
-        for steps in (1, 10)
-        for start in ("gaussian", "multires")
-    ]
-
-
-def _codec(config: Config) -> list[Case]:
-    return [
-        Case(
-            {"classes per pass": group or "all", "context": context, "timesteps": timesteps}
-            | {"steps": steps},
-            training(config, timesteps, group=group, context=context),
-            {"sampler.steps": steps},
-            ceiling=steps == 1,
-        )
-        # A mean of four prompts in random order does not say which level is whose.
-        for group, context in ((1, "mean"), (1, "bound"), (4, "bound"), (0, "mean"), (0, "bound"))
-        for timesteps in _TIMESTEPS
-        for steps in (1, 10)
-    ]
-
-
-def _negatives(config: Config) -> list[Case]:
-    return [
-        Case(
-            {"hard negatives, %": percent, "timesteps": timesteps},
-            _with_negatives(config, training(config, timesteps), percent / 100),
-            {"sampler.steps": 1},
-        )
-        for timesteps in _TIMESTEPS
-        for percent in (0, 50)
-    ]
-
-
-def _with_negatives(config: Config, plain: Training, share: float) -> Training:
-    if share == config.train.hard_negatives:
-        return plain
-    changes = {**plain.changes, "train.hard_negatives": share}
-    return Training(f"{plain.name}-hard{share:g}", changes)
-
-
-_BETTER_NOISE = tuple(
-    Claim(f"{text} ({name})", figure, {"noise": better}, {"noise": worse})
-    for figure, name in (("miou_present", "mIoU"), ("agreement", "agreement of initial noises"))
-    for text, better, worse in (
-        ("Multi-resolution noise trains better than Gaussian", "multires", "gaussian"),
-        ("Annealing it is better still", "annealed", "multires"),
-    )
-)
-_MIOU = "miou_present"
+_MIOU, _TIMESTEPS = "miou_present", ("uniform", "terminal")
 STUDIES = {
     "noise": Study(
         "the noise of the training",
-        *(_noise, "noise", (_MIOU, "agreement"), 2, _BETTER_NOISE),
+        axis="noise",
+        figures=(_MIOU, "agreement"),
+        plotted=2,
+        settings=_every(
+            noise=("gaussian", "multires", "annealed"), timesteps=_TIMESTEPS, steps=(1, 10)
+        ),
+        claims=[
+            Claim(f"{text} ({name})", figure, "noise", better, worse)
+            for figure, name in ((_MIOU, "mIoU"), ("agreement", "agreement of initial noises"))
+            for text, better, worse in (
+                ("Multi-resolution noise trains better than Gaussian", "multires", "gaussian"),
+                ("Annealing it is better still", "annealed", "multires"),
+            )
+        ],
     ),
     "steps": Study(
         "denoising steps",
-        *(_steps, "steps", (_MIOU,), 1),
-        (
+        axis="steps",
+        figures=(_MIOU,),
+        plotted=1,
+        settings=_every(
+            timesteps=_TIMESTEPS, spacing=("trailing", "leading"), steps=(1, 2, 4, 10, 25, 50)
+        ),
+        claims=[
             Elbow("More steps are better, with little to gain from 10 on", _MIOU, "steps", 10),
             Claim(
                 "Trailing timesteps are better than leading",
-                *(_MIOU, {"spacing": "trailing"}, {"spacing": "leading"}, {"steps": 1}),
+                *(_MIOU, "spacing", "trailing", "leading", {"steps": 1}),
             ),
-        ),
+        ],
     ),
     "ensemble": Study(
         "members of an ensemble",
-        *(_ensemble, "members", (_MIOU, "error_auroc"), 1),
-        (
+        axis="members",
+        figures=(_MIOU, "error_auroc"),
+        plotted=1,
+        settings=[
+            {**ways, "members": members}
+            for ways in _every(
+                timesteps=_TIMESTEPS, reduce=("median", "mean"), align=("none", "affine")
+            )
+            for members in (1, 2, 5, 10, 20)
+            # Of one, nothing is merged.
+            if members > 1 or (ways["reduce"], ways["align"]) == ("median", "none")
+        ],
+        claims=[
             Elbow("More members are better, with little to gain from 10 on", _MIOU, "members", 10),
             Claim(
                 "The median is better than the mean",
-                *(_MIOU, {"reduce": "median"}, {"reduce": "mean"}, {"members": 2}),
+                *(_MIOU, "reduce", "median", "mean", {"members": 2}),
             ),
-            Claim(
-                "Aligning members by scale and shift helps",
-                *(_MIOU, {"align": "affine"}, {"align": "none"}),
-            ),
+            Claim("Aligning members by scale and shift helps", _MIOU, "align", "affine", "none"),
             Claim(
                 "Aligned members' uncertainty predicts errors better",
-                *("error_auroc", {"align": "affine"}, {"align": "none"}),
+                *("error_auroc", "align", "affine", "none"),
             ),
-        ),
+        ],
     ),
     "start": Study(
         "the initial noise of sampling",
-        *(_start, "start", (_MIOU,), 1),
-        (
+        axis="start",
+        figures=(_MIOU,),
+        plotted=1,
+        settings=_every(timesteps=_TIMESTEPS, steps=(1, 10), start=("gaussian", "multires")),
+        claims=[
             Claim(
                 "Sampling from Gaussian noise is better than from multi-resolution noise",
-                *(_MIOU, {"start": "gaussian"}, {"start": "multires"}),
+                *(_MIOU, "start", "gaussian", "multires"),
             ),
-        ),
+        ],
     ),
     "codec": Study(
         "classes in a gray image",
-        *(_codec, "classes per pass", (_MIOU, "miou_novel", "miou_ceiling"), 1),
-        (
-            Claim(
-                "One class a pass is better than all in one image",
-                *(_MIOU, {"classes per pass": 1}, {"classes per pass": "all"}),
-            ),
-            Claim(
-                "So it is on classes that were never trained",
-                *("miou_novel", {"classes per pass": 1}, {"classes per pass": "all"}),
-            ),
+        axis=_GROUP,
+        figures=(_MIOU, "miou_novel", "miou_ceiling"),
+        plotted=1,
+        settings=[
+            {_GROUP: group, "context": context, **rest}
+            # A mean of four prompts in random order does not say which level is whose.
+            for group, context in (
+                *((1, "mean"), (1, "bound"), (4, "bound")),
+                *(("all", "mean"), ("all", "bound")),
+            )
+            for rest in _every(timesteps=_TIMESTEPS, steps=(1, 10))
+        ],
+        claims=[
+            Claim("One class a pass is better than all in one image", _MIOU, _GROUP, 1, "all"),
+            Claim("So it is on classes that were never trained", "miou_novel", _GROUP, 1, "all"),
             Claim(
                 "Tokens bound to their levels are better than the mean of the prompts",
-                *(_MIOU, {"context": "bound"}, {"context": "mean"}),
+                *(_MIOU, "context", "bound", "mean"),
             ),
-            Claim("Ten steps are better than one", _MIOU, {"steps": 10}, {"steps": 1}),
-        ),
+            Claim("Ten steps are better than one", _MIOU, "steps", 10, 1),
+        ],
     ),
     "negatives": Study(
         "absent classes that are like the present ones, among the classes asked in training",
-        *(_negatives, "hard negatives, %"),
-        *((_MIOU, "presence_auroc", "false_alarms"), 1),
-        tuple(
-            Claim(text, figure, {"hard negatives, %": better}, {"hard negatives, %": 50 - better})
-            for text, figure, better in (
-                ("They raise mIoU", _MIOU, 50),
-                ("They tell better which classes an image has", "presence_auroc", 50),
-                ("Without them there are more false alarms", "false_alarms", 0),
-            )
-        ),
+        axis=_HARD,
+        figures=(_MIOU, "presence_auroc", "false_alarms"),
+        plotted=1,
+        settings=[{**rest, _HARD: share} for rest in _every(timesteps=_TIMESTEPS) for share in (0, 50)],
+        claims=[
+            Claim("They raise mIoU", _MIOU, _HARD, 50, 0),
+            Claim("They tell better which classes an image has", "presence_auroc", _HARD, 50, 0),
+            Claim("Without them there are more false alarms", "false_alarms", _HARD, 0, 50),
+        ],
     ),
 }
 

@@ -17,7 +17,7 @@ from segdiff_jax.evaluation.findings import (
     verdict,
 )
 
-CLAIM = Claim("A beats B", "miou_present", {"kind": "a"}, {"kind": "b"})
+CLAIM = Claim("A beats B", "miou_present", "kind", "a", "b")
 ELBOW = Elbow("More is better, not beyond 10", "miou_present", "steps", 10)
 
 
