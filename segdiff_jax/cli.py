@@ -105,25 +105,17 @@ class _Parser(argparse.ArgumentParser):
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add the flags of every command that reads a trained model."""
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        type=path,
-        metavar="DIR",
-        help="workdir of a training run, or an exported folder: local, gs://, or OWNER/NAME of "
-        "Hugging Face; or demo, the model of drawn scenes that comes with this package",
+    add = parser.add_argument
+    checkpoint = (
+        "workdir of a training run, or an exported folder: local, gs://, or OWNER/NAME of "
+        "Hugging Face; or demo, the model of drawn scenes that comes with this package"
     )
-    parser.add_argument(
-        "--which",
-        type=which_checkpoint,
-        default="newest",
-        metavar="CHECKPOINT",
-        help="newest, best (by the mIoU of the training's validation) or a step; default: newest",
-    )
+    add("--checkpoint", required=True, type=path, metavar="DIR", help=checkpoint)
+    which = "newest, best (by the mIoU of the training's validation) or a step; default: newest"
+    add("--which", type=_which, default="newest", metavar="CHECKPOINT", help=which)
 
 
-def which_checkpoint(text: str) -> str:
-    """Check an argument, as its `type=`: newest, best or a step."""
+def _which(text: str) -> str:
     if text in ("newest", "best") or text.isdecimal():
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is neither newest nor best nor a step")
@@ -142,23 +134,13 @@ def path(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
     # The shell expands `--output ~/x` itself, but not `--output=~/x`.
     place = text if os.path.lexists(text.split("/")[0]) else os.path.expanduser(text)
-    broken = files.dangling(place)
-    if broken:
+    if broken := files.dangling(place):
         raise argparse.ArgumentTypeError(broken)
     return place
 
 
-def positive_int(text: str) -> int:
-    """Read 1, 2, … from an argument, as its `type=`."""
-    return _int_from(text, 1)
-
-
-def natural_int(text: str) -> int:
+def natural_int(text: str, low: int = 0) -> int:
     """Read 0, 1, 2, … from an argument, as its `type=`."""
-    return _int_from(text, 0)
-
-
-def _int_from(text: str, low: int) -> int:
     try:
         value = int(text)
     except ValueError:
@@ -168,6 +150,11 @@ def _int_from(text: str, low: int) -> int:
             f"{text!r} is not a whole number from {low} to {2**31 - 1}"
         )
     return value
+
+
+def positive_int(text: str) -> int:
+    """Read 1, 2, … from an argument, as its `type=`."""
+    return natural_int(text, 1)
 
 
 def split_config_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -330,10 +317,8 @@ def _suggestion(key: str) -> str:
 def _example(key: str) -> str:
     value = get(Config(), key)
     if isinstance(value, tuple):
-        text = ",".join(str(item) for item in value)
-    else:
-        text = str(value).lower() if isinstance(value, bool) else str(value)
-    return f"for example {PREFIX}{key}={text}"
+        value = ",".join(map(str, value))
+    return f"for example {PREFIX}{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def _one_line(text: str) -> str:

@@ -14,11 +14,10 @@ from segdiff_jax import cli
 from segdiff_jax.combinations import check_image_size
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
-from segdiff_jax.stages import of_stage
+from segdiff_jax.stages import get, of_stage
 
 if TYPE_CHECKING:
     from segdiff_jax.data.sources.source import Source
-    from segdiff_jax.evaluation.plan import Plan
     from segdiff_jax.evaluation.suite import Cost
     from segdiff_jax.inference.segmenter import Segmenter
 
@@ -47,6 +46,15 @@ _TRAINED_FOR = (
     "sampler.initial_noise",
 )
 
+_SWITCHES = {
+    "--ceiling": "score the ground truth after a trip through codec and VAE, in place of "
+    "predictions: the best that any UNet could do",
+    "--per-image": "also write per_image.csv: for each image and class the pixels of truth, "
+    "prediction and both, of whole masks and of boundaries, for metrics without a second run",
+    "--predictions": "also write predictions/<name>.png: the predicted class ids of each image",
+    "--open": "pixels whose best score is below config.codec.threshold become *other*, which is "
+    "counted as wrong; default: every pixel gets a class",
+}
 _KIND = "evaluation"  # of a folder's marker (`ownership`)
 _OUTPUTS = ("metrics.json", "index.html", "examples.png", "per_image.csv")
 _PREDICTIONS = "predictions"
@@ -87,7 +95,13 @@ def _checked(config: Config, trained: Config, args: argparse.Namespace) -> Confi
     """Return a config that asks of the model what it was trained for."""
     from segdiff_jax.parallel import processes
 
-    _check_trained_for(args.checkpoint, config, trained)
+    for key in _TRAINED_FOR:
+        wanted, had = get(config, key), get(trained, key)
+        if wanted != had and (key != "sampler.initial_noise" or "zero" in (wanted, had)):
+            raise UserError(
+                f"{args.checkpoint}: was trained with config.{key}={had!r}, but the config says "
+                f"{wanted!r}: use the config of the training, or another --checkpoint"
+            )
     if config.data.fit != trained.data.fit and processes.is_first():
         logging.warning(
             "config.data.fit=%s, but %s was trained with %s: photos of another shape look "
@@ -149,6 +163,7 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     from segdiff_jax.data import survey
     from segdiff_jax.evaluation import parts, report
     from segdiff_jax.evaluation.evaluator import evaluate
+    from segdiff_jax.evaluation.plan import Plan
     from segdiff_jax.parallel import processes
     from segdiff_jax.progress import reporter
 
@@ -167,7 +182,17 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     read |= {"data": data}
     claim = ownership.claimed(args.output, _KIND, outputs)
     with claim if first else contextlib.nullcontext():
-        plan = _plan(args, segmenter, source)
+        plan = Plan(
+            segmenter,
+            source,
+            limit=args.limit,
+            seed=args.seed,
+            examples=args.rows,
+            ceiling=args.ceiling,
+            open_vocabulary=args.open,
+            synonyms=args.synonyms,
+            predictions=os.path.join(args.output, _PREDICTIONS) if args.predictions else "",
+        )
         result = evaluate(plan, reporter("evaluate", enabled=first), (kept, read))
         summary = result.summary | read | ({} if args.ceiling or not cost else cost._asdict())
         if first:
@@ -179,22 +204,6 @@ def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     if not args.suite:
         parts.remove(kept)
     return summary
-
-
-def _plan(args: argparse.Namespace, segmenter: "Segmenter", source: "Source") -> "Plan":
-    from segdiff_jax.evaluation.plan import Plan
-
-    return Plan(
-        segmenter,
-        source,
-        limit=args.limit,
-        seed=args.seed,
-        examples=args.rows,
-        ceiling=args.ceiling,
-        open_vocabulary=args.open,
-        synonyms=args.synonyms,
-        predictions=os.path.join(args.output, _PREDICTIONS) if args.predictions else "",
-    )
 
 
 def _source(config: Config, split: str) -> "Source":
@@ -233,71 +242,28 @@ def _segmenter(
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("segdiff_jax.evaluate", _DESCRIPTION, cli.config_help())
     add = parser.add_argument
-    add(
-        "--config",
-        type=cli.path,
-        metavar="FILE",
-        help="Python file with get_config(): data, sampler and codec; "
-        "default: the config that the checkpoint was trained with",
-    )
-    add(
-        "--suite",
-        choices=("open_vocabulary",),
-        help="all benchmarks with data below --data, in one table beside published figures",
-    )
+    config = "Python file with get_config(): data, sampler and codec; default: the checkpoint's own"
+    add("--config", type=cli.path, metavar="FILE", help=config)
+    suite = "all benchmarks with data below --data, in one table beside published figures"
+    add("--suite", choices=("open_vocabulary",), help=suite)
     add("--data", type=cli.path, metavar="DIR", help="--suite: the folder that holds the data sets")
     cli.add_checkpoint(parser)
-    add(
-        "--output",
-        required=True,
-        type=cli.path,
-        metavar="DIR",
-        help="folder for metrics.json and index.html; only those of an earlier run are replaced",
-    )
+    output = "folder for metrics.json and index.html; only those of an earlier run are replaced"
+    add("--output", required=True, type=cli.path, metavar="DIR", help=output)
     add("--split", help="split of the dataset; default: config.data.val_split")
     limit = "evaluate N images, spread evenly over the split; default: all"
     add("--limit", type=cli.positive_int, metavar="N", help=limit)
     add("--seed", type=cli.natural_int, default=0, help="seed of the sampling noise; default: 0")
     rows = "images shown on the page; default: 12"
     add("--rows", type=cli.natural_int, default=12, metavar="N", help=rows)
-    _add_ways(parser)
+    for flag, meaning in _SWITCHES.items():
+        add(flag, action="store_true", help=meaning)
+    synonyms = (
+        "of a class with several names: mean of their prompts (default), the highest of their "
+        "scores, each name being asked for by itself, or the first name alone"
+    )
+    add("--synonyms", choices=("mean", "max", "first"), default="mean", help=synonyms)
     return parser
-
-
-def _add_ways(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how is scored, and what more is written."""
-    add = parser.add_argument
-    add(
-        "--ceiling",
-        action="store_true",
-        help="score the ground truth after a trip through codec and VAE, in place of predictions: "
-        "the best that any UNet could do",
-    )
-    add(
-        "--per-image",
-        action="store_true",
-        help="also write per_image.csv: for each image and class the pixels of truth, prediction "
-        "and both, of whole masks and of boundaries, so that another metric needs no second run",
-    )
-    add(
-        "--predictions",
-        action="store_true",
-        help="also write predictions/<name>.png: the predicted class ids of each image, from which "
-        "any other metric can be computed",
-    )
-    add(
-        "--synonyms",
-        choices=("mean", "max", "first"),
-        default="mean",
-        help="of a class with several names: mean of their prompts (default), the highest of their "
-        "scores, each name being asked for by itself, or the first name alone",
-    )
-    add(
-        "--open",
-        action="store_true",
-        help="pixels whose best score is below config.codec.threshold become *other*, which is "
-        "counted as wrong; default: every pixel gets a class",
-    )
 
 
 def _check_suite(args: argparse.Namespace) -> None:
@@ -306,17 +272,6 @@ def _check_suite(args: argparse.Namespace) -> None:
         raise UserError(f"{given}: has no meaning without {missing}: give both")
     if args.suite and (args.config or args.split):
         raise UserError("--suite: has configs and splits of its own: leave --config, --split out")
-
-
-def _check_trained_for(checkpoint: str, config: Config, trained: Config) -> None:
-    for key in _TRAINED_FOR:
-        group, name = key.split(".")
-        wanted, had = (getattr(getattr(c, group), name) for c in (config, trained))
-        if wanted != had and (name != "initial_noise" or "zero" in (wanted, had)):
-            raise UserError(
-                f"{checkpoint}: was trained with config.{key}={had!r}, but the config says "
-                f"{wanted!r}: use the config of the training, or another --checkpoint"
-            )
 
 
 def _check_open(wanted: bool, overrides: Sequence[str]) -> None:

@@ -72,9 +72,9 @@ def writing(path: os.PathLike[str] | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and not _from_store(error):
+        if not _of_disk_or_store(error):
             raise
-        raise _explain(path, error) from error
+        raise UserError(f"cannot write {os.fspath(path)}: {_reason(path, error)}") from error
 
 
 @contextlib.contextmanager
@@ -87,15 +87,14 @@ def reading(path: os.PathLike[str] | str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_remote(path) or isinstance(error, FileNotFoundError):
-            raise
-        if not isinstance(error, OSError) and not _from_store(error):
+        expected = isinstance(error, FileNotFoundError) or not _of_disk_or_store(error)
+        if expected or not is_remote(path):
             raise
         raise UserError(f"cannot read {os.fspath(path)}: {_store_reason(error)}") from error
 
 
-def _from_store(error: Exception) -> bool:
-    return type(error).__module__.split(".")[0] in _STORE_CLIENTS
+def _of_disk_or_store(error: Exception) -> bool:
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _STORE_CLIENTS
 
 
 def _store_reason(error: Exception) -> str:
@@ -144,8 +143,7 @@ def check_place(directory: os.PathLike[str] | str) -> None:
     if is_remote(directory):
         return
     path = Path(os.path.abspath(directory))
-    broken = _dangling(path)
-    if broken:
+    if broken := dangling(path):
         raise UserError(broken)
     with writing(directory):
         while not os.path.exists(path):
@@ -159,11 +157,8 @@ def check_place(directory: os.PathLike[str] | str) -> None:
 
 def dangling(path: os.PathLike[str] | str) -> str | None:
     """What is wrong where `path`, or a folder it lies in, is a link to nothing; else None."""
-    return None if is_remote(path) else _dangling(Path(os.path.abspath(path)))
-
-
-def _dangling(path: Path) -> str | None:
-    for part in (path, *path.parents):
+    place = Path(os.path.abspath(path))
+    for part in () if is_remote(path) else (place, *place.parents):
         if os.path.islink(part) and not os.path.exists(part):
             return (
                 f"{part}: a link to {os.readlink(part)}, which does not exist: "
@@ -210,13 +205,12 @@ def _write_local(path: Path, data: bytes) -> None:
         raise
 
 
-def _explain(path: os.PathLike[str] | str, error: Exception) -> UserError:
-    place = os.fspath(path)
+def _reason(path: os.PathLike[str] | str, error: Exception) -> str:
+    """Say why `path` could not be written, and the mend."""
     if is_remote(path):
-        return UserError(f"cannot write {place}: {_store_reason(error)}")
-    broken = dangling(path)
-    if broken:
-        return UserError(f"cannot write {place}: {broken}")
+        return _store_reason(error)
+    if broken := dangling(path):
+        return broken
     mends = {
         errno.ENOSPC: "the disk is full: free some space or choose another place",
         errno.EDQUOT: "the disk quota is used up: free some space or choose another place",
@@ -229,10 +223,8 @@ def _explain(path: os.PathLike[str] | str, error: Exception) -> UserError:
         errno.EBUSY: "a disk is mounted there: name a folder inside it",
         errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
     }
-    reason = (
-        mends.get(getattr(error, "errno", None) or 0) or f"{_one_line(error)}: choose another place"
-    )
-    return UserError(f"cannot write {place}: {reason}")
+    code = getattr(error, "errno", None)
+    return mends.get(code or 0, f"{_one_line(error)}: choose another place")
 
 
 def _one_line(error: Exception) -> str:

@@ -4,11 +4,8 @@ A folder that a command writes into holds `MARKER`, JSON that lists by kind ("pr
 "diffusers", …) the files written there. It is written before the first of them and names them all,
 so that whenever a command is killed, the next one knows what is its own.
 
-For a folder that may hold other files too: `claimed` (or `claim` before the work and
-`release_unwritten` after it); `check` looks only. `claimed_unchecked` and `claim_unchecked` do not
-look: for `train`, and for `study` that prepares its trainings, whose own lock and config say
-whether a folder is theirs. For a folder that is replaced as a whole: `whole_folder`, and
-`check_whole`. `owned` tells what is listed, `is_ours` of a single file.
+`claimed` is for a folder that may hold other files too, `whole_folder` for one that is replaced as
+a whole.
 """
 
 import contextlib
@@ -99,9 +96,13 @@ def check(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) 
 
 def _present(folder: epath.Path, names: Collection[str]) -> set[str]:
     """Those of `names` that exist in `folder`, as whatever it may be."""
-    parents = {os.path.dirname(name) for name in names}
-    inside = {os.path.join(parent, n) for parent in parents for n in _entries(folder / parent)}
-    return inside & set(names)
+    return _below(folder, {os.path.dirname(name) for name in names}) & set(names)
+
+
+def _below(folder: epath.Path, parents: Collection[str]) -> set[str]:
+    """The names of what lies directly in the folders `parents` of `folder`."""
+    found = {os.path.join(parent, n) for parent in parents for n in _entries(folder / parent)}
+    return {os.path.normpath(name) for name in found}
 
 
 def _entries(folder: epath.Path) -> set[str]:
@@ -113,18 +114,17 @@ def _entries(folder: epath.Path) -> set[str]:
             return set()
 
 
-def claim(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) -> None:
+def claim(
+    directory: os.PathLike[str] | str, kind: str, names: Collection[str], checked: bool = True
+) -> None:
     """Lists `names` in the marker of `directory`, beside what it lists already; then write them.
 
     Makes the folder. That the marker can be written proves that files can, before hours of work.
-    Raises `UserError` as `check` does, and where that fails.
+    Raises `UserError` as `check` does, and where that fails. Not `checked` where something else
+    tells that `names` are ours: the lock and the config of a training.
     """
-    check(directory, kind, names)
-    claim_unchecked(directory, kind, names)
-
-
-def claim_unchecked(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) -> None:
-    """`claim` without `check`, where something else tells that `names` are ours."""
+    if checked:
+        check(directory, kind, names)
     listed = owned(directory)
     _write_marker(directory, listed | {kind: listed.get(kind, frozenset()) | set(names)})
 
@@ -142,19 +142,11 @@ def release_unwritten(directory: os.PathLike[str] | str, kind: str, names: Colle
 
 
 @contextlib.contextmanager
-def claimed(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) -> Iterator[None]:
-    """`claim` before the block that writes the files `names`, `release_unwritten` after it."""
-    check(directory, kind, names)
-    with claimed_unchecked(directory, kind, names):
-        yield
-
-
-@contextlib.contextmanager
-def claimed_unchecked(
-    directory: os.PathLike[str] | str, kind: str, names: Collection[str]
+def claimed(
+    directory: os.PathLike[str] | str, kind: str, names: Collection[str], checked: bool = True
 ) -> Iterator[None]:
-    """`claimed` without `check`."""
-    claim_unchecked(directory, kind, names)
+    """`claim` before the block that writes the files `names`, `release_unwritten` after it."""
+    claim(directory, kind, names, checked)
     try:
         yield
     except BaseException:
@@ -210,8 +202,7 @@ def check_whole(directory: os.PathLike[str] | str, kind: str) -> None:
 def _foreign(folder: epath.Path, listed: Collection[str]) -> list[str]:
     """Names in `folder` that are neither listed nor folders of what is, in order."""
     above = {parent.as_posix() for name in listed for parent in PurePosixPath(name).parents}
-    below = {os.path.join(parent, n) for parent in above for n in _entries(folder / parent)}
-    inside = {os.path.normpath(name) for name in below}
+    inside = _below(folder, above)
     foreign = inside - set(listed) - above - {MARKER}
     if not files.is_remote(folder):
         foreign |= {name for name in above if os.path.islink(folder / name) and name != "."}

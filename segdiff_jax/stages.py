@@ -62,9 +62,9 @@ def of_stage(config: "Config") -> "Config":
         return config
     changed = copy.deepcopy(config)
     for key, source in _OF_STAGE[config.stage].items():
-        _put(changed, key, get(config, source))
+        put(changed, key, get(config, source))
     for key, value in _NOT_OF_STAGE[config.stage].items():
-        _put(changed, key, value)
+        put(changed, key, value)
     return changed
 
 
@@ -92,7 +92,7 @@ def get(config: "Config", key: str) -> Any:
     return value
 
 
-def _put(config: "Config", key: str, value: Any) -> None:
+def put(config: "Config", key: str, value: Any) -> None:
     """Set the value of a dotted key."""
     group, _, name = key.rpartition(".")
     setattr(get(config, group) if group else config, name, value)

@@ -12,6 +12,7 @@ The answer's score is the highest of the class's score map: a quantile would mis
 than the share that it cuts off; maps are decoded from latents, so that no single pixel is noise.
 """
 
+import statistics
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -191,9 +192,12 @@ def class_iou(matrix: np.ndarray) -> np.ndarray:
 
     A pixel of class i predicted as *other* is in the union of i: a miss, and nobody's false alarm.
     """
-    hits = np.diagonal(matrix).astype(np.float64)  # [K]
-    union = matrix.sum(axis=1) + matrix[:, :-1].sum(axis=0) - hits
-    return np.divide(hits, union, out=np.full_like(hits, np.nan), where=union > 0)
+    return _iou(matrix.sum(axis=1), matrix[:, :-1].sum(axis=0), np.diagonal(matrix))
+
+
+def _iou(truth: np.ndarray, guess: np.ndarray, both: np.ndarray) -> np.ndarray:
+    union = truth + guess - both
+    return np.divide(both, union, out=np.full(union.shape, np.nan), where=union > 0)
 
 
 def summarize(
@@ -254,16 +258,16 @@ def summarize_rest(sums: Sums, names: Sequence[str]) -> dict[str, Any]:
       `calibration_error_after`. `error_auroc` and `error_aurc`: how well the
       uncertainty tells what is wrong. None where there is nothing to tell apart.
     """
-    truth, guess, both = sums.boundary.T.astype(np.float64)  # [K] each
-    union = truth + guess - both
-    iou = np.divide(both, union, out=np.full_like(both, np.nan), where=union > 0)
+    iou = _iou(*sums.boundary.T)  # [K]
     false, pixels = sums.alarms
     rest = sums.confidence - sums.held_out
     temperature = tally.temperature(sums.held_out) if rest.any() else None
-    tempered = None if temperature is None else tally.tempered(temperature)
+    after = None
+    if temperature is not None:
+        after = tally.calibration_error(rest, tally.tempered(temperature))
     return {
-        "boundary_miou_present": _mean(iou[truth > 0]),
-        "boundary_miou_union": _mean(iou[union > 0]),
+        "boundary_miou_present": _mean(iou[sums.boundary[:, 0] > 0]),
+        "boundary_miou_union": _mean(iou[~np.isnan(iou)]),
         "per_class_boundary": {n: _number(value) for n, value in zip(names, iou, strict=True)},
         "false_alarms": float(false / pixels) if pixels else None,
         "presence_auroc": tally.auroc(sums.presence),
@@ -271,9 +275,7 @@ def summarize_rest(sums: Sums, names: Sequence[str]) -> dict[str, Any]:
         "calibration_error": tally.calibration_error(sums.confidence),
         "temperature": temperature,
         "calibration_error_before": tally.calibration_error(rest),
-        "calibration_error_after": tally.calibration_error(rest, tempered)
-        if tempered is not None
-        else None,
+        "calibration_error_after": after,
         "error_auroc": tally.auroc(sums.uncertainty),
         "error_aurc": tally.aurc(sums.uncertainty),
     }
@@ -314,6 +316,4 @@ def _number(value: float) -> float | None:
 
 
 def _harmonic(a: float | None, b: float | None) -> float | None:
-    if a is None or b is None:
-        return None
-    return 2 * a * b / (a + b) if a + b > 0 else 0.0
+    return None if a is None or b is None else float(statistics.harmonic_mean((a, b)))

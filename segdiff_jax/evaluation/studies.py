@@ -203,7 +203,9 @@ STUDIES = {
         axis=_HARD,
         figures=(_MIOU, "presence_auroc", "false_alarms"),
         plotted=1,
-        settings=[{**rest, _HARD: share} for rest in _every(timesteps=_TIMESTEPS) for share in (0, 50)],
+        settings=[
+            {**rest, _HARD: share} for rest in _every(timesteps=_TIMESTEPS) for share in (0, 50)
+        ],
         claims=[
             Claim("They raise mIoU", _MIOU, _HARD, 50, 0),
             Claim("They tell better which classes an image has", "presence_auroc", _HARD, 50, 0),

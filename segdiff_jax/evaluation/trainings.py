@@ -12,7 +12,7 @@ from segdiff_jax import ownership
 from segdiff_jax.config import Config, validate
 from segdiff_jax.errors import UserError
 from segdiff_jax.fields import leaves
-from segdiff_jax.stages import get, of_stage
+from segdiff_jax.stages import of_stage, put
 from segdiff_jax.training import origin, run
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.checkpoint import Checkpoints
@@ -42,8 +42,7 @@ def changed(config: Config, changes: Mapping[str, Any], use: str = "train") -> C
     """Return `config` with dotted keys set, validated."""
     new = copy.deepcopy(config)
     for key, value in changes.items():
-        group, _, name = key.rpartition(".")
-        setattr(get(new, group) if group else new, name, value)
+        put(new, key, value)
     return validate(new, use)
 
 
@@ -94,7 +93,8 @@ def _copy_latents(config: Config, workdir: Path) -> None:
     pattern = f"*-seed{config.seed}/{workdirs.LATENTS}/cache.json"
     for cache in sorted(workdir.parent.glob(pattern)):
         if workdirs.read_config(str(cache.parents[1])).codec.classes_per_pass == groups:
-            ownership.claim_unchecked(workdir, origin.KIND, {"config.json", workdirs.LATENTS})
+            names = {"config.json", workdirs.LATENTS}
+            ownership.claim(workdir, origin.KIND, names, checked=False)
             workdirs.write_config(str(workdir), config)
             shutil.copytree(cache.parent, workdir / workdirs.LATENTS)
             return

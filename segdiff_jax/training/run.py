@@ -110,7 +110,9 @@ def _begin(run: Run) -> None:
     """
     if processes.is_first():
         names = origin.names(run.config, run.workdir)
-        run.until_end.enter_context(ownership.claimed_unchecked(run.workdir, origin.KIND, names))
+        run.until_end.enter_context(
+            ownership.claimed(run.workdir, origin.KIND, names, checked=False)
+        )
     if not processes.all_agree(workdirs.is_workdir(run.workdir)):
         setup.write_config(run)
         if not workdirs.is_workdir(run.workdir):
