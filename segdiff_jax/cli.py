@@ -325,6 +325,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+@functools.cache
 def config_help() -> str:
     """List every config key with its type, default and comment, for the end of `--help`."""
     first = "config keys, each set with --config.KEY=VALUE (type, default, meaning, choices):"

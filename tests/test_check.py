@@ -79,19 +79,24 @@ def test_ids_that_begin_with_one_are_recognised(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("ids", "words", "wrong"),
+    ("ids", "names", "words", "wrong"),
     [
-        ([255], "every labelled pixel of split 'val' is ignored (ids 255)", True),
-        ([0, 255], "the masks hold only 0 and 255", True),
-        ([0, 0, 0, 1, 2], "the commonest id is 0, which is 'sky'", False),  # it may well be
-        ([1, 2, 2, 255], "", False),
+        ([255], "sky", "every labelled pixel of split 'val' is ignored (ids 255)", True),
+        ([0, 255], "sky", "the masks hold only 0 and 255", True),
+        ([0, 0, 0, 1, 2], "sky", "the commonest id is 0, which is 'sky'", False),  # it may well be
+        ([0, 0, 0, 1, 2], "sky", "config.data.first_id=1", False),
+        *(([0, 0, 0, 1, 2], name, "", False) for name in ("Void", "no road", "other_things")),
+        ([1, 2, 2, 255], "sky", "", False),
     ],
 )
-def test_what_training_stops_at_or_warns_of_is_said(folder, tmp_path, capsys, ids, words, wrong):
+def test_what_training_stops_at_or_warns_of_is_said(
+    folder, tmp_path, capsys, ids, names, words, wrong
+):
+    (folder / "classes.txt").write_text(f"{names}\nbuilding\nroad\n")
     for path in (folder / "masks").iterdir():
         save(path, np.resize(np.array(ids, np.uint8), (8, 8)))
     code, out, _ = checked(tmp_path, capsys, folder, "--split", "val")
-    assert code == wrong and words in out and ("commonest" in out) == ("commonest" in words)
+    assert code == wrong and words in out and ("commonest" in out) == (not wrong and words != "")
     assert f"0 with faults, {int(wrong)} warning" in out and "one too" not in out
 
 
@@ -104,6 +109,10 @@ def test_photos_that_may_be_read_wrong_are_counted(folder, tmp_path, capsys):
     code, out, _ = checked(tmp_path, capsys, folder, "--split", "val")
     assert code == 1 and "1 of 12 photos are turned by an EXIF tag" in out
     assert "1 of 12 photos have 16-bit files" in out and "0 with faults, 2 warnings" in out
+    flags = ("--config.data.exif=ignore", "--config.data.max_value=4095")
+    assert all(flag.removeprefix("--") in out for flag in flags), "the mends"
+    code, out, _ = checked(tmp_path, capsys, folder, "--split", "val", *flags)
+    assert code == 0 and "EXIF" not in out and "16-bit" not in out
 
 
 def test_coco_stuff_with_ids_from_one(tmp_path, capsys):

@@ -13,7 +13,8 @@ from segdiff_jax.models.unet import UNet, UNetConfig
 from segdiff_jax.models.vae import VAE, VAEConfig
 from segdiff_jax.parallel import attention_kernels
 
-_TOKENS, _TOLERANCE = 77, 1e-3
+_TOKENS = 77
+_compared = functools.partial(side_by_side, tolerance=1e-3, aim=1.0)
 NARROW = UNetConfig(
     block_out_channels=(16, 32),
     cross_attention=(True, False),
@@ -34,11 +35,8 @@ def run(small: bool) -> Iterator[Result]:
         yield from _unet(NARROW if small else UNetConfig(), size, rounds)
         yield from _vae(NARROW_VAE if small else VAEConfig(), 8 * size, rounds)
     with twins.cores(small):
-        config, batch = (NARROW, 2) if small else (_QUARTER, 2)
-        ours, theirs = steps.pair(config, size, batch, "float32", rounds)
-        yield side_by_side(
-            f"training step, quarter width, batch {batch}", ours, theirs, rounds, _TOLERANCE, 1.0
-        )
+        pair = steps.pair(NARROW if small else _QUARTER, size, 2, "float32", rounds)
+        yield _compared("training step, quarter width, batch 2", *pair, rounds)
 
 
 def _unet(config: UNetConfig, size: int, rounds: int) -> Iterator[Result]:
@@ -50,13 +48,11 @@ def _unet(config: UNetConfig, size: int, rounds: int) -> Iterator[Result]:
         context = twins.normal(batch, _TOKENS, config.cross_attention_dim, seed=1)
         timesteps = np.linspace(1, 999, batch).astype(np.int32)
         theirs = twins.to_torch(sample), torch.from_numpy(timesteps), torch.from_numpy(context)
-        yield side_by_side(
+        yield _compared(
             f"UNet, {size} × {size}, batch {batch}",
             functools.partial(forward, sample, timesteps, context),
             lambda inputs=theirs: twins.from_torch(twin(*inputs).sample),  # type: ignore[misc]
             rounds,
-            _TOLERANCE,
-            1.0,
         )
 
 
@@ -68,19 +64,7 @@ def _vae(config: VAEConfig, size: int, rounds: int) -> Iterator[Result]:
     encode = twins.jitted(lambda vae, x: vae.encode(x)[0], network)
     decode = twins.jitted(VAE.decode, network)
     images, codes = twins.to_torch(pixels), twins.to_torch(latents)
-    yield side_by_side(
-        f"VAE encode, {size} × {size}",
-        lambda: encode(pixels),
-        lambda: twins.from_torch(twin.encode(images).latent_dist.mean),
-        rounds,
-        _TOLERANCE,
-        1.0,
-    )
-    yield side_by_side(
-        f"VAE decode, {size} × {size}",
-        lambda: decode(latents),
-        lambda: twins.from_torch(twin.decode(codes).sample),
-        rounds,
-        _TOLERANCE,
-        1.0,
-    )
+    encoded = lambda: twins.from_torch(twin.encode(images).latent_dist.mean)  # noqa: E731
+    decoded = lambda: twins.from_torch(twin.decode(codes).sample)  # noqa: E731
+    yield _compared(f"VAE encode, {size} × {size}", lambda: encode(pixels), encoded, rounds)
+    yield _compared(f"VAE decode, {size} × {size}", lambda: decode(latents), decoded, rounds)

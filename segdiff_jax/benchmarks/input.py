@@ -15,7 +15,7 @@ from flax import nnx
 from PIL import Image
 
 from segdiff_jax.benchmarks import photos
-from segdiff_jax.benchmarks.timing import Result, check_equal, in_turn, rate
+from segdiff_jax.benchmarks.timing import Ratio, Result, check_equal, in_turn, rate
 from segdiff_jax.config import AugmentConfig, Config, DataConfig, TrainConfig
 from segdiff_jax.data import latent_cache, latents, pipeline, transforms
 from segdiff_jax.data.sources.source import open_source
@@ -82,8 +82,7 @@ def _pipeline(name: str, config: Config, small: bool) -> Iterator[Result]:
         decode,
         rounds,
     )
-    yield dataclasses.replace(found, ratio=found.cpu)
-    yield rate(f"input, {name}", count, found.ours_cpu, "images/s per core")
+    yield from _of_processors(found, f"input, {name}", count)
     records = [source[i] for i in range(len(source))]
     rng = np.random.default_rng(0)
 
@@ -116,8 +115,12 @@ def _cache(name: str, config: Config, folder: str, small: bool) -> Iterator[Resu
         lambda: _take(makers[1](), count),
         rounds,
     )
+    yield from _of_processors(found, f"latent cache, {name}", count)
+
+
+def _of_processors(found: Ratio, name: str, count: int) -> Iterator[Result]:
     yield dataclasses.replace(found, ratio=found.cpu)
-    yield rate(f"latent cache, {name}", count, found.ours_cpu, "images/s per core")
+    yield rate(name, count, found.ours_cpu, "images/s per core")
 
 
 def _examples(small: bool) -> tuple[int, int]:

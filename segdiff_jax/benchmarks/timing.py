@@ -79,15 +79,14 @@ def in_turn(name: str, ours: Run, theirs: Run, rounds: int, aim: float | None = 
         else:
             own = timed(ours)
             other = timed(theirs)
-        pairs.append((own, other))
-    clocks = [[seconds for seconds, _ in side] for side in zip(*pairs, strict=True)]
+        pairs.append((*own, *other))
     return Ratio(
         name,
-        spread([own[0] / other[0] for own, other in pairs]),
-        spread([own[1] / max(other[1], 1e-6) for own, other in pairs]),
-        spread(clocks[0]),
-        spread(clocks[1]),
-        spread([own[1] for own, _ in pairs]),
+        spread([own / other for own, _, other, _ in pairs]),
+        spread([own / max(other, 1e-6) for _, own, _, other in pairs]),
+        spread([own for own, *_ in pairs]),
+        spread([other for *_, other, _ in pairs]),
+        spread([own for _, own, *_ in pairs]),
         aim,
     )
 

@@ -105,8 +105,9 @@ def _run(
         gray: np.ndarray | None
         if part is None:
             own = {i: _read(plan, i) for i in chunk if plan.owner(i) == processes.index()}
-            if plan.ceiling:
-                gray, spread = _painted(plan, chunk, own), None
+            if plan.ceiling:  # the gray maps of a perfect sampler
+                labels, count = _views(plan, chunk, own, "labels"), len(plan.asked.vocabulary)
+                gray, spread = reconstruction.masks(plan.segmenter, labels, count), None
                 photos += _reconstructed(plan, chunk, own)
             else:
                 gray, spread = (None, None) if plan.in_tiles else _sampled(plan, chunk, own)
@@ -129,14 +130,17 @@ def _stored(plan: Plan, folder: str, about: Mapping[str, Any]) -> Parts:
     size and time do, those of every process, which all must find the same parts.
     """
     digest = np.frombuffer(bytes.fromhex(files_digest(plan.source)), np.uint8)
-    config, classes = plan.segmenter.config, plan.asked.vocabulary.classes
-    made_from = plans.settings(plan) | dict(about) | {"open": not plan.decoding.closed}
-    made_from |= {"weights": plan.segmenter.networks.checksum()}
-    made_from |= {"config": [dataclasses.asdict(config.data), config.seed]}
-    made_from |= {"classes": [entry.names for entry in classes]}
-    made_from |= {"files": processes.stacked(digest).tolist()}
-    made_from |= {"synonyms": plan.asked.synonyms, "threshold": plan.decoding.threshold}
-    made_from |= {"images": plan.images, "shown": plan.shown, "predictions": plan.predictions}
+    config = plan.segmenter.config
+    made_from = {
+        **plans.settings(plan),
+        **about,
+        "weights": plan.segmenter.networks.checksum(),
+        "config": [dataclasses.asdict(config.data), config.seed],
+        "classes": [entry.names for entry in plan.asked.vocabulary.classes],
+        "files": processes.stacked(digest).tolist(),
+        "asked": [plan.asked.synonyms, dataclasses.asdict(plan.decoding)],
+        "images": [plan.images, plan.shown, plan.predictions],
+    }
     return Parts(folder, made_from, range(0, len(plan.images), plan.at_once))
 
 
@@ -182,12 +186,6 @@ def _sampled(plan: Plan, chunk: range, own: Own) -> tuple[np.ndarray, np.ndarray
     photos, classes = list(_views(plan, chunk, own, "image")), plan.asked.vocabulary.classes
     gray, spread = plan.segmenter.unclipped_maps(photos, classes, plan.sampling, plan.seed, names)
     return gray, spread if plan.sampling.ensemble > 1 else None
-
-
-def _painted(plan: Plan, chunk: range, own: Own) -> np.ndarray:
-    """Return the gray maps [I, P, h, w] of a chunk as a perfect sampler would."""
-    labels, count = _views(plan, chunk, own, "labels"), len(plan.asked.vocabulary)
-    return reconstruction.masks(plan.segmenter, labels, count)
 
 
 def _reconstructed(plan: Plan, chunk: range, own: Own) -> list[reconstruction.Sums]:

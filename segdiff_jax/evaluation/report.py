@@ -51,18 +51,15 @@ def write(
 
     `summary` is the result's with what else is to be said of the run.
     """
-    examples = result.examples
     files.write_json(os.path.join(output, "metrics.json"), summary)
-    settings, novel = summary["settings"], set(source.novel)
-    settings_rows = [(name, str(value)) for name, value in settings.items()]
-    further = [(label, summary[key]) for key, label in _FURTHER.items()]
-    names = source.vocabulary.names
+    settings, novel, names = summary["settings"], set(source.novel), source.vocabulary.names
     colors = dict(zip(names, source.vocabulary.palette().tolist(), strict=True))
     what = "Ceiling: ground truth through codec and VAE" if settings["ceiling"] else "Evaluation"
+    further = [(label, summary[key]) for key, label in _FURTHER.items()]
     groups = {n: "novel" if i in novel else "trained" for i, n in enumerate(names)}
     rows = [
         page.comparison(e.name, e.image, e.prediction, colors, e.labels, e.uncertainty)
-        for e in examples
+        for e in result.examples
     ]
     stale = [] if per_image else ["per_image.csv"]
     stale += [] if rows else ["examples.png"]
@@ -81,7 +78,9 @@ def write(
         [
             page.class_table(summary["per_class"], colors, groups if novel else None),
             page.Table("Further figures", ["figure", "value"], further),
-            page.Table("Settings", ["setting", "value"], settings_rows),
+            page.Table(
+                "Settings", ["setting", "value"], [(k, str(v)) for k, v in settings.items()]
+            ),
         ],
         rows,
         f"{summary['images']} images of {summary['data']['split']!r}, {len(names)} classes, "

@@ -69,14 +69,9 @@ def validator_of(networks: Pretrained, config: Config, mesh: Mesh, classes: Voca
 
 def _side_by_side(example: Example, palette: np.ndarray) -> np.ndarray:
     """Draw photo, truth and prediction: uint8 [3, H, W, 3]."""
-    photo = Image.fromarray(example.image)
-    shown = [
-        photo,
-        *(
-            pictures.overlay(example.image, labels, palette, (), legend=False)
-            for labels in (example.labels, example.prediction)
-        ),
-    ]
+    shown = [Image.fromarray(example.image)]
+    for labels in (example.labels, example.prediction):
+        shown.append(pictures.overlay(example.image, labels, palette, (), legend=False))
     for picture in shown:
         picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     return np.stack([np.asarray(picture) for picture in shown])

@@ -1,6 +1,7 @@
 """A stopped evaluation goes on: what is done is not done again, and the figures are the same."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -55,48 +56,38 @@ def test_a_stopped_evaluation_goes_on(make_segmenter, tmp_path, monkeypatch):
     assert not (tmp_path / "parts").exists()
 
 
-def test_parts_of_another_evaluation_are_not_used(make_segmenter, tmp_path):
-    model, source, folder = make_segmenter(), Breaking(), str(tmp_path / "parts")
+@pytest.fixture(scope="module")
+def stopped(make_segmenter, tmp_path_factory):
+    """Model, source and the parts that are left of an evaluation stopped at the third photo."""
+    model, source, folder = make_segmenter(), Breaking(), tmp_path_factory.mktemp("stopped") / "p"
     source.broken = 2
-    with pytest.raises(UserError):
-        evaluate(Plan(model, source), keep=(folder, {"step": 6}))
-    (tmp_path / "parts" / "mine.txt").write_text("not ours")
+    with pytest.raises(UserError, match="stopped here"):
+        evaluate(Plan(model, source), keep=(str(folder), {"step": 6}))
     source.broken = 0
-    for other in ({"step": 7}, {"step": 6, "root": "elsewhere"}):
-        with pytest.raises(UserError, match="stopped here"):
-            evaluate(Plan(model, source), keep=(folder, other))
-    left = sorted(p.name for p in (tmp_path / "parts").iterdir())
-    assert [name for name in left if name != ownership.MARKER] == ["mine.txt"]
+    return model, source, folder
 
 
-def _other_masks(model, source):
-    model.config.data.mask_values = (7, 8, 9)
-
-
-def _other_scenes(model, source):
-    model.config.seed += 1
-
-
-def _other_weights(model, source):
-    model.networks.unet_params = jax.tree.map(lambda leaf: 2 * leaf, model.networks.unet_params)
-
-
-def _other_synonyms(model, source):
-    source.vocabulary = vocabulary.from_names(["sky", "building, house", "road"])
-
-
-@pytest.mark.parametrize("change", [_other_masks, _other_scenes, _other_weights, _other_synonyms])
-def test_parts_of_other_data_or_another_model_are_not_used(make_segmenter, tmp_path, change):
+@pytest.mark.parametrize("other", ["step", "root", "masks", "scenes", "weights", "synonyms"])
+def test_parts_of_another_evaluation_are_not_used(stopped, other, tmp_path, monkeypatch):
     """All figures would be a mixture, if the same place is meant to hold something else now."""
-    model, source, keep = make_segmenter(), Breaking(), (str(tmp_path / "parts"), {"step": 6})
-    source.broken = 2
+    model, source, folder = stopped
+    shutil.copytree(folder, tmp_path / "parts")
+    (tmp_path / "parts" / "mine.txt").write_text("not ours")
+    read = {"step": {"step": 7}, "root": {"step": 6, "root": "elsewhere"}}.get(other, {"step": 6})
+    names = vocabulary.from_names(["sky", "building, house", "road"])
+    weights = jax.tree.map(lambda leaf: 2 * leaf, model.networks.unet_params)
+    for change, *where in (
+        ("masks", model.config.data, "mask_values", (7, 8, 9)),
+        ("scenes", model.config, "seed", 1),
+        ("weights", model.networks, "unet_params", weights),
+        ("synonyms", source, "vocabulary", names),
+    ):
+        if change == other:
+            monkeypatch.setattr(*where)
     with pytest.raises(UserError, match="stopped here"):
-        evaluate(Plan(model, source), keep=keep)
-    source.broken = 0
-    change(model, source)
-    with pytest.raises(UserError, match="stopped here"):
-        evaluate(Plan(model, source), keep=keep)
-    assert [path.name for path in (tmp_path / "parts").iterdir()] == [ownership.MARKER]
+        evaluate(Plan(model, source), keep=(str(tmp_path / "parts"), read))
+    left = {path.name for path in (tmp_path / "parts").iterdir()}
+    assert left == {ownership.MARKER, "mine.txt"}
 
 
 def test_larger_pairs_are_shrunk_before_they_are_scored(make_segmenter, tiny_config):

@@ -51,55 +51,53 @@ def networks(tiny_networks):
     return Pretrained(shapes, *rest, None)
 
 
-@pytest.fixture(scope="module")
-def params(tiny_networks):
-    return nnx.state(tiny_networks[0])
-
-
-@pytest.fixture(scope="module")
-def other_params(params):
-    return jax.tree.map(lambda x: x + 0.05, params)
-
-
 def validator(networks, config):
     classes = open_source(config.data, config.data.val_split, config.seed).vocabulary
     return validator_of(networks, config, mesh.make_mesh(MeshConfig()), classes)
 
 
-def figures_of(tiny_networks, params, config):
+@pytest.fixture(scope="module")
+def other_params(tiny_networks):
+    return jax.tree.map(lambda x: x + 0.05, nnx.state(tiny_networks[0]))
+
+
+@pytest.fixture(scope="module")
+def judged(networks, config, tiny_networks, other_params):
+    """(figures, what was written at step 7) for some parameters, for others, for their average."""
+    state = init_state(nnx.state(tiny_networks[0]), config)._replace(ema=other_params)
+    averaging = type(config)(**vars(config) | {"optimizer": OptimizerConfig(ema_decay=0.9)})
+    found = {}
+    for name, settings, shown in (
+        ("some", config, state),
+        ("others", config, init_state(other_params, config)),
+        ("average", averaging, state),
+    ):
+        recorder = Recorder()
+        found[name] = validator(networks, settings)(7, shown, recorder), recorder
+    return found
+
+
+def test_figures_are_the_evaluators_for_the_parameters_that_count(
+    judged, tiny_networks, config, other_params
+):
     source = open_source(config.data, config.data.val_split, config.seed)
     limit, seed = config.train.eval_examples, config.seed
     unet, *rest = tiny_networks
-    unet = nnx.merge(nnx.graphdef(unet), params)
-    return evaluate(Plan(Segmenter(unet, *rest, config), source, limit=limit, seed=seed)).summary
-
-
-def test_figures_are_the_evaluators_for_the_parameters_of_the_state(
-    networks, tiny_networks, config, params, other_params
-):
-    validate, recorder = validator(networks, config), Recorder()
-    found = validate(7, init_state(other_params, config), recorder)
-    expected = figures_of(tiny_networks, other_params, config)
+    model = Segmenter(nnx.merge(nnx.graphdef(unet), other_params), *rest, config)
+    expected = evaluate(Plan(model, source, limit=limit, seed=seed)).summary
+    found, recorder = judged["others"]
     for name in ("miou_present", "miou_union", "pixel_accuracy", "mean_accuracy"):
         assert found[name] == expected[name] == recorder.values[7, f"validation/{name}"]
     json.dumps(found, allow_nan=False)  # goes into the checkpoint
-    assert found != validate(8, init_state(params, config), recorder)
+    assert found != judged["some"][0]
+    assert found == judged["average"][0]
 
 
-def test_with_a_moving_average_that_is_what_counts(networks, config, params, other_params):
-    state = init_state(params, config)._replace(ema=other_params)
-    averaging = type(config)(**vars(config) | {"optimizer": OptimizerConfig(ema_decay=0.9)})
-    found = [validator(networks, c)(1, state, Recorder()) for c in (config, averaging)]
-    alone = validator(networks, config)(1, init_state(other_params, config), Recorder())
-    assert found[0] != found[1] == alone
-
-
-def test_pictures_show_photo_truth_and_prediction(networks, config, other_params):
-    recorder = Recorder()
-    validator(networks, config)(3, init_state(other_params, config), recorder)
-    assert sorted(recorder.pictures) == [(3, f"validation/{i}") for i in range(3)]
+def test_pictures_show_photo_truth_and_prediction(judged, config):
+    pictures = judged["others"][1].pictures
+    assert sorted(pictures) == [(7, f"validation/{i}") for i in range(3)]
     source = open_source(config.data, config.data.val_split, config.seed)
-    photo, truth, prediction = recorder.pictures[3, "validation/0"]
+    photo, truth, prediction = pictures[7, "validation/0"]
     assert (photo == source[0]["image"]).all() and photo.dtype == np.uint8
     assert np.abs(truth.astype(int) - photo).max() > 20
     assert np.abs(truth.astype(int) - prediction).max() > 20
