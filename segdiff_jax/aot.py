@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     asked = "about which --step sample asks an image (the config's vocabulary)"
     add("--classes", type=cli.positive_int, metavar="K", help=asked)
     add("--price", type=float, metavar="DOLLARS", help="per chip and hour (a list price)")
-    add("--json", type=cli.path, metavar="FILE", help="also write the report here")
+    add("--json", type=cli.file, metavar="FILE", help="also write the report here")
     add("--search", action="store_true", help="find the largest batch per chip that fits")
     return parser
 

@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("suite", choices=SUITES, metavar="SUITE", help=", ".join(SUITES))
     add("--small", action="store_true", help="narrow networks, in seconds: says that it runs")
-    add("--json", type=cli.path, metavar="FILE", help="also write everything here")
+    add("--json", type=cli.file, metavar="FILE", help="also write everything here")
     worse = f"exit 1 if a ratio is more than {WORSE - 1:.0%} above the one in this --json of before"
     add("--compare", type=cli.path, metavar="OLD.json", help=worse.replace("%", "%%"))
     return parser

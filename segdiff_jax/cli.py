@@ -139,6 +139,14 @@ def path(text: str) -> str:
     return place
 
 
+def file(text: str) -> str:
+    """`path` for a file that is written at the end, as its `type=`: hours later it is too late."""
+    place = path(text)
+    if os.path.isdir(place):
+        raise argparse.ArgumentTypeError(f"{place!r} is a folder: name a file in it")
+    return place
+
+
 def natural_int(text: str, low: int = 0) -> int:
     """Read 0, 1, 2, … from an argument, as its `type=`."""
     try:

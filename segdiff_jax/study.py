@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from segdiff_jax import cli, fields, files, ownership
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
+from segdiff_jax.stored import read_object
 
 if TYPE_CHECKING:
     from segdiff_jax.evaluation.findings import Measurement
@@ -80,8 +81,8 @@ def _study(args: argparse.Namespace, config: Config, argv: Sequence[str]) -> Non
     about: dict[str, Any] = {**tables.origin("segdiff study", argv, places)}
     about |= {"study": args.name, "images": args.limit, "seeds": args.seeds}
     about |= {"config": _not_by_default(config)}
-    known = _earlier(path, about)
     with ownership.claimed(args.output, _KIND, names):
+        known = _earlier(path, about)
         for seed in args.seeds:
             of_seed = trainings.changed(config, {"seed": seed})
             cases = [studies.case(of_seed, setting) for setting in study.settings]
@@ -120,7 +121,7 @@ def _earlier(path: Path, about: dict[str, Any]) -> list[Any]:
 
     if not path.exists():
         return []
-    stored = json.loads(path.read_text())
+    stored = read_object(path, "remove it, and all is measured again")
     now = about["config"] | {"--limit": about["images"]}
     had = stored.get("config", about["config"]) | {"--limit": stored["images"]}
     for key in sorted(had.keys() | now.keys()):

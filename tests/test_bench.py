@@ -139,7 +139,9 @@ def test_what_cannot_be_compared_with_is_said_in_a_line(content, message, tmp_pa
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_library_or_card_is_said_in_a_line(monkeypatch):
+def test_a_missing_library_or_card_or_file_is_said_in_a_line(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="is a folder: name a file in it"):
+        bench.main(["cpu", "--json", str(tmp_path)])
     with pytest.raises(UserError, match=r"no NVIDIA card.*--small"):
         bench.main(["gpu"])
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)

@@ -41,8 +41,9 @@ def test_writes_and_replaces(tmp_path):
         files.write_bytes(target, data)
         assert target.read_bytes() == data
     assert os.listdir(target.parent) == ["a.bin"]
-    files.write_text(epath.Path(tmp_path) / "t.txt", "né\n")
-    assert (tmp_path / "t.txt").read_bytes() == b"n\xc3\xa9\n"
+    wide = "字" * 85  # as long as a name can be
+    files.write_text(epath.Path(tmp_path) / wide, "né\n")
+    assert (tmp_path / wide).read_bytes() == b"n\xc3\xa9\n"
 
 
 def test_permissions_are_those_that_the_umask_allows_a_plain_file(tmp_path, monkeypatch):
@@ -55,11 +56,6 @@ def test_permissions_are_those_that_the_umask_allows_a_plain_file(tmp_path, monk
         monkeypatch.undo()
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == 0o640
-
-
-def test_a_long_name_of_wide_letters(tmp_path):
-    files.write_bytes(tmp_path / ("字" * 85), b"x")
-    assert os.listdir(tmp_path) == ["字" * 85]
 
 
 @pytest.mark.parametrize("scheme", ["s3", "http", "foo", "S3", "hf", "file"])
@@ -116,35 +112,28 @@ def test_failure_in_the_middle_keeps_the_old_file(tmp_path):
     ],
 )
 def test_late_error_leaves_nothing(tmp_path, monkeypatch, code, mend):
-    def fsync(handle):
-        raise OSError(code, os.strerror(code))
+    def failing(error):
+        def fsync(handle):
+            raise error
 
-    monkeypatch.setattr(os, "fsync", fsync)
+        monkeypatch.setattr(os, "fsync", fsync)
+
     target = tmp_path / "a.bin"
+    failing(OSError(code, os.strerror(code)))
     message = _message(files.write_bytes, target, b"data")
     assert str(target) in message and mend in message
     assert os.listdir(tmp_path) == []
-
-
-def test_interrupt_leaves_nothing(tmp_path, monkeypatch):
-    def fsync(handle):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", fsync)
+    failing(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        files.write_bytes(tmp_path / "a.bin", b"data")
+        files.write_bytes(target, b"data")
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux device")
-def test_device_is_written_not_replaced():
+def test_what_is_no_plain_file_is_written_and_not_replaced(tmp_path):
     assert "the disk is full" in _message(files.write_bytes, "/dev/full", b"data")
-    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
     files.write_bytes(os.devnull, b"data")
-    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
-
-
-def test_link_stays_a_link(tmp_path):
+    assert all(stat.S_ISCHR(os.stat(path).st_mode) for path in ("/dev/full", os.devnull))
     (tmp_path / "real").write_bytes(b"old")
     (tmp_path / "link").symlink_to("real")
     files.write_bytes(tmp_path / "link", b"new")
@@ -171,11 +160,3 @@ def test_check_writable(tmp_path, monkeypatch):
 
     monkeypatch.setattr("tempfile.TemporaryFile", denied)
     assert "permission denied" in _message(files.check_writable, tmp_path)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_folder_without_permission(tmp_path):
-    tmp_path.chmod(0o500)
-    assert "permission denied" in _message(files.check_writable, tmp_path)
-    assert "permission denied" in _message(files.write_bytes, tmp_path / "a", b"")
-    tmp_path.chmod(0o700)

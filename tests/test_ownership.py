@@ -144,16 +144,12 @@ def test_a_dangling_link_is_refused(tmp_path, below):
     refused(f"{tmp_path}/link{below}", message, lambda d: ownership.claim(d, "x", ["a"]))
 
 
-def test_places_that_cannot_be(tmp_path):
+def test_places_that_cannot_be(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"x")
     refused(tmp_path / "file", "it is a file, not a directory")
     refused(tmp_path / "file" / "d", "part of the path is a file")
     refused(f"{tmp_path}/file/", "it is a file, not a directory")
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_place_is_told_before_the_work(tmp_path):
-    (tmp_path / "shut").mkdir(mode=0o500)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as it is of others than root
     refused(tmp_path / "shut", "permission denied", lambda d: ownership.check(d, "x", ["a"]))
 
 
@@ -208,23 +204,17 @@ def test_apart_through_links_and_dots(tmp_path, monkeypatch, inner, outer):
         ownership.check_apart("m", "init_from", other)
 
 
-@pytest.mark.parametrize("flag", ["--count=-1", "--count=0", "--size=0", "--seed=-1"])
-def test_scenes_of_an_impossible_number_are_refused(tmp_path, capsys, flag):
-    with pytest.raises(SystemExit) as caught:
-        cli.run(scenes.main, ["--output", str(tmp_path / "o"), flag])
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and flag.split("=")[0] in error and error.count("\n") == 1
-    assert not (tmp_path / "o").exists()
-
-
 def test_scenes_leave_the_files_of_the_user(tmp_path, capsys):
-    def write(output):
+    def write(output, *more):
         with pytest.raises(SystemExit) as caught:
-            cli.run(scenes.main, ["--output", str(output), "--count=2", "--size=16"])
+            cli.run(scenes.main, ["--output", str(output), "--count=2", "--size=16", *more])
         return caught.value.code, capsys.readouterr().err
 
-    assert write(tmp_path / "o") == (0, "")
-    assert write(tmp_path / "o") == (0, "")
+    for flag in ("--count=-1", "--count=0", "--size=0", "--seed=-1"):
+        code, error = write(tmp_path / "o", flag)
+        assert code == 2 and flag.split("=")[0] in error and error.count("\n") == 1
+    assert not (tmp_path / "o").exists()
+    assert write(tmp_path / "o") == write(tmp_path / "o") == (0, "")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "classes.txt").write_text("crack\n")
     code, error = write(tmp_path / "mine")

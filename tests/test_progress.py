@@ -3,12 +3,20 @@
 import io
 import time
 
+import pytest
+
 from segdiff_jax import progress
 
 
-def test_lines_show_rate_and_remaining_time(capsys, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+@pytest.fixture
+def clock(monkeypatch):
+    """[the time in seconds]."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_lines_show_rate_and_remaining_time(capsys, clock):
     report = progress.reporter("evaluate")
     report(0, 100)
     clock[0] = 60.0  # compilation: no part of the rate
@@ -22,9 +30,7 @@ def test_lines_show_rate_and_remaining_time(capsys, monkeypatch):
     assert len(lines) == 6
 
 
-def test_a_line_counts_whole_pieces_and_a_rate_without_needless_digits(capsys, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: clock[0])
+def test_a_line_counts_whole_pieces_and_a_rate_without_needless_digits(capsys, clock):
     report = progress.reporter("predict")
     report(0, 6)
     report(1.5, 6)
@@ -42,20 +48,14 @@ def test_a_line_counts_whole_pieces_and_a_rate_without_needless_digits(capsys, m
     assert "1001/1001 images, 2000 images/s" in capsys.readouterr().err
 
 
-def test_a_line_says_how_much_of_a_single_piece_is_done(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+def test_short_work_is_one_line_and_of_a_single_piece_the_part_that_is_done(capsys, monkeypatch):
     report = progress.reporter("predict")
-    report(0, 1)
-    report(0.37, 1)
-    assert capsys.readouterr().err == "predict: 0.37/1 images\n"
-
-
-def test_short_work_is_one_line(capsys):
-    report = progress.reporter("predict")
-    report(0, 2)
-    report(1, 2)
-    report(2, 2)
+    for done in range(3):
+        report(done, 2)
     assert capsys.readouterr().err.startswith("predict: 2/2 images")
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    progress.reporter("predict")(0.37, 1)
+    assert capsys.readouterr().err == "predict: 0.37/1 images\n"
 
 
 class Terminal(io.StringIO):

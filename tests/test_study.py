@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segdiff_jax import cli, config, study
+from segdiff_jax import cli, config, ownership, study
 from segdiff_jax.data import scenes
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import studies, tables, trainings
@@ -181,6 +181,17 @@ def test_panels_need_no_config_that_could_be_trained(tmp_path):
         Image.new("L", (8, 8)).save(root / "val" / kind / "a.png")
     with pytest.raises(UserError, match="neither a training workdir"):
         study.main([*argv, f"--config.data.root={root}", "--config.data.val_split=val"])
+
+
+def test_a_file_that_is_no_result_is_one_line(config_file, tmp_path):
+    (tmp_path / "noise.json").write_text("[]")
+    argv = ["noise", "--output", str(tmp_path), "--config", config_file]
+    with pytest.raises(UserError, match=r"noise\.json: would be replaced"):
+        study.main(argv)
+    marker = {"files": {"study": ["noise.json"]}}
+    (tmp_path / ownership.MARKER).write_text(json.dumps(marker))
+    with pytest.raises(UserError, match=r"noise\.json: holds no JSON object: remove it"):
+        study.main(argv)
 
 
 @pytest.mark.parametrize(

@@ -31,13 +31,13 @@ def copy(tmp_path):
 def version_in(folder):
     code = "from segdiff_jax.version import code_version; print(code_version())"
     command = [sys.executable, "-c", code]
-    return subprocess.run(
-        command, cwd=folder, check=True, capture_output=True, text=True
-    ).stdout.strip()
+    run = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    return run.stdout.strip()
 
 
 def test_a_checkout_names_its_commit_and_what_was_changed(copy):
     folder, git = copy
+    assert version_in(folder) == segdiff_jax.__version__, "of an installed package"
     git("init", "--quiet")
     assert version_in(folder) == segdiff_jax.__version__, "there is no commit yet"
     git("add", ".")
@@ -48,8 +48,3 @@ def test_a_checkout_names_its_commit_and_what_was_changed(copy):
     assert version_in(folder) == f"{segdiff_jax.__version__}+{commit}", "tags do not hide it"
     (folder / "segdiff_jax" / "__init__.py").open("a").write("# changed\n")
     assert version_in(folder) == f"{segdiff_jax.__version__}+{commit}-dirty"
-
-
-def test_an_installed_package_has_only_its_version(copy):
-    folder, _ = copy
-    assert version_in(folder) == segdiff_jax.__version__

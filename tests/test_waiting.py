@@ -79,17 +79,12 @@ def test_of_many_that_wait_for_one_only_one_speaks(hurried, monkeypatch, capsys)
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("variable", [waiting.NETWORK, waiting.PROCESS])
-def test_a_limit_that_is_none_is_refused(variable, monkeypatch):
+@pytest.mark.parametrize(("variable", "default"), [(waiting.NETWORK, 60), (waiting.PROCESS, 300)])
+def test_limits(variable, default, monkeypatch):
+    for value, seconds in ((" 2.5 ", 2.5), ("", default)):
+        monkeypatch.setenv(variable, value)
+        assert waiting.limit(variable) == seconds
     for value in ("soon", "0", "-5", "nan", "inf", "1e9"):
         monkeypatch.setenv(variable, value)
         with pytest.raises(UserError, match=f"{variable}={value}: must be a number of seconds"):
             waiting.check_limits()
-
-
-def test_limits(monkeypatch):
-    monkeypatch.setenv(waiting.NETWORK, "")
-    monkeypatch.delenv(waiting.PROCESS, raising=False)
-    assert (waiting.limit(waiting.NETWORK), waiting.limit(waiting.PROCESS)) == (60, 300)
-    monkeypatch.setenv(waiting.NETWORK, " 2.5 ")
-    assert waiting.limit(waiting.NETWORK) == 2.5

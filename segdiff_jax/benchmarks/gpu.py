@@ -22,7 +22,6 @@ from flax import nnx
 from segdiff_jax.benchmarks import cpu, steps, twins
 from segdiff_jax.benchmarks.timing import NotRun, Ratio, Result, check_equal, in_turn, side_by_side
 from segdiff_jax.config import Config, DataConfig, ModelConfig, SamplerConfig
-from segdiff_jax.diffusion.sampler import initial_noise, member_keys
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models import flops
@@ -147,9 +146,7 @@ def _sampler(sizes: _Sizes) -> Iterator[Result]:
     pixels = np.random.default_rng(0).integers(0, 256, (*model.config.data.image_size, 3), np.uint8)
     photo = model.encode(pixels)
     few = dataclasses.replace(model.config.sampler, steps=2, ensemble=1)
-    shape = (sizes.latent, sizes.latent, sizes.vae.latent_channels)
-    keys = member_keys(jax.random.key(0), sizes.members)
-    noise = np.asarray(jax.vmap(lambda key: initial_noise(key, shape))(keys))
+    noise = twins.noise(photo.latent.shape, sizes.members)
     contexts = torch.from_numpy(np.array(model.table(classes).hidden)).to(twins.device())
     settings = hf_config.write_schedule(model.config.diffusion)
     scheduler = diffusers.DDIMScheduler.from_config(settings)

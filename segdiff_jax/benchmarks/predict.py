@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -21,7 +20,6 @@ from segdiff_jax.benchmarks import cpu, paper, photos, twins
 from segdiff_jax.benchmarks.timing import Result, check_equal, in_turn, rate
 from segdiff_jax.config import CodecConfig, Config, DataConfig, SamplerConfig, stored
 from segdiff_jax.data import geometry
-from segdiff_jax.diffusion.sampler import initial_noise, member_keys
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models import presets
 from segdiff_jax.models.clip_text import CLIPText
@@ -94,9 +92,7 @@ def _paper(model: Segmenter, folder: Path, steps: int, small: bool) -> Iterator[
     classes = vocabulary.from_names(_NAMES).classes
     plain = dataclasses.replace(model.config.sampler, steps=steps, ensemble=count)
     aligning = dataclasses.replace(plain, align="affine")
-    shape = model.encode(photo).latent.shape
-    keys = member_keys(jax.random.key(0), count)
-    noise = np.asarray(jax.vmap(lambda key: initial_noise(key, shape))(keys))
+    noise = twins.noise(model.encode(photo).latent.shape, count)
     theirs = paper.Pipeline(folder)
     name = f"the paper's pipeline, N = {count}, T = {steps}"
     # Before they are aligned: scipy stops after two iterations, ours goes on to the optimum.
@@ -122,7 +118,7 @@ def _defaults(model: Segmenter, folder: Path, small: bool) -> Result:
     photo = photos.drawn(*model.config.data.image_size)
     classes = vocabulary.from_names(_NAMES).classes
     shape = model.encode(photo).latent.shape
-    noise = np.random.default_rng(0).normal(size=(count, *shape)).astype(np.float32)
+    noise = twins.noise(shape, count)
     width, channels = model.text_encoder.config.hidden_size, shape[-1]
     pixels = (photo.shape[0] // shape[0]) ** 2
     linear = LinearDecoder(jnp.full((3, 3, channels, pixels), 0.1), jnp.zeros(pixels))

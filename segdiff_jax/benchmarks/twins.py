@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from flax import nnx
 
+from segdiff_jax.diffusion.sampler import initial_noise, member_keys
 from segdiff_jax.errors import UserError
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
@@ -103,6 +104,12 @@ def device() -> str:
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+def noise(shape: tuple[int, ...], members: int) -> np.ndarray:
+    """Return the noise [N, h, w, c] that the members of an ensemble start from with seed 0."""
+    keys = member_keys(jax.random.key(0), members)
+    return np.asarray(jax.vmap(lambda key: initial_noise(key, shape))(keys))
 
 
 def jitted(function: Callable[..., Any], network: nnx.Module) -> Callable[..., np.ndarray]:

@@ -8,6 +8,8 @@ import hashlib
 import io
 import json
 import os
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -85,8 +87,8 @@ class Parts:
         path = self._folder / self._name.format(start, processes.index())
         try:
             part = _from_bytes(path.read_bytes())
-        except (OSError, ValueError, KeyError):
-            part = None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+            part = None  # not there, or damaged
         return part if processes.all_agree(part is not None) else None
 
     def save(self, start: int, part: Part) -> None:

@@ -52,6 +52,10 @@ def test_a_stopped_evaluation_goes_on(make_segmenter, tmp_path, monkeypatch):
     sampled.clear()
     assert evaluate(Plan(model, source, **options), keep=keep).summary == again.summary
     assert not sampled, "all is there"
+    for path, size in zip((tmp_path / "parts").glob("*.npz"), (0, 100, 1000), strict=False):
+        path.write_bytes(path.read_bytes()[:size])
+    assert evaluate(Plan(model, source, **options), keep=keep).summary == again.summary
+    assert len(sampled) == 3, "what is damaged is done again"
     parts.remove(keep[0])
     assert not (tmp_path / "parts").exists()
 

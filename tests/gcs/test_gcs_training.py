@@ -11,28 +11,13 @@ import textwrap
 
 import numpy as np
 import pytest
+from commands import CONFIG
 from emulator import BUCKET, Fault
 from PIL import Image
 
-CONFIG = """
-    from segdiff_jax import config as c
-    from segdiff_jax.models import presets
-
-    presets.PRESETS["micro"] = presets.small((32,), (4, 8), 32)
-
-    def get_config():
-        return c.Config(
-            data=c.DataConfig(source="folder", root="gs://bucket/data", image_size=(16, 16)),
-            model=c.ModelConfig(preset="micro"),
-            optimizer=c.OptimizerConfig(learning_rate=1e-3, warmup_steps=2, decay_steps=50),
-            train=c.TrainConfig(
-                steps=6, batch_size=2, checkpoint_every=2, keep_checkpoints=2, log_every=1
-            ),
-            vae=c.VAEConfig(steps=2, batch_size=2),
-            sampler=c.SamplerConfig(steps=1, batch_size=4),
-        )
-"""
-
+FLAGS = ["--config.data.source=folder", "--config.data.root=gs://bucket/data"]
+FLAGS += ["--config.train.steps=6", "--config.train.batch_size=2", "--config.vae.batch_size=2"]
+FLAGS += ["--config.train.keep_checkpoints=2", "--config.optimizer.ema_decay=0"]
 
 pytestmark = pytest.mark.slow  # minutes of processes started and killed
 
@@ -68,12 +53,8 @@ def start(gcs, data, tmp_path):
 
     def run(workdir, *overrides):
         command = [sys.executable, "-m", "segdiff_jax.train", "--config", str(config)]
-        return subprocess.Popen(
-            [*command, "--workdir", workdir, *overrides],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command += ["--workdir", workdir, *FLAGS, *overrides]
+        return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
     return run
 
