@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from segdiff_jax import cli
+from segdiff_jax import cli, ownership
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
+from segdiff_jax.progress import reporter
 
 if TYPE_CHECKING:  # slow to import, which --help need not wait for
     from segdiff_jax.data.sources.source import Source
@@ -41,7 +42,6 @@ def _check(config: Config, split: str, args: argparse.Namespace) -> bool:
     from segdiff_jax.data import survey
     from segdiff_jax.data.sources.source import evenly, open_source
     from segdiff_jax.inference import page
-    from segdiff_jax.progress import reporter
 
     source = open_source(config.data, split, config.seed)
     numbers = evenly(min(args.limit or len(source), len(source)), len(source))
@@ -66,7 +66,11 @@ def _check(config: Config, split: str, args: argparse.Namespace) -> bool:
         columns, colors = ["class", "images", "pixels", "share"], source.vocabulary.palette()
         classes = page.Table("Classes", columns, rows, bar=3, colors=colors.tolist())
         tables = [classes, page.Table("Faults", ["fault"], wrong)]
-        _write(args.output, split, tables, _overlays(source, numbers))
+        name = f"check_{split}.html"
+        place, shown = os.path.join(args.output, name), _overlays(source, numbers)
+        with ownership.claimed(args.output, _KIND, [name]):
+            page.page(place, f"Data check: {split}", tables=tables, rows=shown)
+        print(f"written: {place}")
     return bool(found.faults or warnings)
 
 
@@ -105,17 +109,6 @@ def _overlays(source: "Source", numbers: Sequence[int]) -> "list[page.Row]":
         if len(shown) == _OVERLAYS:
             break
     return shown
-
-
-def _write(folder: str, split: str, tables: "list[page.Table]", rows: "list[page.Row]") -> None:
-    """Write check_SPLIT.html: what was printed, and photos under their labels."""
-    from segdiff_jax import ownership
-    from segdiff_jax.inference import page
-
-    name = f"check_{split}.html"
-    with ownership.claimed(folder, _KIND, [name]):
-        page.page(os.path.join(folder, name), f"Data check: {split}", tables=tables, rows=rows)
-    print(f"written: {os.path.join(folder, name)}")
 
 
 def _parser() -> argparse.ArgumentParser:

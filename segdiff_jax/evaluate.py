@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from segdiff_jax import cli
+from segdiff_jax import cli, ownership
 from segdiff_jax.combinations import check_image_size
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
+from segdiff_jax.evaluation.open_vocabulary import BENCHMARKS, config_of
+from segdiff_jax.progress import reporter
 from segdiff_jax.stages import get, of_stage
 
 if TYPE_CHECKING:
@@ -115,9 +117,7 @@ def _suite(
     args: argparse.Namespace, overrides: list[str], trained: Config, argv: Sequence[str]
 ) -> None:
     """Evaluate on each benchmark that has data below --data; write a table of all."""
-    from segdiff_jax import ownership
     from segdiff_jax.evaluation import parts, suite, tables
-    from segdiff_jax.evaluation.open_vocabulary import BENCHMARKS, config_of
     from segdiff_jax.parallel import processes
 
     found, missing, configs = {}, {}, {}
@@ -159,13 +159,11 @@ def _suite(
 
 def _evaluate(args: argparse.Namespace, config: Config) -> dict[str, Any]:
     """Evaluate in every process, write in the first one; return what metrics.json says."""
-    from segdiff_jax import ownership
     from segdiff_jax.data import survey
     from segdiff_jax.evaluation import parts, report
     from segdiff_jax.evaluation.evaluator import evaluate
     from segdiff_jax.evaluation.plan import Plan
     from segdiff_jax.parallel import processes
-    from segdiff_jax.progress import reporter
 
     first, kept = processes.is_first(), parts.folder_of(args.output)
     split = args.split or config.data.val_split

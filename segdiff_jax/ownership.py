@@ -81,14 +81,13 @@ def check(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) 
     foreign = sorted(present - listed.get(kind, frozenset()))
     if not foreign:
         return
-    other = next((k for k, theirs in listed.items() if foreign[0] in theirs), None)
-    if other:
-        raise UserError(
-            f"{folder / foreign[0]}: is part of the {other} here: choose another folder"
-        )
+    place = folder / foreign[0]
+    for other, theirs in listed.items():
+        if foreign[0] in theirs:
+            raise UserError(f"{place}: is part of the {other} here: choose another folder")
     more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
     raise UserError(
-        f"{folder / foreign[0]}{more}: would be replaced, but no {MARKER} says that this command "
+        f"{place}{more}: would be replaced, but no {MARKER} says that this command "
         "wrote it (versions before this one kept no such list): choose another folder, "
         "or move the old files away"
     )
@@ -182,8 +181,7 @@ def check_whole(directory: os.PathLike[str] | str, kind: str) -> None:
     if not inside:
         return
     listed = owned(directory)
-    if set(listed) - {kind}:
-        other = min(set(listed) - {kind})
+    for other in sorted(set(listed) - {kind}):
         raise UserError(f"{folder}: holds {other} files of segdiff_jax: choose another folder")
     if not listed:
         raise UserError(

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from segdiff_jax import cli, fields, files, ownership
 from segdiff_jax.config import Config
 from segdiff_jax.errors import UserError
+from segdiff_jax.evaluation import findings, tables
+from segdiff_jax.evaluation.findings import Measurement
 from segdiff_jax.stored import read_object
 
 if TYPE_CHECKING:
-    from segdiff_jax.evaluation.findings import Measurement
     from segdiff_jax.evaluation.studies import Study
 
 NAMES = ("noise", "steps", "ensemble", "start", "codec", "negatives", "panels")
@@ -40,8 +41,6 @@ def main(argv: list[str]) -> None:
     overrides, rest = cli.split_config_flags(argv)
     args = _parser().parse_args(rest)
     if args.tables:
-        from segdiff_jax.evaluation import tables
-
         for path in tables.rewrite(args.tables, _shown):
             print(f"written into {args.tables}: {path}")
         return
@@ -71,8 +70,7 @@ def main(argv: list[str]) -> None:
 
 
 def _study(args: argparse.Namespace, config: Config, argv: Sequence[str]) -> None:
-    from segdiff_jax.evaluation import studies, tables, trainings
-    from segdiff_jax.evaluation.findings import Measurement
+    from segdiff_jax.evaluation import studies, trainings
 
     study = studies.STUDIES[args.name]
     names = [f"{args.name}.{suffix}" for suffix in ("json", "md", "png", "html")]
@@ -112,13 +110,11 @@ def _not_by_default(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps({key: value for key, value in leaves if value != plain[key]}))
 
 
-def _earlier(path: Path, about: dict[str, Any]) -> list[Any]:
+def _earlier(path: Path, about: dict[str, Any]) -> list[Measurement]:
     """Read what an earlier run of the study has measured.
 
     Raises `UserError` where that was of another config, or on another number of images.
     """
-    from segdiff_jax.evaluation.findings import Measurement
-
     if not path.exists():
         return []
     stored = read_object(path, "remove it, and all is measured again")
@@ -136,7 +132,7 @@ def _earlier(path: Path, about: dict[str, Any]) -> list[Any]:
 
 def _shown(about: Mapping[str, Any]) -> dict[str, Any]:
     """Return a result with table and verdict as they are made today, where it is a study's."""
-    from segdiff_jax.evaluation import findings, studies
+    from segdiff_jax.evaluation import studies
 
     if about.get("study") not in studies.STUDIES:
         return dict(about)
@@ -146,17 +142,14 @@ def _shown(about: Mapping[str, Any]) -> dict[str, Any]:
     return {**about, "columns": columns, "cells": cells, "verdict": verdict}
 
 
-def _measured(about: Mapping[str, Any]) -> list["Measurement"]:
+def _measured(about: Mapping[str, Any]) -> list[Measurement]:
     """Return what a result has of the seeds that were asked for."""
-    from segdiff_jax.evaluation.findings import Measurement
-
     every = [Measurement(**m) for m in about["measurements"]]
     return [m for m in every if m.seed in about.get("seeds", [m.seed])]
 
 
 def _write(args: argparse.Namespace, study: "Study", about: dict[str, Any]) -> str:
     """Write table, plot and verdict as JSON, Markdown, PNG and a page; return the Markdown."""
-    from segdiff_jax.evaluation import findings, tables
     from segdiff_jax.inference import page
 
     about = _shown(about | {"title": f"Study: {study.about}"})
@@ -202,20 +195,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("segdiff_jax.study", _DESCRIPTION, cli.config_help())
     add = parser.add_argument
     add("name", nargs="?", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
-    add(
-        "--output", type=cli.path, metavar="DIR", help="folder for results and, in runs/, trainings"
-    )
+    output = "folder for results and, in runs/, trainings"
+    add("--output", type=cli.path, metavar="DIR", help=output)
     add("--config", type=cli.path, metavar="FILE", help="default: configs/demo.py, drawn scenes")
     add("--seeds", nargs="+", type=cli.natural_int, default=[0], metavar="S", help="default: 0")
     add("--limit", type=cli.positive_int, metavar="N", help="images to measure on; default: all")
     add("--checkpoint", type=cli.path, metavar="DIR", help="panels: the model to show")
-    add(
-        "--column",
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="panels: another method's label maps, PNGs of class ids named as the photos",
-    )
+    column = "panels: another method's label maps, PNGs of class ids named as the photos"
+    add("--column", action="append", default=[], metavar="NAME=DIR", help=column)
     add("--rows", type=cli.positive_int, default=6, metavar="N", help="panels: photos; default: 6")
     add("--tables", type=cli.path, metavar="FILE", help="a Markdown file whose tables to renew")
     return parser

@@ -210,34 +210,27 @@ def test_config_of_the_checkpoint_with_overrides(files, data, capsys):
     assert "Ceiling" in (files / "o/index.html").read_text()
 
 
-def _damage(files, kind):
-    root = files / "data" / "val"
-    if kind == "mask missing":
-        (root / "masks" / "p1.png").unlink()
-    elif kind == "size":
-        Image.new("L", (5, 5)).save(root / "masks" / "p1.png")
-    elif kind == "id":
-        Image.new("L", (28, 20), 9).save(root / "masks" / "p1.png")
-    elif kind == "truncated":
-        data = (root / "images" / "p1.png").read_bytes()
-        (root / "images" / "p1.png").write_bytes(data[: len(data) // 2])
-    elif kind == "broken link":
-        (root / "images" / "p1.png").unlink()
-        (root / "images" / "p1.png").symlink_to("nowhere.png")
+def _halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _link(path):
+    path.unlink()
+    path.symlink_to("nowhere.png")
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("damage", "kind", "message"),
     [
-        ("mask missing", "p1.png: no mask"),
-        ("size", "p1.png: 5x5 pixels"),
-        ("id", "p1.png: id 9 is none of the 3 classes"),
-        ("truncated", "p1.png: truncated or damaged"),
-        ("broken link", "p1.png: a link to nowhere.png"),
+        (lambda path: path.unlink(), "masks", "p1.png: no mask"),
+        (Image.new("L", (5, 5)).save, "masks", "p1.png: 5x5 pixels"),
+        (Image.new("L", (28, 20), 9).save, "masks", "p1.png: id 9 is none of the 3 classes"),
+        (_halve, "images", "p1.png: truncated or damaged"),
+        (_link, "images", "p1.png: a link to nowhere.png"),
     ],
 )
-def test_bad_data(files, capsys, kind, message):
-    _damage(files, kind)
+def test_bad_data(files, capsys, damage, kind, message):
+    damage(files / "data" / "val" / kind / "p1.png")
     code, output = _run(files, capsys)
     assert code == 2 and message in output.err
     assert output.err.count("error:") == 1 and "Traceback" not in output.err
@@ -247,7 +240,7 @@ def test_bad_data(files, capsys, kind, message):
 def test_a_mask_corrected_before_an_evaluation_goes_on_counts(files, capsys):
     photo, mask = (files / "data" / "val" / kind for kind in ("images/p2.png", "masks/p0.png"))
     whole = photo.read_bytes()
-    photo.write_bytes(whole[: len(whole) // 2])
+    _halve(photo)
     assert _run(files, capsys)[0] == 2, "stopped by the last photo"
     photo.write_bytes(whole)
     Image.new("L", (28, 20), 1).save(mask)

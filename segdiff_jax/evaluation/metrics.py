@@ -203,16 +203,14 @@ def _iou(truth: np.ndarray, guess: np.ndarray, both: np.ndarray) -> np.ndarray:
 def summarize(
     matrix: np.ndarray,
     names: Sequence[str],
-    trained: Collection[int] | None = None,
-    novel: Collection[int] | None = None,
+    novel: Collection[int] = (),
 ) -> dict[str, Any]:
     """Return the figures of `metrics.json`, as plain Python numbers in [0, 1].
 
     Args:
       matrix: [K, K+1] from `confusion`.
       names: K class names, all different.
-      trained: ids of the classes seen in training; with `novel`, adds the split's figures.
-      novel: ids of the classes never trained on.
+      novel: ids of the classes never trained on; with some, adds the split's figures.
 
     Returns:
       `miou_present` (mean over classes present in the ground truth: detectron2), `miou_union` (mean
@@ -221,11 +219,6 @@ def summarize(
       `per_class` {name: IoU}; with a split `miou_trained` and `miou_novel` (both over present
       classes) and `miou_harmonic`, their harmonic mean. None where a figure has nothing to average.
     """
-    matrix = np.asarray(matrix, np.int64)
-    if matrix.shape != (len(names), len(names) + 1):
-        raise ValueError(f"{len(names)} names for a confusion matrix of shape {matrix.shape}")
-    if len(set(names)) != len(names):
-        raise ValueError("class names repeat")
     iou = class_iou(matrix)  # [K]
     pixels = matrix.sum(axis=1)
     present = pixels > 0
@@ -240,8 +233,9 @@ def summarize(
         "mean_accuracy": _mean(hits[present] / pixels[present]),
         "per_class": {n: _number(value) for n, value in zip(names, iou, strict=True)},
     }
-    if trained is not None and novel is not None:
-        low, high = (_mean(iou[[i for i in ids if present[i]]]) for ids in (novel, trained))
+    if novel:
+        never = np.isin(np.arange(len(names)), list(novel))
+        low, high = (_mean(iou[present & ids]) for ids in (never, ~never))
         result |= {"miou_trained": high, "miou_novel": low, "miou_harmonic": _harmonic(high, low)}
     return result
 

@@ -86,11 +86,8 @@ class Plan:
 
 def summary(plan: Plan, counted: Part) -> dict[str, Any]:
     """Return what metrics.json says: figures, number of images, settings, labels."""
-    source, total = plan.source, len(plan.images)
-    names, novel = source.vocabulary.names, tuple(source.novel)
-    trained = tuple(i for i in range(len(names)) if i not in set(novel))
-    split = (trained, novel) if novel else (None, None)
-    figures = metrics.summarize(counted.sums.confusion, names, *split)
+    source, total, names = plan.source, len(plan.images), plan.source.vocabulary.names
+    figures = metrics.summarize(counted.sums.confusion, names, source.novel)
     figures |= metrics.summarize_rest(counted.sums, names)
     if reasons := metrics.undefined(figures, plan.sampling.ensemble > 1):
         figures["undefined"] = reasons

@@ -59,12 +59,11 @@ def write(
     """
     columns = ["method", *COLUMNS.values(), "UNet calls, A-150", "TFLOP, A-150", "source"]
     own: list[str] = [_percent(found.get(name, {}).get("miou_present")) for name in COLUMNS]
-    a150 = found.get("ade20k_150", {})
-    cells = [["ours", *own, _count(a150.get("unet_calls")), _count(a150.get("tflop")), "this run"]]
+    cells = [["ours", *own, *_costs(found.get("ade20k_150", {})), "this run"]]
     for row in PUBLISHED:
-        figures = [*row.miou, *[None] * (len(COLUMNS) - len(row.miou))]
-        shown = ["" if value is None else f"{value:.1f}" for value in figures]
-        cells.append([row.method, *shown, "", "", row.source])
+        shown = ["" if value is None else f"{value:.1f}" for value in row.miou]
+        rest = [""] * (len(COLUMNS) - len(shown) + 2)
+        cells.append([row.method, *shown, *rest, row.source])
     details = _details(found)
     reasons = [f"{COLUMNS[name]} has no figure: {reason}." for name, reason in missing.items()]
     verdict = " ".join(["mIoU in percent, over the classes in the ground truth.", *reasons])
@@ -84,16 +83,20 @@ def write(
     return text
 
 
-_OF_EACH = ("miou_present", "miou_union", "frequency_weighted_iou", "pixel_accuracy")
+_OF_EACH = {
+    "mIoU, present": "miou_present",
+    "mIoU, union": "miou_union",
+    "IoU by frequency": "frequency_weighted_iou",
+    "pixel accuracy": "pixel_accuracy",
+}
 
 
 def _details(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    columns = ["benchmark", "classes", "images", "mIoU, present", "mIoU, union", "IoU by frequency"]
-    columns += ["pixel accuracy", "UNet calls", "TFLOP"]
+    columns = ["benchmark", "classes", "images", *_OF_EACH, "UNet calls", "TFLOP"]
     cells = [
         [COLUMNS[name], str(len(values["per_class"])), str(values["images"])]
-        + [_percent(values[key]) for key in _OF_EACH]
-        + [_count(values.get("unet_calls")), _count(values.get("tflop"))]
+        + [_percent(values[key]) for key in _OF_EACH.values()]
+        + _costs(values)
         for name, values in found.items()
     ]
     return {"columns": columns, "cells": cells}
@@ -103,5 +106,6 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
-def _count(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _costs(values: Mapping[str, Any]) -> list[str]:
+    """Return UNet calls and TFLOP of an image, where they are known."""
+    return [f"{values[key]:.4g}" if key in values else "" for key in Cost._fields]

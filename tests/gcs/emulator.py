@@ -113,22 +113,8 @@ class _Handler(RequestHandler):
         with contextlib.suppress(ConnectionError):  # of a client that was killed
             super().handle_one_request()
 
-    def do_GET(self) -> None:
-        self._serve(super().do_GET)
-
-    def do_POST(self) -> None:
-        self._serve(super().do_POST)
-
-    def do_PUT(self) -> None:
-        self._serve(super().do_PUT)
-
-    def do_DELETE(self) -> None:
-        self._serve(super().do_DELETE)
-
-    def do_PATCH(self) -> None:
-        self._serve(super().do_PATCH)
-
-    def _serve(self, work: Callable[[], None]) -> None:
+    def _serve(self) -> None:
+        work = getattr(super(), f"do_{self.command}")
         self.close_connection = True
         with self.server.lock:
             path = unquote(self.path)
@@ -161,6 +147,8 @@ class _Handler(RequestHandler):
         if "lost" in kinds:
             return
         client.write(answer[: len(answer) // 2] if "cut" in kinds else answer)
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = _serve
 
     def _condition(self, body: bytes) -> tuple[str | None, int | None]:
         """The generation of the object that is asked for, and the answer if a condition fails."""
