@@ -95,6 +95,8 @@ def test_windows_count_as_photos_that_are_segmented_in_windows(model, monkeypatc
     np.testing.assert_array_equal(result.confusion, expected)
     assert result.examples[0].uncertainty.shape == (40, 56)
     assert result.examples[0].uncertainty.max() > 0
+    undefined = set(result.summary["undefined"])
+    assert undefined == {"presence_auroc", "presence_mcc"}, "all are in each image"
     monkeypatch.setattr(processes, "count", lambda: 2)
     with pytest.raises(UserError, match=r"config\.sampler\.tiles=2: .* one process"):
         evaluate(Plan(model, source, sampler=sampler))
@@ -148,9 +150,6 @@ def test_a_figure_without_a_number_has_a_reason(model):
     assert summary["miou_novel"] is summary["miou_harmonic"] is None
     assert summary["undefined"]["miou_novel"] == "no class of these is in the labels"
     assert set(summary["undefined"]) >= {"miou_novel", "miou_harmonic"}
-    sampler = dataclasses.replace(model.config.sampler, ensemble=2)
-    summary = evaluate(Plan(model, MemorySource(2), sampler=sampler)).summary
-    assert set(summary["undefined"]) == {"presence_auroc", "presence_mcc"}, "all are in both images"
 
 
 def test_labels_of_16_bits_come_back_from_the_ceiling(make_segmenter, monkeypatch):
