@@ -50,6 +50,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output is missing: name a folder for what study {args.name} finds")
     if not args.config and not _DEMO.exists():
         raise UserError("--config is missing: name a file with get_config()")
+    if args.name != "panels" and files.is_remote(args.output):
+        raise UserError(
+            f"--output {args.output}: studies train on a local disk: name a folder there"
+        )
     if args.name != "panels" and not importlib.util.find_spec("matplotlib"):
         raise UserError("studies draw with matplotlib: pip install 'segdiff_jax[study]'")
     use = "evaluate" if args.name == "panels" else "train"

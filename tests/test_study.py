@@ -198,6 +198,7 @@ def test_a_file_that_is_no_result_is_one_line(config_file, tmp_path):
     ("argv", "words"),
     [
         (["noise"], "--output"),
+        (["noise", "--output", "gs://bucket/o"], "studies train on a local disk"),
         (["--output", "o"], "name a study"),
         (["sleep", "--output", "o"], "invalid choice"),
         (["panels", "--output", "o"], "--checkpoint"),
