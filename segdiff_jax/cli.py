@@ -154,9 +154,8 @@ def natural_int(text: str, low: int = 0) -> int:
     except ValueError:
         value = low - 1
     if not low <= value < 2**31:  # JAX's own integers and seeds end there
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a whole number from {low} to {2**31 - 1}"
-        )
+        what = f"a whole number from {low} to {2**31 - 1}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
     return value
 
 

@@ -87,9 +87,8 @@ def check(directory: os.PathLike[str] | str, kind: str, names: Collection[str]) 
             raise UserError(f"{place}: is part of the {other} here: choose another folder")
     more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
     raise UserError(
-        f"{place}{more}: would be replaced, but no {MARKER} says that this command "
-        "wrote it (versions before this one kept no such list): choose another folder, "
-        "or move the old files away"
+        f"{place}{more}: would be replaced, but no {MARKER} says that this command wrote it: "
+        "choose another folder, or move the old files away"
     )
 
 
@@ -174,8 +173,7 @@ def check_whole(directory: os.PathLike[str] | str, kind: str) -> None:
     folder = epath.Path(directory)
     if not files.is_remote(directory) and _lies_in(os.curdir, os.fspath(directory)):
         raise UserError(
-            f"{folder}: is or holds the folder you are in, which would be replaced by a new one: "
-            "go to another one"
+            f"{folder}: is or holds the folder you are in, and would be replaced: go to another one"
         )
     inside = sorted(_entries(folder) - {MARKER})
     if not inside:
@@ -186,8 +184,7 @@ def check_whole(directory: os.PathLike[str] | str, kind: str) -> None:
     if not listed:
         raise UserError(
             f"{folder}: is not empty and has no {MARKER} that says this command wrote it "
-            f"(there is {inside[0]}): choose another folder, or if it is an export of an earlier "
-            "version, which kept no such list, remove it yourself"
+            f"(there is {inside[0]}): choose another folder, or remove it yourself"
         )
     foreign = _foreign(folder, listed[kind])
     if foreign:

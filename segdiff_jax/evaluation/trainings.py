@@ -20,17 +20,10 @@ from segdiff_jax.weights.checkpoint import Checkpoints
 log = logging.getLogger(__name__)
 
 # What a workdir must have been trained with, for its name to mean what it says: keys or sections.
-_OF_BOTH_STAGES: tuple[str, ...] = (
-    "seed",
-    "data.source",
-    "data.root",
-    "data.image_size",
-    "data.fit",
-    "model.preset",
-)
-_OF_VAE: tuple[str, ...] = ("vae",)
-_OF_DIFFUSION: tuple[str, ...] = ("noise", "codec", "optimizer.learning_rate", "train.batch_size")
-_OF_DIFFUSION += ("train.steps", "train.terminal_share", "train.balance", "train.hard_negatives")
+_OF_BOTH = {"seed", "data.source", "data.root", "data.image_size", "data.fit", "model.preset"}
+_OF_VAE = {"vae"}
+_OF_DIFFUSION = {"noise", "codec", "optimizer.learning_rate", "train.batch_size", "train.steps"}
+_OF_DIFFUSION |= {"train.terminal_share", "train.balance", "train.hard_negatives"}
 
 
 class Training(NamedTuple):
@@ -76,7 +69,7 @@ def _train(config: Config, workdir: Path) -> None:
 
 
 def _check_same(config: Config, workdir: Path) -> None:
-    means = _OF_BOTH_STAGES + (_OF_VAE if config.stage == "vae" else _OF_DIFFUSION)
+    means = _OF_BOTH | (_OF_VAE if config.stage == "vae" else _OF_DIFFUSION)
     stored = {key: value for key, _, value in leaves(workdirs.read_config(str(workdir)))}
     for key, _, now in leaves(of_stage(config)):
         counts = key in means or key.partition(".")[0] in means
