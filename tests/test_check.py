@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 from segdiff_jax import __main__ as command
-from segdiff_jax import cli
 
 CONFIG = """
 from segdiff_jax.config import Config, DataConfig
@@ -38,7 +37,7 @@ def checked(tmp_path, capsys, root, *more, source="folder", vocabulary=""):
     path = tmp_path / "config.py"
     path.write_text(CONFIG.format(source=source, root=str(root), vocabulary=vocabulary))
     with pytest.raises(SystemExit) as caught:
-        cli.run(command._dispatch, ["data", "check", "--config", str(path), *more])
+        command.main(["data", "check", "--config", str(path), *more])
     output = capsys.readouterr()
     return caught.value.code, output.out, output.err
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,10 @@ from PIL import Image
 
 from segdiff_jax import cli, config, ownership, study
 from segdiff_jax.data import scenes
+from segdiff_jax.data.sources.source import open_source
 from segdiff_jax.errors import UserError
 from segdiff_jax.evaluation import studies, tables, trainings
+from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.training import run
 from segdiff_jax.weights import workdir as workdirs
 
@@ -121,10 +124,11 @@ def test_a_study_trains_what_it_needs(config_file, tmp_path):
 @pytest.mark.slow
 def test_members_are_sampled_once(trained, micro_config):
     c = micro_config()
-    source = studies.open_source(c.data, "val", 0)
+    source = open_source(c.data, "val", 0)
     photo, classes = source[0]["image"], source.vocabulary.classes[:2]
     small, large = (trainings.changed(c, {"sampler.ensemble": n}).sampler for n in (2, 3))
-    plain, remembering = (studies._model(trained, "trailing", kept) for kept in (False, True))
+    plain, remembering = Segmenter.load(trained), Segmenter.load(trained)
+    remembering.networks.maps = studies.remembering(remembering.networks.maps)
     remembering.unclipped_maps([photo], classes, large, 0)
     found = remembering.unclipped_maps([photo], classes, small, 0)
     expected = plain.unclipped_maps([photo], classes, small, 0)
@@ -173,7 +177,7 @@ def test_panels(trained, config_file, tmp_path):
 
 def test_panels_need_no_config_that_could_be_trained(tmp_path):
     """Those of the benchmarks name data alone. There is no such model, which is asked for next."""
-    config = str(study._DEMO.parent / "eval" / "camvid_11.py")
+    config = str(Path(__file__).parents[1] / "configs" / "eval" / "camvid_11.py")
     argv = ["panels", "--output", str(tmp_path / "o"), "--config", config, "--checkpoint", "no"]
     root = tmp_path / "camvid"
     for kind in ("images", "masks"):

@@ -35,6 +35,7 @@ from segdiff_jax.weights.workdir import EXPORT_SETTINGS
 
 _NAMES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car"]
 _NAMES += ["pedestrian", "cyclist"]
+_CLASSES = vocabulary.from_names(_NAMES)
 _NARROW = presets.Architecture(
     cpu.NARROW,
     cpu.NARROW_VAE,
@@ -83,13 +84,12 @@ def _model(decoding: CodecConfig, folder: Path, small: bool) -> Segmenter:
     parts = pretrained.Pretrained(*networks, config.diffusion)
     settings = {EXPORT_SETTINGS: files.to_json(stored(config))}
     pretrained.save(parts, folder, extra_files=settings, kind="diffusers")
-    return Segmenter(*networks, config, trained=vocabulary.from_names(_NAMES))
+    return Segmenter(*networks, config, trained=_CLASSES)
 
 
 def _paper(model: Segmenter, folder: Path, steps: int, small: bool) -> Iterator[Result]:
     count, rounds = (2, 2) if small else (10, 3)
     photo = photos.drawn(*model.config.data.image_size)
-    classes = vocabulary.from_names(_NAMES).classes
     plain = dataclasses.replace(model.config.sampler, steps=steps, ensemble=count)
     aligning = dataclasses.replace(plain, align="affine")
     noise = twins.noise(model.encode(photo).latent.shape, count)
@@ -98,11 +98,11 @@ def _paper(model: Segmenter, folder: Path, steps: int, small: bool) -> Iterator[
     # Before they are aligned: scipy stops after two iterations, ours goes on to the optimum.
     members = theirs.members(photo, _NAMES, noise, steps)
     middle = np.median(members.clip(-1, 1), axis=0)
-    check_equal(name, model.maps([photo], classes, plain, 0)[0][0, 0], middle, _TOLERANCE)
-    model.maps([photo], classes, aligning, 0)  # compiled
+    check_equal(name, model.maps([photo], _CLASSES.classes, plain, 0)[0][0, 0], middle, _TOLERANCE)
+    model.maps([photo], _CLASSES.classes, aligning, 0)  # compiled
     yield in_turn(
         name,
-        lambda: model.maps([photo], classes, aligning, 0),
+        lambda: model.maps([photo], _CLASSES.classes, aligning, 0),
         lambda: paper.merged(theirs.members(photo, _NAMES, noise, steps)),
         rounds,
         0.6,
@@ -116,7 +116,6 @@ def _defaults(model: Segmenter, folder: Path, small: bool) -> Result:
     """
     count, steps, rounds = (2, 2, 2) if small else (10, 50, 3)
     photo = photos.drawn(*model.config.data.image_size)
-    classes = vocabulary.from_names(_NAMES).classes
     shape = model.encode(photo).latent.shape
     noise = twins.noise(shape, count)
     width, channels = model.text_encoder.config.hidden_size, shape[-1]
@@ -126,10 +125,10 @@ def _defaults(model: Segmenter, folder: Path, small: bool) -> Result:
     model.networks.add_decoders(Decoders(linear, joint=joint))
     once = dataclasses.replace(model.config.sampler, steps=1, ensemble=1, decoder="joint")
     theirs = paper.Pipeline(folder)
-    model.maps([photo], classes, once, 0)  # compiled
+    model.maps([photo], _CLASSES.classes, once, 0)  # compiled
     return in_turn(
         f"configs/camvid.py's T = 1, N = 1, to the paper's N = {count}, T = {steps}",
-        lambda: model.maps([photo], classes, once, 0),
+        lambda: model.maps([photo], _CLASSES.classes, once, 0),
         lambda: paper.merged(theirs.members(photo, _NAMES, noise, steps)),
         rounds,
         0.02,
@@ -169,22 +168,21 @@ def _many_photos(model: Segmenter, folder: Path, count: int) -> Iterator[Result]
     paths = [folder / f"{i}.jpg" for i in range(count)]
     for seed, path in enumerate(paths):
         Image.fromarray(photos.drawn(360, 480, seed)).save(path, quality=90)
-    classes = vocabulary.from_names(_NAMES)
-    fitted = [_fitted(model, path) for path in paths]
+    images = [np.asarray(Image.open(path)) for path in paths]
+    fitted = [_fitted(model, image) for image in images]
 
     def ours() -> None:
-        for path, found in zip(paths, model.stream(paths, classes), strict=True):
+        for path, found in zip(paths, model.stream(paths, _CLASSES), strict=True):
             Image.fromarray(found.labels.astype(np.uint8)).save(path.with_suffix(".png"))
 
     def networks() -> None:
         for photo in fitted:
-            model.maps([photo], classes.classes, model.config.sampler, 0)
+            model.maps([photo], _CLASSES.classes, model.config.sampler, 0)
 
     name = f"{count} photos of 480 × 360, 11 classes, to their networks' own time"
-    whole = np.asarray(Image.open(paths[0]))
     of_whole, of_fitted = (
-        model.maps([photo], classes.classes, model.config.sampler, 0)[0]
-        for photo in (whole, fitted[0])
+        model.maps([photo], _CLASSES.classes, model.config.sampler, 0)[0]
+        for photo in (images[0], fitted[0])
     )
     check_equal(name, of_whole, of_fitted, _TOLERANCE)
     ours()
@@ -193,21 +191,22 @@ def _many_photos(model: Segmenter, folder: Path, count: int) -> Iterator[Result]
     yield rate(f"{count} photos of 480 × 360, 11 classes", count, found.ours, "photos/s")
 
 
-def _fitted(model: Segmenter, path: Path) -> np.ndarray:
+def _fitted(model: Segmenter, photo: np.ndarray) -> np.ndarray:
     data = model.config.data
-    return geometry.fit(np.asarray(Image.open(path)), data.image_size, data.fit)
+    return geometry.fit(photo, data.image_size, data.fit)
 
 
 def _large_photo(model: Segmenter, size: tuple[int, int]) -> Iterator[Result]:
-    photo, data = photos.drawn(*size), model.config.data
-    fitted = geometry.fit(photo, data.image_size, data.fit)
-    classes = vocabulary.from_names(_NAMES)
+    photo = photos.drawn(*size)
+    fitted = _fitted(model, photo)
     sampler = dataclasses.replace(model.config.sampler, ensemble=2)
-    networks = lambda image: model.maps([image], classes.classes, sampler, 0)  # noqa: E731
+    networks = lambda image: model.maps([image], _CLASSES.classes, sampler, 0)  # noqa: E731
     name = f"{size[0] * size[1] / 1e6:.3g} megapixels, 11 classes, N = 2, to the networks' own time"
     check_equal(name, networks(photo), networks(fitted), _TOLERANCE)
-    model(photo, classes, ensemble=2)
-    yield in_turn(name, lambda: model(photo, classes, ensemble=2), lambda: networks(fitted), 3, 2.5)
+    model(photo, _CLASSES, ensemble=2)
+    yield in_turn(
+        name, lambda: model(photo, _CLASSES, ensemble=2), lambda: networks(fitted), 3, 2.5
+    )
 
 
 def _shortlist(model: Segmenter, count: int) -> Iterator[Result]:

@@ -215,7 +215,7 @@ STUDIES = {
 }
 
 
-def _remembering(maps: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+def remembering(maps: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     """Let `Networks.maps` sample each member of each map once, in however many ensembles.
 
     The 17 ensembles of a training then take 20 samples of a map in place of 149.
@@ -236,13 +236,13 @@ def _remembering(maps: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
 
 
 @functools.lru_cache(maxsize=1)  # the cases of a training follow one another
-def _model(workdir: str, spacing: str, remembering: bool) -> Segmenter:
+def _model(workdir: str, spacing: str, merged: bool) -> Segmenter:
     networks, decoders, _ = loading.load_networks(workdir)
     config = changed(networks[-1], {"diffusion.timestep_spacing": spacing}, "model")
     model = Segmenter(*networks[:-1], config, trained=workdirs.read_classes(workdir))
     model.networks.add_decoders(decoders)
-    if remembering:
-        model.networks.maps = _remembering(model.networks.maps)  # type: ignore[method-assign]
+    if merged:
+        model.networks.maps = remembering(model.networks.maps)  # type: ignore[method-assign]
     return model
 
 
