@@ -10,7 +10,6 @@ import datetime
 import importlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import sys
@@ -25,6 +24,7 @@ from segdiff_jax import config as configs
 from segdiff_jax.benchmarks.timing import Figure, NotRun, Ratio, Result, Spread
 from segdiff_jax.errors import UserError
 from segdiff_jax.parallel import chips, mesh, roofline, runtime
+from segdiff_jax.stored import read_object
 from segdiff_jax.version import code_version
 
 SUITES = {  # what each needs beside the package's own libraries
@@ -97,13 +97,11 @@ def _suite(name: str) -> Any:
 
 def _read(path: str, args: argparse.Namespace) -> dict[str, Any]:
     """Read the ratios of an earlier report of the same suite and size, by name."""
+    old = read_object(path, "name a file that bench --json wrote")
     try:
-        old = json.loads(Path(path).read_text())
         found = {name: ratio["ratio"][0] + 0.0 for name, ratio in old["ratios"].items()}
         kind = old["suite"], old["small"]
-    except OSError as error:
-        raise UserError(f"--compare {path}: {error.strerror}: name a file of --json") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"--compare {path}: is no file that bench --json wrote") from error
     if kind != (args.suite, args.small):
         size = " --small" if kind[1] else ""

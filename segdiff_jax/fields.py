@@ -12,6 +12,7 @@ import inspect
 import math
 import re
 import reprlib
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import Any
 from segdiff_jax.errors import UserError
 
 _LARGEST_INT = 2**31 - 1  # JAX's own integers end there
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # NUL, and bytes of a command line that are no UTF-8
 
 
 def number(default: Any, low: float, high: float | None = None, *, above: bool = False) -> Any:
@@ -89,23 +91,12 @@ def has_type(value: Any, kind: Any) -> bool:
     if kind is float:
         return _is_finite(value)
     if kind is str:
-        return isinstance(value, str) and "\0" not in value and _is_utf8(value)
+        return isinstance(value, str) and not _UNSTORABLE.search(value)
     return isinstance(value, kind)
 
 
 def _is_finite(value: Any) -> bool:
-    try:
-        return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # a whole number that no float can be
-        return False
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a byte of the command line that is no UTF-8: no file can keep it
-        return False
-    return True
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def build(cls: type, values: Any, name: str) -> Any:

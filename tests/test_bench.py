@@ -111,8 +111,9 @@ def test_what_got_worse_is_named(timed, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No such file"),
-        ("[]", "no file that bench --json wrote"),
+        (None, "no such file"),
+        ("[]", "holds no JSON object: name a file that bench --json wrote"),
+        ('{"ratios": {"UNet": {}}}', "is no file that bench --json wrote"),
         ('{"ratios": {}, "suite": "gpu", "small": false}', "is of `bench gpu`"),
         ('{"ratios": {}, "suite": "cpu", "small": true}', "is of `bench cpu --small`"),
     ],

@@ -1,7 +1,6 @@
 """Results kept as JSON, shown as tables of a Markdown file: what a document says was measured."""
 
 import datetime
-import json
 import os
 import re
 import shlex
@@ -11,6 +10,7 @@ from typing import Any
 
 from segdiff_jax import files
 from segdiff_jax.errors import UserError
+from segdiff_jax.stored import read_object
 from segdiff_jax.version import code_version
 
 Shown = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -83,11 +83,7 @@ def rewrite(document: str | os.PathLike[str], shown: Shown = dict) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(path.read_text("utf-8"))
-        missing = {"columns", "cells", "command", "commit", "date"} - set(about)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: no result of a study or suite: run that again") from error
-    if missing:
+    about = read_object(path, "run the study or suite again")
+    if missing := {"columns", "cells", "command", "commit", "date"} - set(about):
         raise UserError(f"{path}: has no {min(missing)}: let the study run to its end")
     return about
