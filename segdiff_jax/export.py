@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from segdiff_jax import cli, files, ownership, waiting
-from segdiff_jax.combinations import check_sampler
 from segdiff_jax.config import Config, SamplerConfig, stored
 from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary
@@ -152,12 +151,11 @@ def _check_output(args: argparse.Namespace, folder: str, config: Config) -> None
 
 
 def _sampler(args: argparse.Namespace, config: Config) -> SamplerConfig:
-    from segdiff_jax.inference.flags import steps_of
+    from segdiff_jax.inference.passes import check_sampling
 
-    steps = steps_of(args.steps, config)
-    ensemble = args.ensemble or config.sampler.ensemble
+    steps, ensemble = args.steps or config.sampler.steps, args.ensemble or config.sampler.ensemble
     sampler = dataclasses.replace(config.sampler, steps=steps, ensemble=ensemble)
-    check_sampler(sampler)
+    check_sampling(sampler, config)
     return sampler
 
 

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from urllib.parse import unquote
 
 import numpy as np
@@ -192,7 +194,7 @@ def test_closed_threshold_and_the_config(place, capsys, tiny_config):
         ([], {"classes": "@/no/such.txt"}, "/no/such.txt"),
         ([], {"images": ("none.jpg",)}, "none.jpg: no such file"),
         (["--steps=0"], {}, "--steps"),
-        (["--steps=1001"], {}, "--steps 1001: this model has 1000 steps"),
+        (["--steps=1001"], {}, "steps=1001: this model has 1000 steps"),
         (["--ensemble=x"], {}, "--ensemble"),
         (["--threshold=2"], {}, "'2' is not a number between 0 and 1"),
         (["--threshold=nan"], {}, "'nan' is not a number between 0 and 1"),
@@ -265,7 +267,7 @@ def test_what_one_gray_image_cannot_hold(place, capsys, tiny_config):
     code, output = _run(place, capsys, classes="; ".join(f"class {i}" for i in range(256)))
     assert code == 2 and "256 classes do not fit" in output.err
     code, output = _run(place, capsys, "--shortlist=2")
-    assert code == 2 and "--shortlist 2" in output.err
+    assert code == 2 and "shortlist=2" in output.err
     assert not (place / "o").exists()
 
 
@@ -503,3 +505,10 @@ def test_a_link_to_nothing_is_named(place, capsys, flag):
         assert code == 2 and output.err.count("\n") == 1 and flag in output.err
         assert f"{place}/link: a link to unmounted, which does not exist" in output.err
     assert not (place / "o").exists() and not (place / "unmounted").exists()
+
+
+def test_flags_are_read_before_the_slow_libraries():
+    """So that a wrong flag is told, and something is on the screen, within a second."""
+    code = "import sys, segdiff_jax.predict; print('jax' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"

@@ -183,8 +183,8 @@ def write(
                 summary = summary or Summary(found.vocabulary)
                 summary.add(found)
                 if kinds:
-                    target = os.path.join(output, names[number - 1])
-                    writers.write(target, f"{clip.path}#{number}", found, settings, kinds)
+                    path = f"{clip.path}#{number}"
+                    writers.write(output, names[number - 1], path, found, settings, kinds)
         files.write_bytes(os.path.join(output, f"{clip.name}_overlay.mp4"), place.read_bytes())
     assert summary is not None  # a clip without frames is unreadable
     of_frames = {kind: [f"{name}.json" for name in names] for kind in kinds}

@@ -10,8 +10,7 @@ from PIL import Image
 
 from segdiff_jax import files
 from segdiff_jax.inference import page, pictures
-from segdiff_jax.inference.photos import is_url
-from segdiff_jax.inference.requests import plural
+from segdiff_jax.inference.requests import is_url, plural
 from segdiff_jax.text.vocabulary import Vocabulary
 
 PAGE = "index.html"

@@ -13,11 +13,37 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from segdiff_jax.config import SamplerConfig
+from segdiff_jax import codec
+from segdiff_jax.combinations import check_sampler
+from segdiff_jax.config import Config, SamplerConfig
 from segdiff_jax.data import geometry
+from segdiff_jax.errors import UserError
 from segdiff_jax.inference import sampling
 from segdiff_jax.inference.networks import Contexts, Networks
 from segdiff_jax.progress import Progress
+
+
+def check_sampling(sampler: SamplerConfig, config: Config) -> None:
+    """Raise `UserError` for a sampler that a model of `config` cannot run."""
+    check_sampler(sampler)
+    total = config.diffusion.num_train_timesteps
+    if sampler.steps > total:
+        raise UserError(
+            f"steps={sampler.steps}: this model has {total} steps, ask for 1 to {total}"
+        )
+
+
+def check_request(sampler: SamplerConfig, config: Config, classes: int) -> None:
+    """Raise `UserError` for what a model of `config` cannot be asked with so many `classes`."""
+    check_sampling(sampler, config)
+    group = codec.group_size(classes, config.codec.classes_per_pass)
+    if group > 1 and (sampler.shortlist or sampler.decoder == "joint"):
+        joint = not sampler.shortlist
+        what = "decoder=joint" if joint else f"shortlist={sampler.shortlist}"
+        raise UserError(
+            f"{what}: needs one class per pass, but this model paints {group} classes in one: "
+            f"{'use vae' if joint else 'set it to 0'}"
+        )
 
 
 class Passes:

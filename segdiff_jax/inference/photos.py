@@ -21,32 +21,19 @@ from urllib.parse import unquote, urlsplit
 
 from etils import epath
 
-from segdiff_jax import __version__, cli, files, ownership, waiting
+from segdiff_jax import __version__, files, ownership, waiting
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data import images
 from segdiff_jax.data.sources.source import IMAGE_EXTENSIONS
 from segdiff_jax.errors import UserError
+from segdiff_jax.inference.requests import STDIN, is_url
 from segdiff_jax.progress import Progress
 
-STDIN = "-"
 CLIPS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 _MOST_NAMED = 10  # unreadable images in one message
 _MOST_BYTES = 256 * 2**20  # of one photo from the network or stdin
 _LONGEST_CLIP = 8 * 2**30  # bytes of one clip from the network
 _KEPT_BYTES = 256 * 2**20  # of decoded photos between the check and their use
-
-
-def argument(text: str) -> str:
-    """Check a value of --images, for `type=` of argparse: "-", a URL, or as `cli.path`."""
-    return text if text == STDIN or is_url(text) else cli.path(text)
-
-
-def is_url(path: str) -> bool:
-    try:
-        parts = urlsplit(path)
-        return parts.scheme in ("http", "https") and bool(parts.hostname)
-    except ValueError:
-        return False
 
 
 def find(arguments: Sequence[str], flag: str = "--images") -> list[str]:

@@ -5,16 +5,19 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Set
 from typing import Any, NamedTuple, TypedDict
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
-from segdiff_jax import files
+from segdiff_jax import cli, files
 from segdiff_jax.config import CodecConfig, Config, DataConfig, SamplerConfig
 from segdiff_jax.data import images
 from segdiff_jax.errors import UserError
 from segdiff_jax.text import vocabulary
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
+
+STDIN = "-"
 
 
 class Encoded(NamedTuple):
@@ -25,6 +28,20 @@ class Encoded(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Encoded({self.photo.shape[0]} × {self.photo.shape[1]})"
+
+
+def image(text: str) -> str:
+    """Check a value of --images, for `type=` of argparse: "-", a URL, or as `cli.path`."""
+    return text if text == STDIN or is_url(text) else cli.path(text)
+
+
+def is_url(path: str) -> bool:
+    """Return whether `path` is an address that photos are fetched from."""
+    try:
+        parts = urlsplit(path)
+        return parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        return False
 
 
 def parse_classes(text: str) -> Vocabulary:

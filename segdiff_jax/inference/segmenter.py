@@ -23,13 +23,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from segdiff_jax import codec
-from segdiff_jax.combinations import check_sampler
 from segdiff_jax.config import CodecConfig, Config, MeshConfig, SamplerConfig
 from segdiff_jax.data import geometry
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import requests, sampling, tiles
 from segdiff_jax.inference.networks import Networks
-from segdiff_jax.inference.passes import Passes
+from segdiff_jax.inference.passes import Passes, check_request
 from segdiff_jax.inference.requests import Encoded, Settings
 from segdiff_jax.inference.result import Segmentation, class_ranks, from_maps, from_ranks
 from segdiff_jax.models.clip_text import CLIPText
@@ -260,20 +259,11 @@ class Segmenter:
         progress: Progress | None,
     ) -> tuple[Passes, np.ndarray]:
         """Check the request; return its `Passes` and the class ids int [P, G] of each."""
+        check_request(sampler, self.config, len(classes))
         table, settings = self.table(classes), self.config.codec
-        group = codec.group_size(len(classes), settings.classes_per_pass)
-        groups = codec.groups(len(classes), group)
-        if sampler.shortlist and group > 1:
-            raise UserError(
-                f"a shortlist (sampler.shortlist={sampler.shortlist}) needs one class per pass, "
-                f"but this model paints {group} classes: set it to 0"
-            )
-        if sampler.decoder == "joint" and group > 1:
-            raise UserError(
-                "sampler.decoder=joint needs one class per pass, "
-                f"but this model paints {group} classes: use vae"
-            )
-        check_sampler(sampler)
+        groups = codec.groups(
+            len(classes), codec.group_size(len(classes), settings.classes_per_pass)
+        )
         self.networks.check_decoder(sampler.decoder)
         contexts = lambda numbers: conditioning.context(  # noqa: E731
             table, groups[numbers], settings.context

@@ -112,7 +112,8 @@ def all_settings(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
 
 
 def write(
-    target: str,
+    output: str,
+    name: str,
     path: str,
     found: Segmentation,
     settings: Mapping[str, Any],
@@ -120,11 +121,10 @@ def write(
 ) -> dict[str, Any]:
     """Write the files of the image at `path`, all or none of them, and return its description.
 
-    target: the output folder and the image's name in it; "O/a" for O/a_labels.png and so on.
+    name: what its results are called in the folder `output`: "a" for O/a_labels.png and so on.
 
     Raise `UserError` if a file cannot be written.
     """
-    output, name = os.path.split(target)
     contents, description = contents_of(name, path, found, settings, kinds)
     _write_set(output, contents)
     remove(output, name, contents)

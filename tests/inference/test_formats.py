@@ -51,7 +51,7 @@ def written(tmp_path_factory):
     folder, kinds = tmp_path_factory.mktemp("o"), list(formats.FORMATS)
     found = {"a": _result(0), "b c.png": _result(1, (40, 30))}
     for name, result in found.items():
-        writers.write(str(folder / name), f"/photos/{name}.jpg", result, {}, kinds)
+        writers.write(str(folder), name, f"/photos/{name}.jpg", result, {}, kinds)
     writers.write_summaries(str(folder), list(found), CLASSES, kinds)
     return folder, found
 
@@ -79,7 +79,7 @@ def test_photos_of_one_name_go_by_their_paths_in_coco(tmp_path):
     paths = ["/p/x/a.jpg", "/p/y/a.jpg", "/p/b.jpg"]
     names = writers.names(paths)
     for path, name in names.items():
-        writers.write(str(tmp_path / name), path, _result(0), {}, ["coco"])
+        writers.write(str(tmp_path), name, path, _result(0), {}, ["coco"])
     writers.write_summaries(str(tmp_path), list(names.values()), CLASSES, ["coco"])
     images = json.loads((tmp_path / "coco.json").read_text())["images"]
     assert [image["file_name"] for image in images] == ["/p/x/a.jpg", "/p/y/a.jpg", "b.jpg"]

@@ -13,7 +13,7 @@ from PIL import Image
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.errors import UserError
-from segdiff_jax.inference import photos
+from segdiff_jax.inference import photos, requests
 
 
 @pytest.fixture
@@ -99,13 +99,13 @@ def test_a_folder_without_images_gives_its_clips(folder):
 def test_addresses_and_stdin_are_taken_as_they_are(folder):
     url = "https://host/a/street%20view.jpg?width=300"
     assert photos.find([url, "-", url]) == [url, "-"]
-    assert photos.argument(url) == url and photos.argument("-") == "-"
+    assert requests.image(url) == url and requests.image("-") == "-"
     names = [photos.file_name(path) for path in (url, "-", "x/y.png", "http://host/..%2Fx%2fy.png")]
     assert names == ["street view.jpg", "stdin", "y.png", "y.png"]
     assert photos.without_results([url, "-"]) == ([url, "-"], [])
     for text in ("http://", "http://[x/y.png", "ftp://host/x.png"):
         with pytest.raises(argparse.ArgumentTypeError, match="not supported"):
-            photos.argument(text)
+            requests.image(text)
 
 
 class Server(http.server.BaseHTTPRequestHandler):
