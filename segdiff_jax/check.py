@@ -101,7 +101,7 @@ def _overlays(source: "Source", numbers: Sequence[int]) -> "list[page.Row]":
         except UserError:
             continue  # it is among the faults
         image, labels = record["image"], record["labels"].astype(np.int32)
-        overlay = pictures.overlay(image, labels, palette, names, legend=False)
+        overlay = pictures.overlay(image, labels, palette)
         overlay.thumbnail((_SIDE, _SIDE))
         legend = {names[i]: palette[i].tolist() for i in pictures.present(labels, palette)}
         cells = {"labels": pictures.encode(overlay, photo=True)}

@@ -183,3 +183,57 @@ def trained(micro_config, tmp_path_factory):
             train(micro_config(), str(folder / "run"))
             (folder / "done").touch()
     return str(folder / "run")
+
+
+@pytest.fixture
+def place(tmp_path, tiny_networks, tiny_config, monkeypatch):
+    """A folder with w, a workdir of the tiny networks, and two photos in the folder in."""
+    import numpy as np
+    from PIL import Image
+
+    from segdiff_jax.weights import loading, workdir
+    from segdiff_jax.weights.mask_decoders import Decoders
+
+    def load(path, which):
+        networks = (*tiny_networks, workdir.read_config(path))
+        return networks, Decoders(), {"newest": 6, "best": 2}[which]
+
+    monkeypatch.setattr(loading, "load_networks", load)
+    monkeypatch.setattr("segdiff_jax.parallel.runtime.start", lambda: None)
+    workdir.write_config(str(tmp_path / "w"), tiny_config())
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for name, size in (("a.png", (20, 28)), ("b.bmp", (24, 18))):
+        photo = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(photo).save(tmp_path / "in" / name)
+    return tmp_path
+
+
+@pytest.fixture
+def run_predict(place, capsys):
+    """A function that runs `predict` on photos below `place` and returns what it printed."""
+    from segdiff_jax import cli, predict
+
+    def run(*flags, images=("in",), classes="sky; building, edifice; road", output="o", code=0):
+        argv = ["--checkpoint", str(place / "w"), "--output", str(place / output), *flags]
+        places = (image if "://" in image else str(place / image) for image in images)
+        argv += ["--classes", classes, "--images", *places]
+        with pytest.raises(SystemExit) as caught:
+            cli.run(predict.main, argv)
+        printed = capsys.readouterr()
+        assert caught.value.code == code, printed.err
+        return printed
+
+    return run
+
+
+@pytest.fixture
+def refused(run_predict):
+    """A function that runs `predict` as `run_predict`, for a fault told in one line: that line."""
+
+    def run(*flags, **options):
+        error = run_predict(*flags, code=2, **options).err
+        assert error.startswith("error: ") and error.count("\n") == 1, error
+        return error
+
+    return run

@@ -71,7 +71,7 @@ def _side_by_side(example: Example, palette: np.ndarray) -> np.ndarray:
     """Draw photo, truth and prediction: uint8 [3, H, W, 3]."""
     shown = [Image.fromarray(example.image)]
     for labels in (example.labels, example.prediction):
-        shown.append(pictures.overlay(example.image, labels, palette, (), legend=False))
+        shown.append(pictures.overlay(example.image, labels, palette))
     for picture in shown:
         picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     return np.stack([np.asarray(picture) for picture in shown])

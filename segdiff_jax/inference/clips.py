@@ -109,8 +109,7 @@ def writer(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray], None]]
 
 def overlay(found: Segmentation) -> np.ndarray:
     """Make one picture of the clip, uint8 [H, W, 3], with all classes in the legend below it."""
-    colors = map(tuple, found.vocabulary.palette().tolist())
-    legend = list(zip(found.classes, colors, strict=True))
+    legend = dict(zip(found.classes, found.vocabulary.palette().tolist(), strict=True))
     return np.asarray(pictures.with_legend(found.overlay(legend=False), legend))
 
 

@@ -26,16 +26,16 @@ _CVAT = "cvat/SegmentationClass/"
 _EXACT = 1.0  # pixels that a polygon of YOLO may leave the edge of its mask
 
 
-def labels_png(found: Segmentation) -> bytes:
+def labels_png(found: Segmentation, number: int = 0, source: str = "") -> bytes:
     """Encode class ids as pixel values, with a palette."""
     return pictures.label_png(found.labels, found.vocabulary.palette())
 
 
-def scores_npz(found: Segmentation) -> bytes:
+def scores_npz(found: Segmentation, number: int = 0, source: str = "") -> bytes:
     """Pack `scores` float16 [K, H, W], `classes` [K] and, of an ensemble, `uncertainty` [H, W]."""
     scores = np.empty((len(found.classes), *found.labels.shape), np.float16)
-    for number, row in enumerate(scores):
-        row[...] = _score(found, number)  # not all of them in float32
+    for k, row in enumerate(scores):
+        row[...] = _score(found, k)  # not all of them in float32
     arrays: dict[str, Any] = {"scores": scores, "classes": np.array(found.classes)}
     if found.uncertainty is not None:
         arrays["uncertainty"] = found.uncertainty
@@ -44,26 +44,26 @@ def scores_npz(found: Segmentation) -> bytes:
     return buffer.getvalue()
 
 
-def coco_json(found: Segmentation, file_name: str = "") -> bytes:
-    """Write COCO's annotations of one image: one for each class present.
+def coco_json(found: Segmentation, number: int = 0, source: str = "") -> bytes:
+    """Write COCO's annotations of the image `source`: one for each class present.
 
     They are as `supervision` writes them: a polygon where one ring says it all, run lengths where a
     mask has holes or several parts.
     """
     height, width = found.labels.shape
     annotations: list[dict[str, Any]] = []
-    for number in np.unique(found.labels[found.labels < len(found.classes)]).tolist():
-        mask = found.labels == number
+    for label in np.unique(found.labels[found.labels < len(found.classes)]).tolist():
+        mask = found.labels == label
         rows, columns = (np.flatnonzero(mask.any(axis)).tolist() for axis in (1, 0))
         size = [columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
         rings = regions.polygons(mask)
         encoded = [rings[0].ravel().tolist()] if len(rings) == 1 else regions.rle(mask)
         annotations.append(
-            {"id": len(annotations) + 1, "image_id": 1, "category_id": number, "iscrowd": 0}
+            {"id": len(annotations) + 1, "image_id": 1, "category_id": label, "iscrowd": 0}
             | {"bbox": [columns[0], rows[0], *size]}
             | {"area": int(mask.sum()), "segmentation": encoded}
         )
-    image = {"id": 1, "file_name": file_name, "width": width, "height": height}
+    image = {"id": 1, "file_name": source, "width": width, "height": height}
     return _coco([image], annotations, found.classes)
 
 
@@ -128,12 +128,12 @@ class File(NamedTuple):
 
 
 FORMATS: dict[str, tuple[File, ...]] = {
-    "labels": (File("{name}_labels.png", lambda found, *_: labels_png(found)),),
-    "scores": (File("{name}_scores.npz", lambda found, *_: scores_npz(found)),),
+    "labels": (File("{name}_labels.png", labels_png),),
+    "scores": (File("{name}_scores.npz", scores_npz),),
     "scoremaps": (File("{name}_score_{number}.png", _score_png),),
     "masks": (File("{name}_mask_{number}.png", _mask_png),),
     "cutouts": (File("{name}_cutout_{number}.png", _cutout_png),),
-    "coco": (File("{name}_coco.json", lambda found, _, source: coco_json(found, source)),),
+    "coco": (File("{name}_coco.json", coco_json),),
     "yolo": (
         File("yolo/labels/{name}.txt", _yolo_txt),
         File("yolo/images/{name}.jpg", _yolo_photo),

@@ -2,7 +2,7 @@
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -31,16 +31,14 @@ def colorize(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
       labels: integers [H, W]; whatever is no row of the palette is *other* and becomes black.
       palette: uint8 [K, 3], RGB.
     """
-    return np.asarray(_painted(_known(labels, len(palette)), palette))
+    return _painted(_known(labels, len(palette)), palette)
 
 
 def overlay(
     photo: np.ndarray,
     labels: np.ndarray,
     palette: np.ndarray,
-    names: Sequence[str],
     alpha: float = 0.5,
-    legend: bool = True,
 ) -> Image.Image:
     """Paint labels over a photo, RGB. *Other* leaves the photo as it is.
 
@@ -48,43 +46,24 @@ def overlay(
       photo: uint8 [H, W, 3].
       labels: integers [H, W].
       palette: uint8 [K, 3].
-      names: K class names, for the legend.
       alpha: weight of the colours, 0…1.
-      legend: add the classes present, most pixels first, in lines below the photo.
     """
     known = _known(labels, len(palette))
     below = Image.fromarray(np.ascontiguousarray(photo))
-    picture = Image.blend(below, _painted(known, palette), alpha)
-    covered = known < len(palette)
-    if not covered.all():
-        picture = Image.composite(picture, below, Image.fromarray(covered))
-    if not legend:
-        return picture
-    return with_legend(picture, [(names[i], tuple(palette[i])) for i in _present(known, palette)])
+    picture = Image.blend(below, Image.fromarray(_painted(known, palette)), alpha)
+    return Image.composite(picture, below, Image.fromarray(known < len(palette)))
 
 
 def present(labels: np.ndarray, palette: np.ndarray) -> list[int]:
     """Return the classes in label maps [..., H, W], most pixels first."""
-    return _present(_known(labels, len(palette)), palette)
-
-
-def _present(known: np.ndarray, palette: np.ndarray) -> list[int]:
-    if known.dtype == np.uint8:  # numpy would copy it to 64 bits first
-        counts = np.array(Image.fromarray(known.reshape(-1, known.shape[-1])).histogram())
-    else:
-        counts = np.bincount(known.ravel(), minlength=len(palette))
-    counts = counts[: len(palette)]
+    counts = np.bincount(_known(labels, len(palette)).ravel())[: len(palette)]
     return [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
 
 
-def _painted(known: np.ndarray, palette: np.ndarray) -> Image.Image:
-    """Return the colours, RGB, of what `_known` gives."""
+def _painted(known: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Return the colours, uint8 [H, W, 3], of what `_known` gives."""
     table = np.concatenate([np.asarray(palette, np.uint8), np.array([OTHER_COLOR], np.uint8)])
-    if known.dtype != np.uint8:
-        return Image.fromarray(table[known])
-    picture = Image.fromarray(known)
-    picture.putpalette(table.tobytes())
-    return picture.convert("RGB")
+    return np.take(table, known, axis=0)  # twice as fast as table[known]
 
 
 def uncertainty_map(uncertainty: np.ndarray) -> np.ndarray:
@@ -142,20 +121,20 @@ def _known(labels: np.ndarray, count: int) -> np.ndarray:
     return known.astype(np.uint8) if count < 256 else known
 
 
-def with_legend(picture: Image.Image, entries: Sequence[tuple[str, Any]]) -> Image.Image:
-    """Return the picture with a legend of (name, colour) in lines below it."""
-    if not entries:
+def with_legend(picture: Image.Image, legend: Mapping[str, Sequence[int]]) -> Image.Image:
+    """Return the picture with the names of `legend`, each beside its colour, in lines below it."""
+    if not legend:
         return picture
     size = max(10, min(picture.width, picture.height) // 24)
     font = ImageFont.load_default(size)
     line, pad = round(size * 1.5), size // 2
     placed, x, y, bottom = [], pad, picture.height + pad, picture.height + pad
-    for name, color in entries:
+    for name, color in legend.items():
         lines = _lines(name, font, picture.width - 2 * pad - line)
         width = line + max(map(font.getlength, lines)) + 2 * pad
         if x > pad and x + width - pad > picture.width:
             x, y = pad, bottom
-        placed.append((x, y, lines, tuple(int(c) for c in color)))
+        placed.append((x, y, lines, tuple(color)))
         x, bottom = x + round(width), max(bottom, y + line * len(lines))
     canvas = Image.new("RGB", (picture.width, bottom + pad), (255, 255, 255))
     canvas.paste(picture, (0, 0))

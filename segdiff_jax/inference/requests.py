@@ -122,25 +122,10 @@ def as_photo(image: Any, data: DataConfig) -> np.ndarray:
         raise TypeError(f"image: a {type(image).__name__} is no image: {wanted}")
     array = np.asarray(image)
     if array.dtype != np.uint8:
-        real = np.issubdtype(array.dtype, np.floating)
-        mend = ", such as (255 * image).round().astype(np.uint8) for values in 0…1" if real else ""
-        raise TypeError(f"image: has dtype {array.dtype}: {wanted}{mend}")
+        raise TypeError(f"image: has dtype {array.dtype}: {wanted}")
     if array.ndim == 3 and array.shape[-1] == 3 and array.size:
         return array
-    raise ValueError(f"image: has shape {list(array.shape)}: {wanted}{_mend(array.shape)}")
-
-
-def _mend(shape: tuple[int, ...]) -> str:
-    """Say how an array of this shape becomes a photo, where that can be told."""
-    if len(shape) == 2:
-        return ", a gray one as np.stack([image] * 3, axis=-1)"
-    if len(shape) == 4:
-        return ", several as a list"
-    if len(shape) == 3 and shape[-1] == 4:
-        return ", without its transparency as image[..., :3]"
-    if len(shape) == 3 and shape[0] == 3:
-        return ", with channels last as image.transpose(1, 2, 0)"
-    return ""
+    raise ValueError(f"image: has shape {list(array.shape)}: {wanted}")
 
 
 class Settings(TypedDict, total=False):

@@ -77,8 +77,8 @@ class Segmentation:
 
         alpha: weight of the colours, 0…1. legend: name the classes present below the photo.
         """
-        palette = self.vocabulary.palette()
-        return pictures.overlay(self.photo, self.labels, palette, self.classes, alpha, legend)
+        picture = pictures.overlay(self.photo, self.labels, self.vocabulary.palette(), alpha)
+        return pictures.with_legend(picture, self.legend()) if legend else picture
 
     def rle(self) -> dict[str, dict[str, Any]]:
         """Return the mask of each class that is present as COCO's run-length encoding."""
@@ -97,13 +97,9 @@ class Segmentation:
 
         Raise `UserError` for another suffix, and if the file cannot be written.
         """
-        files.write_bytes(path, self.encoded(os.fspath(path)))
-
-    def encoded(self, name: str) -> bytes:
-        """Return the contents of a file of this name, as of `save`."""
         from segdiff_jax.inference.formats import by_suffix
 
-        return by_suffix(name)(self)
+        files.write_bytes(path, by_suffix(os.fspath(path))(self))
 
     def __repr__(self) -> str:
         height, width = self.labels.shape

@@ -55,24 +55,19 @@ def changes(
     """Say how a photo was segmented otherwise than is asked now, such as "steps 10 → 20"."""
     try:
         overview.legend(said)
-        return _changes(said, json.loads(files.to_json(settings)), classes, kinds)
+        before, now = dict(said["settings"]), json.loads(files.to_json(settings))
+        named = [[one["name"], *one["synonyms"]] for one in said["classes"]]
+        colors, written = [one["color"] for one in said["classes"]], set(said["files"])
     except (KeyError, TypeError, AttributeError):
         return ["the description is damaged"]
-
-
-def _changes(
-    said: Mapping[str, Any], now: Mapping[str, Any], classes: Vocabulary, kinds: Sequence[str]
-) -> list[str]:
-    before = said["settings"]
-    what = "the clip changed" if "frames" in said else "the photo changed"
-    found = [what] if before[DIGEST] != now[DIGEST] else []
-    keys = sorted({*before, *now} - {DIGEST})
+    found = []
+    if before.pop(DIGEST) != now.pop(DIGEST):
+        found.append("the clip changed" if "frames" in said else "the photo changed")
+    keys = sorted({*before, *now})
     found += [f"{k} {before.get(k)} → {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
-    names = [[one["name"], *one["synonyms"]] for one in said["classes"]]
-    colors = [one["color"] for one in said["classes"]]
-    if names != [list(one.names) for one in classes.classes]:
+    if named != [list(one.names) for one in classes.classes]:
         found.append("the classes changed")
     elif colors != classes.palette().tolist():
         found.append("the colours changed")
-    had, wanted = (" ".join(sorted(set(k) - _PICTURES)) or "none" for k in (said["files"], kinds))
+    had, wanted = (" ".join(sorted(set(k) - _PICTURES)) or "none" for k in (written, kinds))
     return found + ([f"format {had} → {wanted}"] if had != wanted else [])

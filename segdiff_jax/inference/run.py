@@ -34,7 +34,7 @@ from segdiff_jax.text.vocabulary import Vocabulary
 from segdiff_jax.weights import hub, workdir
 
 _STDOUT = "-"
-_ONE_FILE = {"labels": "x.png", "scores": "x.npz", "coco": "x.json"}  # formats for stdout
+_ONE_FILE = ("labels", "scores", "coco")  # formats for stdout
 
 Said = dict[str, Any]  # what O/<name>.json says of a photo or clip, or of its settings
 
@@ -188,7 +188,8 @@ def _settings_of(args: argparse.Namespace, config: Config, classes: Vocabulary) 
 def _write_to_stdout(ask: _Ask, segmenter: Segmenter, step: Progress) -> None:
     (found,) = _stream(ask, segmenter, list(ask.names), step)
     if processes.is_first():
-        sys.stdout.buffer.write(found.encoded(_ONE_FILE[ask.args.format[0]]))
+        (file,) = formats.FORMATS[ask.args.format[0]]
+        sys.stdout.buffer.write(file.encode(found, 0, "") or b"")
         sys.stdout.buffer.flush()
 
 

@@ -36,7 +36,6 @@ WEIGHTS = "sampler.safetensors"
 _RNG = "threefry2x32"  # JAX's default: its bits are the same on every platform
 _LIMIT = 2**31 - 2**24  # bytes of weights; flatbuffers, the container, ends at 2 GiB
 
-Sampler = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Weights = Mapping[str, Any]  # "unet/..." and "vae/..." → array, as they are stored
 
 

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_photos import Server, server  # noqa: F401
-from test_predict import _names, _photo, _run, place  # noqa: F401
+from results import names, write_photo
 
-from segdiff_jax import cli, predict
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data.images import UnreadableError
 from segdiff_jax.errors import UserError
@@ -30,12 +28,16 @@ def _pictures(count, size=(26, 35), speed=3):
         yield picture
 
 
+def write_clip(path, count):
+    with clips.writer(path, Fraction(12)) as append:
+        for picture in _pictures(count):
+            append(picture)
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
     path = tmp_path_factory.mktemp("clips") / "walk.mp4"
-    with clips.writer(path, Fraction(12)) as append:
-        for picture in _pictures(5):
-            append(picture)
+    write_clip(path, 5)
     return str(path)
 
 
@@ -80,30 +82,29 @@ def test_one_noise_for_all_frames_flickers_less(make_segmenter):
     assert same < 0.5 * other and other > 0.05, (same, other)
 
 
-def test_predict_of_a_clip(place, capsys, clip):  # noqa: F811
-    code, output = _run(place, capsys, "--closed", images=(clip,))
-    assert code == 0 and f"1 clip segmented: {place / 'o'}/\n" in output.out, output.err
-    assert _names(place / "o") == ["walk.json", "walk_overlay.mp4"]
+def test_predict_of_a_clip(place, run_predict, clip):
+    said = run_predict("--closed", images=(clip,)).out
+    assert f"1 clip segmented: {place / 'o'}/\n" in said
+    assert names(place / "o") == ["walk.json", "walk_overlay.mp4"]
     said = json.loads((place / "o" / "walk.json").read_text())
     assert (said["frames"], said["frames_per_second"]) == (5, 12.0)
     assert (said["width"], said["height"]) == (36, 26) and 0 <= said["flicker"] <= 1
     assert sum(one["share"] for one in said["classes"]) == pytest.approx(1)
-    assert clips.look(str(place / "o" / "walk_overlay.mp4"), READ) == (12, 5)
-    pictures = list(clips.frames(str(place / "o" / "walk_overlay.mp4"), READ))
-    assert pictures[0].shape[0] > 26, "a legend below, of the same height in all frames"
-    code, output = _run(place, capsys, "--closed", images=(clip,))
-    assert code == 0 and "1 skipped" in output.out
+    overlay = str(place / "o" / "walk_overlay.mp4")
+    assert clips.look(overlay, READ) == (12, 5)
+    first = next(clips.frames(overlay, READ))
+    assert first.shape[0] > 26, "a legend below, of the same height in all frames"
+    assert "1 skipped" in run_predict("--closed", images=(clip,)).out
 
 
-def test_frames_of_a_clip_are_a_set_of_photos(place, capsys, clip):  # noqa: F811
+def test_frames_of_a_clip_are_a_set_of_photos(place, run_predict, refused, clip):
     def run(*flags, clip=clip):
-        code, output = _run(place, capsys, "--closed", *flags, images=(clip,))
-        assert code == 0, output.err
-        return output.out, _names(place / "o")
+        said = run_predict("--closed", *flags, images=(clip,)).out
+        return said, names(place / "o")
 
     folder = place / "o"
-    _photo(place / "in" / "walk_000009.png")
-    assert _run(place, capsys, images=("in/walk_000009.png",))[0] == 0
+    write_photo(place / "in" / "walk_000009.png")
+    run_predict(images=("in/walk_000009.png",))
     mine = {"walk_000009.json", "walk_000009_labels.png", "walk_000009_overlay.png"}
     _, found = run("--frames")
     assert {"walk_000001_labels.png", "walk_000005.json", *mine} <= set(found)
@@ -113,17 +114,12 @@ def test_frames_of_a_clip_are_a_set_of_photos(place, capsys, clip):  # noqa: F81
     assert len(json.loads((folder / "coco.json").read_text())["images"]) == 5
     assert (folder / "yolo" / "data.yaml").exists() and "cvat.zip" in found
     shutil.copy(clip, place / "walk_000001.mp4")
-    code, output = _run(place, capsys, "--frames", images=(clip, "walk_000001.mp4"))
-    assert code == 2 and "two of --images would give walk_000001.json: use two" in output.err
-    with clips.writer(place / "walk.mp4", Fraction(12)) as append:
-        for picture in _pictures(2):
-            append(picture)
+    error = run_predict("--frames", images=(clip, "walk_000001.mp4"), code=2).err
+    assert "two of --images would give walk_000001.json: use two" in error
+    write_clip(place / "walk.mp4", 2)
     _, found = run("--frames", clip="walk.mp4")
-    assert [name for name in found if name.endswith("_labels.png")] == [
-        "walk_000001_labels.png",
-        "walk_000002_labels.png",
-        "walk_000009_labels.png",
-    ]
+    labels = [f"walk_00000{number}_labels.png" for number in (1, 2, 9)]
+    assert [name for name in found if name.endswith("_labels.png")] == labels
     assert "coco.json" not in found and "walk_000003.json" not in found
     out, found = run(clip="walk.mp4")
     assert "format labels → none" in out
@@ -131,15 +127,15 @@ def test_frames_of_a_clip_are_a_set_of_photos(place, capsys, clip):  # noqa: F81
     assert not [path for path in (folder / "yolo").rglob("*") if path.is_file()]
 
 
-def test_a_clip_that_cannot_be_read_is_left_out(place, capsys, clip):  # noqa: F811
+def test_a_clip_that_cannot_be_read_is_left_out(place, run_predict, refused, clip):
     (place / "in" / "bad.mp4").write_bytes(b"hello" * 100)
-    code, output = _run(place, capsys, images=(clip, "in/bad.mp4"))
-    assert code == 2 and "1 of 2 images cannot be read: " in output.err and "--skip" in output.err
-    code, output = _run(place, capsys, "--skip-unreadable", images=(clip, "in/bad.mp4"))
-    assert code == 0 and "1 clip segmented, 1 unreadable left out: " in output.out
-    code, output = _run(place, capsys, "--max-pixels=100", images=(clip,))
-    assert code == 2 and "walk.mp4: more than 100 pixels" in output.err
-    assert "--max-pixels N reads larger ones" in output.err
+    error = refused(images=(clip, "in/bad.mp4"))
+    assert "1 of 2 images cannot be read: " in error and "--skip" in error
+    said = run_predict("--skip-unreadable", images=(clip, "in/bad.mp4")).out
+    assert "1 clip segmented, 1 unreadable left out: " in said
+    error = refused("--max-pixels=100", images=(clip,))
+    assert "walk.mp4: more than 100 pixels" in error
+    assert "--max-pixels N reads larger ones" in error
 
 
 @pytest.mark.parametrize(
@@ -151,23 +147,18 @@ def test_a_clip_that_cannot_be_read_is_left_out(place, capsys, clip):  # noqa: F
         (["--output", "-"], ("x.mp4",), "--output -: the results of a clip are several files"),
     ],
 )
-def test_flags_that_do_nothing_for_clips(place, capsys, flags, images, message):  # noqa: F811
+def test_flags_that_do_nothing_for_clips(place, refused, flags, images, message):
     (place / "x.mp4").write_bytes(b"")
-    code, output = _run(place, capsys, *flags, images=images)
-    assert code == 2 and message in output.err and output.err.count("\n") == 1
+    assert message in refused(*flags, images=images)
 
 
-def test_a_clip_at_an_address_is_fetched_once(place, capsys, clip, server, monkeypatch):  # noqa: F811
-    url = f"{server}/walk.mp4?width=1"
-    monkeypatch.setitem(Server.files, "/walk.mp4?width=1", Path(clip).read_bytes())
-    Server.served.clear()
-    flags = ["--checkpoint", str(place / "w"), "--output", str(place / "o"), "--classes", "sky"]
-    with pytest.raises(SystemExit) as caught:
-        cli.run(predict.main, [*flags, "--images", url])
-    assert caught.value.code == 0, capsys.readouterr().err
-    assert Server.served == ["/walk.mp4?width=1"] and "walk.json" in _names(place / "o")
+def test_a_clip_at_an_address_is_fetched_once(place, run_predict, clip, server):
+    server.files["/walk.mp4?width=1"] = "application/octet-stream", Path(clip).read_bytes()
+    url = f"{server.url}/walk.mp4?width=1"
+    run_predict(images=(url,))
+    assert server.served == ["/walk.mp4?width=1"] and "walk.json" in names(place / "o")
     with pytest.raises(UnreadableError, match="the server answers 404"):
-        clips.look(f"{server}/gone.mp4", READ)
+        clips.look(f"{server.url}/gone.mp4", READ)
 
 
 def test_the_digest_of_a_clip_needs_little_memory(tmp_path):

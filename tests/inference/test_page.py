@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segdiff_jax.errors import UserError
+from segdiff_jax.inference import overview, pictures
 from segdiff_jax.inference import page as page_lib
-from segdiff_jax.inference import pictures
 
 PALETTE = np.array([[255, 0, 0], [0, 200, 0], [10, 20, 250]], np.uint8)
 COLORS = {"sky": (255, 0, 0), "road": (0, 200, 0), "car": (10, 20, 250)}
-NAMES = ["sky", "road", "a very long class name that fits no small picture at all"]
 LABELS = np.array([[0, 0, 1], [1, 255, 0]])
 
 
@@ -25,50 +23,48 @@ def _random(shape, high, seed=0):
 
 def test_overlay_mixes_and_leaves_other_alone():
     photo = _random((2, 3, 3), 256).astype(np.uint8)
-    got = np.asarray(pictures.overlay(photo, LABELS, PALETTE, NAMES, alpha=0.25, legend=False))
+    got = np.asarray(pictures.overlay(photo, LABELS, PALETTE, alpha=0.25))
     expected = photo.astype(float)
     known = LABELS != 255
     expected[known] = 0.75 * expected[known] + 0.25 * PALETTE[LABELS[known]]
     np.testing.assert_allclose(got, expected, atol=1)
-    plain = pictures.overlay(photo, LABELS, PALETTE, NAMES, 0.0, legend=False)
+    plain = pictures.overlay(photo, LABELS, PALETTE, 0.0)
     np.testing.assert_array_equal(np.asarray(plain), photo)
 
 
-def _swatches(picture, height):
-    below = np.asarray(picture)[height:].reshape(-1, 3)
-    return [bool((below == color).all(axis=1).sum() > 20) for color in PALETTE]
-
-
 @pytest.mark.parametrize("size", [(24, 32), (96, 128), (480, 640)])
-def test_legend_shows_the_classes_present(size):
-    photo = np.full((*size, 3), 128, np.uint8)
-    labels = np.where(np.arange(size[1]) < size[1] // 3, 0, 2) * np.ones(size, int)
-    picture = pictures.overlay(photo, labels, PALETTE, NAMES)
+def test_a_legend_names_each_colour_below_the_picture(size):
+    bare = Image.new("RGB", size[::-1], (128, 128, 128))
+    long = "a very long class name that fits no small picture at all"
+    picture = pictures.with_legend(bare, {"sky": COLORS["sky"], long: COLORS["car"]})
     assert picture.mode == "RGB" and picture.width == size[1] and picture.height > size[0]
-    assert _swatches(picture, size[0]) == [True, False, True]
-    bare = pictures.overlay(photo, labels, PALETTE, NAMES, legend=False)
     np.testing.assert_array_equal(np.asarray(picture)[: size[0]], np.asarray(bare))
-    nothing = pictures.overlay(photo, np.full(size, 255), PALETTE, NAMES)
-    assert nothing.size == size[::-1]
+    below = np.asarray(picture)[size[0] :].reshape(-1, 3)
+    drawn = [bool((below == color).all(axis=1).sum() > 20) for color in PALETTE]
+    assert drawn == [True, False, True]
+    assert pictures.with_legend(bare, {}) is bare
 
 
-def test_legend_with_many_classes_and_foreign_names():
-    palette = _random((150, 3), 256).astype(np.uint8)
-    names = [f"{i} 建物 ☃\nх" for i in range(150)]
-    picture = pictures.overlay(
-        np.zeros((64, 64, 3), np.uint8), _random((64, 64), 150), palette, names
-    )
+def test_legend_of_many_classes_foreign_names_and_equal_beginnings():
+    small = Image.new("RGB", (64, 64))
+    palette = _random((150, 3), 256).tolist()
+    picture = pictures.with_legend(small, {f"{i} 建物 ☃\nх": c for i, c in enumerate(palette)})
     assert picture.width == 64 and picture.height > 64 + 150 * 10
-
-
-def test_names_with_the_same_beginning_are_told_apart_below_a_small_picture():
-    palette = np.array([[200, 10, 10]], np.uint8)
-    small = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8), palette
-    drawn = [
-        pictures.overlay(*small, [name]).tobytes()
-        for name in ("striped yellow triangle", "striped yellow ring", "striped green ring")
-    ]
+    names = ("striped yellow triangle", "striped yellow ring", "striped green ring")
+    drawn = [pictures.with_legend(small, {name: (200, 10, 10)}).tobytes() for name in names]
     assert len(set(drawn)) == 3
+
+
+@pytest.mark.parametrize("letters", [3, 50, 1_000_000])
+def test_a_name_too_long_for_the_legend_is_cut_at_once(letters):
+    start = time.perf_counter()
+    picture = pictures.with_legend(Image.new("RGB", (160, 40)), {"x" * letters: (200, 10, 10)})
+    assert time.perf_counter() - start < 2
+    drawn = (np.asarray(picture)[40:, 18:] < 128).all(-1)  # the dark pixels of the text
+    columns = np.flatnonzero(drawn.any(0))
+    assert columns.size and columns.max() + 18 < 160
+    if letters >= 50:
+        assert columns.max() + 18 > 140, "as much as fits"
 
 
 def _lightness(rgb):
@@ -149,20 +145,6 @@ def _page(tmp_path, **arguments) -> _Reader:
     return reader
 
 
-@pytest.mark.parametrize("letters", [3, 50, 1_000_000])
-def test_a_name_too_long_for_the_legend_is_cut_at_once(letters):
-    photo, labels = np.zeros((40, 160, 3), np.uint8), np.zeros((40, 160), np.uint8)
-    palette = np.array([[200, 10, 10]], np.uint8)
-    start = time.perf_counter()
-    picture = pictures.overlay(photo, labels, palette, ["x" * letters])
-    assert time.perf_counter() - start < 2
-    drawn = (np.asarray(picture)[40:, 18:] < 128).all(-1)  # the dark pixels of the text
-    columns = np.flatnonzero(drawn.any(0))
-    assert columns.size and columns.max() + 18 < 160
-    if letters >= 50:
-        assert columns.max() + 18 > 140, "as much as fits"
-
-
 def test_pictures_of_a_row_are_shown_in_the_shape_of_its_photo(tmp_path):
     images = {"image": b"", "overlay": "a_overlay.png"}
     rows = [page_lib.Row("a", images, shape=(4, 3)), page_lib.Row("b", images)]
@@ -230,12 +212,6 @@ def test_page_with_a_split(tmp_path):
     assert bars == ["width:100.0%", "width:0.0%"]
 
 
-def test_page_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match="not a directory"):
-        page_lib.page(tmp_path / "file" / "index.html", "t")
-
-
 def test_contact_sheet_shows_every_image_at_the_same_height():
     image = np.zeros((8, 16, 3), np.uint8)
     labels = np.ones((8, 16), np.uint8)
@@ -251,3 +227,11 @@ def test_contact_sheet_shows_every_image_at_the_same_height():
     assert all((names[:, left : left + 32] == 0).any() for left in (0, 38, 76)), "one above each"
     assert (sheet[:16, 32:38] == 255).all() and (sheet[16:22] == 255).all()
     assert (sheet[2:14, 40:68] == (200, 100, 50)).all()
+
+
+def test_the_note_leaves_out_what_is_switched_off():
+    settings = {"steps": 4, "ensemble": 1, "shortlist": 0, "tiles": 0, "seed": 0, "threshold": 0.5}
+    said = overview.note("runs/a", settings | {"closed": False})
+    assert said == "runs/a: steps 4, ensemble 1, seed 0, threshold 0.5"
+    said = overview.note("demo", settings | {"tiles": 3, "closed": True})
+    assert "tiles 3, seed 0" in said and "every pixel has a class" in said and "0.5" not in said

@@ -14,7 +14,6 @@ from flax import nnx
 from PIL import Image
 
 from segdiff_jax.config import CodecConfig
-from segdiff_jax.data import geometry
 from segdiff_jax.data.images import read_image
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference import sampling
@@ -23,16 +22,6 @@ from segdiff_jax.inference.result import from_maps
 from segdiff_jax.text import vocabulary
 
 CLASSES = ("sky", "building, edifice", "road")
-
-
-@pytest.fixture(scope="module")
-def image():
-    return np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
-
-
-@pytest.fixture(scope="module")
-def model(make_segmenter):
-    return make_segmenter()
 
 
 def test_result_has_the_shapes_and_ranges_of_the_contract(model, image):
@@ -51,12 +40,6 @@ def test_seed_decides_everything(model, image):
     assert first.scores.tobytes() == again.scores.tobytes()
     assert first.uncertainty.tobytes() == again.uncertainty.tobytes()
     assert np.abs(first.scores - model(image, CLASSES, seed=4, ensemble=2).scores).max() > 1e-3
-
-
-def test_a_threshold_opens_a_closed_config(make_segmenter, tiny_config, image):
-    closed = make_segmenter(tiny_config(closed=True))
-    assert (closed(image, CLASSES, threshold=1.0).labels == 255).mean() > 0.99
-    assert not (closed(image, CLASSES).labels == 255).any()
 
 
 def test_closed_and_threshold(model, image):
@@ -93,14 +76,6 @@ def test_member_is_the_same_whatever_the_ensemble_and_the_chunks(model, image):
     assert second.min() >= -1 - 1e-4 and second.max() <= 1 + 1e-4
 
 
-def test_images_of_one_call_do_not_see_each_other(model, image):
-    other = np.ascontiguousarray(image[:, ::-1])
-    classes, sampler = _entries(*CLASSES), model.config.sampler
-    together, _ = model.maps([image, other], classes, sampler, 0)
-    alone, _ = model.maps([other], classes, sampler, 0)
-    np.testing.assert_allclose(together[1], alone[0], atol=1e-5)
-
-
 def test_more_steps_use_more_of_the_schedule(model, image):
     one, two = (model(image, CLASSES, steps=n).scores for n in (1, 2))
     assert np.abs(one - two).max() > 1e-3
@@ -127,25 +102,12 @@ def test_shortlist_spends_the_full_budget_on_the_most_present(model, image):
     assert set(kept) == set(np.argsort(-presence)[:2])
 
 
-def test_uncertainty_is_the_spread_of_the_winning_class(model, image):
-    found = model(image, CLASSES, ensemble=3)
-    assert found.uncertainty.shape == (40, 56) and found.uncertainty.dtype == np.float32
-    sampler = dataclasses.replace(model.config.sampler, ensemble=3)
-    _, spread = model.maps([image], _entries(*CLASSES), sampler, 0)
-    height, width = geometry.filled((40, 56), (16, 16), model.config.data.fit)
-    resized = geometry.enlarge(np.moveaxis(spread[0], 0, -1)[:height, :width], (40, 56))
-    winner = found.scores.argmax(-1)[..., None]
-    np.testing.assert_allclose(
-        found.uncertainty, np.take_along_axis(resized, winner, -1)[..., 0], atol=1e-6
-    )
-    assert 0 <= found.uncertainty.min() < found.uncertainty.max() <= 0.5
-
-
 @pytest.mark.parametrize(("group", "context"), [(0, "mean"), (2, "bound")])
 def test_several_classes_per_pass(make_segmenter, tiny_config, image, group, context):
     model = make_segmenter(tiny_config(classes_per_pass=group, context=context))
     found = model(image, CLASSES, ensemble=2)
     assert found.scores.shape == (40, 56, 3) and found.uncertainty.shape == (40, 56)
+    assert 0 <= found.uncertainty.min() < found.uncertainty.max() <= 0.5
     sampler = dataclasses.replace(model.config.sampler, ensemble=2)
     gray, _ = model.maps([image], _entries(*CLASSES), sampler, 0)
     assert gray.shape == (1, 1 if group == 0 else 2, 16, 16)
@@ -208,13 +170,12 @@ def test_one_class_of_many_synonyms_is_warned_about(model, image):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda i: i / 255.0, TypeError, "float64.*uint8 .*255"),
-        (lambda i: i.astype(np.int32), TypeError, "int32.*uint8"),
-        (lambda i: i[..., 0], ValueError, r"\[40, 56\].*np.stack"),
-        (lambda i: np.concatenate([i, i[..., :1]], -1), ValueError, r"40, 56, 4.*\[\.\.\., :3\]"),
-        (lambda i: i.transpose(2, 0, 1), ValueError, "transpose"),
-        (lambda i: i[None], ValueError, "several as a list"),
-        (lambda i: i[:0], ValueError, r"\[0, 56, 3\]"),
+        (lambda i: i / 255.0, TypeError, "dtype float64"),
+        (lambda i: i[..., 0], ValueError, r"shape \[40, 56\]"),
+        (lambda i: np.concatenate([i, i[..., :1]], -1), ValueError, r"shape \[40, 56, 4\]"),
+        (lambda i: i.transpose(2, 0, 1), ValueError, r"shape \[3, 40, 56\]"),
+        (lambda i: i[None], ValueError, r"shape \[1, 40, 56, 3\]"),
+        (lambda i: i[:0], ValueError, r"shape \[0, 56, 3\]"),
         (lambda i: i.tolist(), TypeError, "a list is no image"),
         (lambda i: None, TypeError, "NoneType"),
     ],
@@ -243,7 +204,7 @@ def test_every_form_of_an_image_is_one(model, image, tmp_path):
         model(tmp_path / "none.png", CLASSES)
 
 
-def test_a_list_of_images_is_worked_on_together(model, image, tmp_path):
+def test_images_of_a_list_are_worked_on_together_and_do_not_see_each_other(model, image, tmp_path):
     Image.fromarray(image[::-1]).save(tmp_path / "b.png")
     found = model([image, tmp_path / "b.png"], CLASSES, ensemble=2)
     for one, alone in zip(found, (image, image[::-1]), strict=True):
@@ -286,26 +247,6 @@ def test_an_error_of_a_stream_comes_in_its_place(model, image, tmp_path):
     assert next(stream).labels.shape == (40, 56)
     with pytest.raises(UserError, match="none.png: no such file"):
         next(stream)
-
-
-@pytest.mark.parametrize("fit", ["pad", "stretch"])
-def test_maps_lie_on_the_photo_that_they_are_of(make_segmenter, tiny_config, fit, monkeypatch):
-    """A stand-in for the networks, whose map is the brightness of what they are shown."""
-    config = tiny_config()
-    config.data.fit = fit
-    model = make_segmenter(config)
-
-    def bright(images, classes, sampler, seed, **_):
-        shown = [geometry.fit(image, config.data.image_size, fit) for image in images]
-        maps = np.stack(shown).mean(-1, dtype=np.float32)[:, None] / 127.5 - 1
-        return maps, np.zeros_like(maps)
-
-    monkeypatch.setattr(model, "unclipped_maps", bright)
-    photo = np.zeros((48, 160, 3), np.uint8)
-    photo[16:, 80:120] = 255
-    found = model(photo, ["bright"])
-    wrong = found.mask("bright") != (photo[..., 0] > 127)
-    assert wrong[:, 12:68].sum() == 0 and wrong.mean() < 0.06
 
 
 @pytest.mark.parametrize(
@@ -383,7 +324,7 @@ def test_the_cheap_pass_of_a_shortlist_asks_at_the_first_timestep(
     make_segmenter, tiny_config, image
 ):
     classes, maps = ("sky", "building", "road", "red tree"), []
-    for spacing in ("trailing", "leading", "linspace"):
+    for spacing in ("trailing", "leading"):
         config = tiny_config()
         config.diffusion = dataclasses.replace(config.diffusion, timestep_spacing=spacing)
         model = make_segmenter(config)
@@ -391,7 +332,7 @@ def test_the_cheap_pass_of_a_shortlist_asks_at_the_first_timestep(
         short = model(image, classes, steps=2, seed=5, shortlist=2)
         kept = np.flatnonzero(short.network_scores.max((0, 1)) > 0).tolist()
         maps.append((one.scores.tobytes(), kept))
-    assert maps[0] == maps[1] == maps[2]
+    assert maps[0] == maps[1]
 
 
 def test_what_a_shortlist_leaves_out_wins_nowhere(with_vae, image):
@@ -445,35 +386,26 @@ def test_maps_that_are_not_finite_are_no_answer(model, with_vae, tiny_networks, 
         huge.networks.reconstruct(np.ones((1, 16, 16, 3), np.float32))
 
 
-def test_no_other_list_and_no_other_number_compiles_anything(make_segmenter, image, caplog):
+def test_no_other_list_and_no_other_number_compiles_anything(model, image, compiled):
     """Once the sizes of a call are there: 1, 2 and 4 (the batch), however many jobs there are."""
-    model = make_segmenter()
-    names = [f"class {i}" for i in range(12)]
     # Of other steps than those of other tests, which may have compiled it already.
     sampler = dataclasses.replace(model.config.sampler, steps=3, batch_size=4)
 
-    def compiled(images, classes, ensemble=1):
-        caplog.clear()
-        with jax.log_compiles(), caplog.at_level("WARNING"):
-            wanted = dataclasses.replace(sampler, ensemble=ensemble)
-            gray, spread = model.unclipped_maps([image] * images, _entries(*classes), wanted, 0)
-            for one, other in zip(gray, spread, strict=True):
-                shown = None if ensemble == 1 else other
-                listed, decoding = vocabulary.from_names(classes), model.config.codec
-                model.segmentation(one, shown, image, listed, decoding)
-        return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")]
+    def ask(images, classes, ensemble=1, first=0):
+        wanted = dataclasses.replace(sampler, ensemble=ensemble)
+        listed = vocabulary.from_names([f"class {first + i}" for i in range(classes)])
+        photos, entries, decoding = [image] * images, listed.classes, model.config.codec
+        for gray, spread in zip(*model.unclipped_maps(photos, entries, wanted, 0), strict=True):
+            model.segmentation(gray, spread if ensemble > 1 else None, image, listed, decoding)
 
-    assert any("sample" in line for line in compiled(1, names[:3]))
-    assert compiled(1, names[3:6]) == [], "another list"
-    assert compiled(1, names[:4]) == [] and compiled(1, names[:7]) == [], (
-        "another number of classes"
-    )
-    assert compiled(2, names[:2]) == [] and compiled(3, names[:5]) == [], "another number of images"
-    for count in (1, 2):
-        compiled(1, names[:count])
-    compiled(1, names[:4], ensemble=2)
+    assert any("sample" in line for line in compiled(ask, 1, 3))
+    assert compiled(ask, 1, 3, first=3) == [], "another list"
+    for images, classes in ((1, 4), (1, 7), (2, 2), (3, 5)):
+        assert compiled(ask, images, classes) == [], "other numbers of classes and images"
+    for images, classes, ensemble in ((1, 1, 1), (1, 2, 1), (1, 4, 2)):
+        ask(images, classes, ensemble)
     for images, classes, ensemble in ((1, 11, 1), (5, 1, 1), (2, 3, 2), (1, 9, 2), (3, 3, 2)):
-        assert compiled(images, names[:classes], ensemble) == []
+        assert compiled(ask, images, classes, ensemble) == []
 
 
 ON_MESHES = """

@@ -57,13 +57,8 @@ def photo():
     return np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
 
 
-@pytest.fixture(scope="module")
-def model(make_segmenter):
-    return make_segmenter()
-
-
 @pytest.mark.parametrize("fit", ["pad", "stretch"])
-def test_tiles_find_what_is_too_small_for_the_whole_view(
+def test_maps_lie_on_their_photo_and_tiles_find_what_is_too_small_for_the_whole_view(
     make_segmenter, tiny_config, fit, monkeypatch
 ):
     """A stand-in for the networks, whose map is the brightness of what they are shown."""
@@ -73,6 +68,10 @@ def test_tiles_find_what_is_too_small_for_the_whole_view(
     monkeypatch.setattr(model.networks, "latents", lambda views: views.astype(np.float32))
     bright = lambda latents, contexts, jobs, *_: latents[jobs[:, 0]].mean(-1) / 127.5 - 1  # noqa: E731
     monkeypatch.setattr(model.networks, "maps", bright)
+    photo = np.zeros((48, 160, 3), np.uint8)
+    photo[16:, 80:120] = 255
+    wrong = model(photo, ["bright"]).mask("bright") != (photo[..., 0] > 127)
+    assert wrong[:, 12:68].sum() == 0 and wrong.mean() < 0.06
     photo = np.zeros((200, 320, 3), np.uint8)
     photo[100:, 80:90] = 255  # half a pixel of the view
     whole, tiled = (model(photo, ["bright"], tiles=tiles).mask("bright") for tiles in (0, 8))
@@ -107,21 +106,16 @@ def test_a_photo_no_larger_than_the_view_is_one_window(model, photo):
     np.testing.assert_allclose(tiled.scores, alone.scores, atol=1e-5)
 
 
-def test_photos_of_all_sizes_share_what_is_compiled(make_segmenter, photo, caplog):
-    model = make_segmenter()
+def test_photos_of_all_sizes_share_what_is_compiled(model, photo, compiled):
+    def ask(size, **more):
+        model(np.resize(photo, (*size, 3)), CLASSES, steps=4, **more)
 
-    def compiled(image, **more):
-        caplog.clear()
-        with jax.log_compiles(), caplog.at_level("WARNING"):
-            model(image, CLASSES, steps=4, **more)
-        return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")]
-
-    assert any("sample" in line for line in compiled(photo))
+    assert any("sample" in line for line in compiled(ask, (60, 90)))
     for size in ((20, 28), (24, 18), (300, 200), (7, 90), (16, 16)):
-        assert compiled(np.resize(photo, (*size, 3))) == []
-    compiled(photo, tiles=3)
+        assert compiled(ask, size) == []
+    ask((60, 90), tiles=3)
     for size in ((300, 200), (70, 90)):
-        assert compiled(np.resize(photo, (*size, 3)), tiles=3) == []
+        assert compiled(ask, size, tiles=3) == []
 
 
 def test_what_does_not_fit_into_memory_is_halved_and_said_once(
