@@ -119,7 +119,9 @@ def _examples(
     os.makedirs(temporary, exist_ok=True)
     if given:
         names = [] if trained is None else trained.names[:_SHOWN_CLASSES]
-        return [Example(path, "; ".join(names)) for path in _copies(given, temporary, limits)]
+        return [
+            Example(path, "; ".join(names)) for path in _copies(given, temporary, config, limits)
+        ]
     if config.data.source != "scenes":
         return []
     source = scenes.ScenesSource(config.data.scenes, (192, 192), train=False, seed=config.seed)
@@ -134,7 +136,7 @@ def _examples(
     return examples
 
 
-def _copies(given: str, temporary: str, limits: "Limits") -> list[str]:
+def _copies(given: str, temporary: str, config: "Config", limits: "Limits") -> list[str]:
     """Return copies, below `temporary`, of the first photos of the folder `given`."""
     import shutil
 
@@ -144,7 +146,7 @@ def _copies(given: str, temporary: str, limits: "Limits") -> list[str]:
     copies = []
     for number, path in enumerate(photos.find([given], "--examples")[:_EXAMPLES]):
         try:
-            requests.photo(path, limits)  # no visitor is offered what would be refused
+            requests.photo(path, config.data, limits)  # no visitor is offered what would be refused
         except UserError as error:
             raise UserError(f"--examples {path}: {error}") from error
         folder = os.path.join(temporary, str(number))  # two may have the same name

@@ -53,19 +53,15 @@ def _opened(path: str, read: Photos) -> Iterator[Any]:
         raise UnreadableError(f"{path}: cannot be read as a video ({reason})") from error
 
 
-class Length(NamedTuple):
-    """How long a clip is."""
+def look(path: str, read: Photos) -> tuple[Fraction, int]:
+    """Return how many frames a second a clip has, and how many in all.
 
-    rate: Fraction  # frames a second
-    frames: int  # in all, from 1 on
-
-
-def look(path: str, read: Photos) -> Length:
-    """Measure a clip. All of it is decoded, so that damage is known before any work."""
+    All of it is decoded, so that damage is known before any work. Raise as `frames` does.
+    """
     with _opened(path, read) as container:
         stream = container.streams.video[0]
         rate = Fraction(stream.average_rate or stream.base_rate or 25)
-    return Length(rate, sum(1 for _ in frames(path, read)))
+    return rate, sum(1 for _ in frames(path, read))
 
 
 def frames(path: str, read: Photos) -> Iterator[np.ndarray]:
@@ -147,7 +143,8 @@ class Clip(NamedTuple):
 
     path: str  # as the user named it
     name: str  # of its results
-    length: Length
+    rate: Fraction  # frames a second
+    frames: int  # in all, from 1 on
 
 
 def outputs(clips: Collection[Clip], kinds: Sequence[str], count: int) -> list[str]:
@@ -158,7 +155,7 @@ def outputs(clips: Collection[Clip], kinds: Sequence[str], count: int) -> list[s
 
 def names_of_frames(clips: Collection[Clip], kinds: Sequence[str]) -> list[str]:
     """Return what the results of each frame are called; [] where there are no `kinds` of them."""
-    counts = {clip.name: clip.length.frames if kinds else 0 for clip in clips}
+    counts = {clip.name: clip.frames if kinds else 0 for clip in clips}
     return [f"{name}_{n:06}" for name, count in counts.items() for n in range(1, count + 1)]
 
 
@@ -176,7 +173,7 @@ def write(
     names, summary = names_of_frames([clip], kinds), None
     with tempfile.TemporaryDirectory(prefix="segdiff_") as folder:
         place = Path(folder, "clip.mp4")
-        with writer(place, clip.length.rate) as append:
+        with writer(place, clip.rate) as append:
             for number, found in enumerate(results, 1):
                 append(overlay(found))
                 summary = summary or Summary(found.vocabulary)
@@ -189,7 +186,7 @@ def write(
     of_frames = {kind: [f"{name}.json" for name in names] for kind in kinds}
     said = {
         "image": clip.path,
-        "frames_per_second": float(clip.length.rate),
+        "frames_per_second": float(clip.rate),
         **summary.figures(),
         "files": {"overlay": f"{clip.name}_overlay.mp4", **of_frames},
         "settings": dict(settings),

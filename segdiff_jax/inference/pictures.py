@@ -151,16 +151,14 @@ def _lines(text: str, font: Any, width: float) -> list[str]:
     """Break a name that is wider than a small picture, between words where it can be."""
     rest = " ".join(text.split())  # a line break would upset the layout
     lines: list[str] = []
-    while len(lines) < _LEGEND_LINES - 1:
-        fits = _fitting(rest, font, width)
-        if fits >= len(rest):
-            break
+    while (fits := _fitting(rest, font, width)) < len(rest):
+        if len(lines) == _LEGEND_LINES - 1:
+            return [*lines, rest[: _fitting(rest, font, width, "…")] + "…"]
         space = rest.rfind(" ", 0, fits + 1)
         end = space if space > 0 else fits
         lines.append(rest[:end])
         rest = rest[end:].lstrip()
-    fits = _fitting(rest, font, width)
-    return [*lines, rest if fits >= len(rest) else rest[: _fitting(rest, font, width, "…")] + "…"]
+    return [*lines, rest]
 
 
 def _fitting(text: str, font: Any, width: float, end: str = "") -> int:

@@ -82,10 +82,9 @@ def as_vocabulary(classes: Any) -> Vocabulary:
     """
     if isinstance(classes, Vocabulary):
         return classes
-    if isinstance(classes, str | ClassEntry):
-        raise TypeError(f"classes: {classes!r} is one class: give a list, [{classes!r}]")
-    ordered = isinstance(classes, Iterable) and not isinstance(classes, bytes | Mapping | Set)
-    if not ordered or getattr(classes, "ndim", 1) != 1:
+    others = str | bytes | ClassEntry | Mapping | Set
+    listed = isinstance(classes, Iterable) and not isinstance(classes, others)
+    if not listed or getattr(classes, "ndim", 1) != 1:
         raise TypeError(
             f"classes: a {type(classes).__name__} is no list of class names: "
             'give one such as ["sky", "building, edifice"]'

@@ -119,7 +119,7 @@ class _Ask(NamedTuple):
     settings: dict[str, Any]  # of the call
     read: photos.Photos
     names: dict[str, str]  # path → name of its results; only those that can be read
-    clips: dict[str, clips.Clip]  # path → its length and more; {} of photos
+    clips: dict[str, clips.Clip]  # path → what it is; {} of photos
     had: dict[str, Said]  # path → description of an earlier run
     unreadable: dict[str, str]  # path → why, of those that are left out
 
@@ -155,7 +155,7 @@ def _looked_at(args: argparse.Namespace, paths: list[str], folder: str, step: Pr
 
     def look(path: str) -> int:
         if of_clips:
-            ask.clips[path] = clips.Clip(path, names[path], clips.look(path, read))
+            ask.clips[path] = clips.Clip(path, names[path], *clips.look(path, read))
             return 0
         return 0 if resuming.is_same(had.get(path), path, read) else read.check(path).guessed_max
 
@@ -310,7 +310,7 @@ def _frames(
     frames = clips.frames(clip.path, ask.read)
     for number, found in enumerate(segmenter.stream(frames, ask.classes, **ask.settings), 1):
         yield found
-        step(number, clip.length.frames)
+        step(number, clip.frames)
 
 
 def _json_line(ask: _Ask, path: str, skipped: bool) -> None:

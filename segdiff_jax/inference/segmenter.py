@@ -41,6 +41,8 @@ from segdiff_jax.text.tokenizer import Tokenizer
 from segdiff_jax.text.vocabulary import ClassEntry, Vocabulary
 from segdiff_jax.weights import hub, loading, workdir
 
+_LISTS = 4  # of classes whose prompts are kept: a list takes tens of megabytes
+
 
 class Segmenter:
     """A trained model, ready to segment. Make one with `load`.
@@ -64,7 +66,7 @@ class Segmenter:
         self.trained = trained
         self.networks = Networks(unet, vae, config, mesh or make_mesh(MeshConfig()))
         self.checkpoint_step: int | None = None  # None: of an export, or not from `load`
-        self._tables: dict[tuple[ClassEntry, ...], conditioning.PromptTable] = {}
+        self._encoded = functools.lru_cache(_LISTS)(self._encode)
 
     @staticmethod
     def load(checkpoint: os.PathLike[str] | str, which: str | int = "newest") -> "Segmenter":
@@ -293,18 +295,16 @@ class Segmenter:
             ) from None
 
     def table(self, classes: Sequence[ClassEntry]) -> conditioning.PromptTable:
-        """Return prompt embeddings on the host, encoded the first time a vocabulary is seen.
+        """Return prompt embeddings on the host, encoded anew only after other lists were asked for.
 
         Raise `UserError` for a vocabulary that the model cannot tell apart or does not know.
         """
-        key = tuple(classes)
-        if key not in self._tables:
-            vocabulary.check_known(key, self.trained, self.config.codec.classes_per_pass)
-            templates = self.config.prompts.templates
-            self._tables[key] = conditioning.encode_prompts(
-                self.text_encoder, self.tokenizer, key, templates
-            )
-        return self._tables[key]
+        return self._encoded(tuple(classes))
+
+    def _encode(self, classes: tuple[ClassEntry, ...]) -> conditioning.PromptTable:
+        vocabulary.check_known(classes, self.trained, self.config.codec.classes_per_pass)
+        templates = self.config.prompts.templates
+        return conditioning.encode_prompts(self.text_encoder, self.tokenizer, classes, templates)
 
     def _seen(
         self, images: Sequence[Any], sampler: SamplerConfig

@@ -106,7 +106,7 @@ def _segment(
 
     say: is told which part of the work, 0…1, is done, and what comes next.
     """
-    pixels = requests.photo(photo, model.limits)
+    pixels = requests.photo(photo, model.config.data, model.limits)
     wanted = requests.classes(classes, model.limits)
     settings = requests.settings(asked, model.config, len(wanted), model.limits)
     if not model.loading.done():

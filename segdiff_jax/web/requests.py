@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from segdiff_jax import codec
-from segdiff_jax.config import Config
+from segdiff_jax.config import Config, DataConfig
 from segdiff_jax.data import images
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.requests import check_no_list
@@ -33,8 +33,11 @@ class Limits(NamedTuple):
     passes: int = 20_000  # calls of the UNet: steps × ensemble × passes
 
 
-def photo(path: str | None, limits: Limits) -> np.ndarray:
-    """Read an upload, uint8 [H, W, 3]. Raise `UserError` for no photo and for too large a one."""
+def photo(path: str | None, data: DataConfig, limits: Limits) -> np.ndarray:
+    """Read an upload, uint8 [H, W, 3]; of `data`, the model's, its range of 16-bit files counts.
+
+    Raise `UserError` for no photo and for too large a one.
+    """
     if not path:
         raise UserError("Choose a photo first.")
     name = PurePath(path).name
@@ -50,7 +53,7 @@ def photo(path: str | None, limits: Limits) -> np.ndarray:
         most = f"{limits.pixels / 1e6:.0f} megapixels"
         raise UserError(f"{name} is larger than {most}. Make it smaller and try again.")
     try:
-        return images.read_image(path, limits.pixels)
+        return images.read_image(path, limits.pixels, max_value=data.max_value)
     except UserError as error:
         raise UserError(str(error).replace(str(path), name)) from error
 

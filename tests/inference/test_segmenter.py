@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+import weakref
 
 import jax
 import numpy as np
@@ -223,6 +224,14 @@ def test_an_image_is_encoded_once_for_many_lists(make_segmenter, image, monkeypa
         found = model(encoded, classes)
         assert found.labels.shape == (40, 56)
     assert len(calls) == 1
+
+
+def test_a_server_does_not_keep_the_prompts_of_every_visitor(model):
+    first = weakref.ref(model.table(_entries("sky", "road")).hidden)
+    assert model.table(_entries("sky", "road")).hidden is first(), "encoded once"
+    for number in range(9):
+        model.table(_entries("sky", f"class {number}"))
+    assert first() is None
 
 
 def test_a_stream_is_the_calls_in_order_and_holds_three_images(model, image):

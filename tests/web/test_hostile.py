@@ -15,6 +15,8 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
 
+from segdiff_jax.config import DataConfig
+from segdiff_jax.data import images
 from segdiff_jax.errors import UserError
 from segdiff_jax.web import requests
 from segdiff_jax.web.requests import Limits
@@ -216,6 +218,14 @@ def test_a_list_of_classes_never_names_a_file():
     assert len(requests.classes("cityscapes_19", limits)) == 19
     found = requests.classes("sky\r\nbuilding, house;road;\n", limits)
     assert found.names == ("sky", "building", "road") and found.classes[1].synonyms == ("house",)
+
+
+def test_sixteen_bits_are_read_by_the_range_of_the_model(tmp_path):
+    values = np.array([[0, 1000], [500, 200]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    found = requests.photo(str(tmp_path / "deep.png"), DataConfig(max_value=4000), Limits())
+    np.testing.assert_array_equal(found, images.read_image(tmp_path / "deep.png", max_value=4000))
+    assert found.max() == 64
 
 
 def test_numbers_are_whole_ones(tiny_config):
