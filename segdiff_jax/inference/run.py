@@ -8,13 +8,12 @@ or segment_clips the same of the frames of clips: `clips`
 """
 
 import argparse
-import contextlib
+import collections
 import functools
 import json
 import os
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -130,12 +129,6 @@ class _Ask(NamedTuple):
             return clips.outputs(self.clips.values(), kinds, count)
         return [*writers.outputs(self.names.values(), kinds, count), overview.PAGE]
 
-    def claimed(self) -> contextlib.AbstractContextManager[None]:
-        """List the files in the output's marker around the block in which this process writes."""
-        if processes.is_first():
-            return writers.claimed(self.args.output, self.outputs())
-        return contextlib.nullcontext()
-
 
 def _looked_at(args: argparse.Namespace, paths: list[str], folder: str, step: Progress) -> _Ask:
     """Look at the photos and at what an earlier run made of them, before anything is written."""
@@ -213,7 +206,7 @@ def _done_before(ask: _Ask, own: Mapping[str, Said]) -> dict[str, Said]:
     }
     # The first process, which writes, decides: others need not see its folder.
     same = processes.stacked(np.array([changes.get(path) == [] for path in paths]))[0]
-    again = Counter(change for found in changes.values() for change in found)
+    again = collections.Counter(change for found in changes.values() for change in found)
     if again:
         listed = "; ".join(text for text, _ in again.most_common(3))
         count = sum(map(bool, changes.values()))
@@ -232,11 +225,12 @@ def _segment_photos(
     """Write the files of each photo that is not done, and index.html over all."""
     output, kinds, rows = ask.args.output, ask.args.format, []
     results = _stream(ask, segmenter, [path for path in ask.names if path not in done], step)
-    with ask.claimed():
+    if not processes.is_first():
+        collections.deque(results, maxlen=0)  # its share of the networks' work
+        return
+    with writers.claimed(output, ask.outputs()):
         for path, name in ask.names.items():
             found = None if path in done else next(results)
-            if not processes.is_first():
-                continue
             with processes.at_work("writes its results"):
                 if found is None:
                     said, photo = done[path], ask.read.read(path).pixels
@@ -245,11 +239,10 @@ def _segment_photos(
                     photo = found.photo
                 rows.append(overview.row(output, path, photo, said))
                 _json_line(ask, path, path in done)
-        if processes.is_first():
-            with processes.at_work("writes its results"):
-                writers.write_summaries(output, list(ask.names.values()), ask.classes, kinds)
-            note = overview.note(ask.args.checkpoint, ask.settings)
-            overview.write_page(output, rows, ask.classes, note, ask.unreadable)
+        with processes.at_work("writes its results"):
+            writers.write_summaries(output, list(ask.names.values()), ask.classes, kinds)
+        note = overview.note(ask.args.checkpoint, ask.settings)
+        overview.write_page(output, rows, ask.classes, note, ask.unreadable)
 
 
 def _stream(
@@ -289,19 +282,22 @@ def _segment_clips(
 ) -> None:
     """Write the files of each clip that is not done, and those of the set of all frames."""
     output, kinds = ask.args.output, ask.args.format
-    with ask.claimed():
+    results = {
+        path: _frames(ask, segmenter, clip, progress(path, "frame"))
+        for path, clip in ask.clips.items()
+        if path not in done
+    }
+    if not processes.is_first():
+        for of_clip in results.values():
+            collections.deque(of_clip, maxlen=0)  # its share of the networks' work
+        return
+    with writers.claimed(output, ask.outputs()):
         for path, clip in ask.clips.items():
-            if path not in done:
-                results = _frames(ask, segmenter, clip, progress(path, "frame"))
-                if processes.is_first():
-                    clips.write(output, clip, results, kinds, own[path])
-                for _ in results:
-                    pass  # of the processes that do not write
-            if processes.is_first():
-                _json_line(ask, path, path in done)
-        if processes.is_first():
-            names = clips.names_of_frames(ask.clips.values(), kinds)
-            writers.write_summaries(output, names, ask.classes, kinds)
+            if path in results:
+                clips.write(output, clip, results[path], kinds, own[path])
+            _json_line(ask, path, path in done)
+        names = clips.names_of_frames(ask.clips.values(), kinds)
+        writers.write_summaries(output, names, ask.classes, kinds)
 
 
 def _frames(

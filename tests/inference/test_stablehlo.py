@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 from segdiff_jax import export, ownership
 from segdiff_jax.errors import UserError
@@ -64,6 +65,11 @@ def call_elsewhere(folder, tmp_path, image, contexts, seed):
     environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     subprocess.run(command, cwd=empty, env=environment, check=True)
     return np.load(tmp_path / "out.npy")
+
+
+def call_here(folder, *inputs, seed):
+    function = jax.export.deserialize(bytearray((folder / stablehlo.FUNCTION).read_bytes()))
+    return function.call(*inputs, np.array([0, seed], np.uint32))
 
 
 def test_a_process_without_this_package_gets_the_same_maps(trained, image, tmp_path, monkeypatch):
@@ -143,9 +149,7 @@ def test_half_precision_weights_take_half_the_space(make_segmenter, tiny_network
         rounded.append(nnx.merge(graph, params))
     rounded = Segmenter(*rounded, *tiny_networks[2:], model.config)
     expected, _ = rounded.maps([image], CLASSES, sampler, seed=0)
-    data = (tmp_path / "half" / "sampler.stablehlo").read_bytes()
-    function = jax.export.deserialize(bytearray(data))
-    gray = function.call(image, model.table(CLASSES).hidden, np.zeros(2, np.uint32))
+    gray = call_here(tmp_path / "half", image, model.table(CLASSES).hidden, seed=0)
     np.testing.assert_allclose(gray, expected[0], atol=1e-5)
 
 
@@ -158,8 +162,8 @@ def test_weights_beyond_the_limit_lie_beside(make_segmenter, image, tmp_path, mo
     assert set(sizes) == names | {ownership.MARKER}
     assert ownership.owned(tmp_path / "m") == {"stablehlo": names}
     assert sizes[stablehlo.WEIGHTS] >= stablehlo._size(model, "float32")
-    contexts = np.asarray(model.table(CLASSES).hidden)
-    found = call_elsewhere(tmp_path / "m", tmp_path, image, contexts, seed=2)
+    weights = load_file(tmp_path / "m" / stablehlo.WEIGHTS)
+    found = call_here(tmp_path / "m", weights, image, model.table(CLASSES).hidden, seed=2)
     expected, _ = model.maps([image], CLASSES, model.config.sampler, seed=2)
     assert np.std(found) > 1e-3, "a constant map would pass"
     np.testing.assert_allclose(found, expected[0], atol=1e-5)
