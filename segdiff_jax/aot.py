@@ -7,6 +7,7 @@ config, topology ─► the step that train or the segmenter jits, on shapes wit
 
 import argparse
 import dataclasses
+import functools
 import importlib.metadata
 import math
 import os
@@ -41,6 +42,7 @@ from segdiff_jax.text import vocabulary
 from segdiff_jax.text.conditioning import PromptTable, context
 from segdiff_jax.training.losses import Frozen
 from segdiff_jax.training.step import diffusion_step, e2e_step, init_state, jitted, vae_step
+from segdiff_jax.weights.tensors import shapes_of
 
 _DESCRIPTION = """Compile the step of a config for TPUs that are not here. Printed per chip: whether
 it fits, memory by part, FLOPs, bytes accessed, collectives, and the roofline that follows.
@@ -140,9 +142,8 @@ def _networks(config: Config, classes: int, attention: AttentionFn) -> _Networks
     text, channels = preset.text_encoder, preset.vae.latent_channels
     unet_config = presets.unet_between(config.model.preset, channels, text.hidden_size)
     kw: Any = {"attention": attention, "dtype": dtype}
-    remat = config.model.remat
-    unet = nnx.eval_shape(lambda: UNet(unet_config, remat=remat, rngs=nnx.Rngs(0), **kw))
-    vae = nnx.eval_shape(lambda: VAE(preset.vae, rngs=nnx.Rngs(0), **kw))
+    unet = shapes_of(functools.partial(UNet, unet_config, remat=config.model.remat, **kw))
+    vae = shapes_of(functools.partial(VAE, preset.vae, **kw))
     hidden = _floats(classes, text.max_position_embeddings, text.hidden_size)
     table = PromptTable(hidden, _floats(classes, text.hidden_size))
     group = codec.group_size(classes, config.codec.classes_per_pass)
@@ -162,42 +163,38 @@ def _linear_decoder(nets: _Networks) -> LinearDecoder:
 
 def _train_step(config: Config, nets: _Networks, mesh: Mesh) -> Step:
     """Return the step of config.stage as `training.run` compiles it."""
-    count, size, vae_only = config.train.batch_size, config.data.image_size, config.stage == "vae"
     meshes.check_batches(mesh, config)  # as train does, for its errors
-    whole = meshes.replicated(mesh)
-    (unet, unet_params), (vae, vae_params) = nnx.split(nets.unet), nnx.split(nets.vae)
-    schedule = jax.eval_shape(lambda: make_schedule(config.diffusion))
-    single = config.stage == "e2e"
-    linear = _linear_decoder(nets) if single and config.e2e.decoder == "linear" else None
-    frozen = None if vae_only else Frozen(vae_params, schedule, nets.table, linear)
-    make = {"diffusion": diffusion_step, "e2e": e2e_step}
-    step = vae_step(vae, config, mesh) if vae_only else make[config.stage](unet, vae, config, mesh)
-    params = vae_params if vae_only else unet_params
+    vae, vae_params = nnx.split(nets.vae)
+    if config.stage == "vae":
+        params, frozen, step = vae_params, None, vae_step(vae, config, mesh)
+    else:
+        unet, params = nnx.split(nets.unet)
+        single = config.stage == "e2e"
+        linear = _linear_decoder(nets) if single and config.e2e.decoder == "linear" else None
+        schedule = jax.eval_shape(lambda: make_schedule(config.diffusion))
+        frozen = Frozen(vae_params, schedule, nets.table, linear)
+        step = (e2e_step if single else diffusion_step)(unet, vae, config, mesh)
     state = jax.eval_shape(lambda p: init_state(p, config), params)
     state = meshes.abstract(state, rules.state_sharding(state, mesh))
-    cached = config.data.cache_latents and not vae_only
-    batch = _train_batch(config, nets, cached)
+    whole = meshes.replicated(mesh)
     arguments = (
         state,
         meshes.abstract(frozen, whole),
-        meshes.abstract(batch, meshes.batch_sharding(mesh)),
+        meshes.abstract(_train_batch(config, nets), meshes.batch_sharding(mesh)),
         meshes.abstract(jax.eval_shape(lambda: jax.random.key(0)), whole),
     )
-    network = None if vae_only else nets.unet.config
-    vae_config, tokens = nets.vae.config, nets.tokens
-    if single:
-        needed = flops.e2e_example(nets.unet.config, vae_config, size, tokens, config.e2e)
-    else:
-        needed = flops.train_example(network, vae_config, size, tokens, cached)
+    unet_config = None if config.stage == "vae" else nets.unet.config
+    needed = flops.example(config, unet_config, nets.vae.config, nets.tokens)
+    count = config.train.batch_size
     return Step(jitted(step, state, mesh), arguments, count, count, count * needed)
 
 
-def _train_batch(config: Config, nets: _Networks, cached: bool) -> dict[str, Any]:
+def _train_batch(config: Config, nets: _Networks) -> dict[str, Any]:
     """Return the shapes of a batch as the pipeline makes it, of pixels or of cached latents."""
     count, size = config.train.batch_size, config.data.image_size
     asked = config.e2e.classes if config.stage == "e2e" else nets.group
     shapes: dict[str, Any] = {"class_ids": ((count, asked), jnp.int32)}
-    if cached:
+    if config.data.cache_latents:
         latents = ((count, *nets.latent), jnp.float32)
         shapes |= dict.fromkeys(("image_latents", "mask_latents"), latents)
         shapes |= dict.fromkeys(("shown", "valid"), ((count, *nets.latent[:2]), jnp.bool_))

@@ -1,6 +1,7 @@
 """A whole model, random and small enough to compile in seconds."""
 
 import dataclasses
+import functools
 import io
 import logging
 import os
@@ -35,7 +36,6 @@ IMAGE_SIZE = (16, 16)
 @pytest.fixture(scope="session")
 def tiny_networks():
     """(unet, vae, text_encoder, tokenizer): one level, 4 latent channels at f = 2, all random."""
-    from flax import nnx
 
     from segdiff_jax.models import presets
     from segdiff_jax.models.clip_text import CLIPText
@@ -65,9 +65,9 @@ def tiny_networks():
         intermediate_size=64,
         max_position_embeddings=tokenizer.model_max_length,
     )
-    unet = _filled(lambda: UNet(unet_config, rngs=nnx.Rngs(0)))
-    vae = _filled(lambda: VAE(vae_config, rngs=nnx.Rngs(0)))
-    text_encoder = _filled(lambda: CLIPText(text_config, rngs=nnx.Rngs(0)))
+    unet = _filled(functools.partial(UNet, unet_config))
+    vae = _filled(functools.partial(VAE, vae_config))
+    text_encoder = _filled(functools.partial(CLIPText, text_config))
     return unet, vae, text_encoder, tokenizer
 
 
@@ -78,7 +78,9 @@ def _filled(build):
     import numpy as np
     from flax import nnx
 
-    graph, shapes = nnx.split(nnx.eval_shape(build))
+    from segdiff_jax.weights.tensors import shapes_of
+
+    graph, shapes = nnx.split(shapes_of(build))
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):

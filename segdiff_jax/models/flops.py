@@ -19,7 +19,7 @@ included, which a compiler's own count leaves out or counts once.
 import math
 from typing import Any, NamedTuple
 
-from segdiff_jax.config import E2EConfig, SamplerConfig
+from segdiff_jax.config import Config, SamplerConfig
 from segdiff_jax.models import joint_decoder
 from segdiff_jax.models.unet import UNetConfig
 from segdiff_jax.models.vae import VAEConfig
@@ -163,59 +163,29 @@ def maps(
     return members * (sampler.steps * unet_call + decode) + ranked * (unet_call + rank)
 
 
-def train_example(
-    unet_config: UNetConfig | None,
-    vae_config: VAEConfig,
-    size: tuple[int, int],
-    tokens: int,
-    cached: bool = False,
+def example(
+    config: Config, unet_config: UNetConfig | None, vae_config: VAEConfig, tokens: int
 ) -> float:
-    """Count the FLOPs of one example of the VAE or diffusion stage, without those of remat.
+    """Count the FLOPs of one training example of `config.stage`, without those of remat.
 
-    Args:
-      unet_config: None in the VAE stage.
-      size: (height, width) of the images in pixels.
-      tokens: length of the context that the UNet attends to.
-      cached: latents come from a cache, and neither photo nor mask is encoded.
+    unet_config: None in the VAE stage. tokens: length of the context that the UNet attends to.
+    Photo and mask are encoded unless they come from the latent cache. In the single-step and the
+    joint decoder's stage each class is a pass; the former's gradient comes back through the
+    decoder, whose own gradients nobody needs.
     """
+    size = config.data.image_size
     encode = vae_encode(vae_config, *size)
     if unet_config is None:
         return 3.0 * (encode + vae_decode(vae_config, *size))
     height, width = (pixels // vae_config.downsampling for pixels in size)
-    step = unet(unet_config, height, width, tokens).train
-    return step if cached else step + 2.0 * encode
-
-
-def e2e_example(
-    unet_config: UNetConfig,
-    vae_config: VAEConfig,
-    size: tuple[int, int],
-    tokens: int,
-    e2e: E2EConfig,
-) -> float:
-    """Count the FLOPs of one photo of the single-step stage, as `train_example` does.
-
-    Each class is a pass, there and back through the decoder, whose own gradients nobody needs.
-    """
-    height, width = (pixels // vae_config.downsampling for pixels in size)
-    step = unet(unet_config, height, width, tokens).train
-    decoded = 2.0 * mask_decode(vae_config, e2e.decoder, *size)
-    return e2e.classes * (step + decoded) + vae_encode(vae_config, *size)
-
-
-def joint_example(
-    unet_config: UNetConfig,
-    vae_config: VAEConfig,
-    size: tuple[int, int],
-    tokens: int,
-    classes: int,
-) -> float:
-    """Count the FLOPs of one photo of the joint decoder's stage, as `train_example` does."""
-    height, width = (pixels // vae_config.downsampling for pixels in size)
-    step = unet(unet_config, height, width, tokens).forward
-    decoded = mask_decode(vae_config, "joint", *size)
-    trained = 3.0 * sharpening(classes, *size)
-    return classes * (step + decoded) + vae_encode(vae_config, *size) + trained
+    call = unet(unet_config, height, width, tokens)
+    if config.stage == "e2e":
+        decoded = 2.0 * mask_decode(vae_config, config.e2e.decoder, *size)
+        return config.e2e.classes * (call.train + decoded) + encode
+    if config.stage == "joint":
+        classes, decoded = config.joint.classes, mask_decode(vae_config, "joint", *size)
+        return classes * (call.forward + decoded) + encode + 3.0 * sharpening(classes, *size)
+    return call.train if config.data.cache_latents else call.train + 2.0 * encode
 
 
 def _conv(positions: float, channels_in: int, channels_out: int, size: int = 3) -> float:

@@ -5,6 +5,7 @@ photo, maps, text ─► JointDecoder ─► loss on labels                     
 W/joint/STEP, the workdir of this stage ─► joint_decoder.safetensors
 """
 
+import functools
 import logging
 
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from segdiff_jax.training.losses import Frozen
 from segdiff_jax.training.step import TrainState, joint_step
 from segdiff_jax.weights import loading, mask_decoders
 from segdiff_jax.weights import workdir as workdirs
+from segdiff_jax.weights.tensors import shapes_of
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +49,8 @@ def prepare(run: Run) -> Stage:
     attention = attention_kernels.on_mesh(run.mesh)
     unet_graph, unet_params = nnx.split(attention_kernels.with_attention(unet, attention))
     vae_graph, vae_params = nnx.split(attention_kernels.with_attention(vae, plain))
-    text_width = table.pooled.shape[1]
-    build = lambda: JointDecoder(text_width, dtype=dtype, rngs=nnx.Rngs(config.seed))  # noqa: E731
-    decoder = nnx.eval_shape(build)
-    size, tokens = config.data.image_size, table.hidden.shape[1]
+    build = functools.partial(JointDecoder, table.pooled.shape[1], dtype=dtype)
+    decoder = shapes_of(build)
     return Stage(
         network=decoder,
         build=build,
@@ -62,7 +62,7 @@ def prepare(run: Run) -> Stage:
             decoder=mask_decoders.read_linear(workdir, vae.config),
             unet=kernels_as_multiplied(unet_graph, unet_params),
         ),
-        flops=flops.joint_example(unet.config, vae.config, size, tokens, config.joint.classes),
+        flops=flops.example(config, unet.config, vae.config, table.hidden.shape[1]),
         preferred=preference.of_training(run.source, config, np.asarray(table.pooled)),
     )
 

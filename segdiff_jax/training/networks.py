@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -31,10 +32,11 @@ from segdiff_jax.training import origin
 from segdiff_jax.weights import loading, pretrained
 from segdiff_jax.weights import workdir as workdirs
 from segdiff_jax.weights.checkpoint import Checkpoints
+from segdiff_jax.weights.tensors import shapes_of
 
 _SCALING_EXAMPLES = 64
 
-Build = Callable[[], nnx.Module]
+Build = Callable[..., nnx.Module]  # takes rngs
 
 
 def vae_to_train(config: Config, mesh: Mesh) -> tuple[VAE, Build | None]:
@@ -47,26 +49,23 @@ def vae_to_train(config: Config, mesh: Mesh) -> tuple[VAE, Build | None]:
         return found, None
     architecture = presets.architecture(config.model.preset).vae
     dtype = jnp.dtype(config.model.dtype)
-    build = lambda: VAE(architecture, dtype=dtype, rngs=nnx.Rngs(config.seed))  # noqa: E731
-    return nnx.eval_shape(build), build
+    build = functools.partial(VAE, architecture, dtype=dtype)
+    return shapes_of(build), build
 
 
 def unet_to_train(
     config: Config, mesh: Mesh, start: UNet | UNetConfig
 ) -> tuple[UNet, Build | None]:
     """Return `start` as this run uses it; of a config shapes, and what builds the network."""
-
-    def build() -> UNet:
-        return UNet(
-            start.config if isinstance(start, UNet) else start,
-            attention=attention_kernels.on_mesh(mesh),
-            dtype=jnp.dtype(config.model.dtype),
-            remat=config.model.remat,
-            zero_init=config.model.zero_init,
-            rngs=nnx.Rngs(config.seed),
-        )
-
-    unet = nnx.eval_shape(build)
+    build = functools.partial(
+        UNet,
+        start.config if isinstance(start, UNet) else start,
+        attention=attention_kernels.on_mesh(mesh),
+        dtype=jnp.dtype(config.model.dtype),
+        remat=config.model.remat,
+        zero_init=config.model.zero_init,
+    )
+    unet = shapes_of(build)
     if isinstance(start, UNet):
         return nnx.merge(nnx.graphdef(unet), nnx.state(start)), None
     return unet, build

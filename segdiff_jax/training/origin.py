@@ -170,8 +170,12 @@ def _wanted(config: Config, folder: epath.Path) -> set[str]:
     return wanted
 
 
-def check_balance(config: Config, source: Source) -> None:
-    """Raise `UserError` where `train.balance` cannot do anything: each pass shows every class."""
+def check_source(config: Config, source: Source) -> None:
+    """Raise `UserError` for settings that `source` leaves without effect.
+
+    `train.balance` where each pass shows every class, and `codec.logit_adjustment` where nobody
+    counts the classes.
+    """
     trained = len(source.vocabulary) - len(source.novel)
     group, balance = config.codec.classes_per_pass, config.train.balance
     if config.stage == "diffusion" and balance and group >= trained > 1:
@@ -179,10 +183,6 @@ def check_balance(config: Config, source: Source) -> None:
             f"config.train.balance={balance}: must be 0 with config.codec.classes_per_pass={group} "
             f"of {trained} classes: a pass that shows every class has nothing to weigh it against"
         )
-
-
-def check_shares(config: Config, source: Source) -> None:
-    """Raise `UserError` where nobody counts the classes whose shares the codec is to use."""
     if config.codec.logit_adjustment and not isinstance(source, PairSource):
         raise UserError(
             f"config.codec.logit_adjustment={config.codec.logit_adjustment}: must be 0 with "

@@ -69,8 +69,7 @@ def train(
     origin.check_start(config, workdir)
     origin.check(config, workdir)
     source = open_source(config.data, config.data.train_split, config.seed)
-    origin.check_balance(config, source)
-    origin.check_shares(config, source)
+    origin.check_source(config, source)
     workdirs.settle_classes(workdir, source.vocabulary, write=False)
     if config.train.eval_every and config.stage != "vae":
         open_source(config.data, config.data.val_split, config.seed)
@@ -139,7 +138,7 @@ def _train_vae(run: Run) -> None:
     _begin(run)
     attention = attention_kernels.on_mesh(run.mesh)
     graph = nnx.graphdef(attention_kernels.with_attention(vae, attention))
-    work = flops.train_example(None, vae.config, config.data.image_size, 0)
+    work = flops.example(config, None, vae.config, 0)
     state = _train(run, Stage(vae, build, vae_step(graph, config, run.mesh), None, work))
     params = processes.gathered(state.ema or state.params)
     if processes.is_first():
@@ -173,12 +172,9 @@ def _unet_stage(run: Run) -> Stage:
         validate = run.make_validator(judged, config, run.mesh, classes)
     group = codec.group_size(len(classes), config.codec.classes_per_pass)
     tokens = group if config.codec.context == "bound" else table.hidden.shape[1]
-    size, cached = config.data.image_size, config.data.cache_latents
     make_step, decoder = diffusion_step, None
-    work = flops.train_example(unet.config, vae.config, size, tokens, cached)
     if config.stage == "e2e":
         make_step = e2e_step
-        work = flops.e2e_example(unet.config, vae.config, size, tokens, config.e2e)
         if config.e2e.decoder == "linear":
             mask_decoder.settle(config, workdir, run.source)
             decoder = mask_decoders.read_linear(workdir, vae.config)
@@ -187,8 +183,8 @@ def _unet_stage(run: Run) -> Stage:
         build=build,
         step=make_step(graph, vae_graph, config, run.mesh),
         frozen=Frozen(vae_params, make_schedule(config.diffusion), table, decoder),
-        flops=work,
-        encoder=vae if cached else None,
+        flops=flops.example(config, unet.config, vae.config, tokens),
+        encoder=vae if config.data.cache_latents else None,
         preferred=preference.of_training(run.source, config, np.asarray(table.pooled)),
         validate=validate,
     )
@@ -213,37 +209,37 @@ def _train_joint(run: Run) -> None:
 
 def _frozen_networks(run: Run) -> tuple[VAE, CLIPText, Any]:
     """Load the networks that are not trained; copy them into the workdir first."""
-    dtype, folder = jnp.dtype(run.config.model.dtype), epath.Path(run.workdir) / workdirs.PRETRAINED
+    config, dtype = run.config, jnp.dtype(run.config.model.dtype)
+    folder = epath.Path(run.workdir) / workdirs.PRETRAINED
     missing = not pretrained.is_whole(folder)
     processes.barrier()  # all have looked
     if not missing:
         _begin(run)
         return loading.load_frozen(str(folder), dtype)
-    if not run.config.init_from:
+    if config.init_from:
+        start = origin.folder(config.init_from)
+    else:
         _begin(run)  # the VAE stage takes its time, in a folder below
-    start = _starting_point(run)
-    variant, tokenizer = run.config.init_variant or None, run.config.init_tokenizer
+        start = _train_vae_first(run)
+    variant, tokenizer = config.init_variant or None, config.init_tokenizer
     kept = loading.load_frozen(start, jnp.dtype(jnp.float32), variant, tokenizer)
-    if run.config.init_from:
+    if config.init_from:
         _begin(run)
     if processes.is_first():
         with processes.at_work("copies the frozen networks"):
-            pretrained.save(Pretrained(None, *kept, run.config.diffusion), str(folder))
+            pretrained.save(Pretrained(None, *kept, config.diffusion), str(folder))
     processes.barrier()
     return loading.load_frozen(str(folder), dtype)
 
 
-def _starting_point(run: Run) -> str:
-    """Return the folder with the frozen networks: given, or made by the VAE stage first."""
-    config = run.config
-    if config.init_from:
-        return origin.folder(config.init_from)
+def _train_vae_first(run: Run) -> str:
+    """Run the VAE stage in a folder below; return the folder of the networks that it leaves."""
     # A trace of the profiler is of the stage that was asked for.
-    untraced = dataclasses.replace(config.train, profile_steps=0)
-    first = dataclasses.replace(config, stage="vae", train=untraced)
-    folder = str(epath.Path(run.workdir) / workdirs.VAE_STAGE)
-    train(first, folder, run.startup, nested=True, followed=True)
-    return str(epath.Path(folder) / workdirs.PRETRAINED)
+    untraced = dataclasses.replace(run.config.train, profile_steps=0)
+    first = dataclasses.replace(run.config, stage="vae", train=untraced)
+    folder = epath.Path(run.workdir) / workdirs.VAE_STAGE
+    train(first, str(folder), run.startup, nested=True, followed=True)
+    return str(folder / workdirs.PRETRAINED)
 
 
 def _nothing_to_do(run: Run, done: int) -> None:

@@ -41,7 +41,7 @@ def newest_state(
         create = jax.jit(lambda p: init_state(p, config), out_shardings=shardings)
         return create(params), {}
     create = jax.jit(
-        lambda: init_state(nnx.state(build()), config),
+        lambda: init_state(nnx.state(build(rngs=nnx.Rngs(config.seed))), config),
         out_shardings=shardings,
         # It runs once: a hundred generators of random numbers took longer to optimise than to run.
         compiler_options={"xla_backend_optimization_level": 0},
@@ -56,12 +56,10 @@ def set_up(
     config, done, size = run.config, int(state.step), run.config.train.batch_size
     code, position = code_version(), 0
     if done:
-        # Without one, it is a checkpoint of the first version.
-        position = stored.get("next_example", done * size)
+        position = stored["next_example"]
         log.info("%s: resuming at step %d, example %d", run.workdir, done, position)
-        written_by = stored.get("code", "unknown")
-        if written_by != code:
-            log.info("the checkpoint is of code %s, this is %s", written_by, code)
+        if stored["code"] != code:
+            log.info("the checkpoint is of code %s, this is %s", stored["code"], code)
     write_config(run)  # what may change in a run, its steps for one, may have changed
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     log.info("%s: %.2f M parameters", config.stage, count / 1e6)

@@ -1,5 +1,7 @@
 """The analytic count against the products that JAX traces, and those against counts by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -13,6 +15,7 @@ from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.unet import UNet
 from segdiff_jax.models.vae import VAE
 from segdiff_jax.parallel.attention_kernels import splash
+from segdiff_jax.weights.tensors import shapes_of
 
 
 def traced(function, *arguments):
@@ -30,7 +33,7 @@ def architecture(request):
 
 def test_unet_forward_and_training(architecture):
     config = architecture.unet
-    graph, params = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+    graph, params = nnx.split(shapes_of(functools.partial(UNet, config)))
     run = lambda p, x, t, c: nnx.merge(graph, p)(x, t, c)  # noqa: E731
     context = floats(1, 7, config.cross_attention_dim)
     inputs = floats(1, 16, 24, config.in_channels), floats(1, dtype=jnp.int32), context
@@ -44,7 +47,7 @@ def test_unet_forward_and_training(architecture):
 
 def test_vae(architecture):
     config = architecture.vae
-    graph, params = nnx.split(nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0))))
+    graph, params = nnx.split(shapes_of(functools.partial(VAE, config)))
     encode = lambda p, x: nnx.merge(graph, p).encode(x)  # noqa: E731
     decode = lambda p, x: nnx.merge(graph, p).decode(x)  # noqa: E731
     image, latent = floats(1, 32, 48, 3), floats(1, 4, 6, config.latent_channels)
@@ -74,7 +77,7 @@ def test_the_maps_of_an_image(sampler, calls, decoded, ranked):
 
 def test_the_joint_decoder():
     size, classes = (64, 96), 5
-    decoder = nnx.eval_shape(lambda: JointDecoder(7, rngs=nnx.Rngs(0)))
+    decoder = shapes_of(functools.partial(JointDecoder, 7))
     graph, params = nnx.split(decoder)
     see = lambda params, pixels: nnx.merge(graph, params).features(pixels)  # noqa: E731
     seen = traced(see, params, floats(1, *size, 3)).run

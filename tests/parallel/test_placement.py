@@ -10,7 +10,8 @@ import pytest
 from segdiff_jax.parallel.placement import rows_of_call
 
 SETUP = """
-    import json, math, sys
+    import contextlib, json, math, sys
+    from functools import partial
     import jax
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
@@ -18,7 +19,7 @@ SETUP = """
     from flax import nnx
     from segdiff_jax.config import (
         Config, DataConfig, MeshConfig, ModelConfig, PromptsConfig, TrainConfig)
-    from segdiff_jax.weights import pretrained
+    from segdiff_jax.weights import pretrained, tensors
     from segdiff_jax.models.clip_text import CLIPText
     from segdiff_jax.models.presets import PRESETS
     from segdiff_jax.data.sources.scenes import vocabulary
@@ -36,15 +37,15 @@ SETUP = """
     folder, workdir = sys.argv[1:]
     rng = np.random.default_rng(0)
     def filled(make):
-        graph, shapes = nnx.split(nnx.eval_shape(make))
+        graph, shapes = nnx.split(tensors.shapes_of(make))
         host = jax.tree.map(lambda a: rng.normal(0, 0.1, a.shape).astype(np.float32), shapes)
         return nnx.merge(graph, host), host
     tiny = PRESETS["tiny"]
-    written, host = filled(lambda: UNet(tiny.unet, rngs=nnx.Rngs(0)))
+    written, host = filled(partial(UNet, tiny.unet))
     tokenizer = train_tokenizer(vocabulary().names, 600, 10)
     pretrained.save(pretrained.Pretrained(
-        unet=written, vae=filled(lambda: VAE(tiny.vae, rngs=nnx.Rngs(0)))[0],
-        text_encoder=filled(lambda: CLIPText(tiny.text_encoder, rngs=nnx.Rngs(0)))[0],
+        unet=written, vae=filled(partial(VAE, tiny.vae))[0],
+        text_encoder=filled(partial(CLIPText, tiny.text_encoder))[0],
         tokenizer=tokenizer, schedule=Config().diffusion), folder)
 
     def held():  # bytes on the fullest device; a look at the shards would make arrays of them
@@ -95,13 +96,15 @@ SETUP = """
         wanted = rules.state_sharding({"params": params}, setup.run.mesh)["params"]
         run["as_wanted"] = all(jax.tree.leaves(jax.tree.map(
             lambda a, s: a.sharding.is_equivalent_to(s, a.ndim), params, wanted)))
+        raise KeyboardInterrupt
     networks.placer, runs.loop = spying, instead
     config = Config(
         prompts=PromptsConfig(("{class}",)), init_from=folder,
         mesh=MeshConfig(data=1, fsdp=8, tensor=1), model=ModelConfig("tiny"),
         train=TrainConfig(batch_size=8, eval_every=0), data=DataConfig(source="scenes"),
     )
-    train(config, workdir)
+    with contextlib.suppress(KeyboardInterrupt):
+        train(config, workdir)
     json.dump({
         "run": run,
         "whole": sum(a.nbytes for a in jax.tree.leaves(host)),
