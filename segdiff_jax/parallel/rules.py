@@ -9,8 +9,6 @@ and their moving average, because the paths of the latter two end in the path of
                      ─► in a training state also `data`: each replica updates its part
 """
 
-import functools
-import logging
 import math
 import re
 from typing import Any
@@ -18,8 +16,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-log = logging.getLogger(__name__)
 
 OUTPUTS, INPUTS = -1, -2  # dimensions of kernels: linear [in, out], convolution [h, w, in, out]
 
@@ -69,10 +65,7 @@ def partition(path: str, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
         dim = _largest(shape, math.prod(sizes[axis] for axis in group), cuts)
         if group and dim is not None:
             cuts[dim] = group
-            axes = [axis for axis in axes if axis not in group]
             break
-    if axes:
-        _log_replicated(shape, tuple((axis, sizes[axis]) for axis in axes))
     return P(*(cut or None for cut in cuts))
 
 
@@ -100,14 +93,10 @@ def spread(spec: P, shape: tuple[int, ...], sizes: dict[str, int]) -> P:
         return spec
     cuts = [(c,) if isinstance(c, str) else tuple(c or ()) for c in spec]
     cuts += [()] * (len(shape) - len(cuts))
-    if any("data" in cut for cut in cuts):
-        return spec
     pieces = [math.prod(sizes[axis] for axis in cut) * sizes["data"] for cut in cuts]
     fits = [dim for dim, size in enumerate(shape) if size % pieces[dim] == 0]
-    taken = [dim for dim in fits if "fsdp" in cuts[dim] or "tensor" in cuts[dim]]
-    if any(cuts) and not taken:
-        return spec
-    dim = max(taken or fits, key=lambda d: (shape[d], d), default=None)
+    fits = [dim for dim in fits if cuts[dim] or not any(cuts)]
+    dim = max(fits, key=lambda d: (shape[d], d), default=None)
     if dim is None:
         return spec
     cuts[dim] += ("data",)
@@ -159,10 +148,3 @@ def scattered(grads: Any, mesh: Mesh) -> Any:
     """Inside a step, scatter gradients as the parameters of a training state are sharded."""
     shardings = state_sharding({"params": grads}, mesh)["params"]
     return jax.lax.with_sharding_constraint(grads, shardings)
-
-
-@functools.cache  # one line per distinct shape, however many layers, moments and averages share it
-def _log_replicated(shape: tuple[int, ...], axes: tuple[tuple[str, int], ...]) -> None:
-    if jax.process_index() == 0:
-        over = ", ".join(f"{axis}={size}" for axis, size in axes)
-        log.info("arrays of shape %s do not divide by %s: replicated over it", shape, over)

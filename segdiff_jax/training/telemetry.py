@@ -132,13 +132,11 @@ class Telemetry:
             self._events.add(step, [summary.scalar(tag, v) for tag, v in finite.items()])
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """Write uint8 images, [H, W, 3] or [N, H, W, 3] side by side, under the tag `name`."""
+        """Write uint8 images [N, H, W, 3], side by side, under the tag `name`."""
         if self._events is not None:
             from tensorboardX import summary
 
-            batch = np.asarray(images, np.uint8)
-            batch = batch[None] if batch.ndim == 3 else batch
-            row = np.concatenate(list(batch), axis=1)  # [H, N·W, 3]
+            row = np.concatenate(list(images), axis=1)  # [H, N·W, 3]
             self._events.add(step, [summary.image(name, row, dataformats="HWC")])
 
     def close(self) -> None:
