@@ -157,6 +157,7 @@ def report():
 
 
 def test_search_says_when_nothing_fits(small, monkeypatch):
+    monkeypatch.setattr(aot, "make_step", lambda *_: aot.Step(None, (), 8, 8.0, 1.0))
     monkeypatch.setattr(aot, "measure", lambda *_: {"fits": False, "why": "full"})
     with pytest.raises(UserError, match="not even 1 per chip"):
         small("--search")

@@ -1,13 +1,22 @@
 """A UNet, batches and configs small enough to follow what a step does with them."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from segdiff_jax.config import Config, E2EConfig, ModelConfig, OptimizerConfig, TrainConfig
+from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.text.conditioning import PromptTable
+from segdiff_jax.training.losses import Frozen
+from segdiff_jax.training.step import init_state
 
 CHANNELS, TEXT = 4, 5  # of latents and of text
 B, C, H, W, K = 4, 3, 8, 12, 6  # photos, classes asked, pixels, classes
+PHOTO = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+NAMES = ["plain red circle", "background"]  # of the scenes
 
 
 class SmallUNet(nnx.Module):
@@ -22,6 +31,35 @@ class SmallUNet(nnx.Module):
         return jnp.tanh(self.mix(sample)) + text * (timesteps / 1000)[:, None, None, None]
 
 
+def make_frozen(vae_params, **more):
+    """What a step reads and does not change, with a text of every class."""
+    hidden = np.random.default_rng(0).normal(size=(K, 7, TEXT)).astype(np.float32)
+    table = PromptTable(jnp.asarray(hidden), jnp.asarray(hidden[:, 0]))
+    return Frozen(vae_params, make_schedule(Config().diffusion), table, **more)
+
+
+class Steps:
+    """Steps from `params` on, compiled once for each config.
+
+    make_step: of a config.
+    """
+
+    def __init__(self, make_step, params, frozen):
+        self.make_step, self.params, self.frozen = make_step, params, frozen
+        self.compiled = {}
+
+    def __call__(self, config, batches, *, key=0, state=None, frozen=None):
+        """The states after each batch and the metrics."""
+        if repr(config) not in self.compiled:
+            self.compiled[repr(config)] = jax.jit(self.make_step(config))
+        step = self.compiled[repr(config)]
+        state, found = state or init_state(self.params, config), []
+        for batch in batches:
+            state, metrics = step(state, frozen or self.frozen, batch, jax.random.key(key))
+            found.append((state, {name: float(value) for name, value in metrics.items()}))
+        return found
+
+
 def make_batch(seed=0):
     """Blocks of classes, *ignore* among them; absent classes and empty slots are asked for too."""
     rng = np.random.default_rng(seed)
@@ -33,6 +71,13 @@ def make_batch(seed=0):
         "labels": labels,
         "class_ids": np.array([[0, 1, 2], [3, 5, 0], [1, -1, -1], [0, 1, 2]], np.int32),
     }
+
+
+def changed(config, key, value):
+    """`config` with another value of a dotted key."""
+    *groups, name = key.split(".")
+    setattr(functools.reduce(getattr, groups, config), name, value)
+    return config
 
 
 def make_config(e2e=None, remat=False, **optimizer):

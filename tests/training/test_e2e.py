@@ -1,69 +1,72 @@
 """The single-step stage: its loss against torch, where the gradient goes, whole trainings."""
 
 import dataclasses
-import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 import torch
 from commands import Run
 from flax import nnx
-from small import B, C, H, K, SmallUNet, W, make_batch, make_config
+from small import B, C, H, SmallUNet, Steps, W, changed, make_batch, make_config, make_frozen
 from written import read_scalars, same_bits, state_of, steps_of
 
 from segdiff_jax import cli, codec, export
 from segdiff_jax import config as configs
 from segdiff_jax.config import Config, E2EConfig
-from segdiff_jax.diffusion.schedule import make_schedule
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models import linear_decoder
 from segdiff_jax.models.linear_decoder import LinearDecoder
 from segdiff_jax.models.vae import encode_latents
-from segdiff_jax.text.conditioning import PromptTable
 from segdiff_jax.train import train
 from segdiff_jax.training import losses
-from segdiff_jax.training.step import e2e_step, init_state
-from segdiff_jax.training.stop import Stopped
-from segdiff_jax.training.telemetry import Telemetry
+from segdiff_jax.training.step import e2e_step
 from segdiff_jax.weights import loading, mask_decoders
 from segdiff_jax.weights import workdir as workdirs
 
 
-def torch_loss(maps, batch):
-    """Pixel by pixel and class by class, with torch's own cross-entropy."""
+def torch_loss(maps, batch, loss):
+    """Pixel by pixel and class by class, with torch's own cross-entropies."""
     entropies, dices = [], []
     for gray, labels, ids in zip(maps, batch["labels"], batch["class_ids"], strict=True):
-        gray, ids = gray[: (ids >= 0).sum()], ids[ids >= 0].tolist()
-        logits = torch.cat([torch.zeros_like(gray[:1]), losses.LOGITS_PER_GRAY * gray])
-        valid = torch.tensor(labels != 255)
-        target = torch.zeros(labels.shape, dtype=torch.long)
-        for place, class_id in enumerate(ids, 1):
-            target[torch.tensor(labels == class_id)] = place
-        entropy = torch.nn.functional.cross_entropy(logits[None], target[None], reduction="none")
-        entropies.append(entropy[0][valid])
-        shares = logits.softmax(0)
-        for place in range(1, len(ids) + 1):
-            truth = (target == place)[valid].float()
-            if truth.any():
-                share = shares[place][valid]
-                dices.append(1 - 2 * (share * truth).sum() / (share.sum() + truth.sum()))
+        gray, ids, valid = gray[: (ids >= 0).sum()], ids[ids >= 0], torch.tensor(labels != 255)
+        truth = torch.stack([torch.tensor(labels == class_id) for class_id in ids]).float()
+        if loss is losses.label_loss:
+            logits = torch.cat([torch.zeros_like(gray[:1]), losses.LOGITS_PER_GRAY * gray])
+            target = torch.cat([1 - truth.sum(0, keepdim=True), truth]).argmax(0)
+            entropy = torch.nn.functional.cross_entropy(
+                logits[None], target[None], reduction="none"
+            )[0]
+            shares = logits.softmax(0)[1:]
+        else:
+            entropy = torch.nn.functional.binary_cross_entropy_with_logits(
+                gray, truth, reduction="none"
+            ).sum(0)
+            shares = gray.sigmoid()
+        entropies.append(entropy[valid])
+        for share, shown in zip(shares[:, valid], truth[:, valid], strict=True):
+            if shown.any():
+                dices.append(1 - 2 * (share * shown).sum() / (share.sum() + shown.sum()))
     return torch.cat(entropies).mean() + torch.stack(dices).mean()
 
 
-def test_label_loss_and_its_gradient_are_those_of_torch():
+LABEL_LOSSES = [(losses.label_loss, 0.7), (losses.mask_loss, 3.0)]  # and the scale of its maps
+
+
+@pytest.mark.parametrize(("loss", "scale"), LABEL_LOSSES)
+def test_losses_on_labels_and_their_gradients_are_those_of_torch(loss, scale):
     batch, rng = make_batch(), np.random.default_rng(1)
-    maps = rng.normal(0, 0.7, (B, C, H, W)).astype(np.float32)
+    maps = rng.normal(0, scale, (B, C, H, W)).astype(np.float32)
     weights = losses.label_weights(batch)
-    found, gradient = jax.value_and_grad(losses.label_loss)(jnp.asarray(maps), batch, weights)
+    found, gradient = jax.value_and_grad(loss)(jnp.asarray(maps), batch, weights)
     leaf = torch.tensor(maps, requires_grad=True)
-    expected = torch_loss(leaf, batch)
+    expected = torch_loss(leaf, batch, loss)
     expected.backward()
     np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
     np.testing.assert_allclose(gradient, leaf.grad, rtol=1e-4, atol=1e-7)
@@ -74,9 +77,9 @@ def test_label_loss_and_its_gradient_are_those_of_torch():
     assert (absent > 0).all()
 
 
-@pytest.mark.parametrize("loss", [losses.label_loss, losses.mask_loss])
-def test_in_16_bit_labels_255_is_a_class_like_any_other(loss):
-    batch, maps = make_batch(), np.random.default_rng(1).normal(0, 0.7, (B, C, H, W))
+@pytest.mark.parametrize(("loss", "scale"), LABEL_LOSSES)
+def test_in_16_bit_labels_255_is_a_class_like_any_other(loss, scale):
+    batch, maps = make_batch(), np.random.default_rng(1).normal(0, scale, (B, C, H, W))
     labels, ids = batch["labels"].astype(np.uint16), batch["class_ids"]
     ignored, one, small, large = labels == 255, labels == 1, np.uint16(255), np.uint16(65535)
     labels = np.where(ignored, large, np.where(one, small, labels))
@@ -96,31 +99,17 @@ def test_without_a_valid_pixel_there_is_no_loss():
 
 
 @pytest.fixture(scope="module")
-def setup(tiny_networks):
-    """(unet graph, its parameters, vae graph, frozen)."""
+def run(tiny_networks):
     graph, params = nnx.split(SmallUNet(nnx.Rngs(0)))
-    vae_graph, vae_params = nnx.split(tiny_networks[1])
-    hidden = np.random.default_rng(0).normal(size=(K, 7, 5)).astype(np.float32)
-    table = PromptTable(jnp.asarray(hidden), jnp.asarray(hidden[:, 0]))
-    schedule = make_schedule(Config().diffusion)
-    return graph, params, vae_graph, losses.Frozen(vae_params, schedule, table)
-
-
-def run(setup, config, batches):
-    """(state, metrics) after each batch."""
-    graph, params, vae_graph, frozen = setup
-    step = jax.jit(e2e_step(graph, vae_graph, config))
-    state, found = init_state(params, config), []
-    for batch in batches:
-        state, metrics = step(state, frozen, batch, jax.random.key(0))
-        found.append((state, {name: float(value) for name, value in metrics.items()}))
-    return found
+    vae, vae_params = nnx.split(tiny_networks[1])
+    make_step = lambda config: e2e_step(graph, vae, config)  # noqa: E731
+    return Steps(make_step, params, make_frozen(vae_params))
 
 
 @pytest.mark.parametrize("decoder", ["vae", "linear"])
-def test_the_loss_is_of_what_one_step_of_the_sampler_shows(setup, decoder):
-    graph, params, vae_graph, frozen = setup
-    vae, unet, batch = nnx.merge(vae_graph, frozen.vae), nnx.merge(graph, params), make_batch()
+def test_the_loss_is_of_what_one_step_of_the_sampler_shows(run, tiny_networks, decoder):
+    frozen, vae, batch = run.frozen, tiny_networks[1], make_batch()
+    unet = SmallUNet(nnx.Rngs(0))
     channels, pixels = vae.config.latent_channels, vae.config.downsampling**2
     kernel = np.random.default_rng(2).normal(0, 0.3, (3, 3, channels, pixels))
     linear = LinearDecoder(jnp.asarray(kernel, jnp.float32), jnp.zeros(pixels))
@@ -137,24 +126,20 @@ def test_the_loss_is_of_what_one_step_of_the_sampler_shows(setup, decoder):
     if decoder == "linear":
         frozen = frozen._replace(decoder=linear)
     config = make_config(E2EConfig(classes=C, decoder=decoder))
-    ((_, metrics),) = run((graph, params, vae_graph, frozen), config, [batch])
+    ((_, metrics),) = run(config, [batch], frozen=frozen)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
 
 
-def test_the_gradient_goes_through_the_decoder_to_the_unet_and_no_further(setup):
-    graph, params, vae_graph, frozen = setup
-    batch, config = make_batch(), make_config()
-    before = jax.tree.map(np.array, frozen)
-    ((state, metrics),) = run(setup, config, [batch])
-    assert metrics["gradient_norm"] > 0 and jax.tree.structure(state.params) == jax.tree.structure(
-        params
-    )
-    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
+def test_the_gradient_goes_through_the_decoder_to_the_unet_and_no_further(run):
+    batch, config, before = make_batch(), make_config(), jax.tree.map(np.array, run.frozen)
+    ((state, metrics),) = run(config, [batch])
+    assert metrics["gradient_norm"] > 0
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(run.params), strict=True):
         assert np.abs(np.asarray(a) - np.asarray(b)).max() > 0
-    assert same_bits(jax.tree.map(np.asarray, frozen), before)
+    assert same_bits(jax.tree.map(np.asarray, run.frozen), before)
     # Another decoder, another gradient: it is on the way.
-    other = frozen._replace(vae=jax.tree.map(lambda p: p * 1.1, frozen.vae))
-    ((_, changed),) = run((graph, params, vae_graph, other), config, [batch])
+    other = run.frozen._replace(vae=jax.tree.map(lambda p: p * 1.1, run.frozen.vae))
+    ((_, changed),) = run(config, [batch], frozen=other)
     assert abs(changed["gradient_norm"] / metrics["gradient_norm"] - 1) > 1e-3
 
 
@@ -163,19 +148,19 @@ def test_the_gradient_goes_through_the_decoder_to_the_unet_and_no_further(setup)
     [{"accumulation": 2}, pytest.param({"remat": True}, marks=pytest.mark.slow)],
     ids=str,
 )
-def test_micro_batches_and_remat_make_the_same_step(setup, same):
+def test_micro_batches_and_remat_make_the_same_step(run, same):
     e2e = E2EConfig(classes=C, noise="gaussian")
-    ((_, expected),) = run(setup, make_config(e2e), [make_batch()])
-    ((_, found),) = run(setup, make_config(e2e, **same), [make_batch()])
+    ((_, expected),) = run(make_config(e2e), [make_batch()])
+    ((_, found),) = run(make_config(e2e, **same), [make_batch()])
     for name in ("loss", "gradient_norm", "update_norm"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_gaussian_noise_is_new_in_each_step_and_zeros_are_the_same(setup):
+def test_gaussian_noise_is_new_in_each_step_and_zeros_are_the_same(run):
     for noise, count in (("gaussian", 3), ("zero", 1)):
         config = make_config(E2EConfig(classes=C, noise=noise), learning_rate=0.0)
-        found = run(setup, config, [make_batch()] * 3)
+        found = run(config, [make_batch()] * 3)
         assert len({metrics["loss"] for _, metrics in found}) == count
 
 
@@ -214,48 +199,40 @@ def test_it_begins_with_the_weights_of_the_training_and_takes_over_what_is_froze
     assert 0 < max(far) < 0.1  # four steps of at most a thousandth, and the average's lag
 
 
-def test_it_validates_from_zeros_as_it_predicts(finished):
+@pytest.fixture(scope="module")
+def model(finished):
+    return Segmenter.load(finished)
+
+
+def test_it_validates_from_zeros_as_it_predicts(finished, model):
     scalars = read_scalars(Path(finished))
     assert np.isfinite(scalars["validation/miou_present"][4])
-    photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    model = Segmenter.load(finished)
-    names = ["plain red circle", "background"]
-    first, second = (model(photo, names, seed=seed).scores for seed in (0, 1))
+    first, second = (model(small.PHOTO, small.NAMES, seed=seed).scores for seed in (0, 1))
     np.testing.assert_array_equal(first, second)  # no noise, no seed
     for more in ({"steps": 2}, {"ensemble": 2}):
         with pytest.raises(UserError, match="config.sampler.initial_noise='zero'"):
-            model(photo, names, **more)
+            model(small.PHOTO, small.NAMES, **more)
 
 
-def test_an_export_of_it_starts_from_zeros_too(finished, tmp_path):
+def test_an_export_of_it_starts_from_zeros_too(finished, model, tmp_path):
     networks, *_ = loading.load_networks(finished)
     export.write_folder(networks, tmp_path / "model", trained=workdirs.read_classes(finished))
-    photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    names = ["plain red circle", "background"]
-    scores = [Segmenter.load(str(p))(photo, names).scores for p in (finished, tmp_path / "model")]
-    np.testing.assert_array_equal(*scores)
+    models = model, Segmenter.load(str(tmp_path / "model"))
+    np.testing.assert_array_equal(*(m(small.PHOTO, small.NAMES).scores for m in models))
     assert "Start from zeros" in (tmp_path / "model" / "README.md").read_text()
 
 
 @pytest.mark.slow
 def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(
-    finished, e2e_config, tmp_path, monkeypatch
+    finished, e2e_config, interrupted, tmp_path
 ):
-    workdir, step = str(tmp_path / "run"), Telemetry.step
+    workdir = str(tmp_path / "run")
     shutil.copytree(finished, workdir)
     shutil.rmtree(f"{workdir}/checkpoints/4")
     config = e2e_config()
     config.train = dataclasses.replace(config.train, eval_every=0, checkpoint_every=100)
-
-    def interrupted(self, done, metrics):
-        if done == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, done, metrics)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Telemetry, "step", interrupted)
-        with pytest.raises(Stopped, match="stopped at step 3"):
-            train(config, workdir)
+    with interrupted(3, "e2e"):
+        train(config, workdir)
     train(config, workdir)
     assert steps_of(workdir) == [2, 3, 4]
     assert same_bits(state_of(workdir), state_of(finished))
@@ -263,11 +240,11 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(
 
 def test_a_training_through_the_linear_decoder_fits_it_first(e2e_config, tmp_path):
     config, workdir = e2e_config(e2e=E2EConfig(classes=C, decoder="linear")), str(tmp_path / "run")
-    config.train = dataclasses.replace(config.train, eval_every=0)
+    config.train = dataclasses.replace(config.train, steps=1, eval_every=0)
     train(config, workdir)
     vae = loading.load_frozen(f"{workdir}/pretrained", jnp.float32)[0]
     assert mask_decoders.read_linear(workdir, vae.config) is not None
-    assert np.isfinite(read_scalars(Path(workdir))["e2e/loss"][4])
+    assert np.isfinite(read_scalars(Path(workdir))["e2e/loss"][1])
 
 
 @pytest.mark.slow
@@ -316,10 +293,8 @@ def test_on_two_devices_as_on_one(trained, tmp_path):
     ],
 )
 def test_a_start_that_cannot_be_is_refused(e2e_config, trained, tmp_path, key, value, words):
-    config = e2e_config()
-    *group, name = key.split(".")
     value = value.format(trained=trained) if isinstance(value, str) else value
-    setattr(getattr(config, group[0]) if group else config, name, value)
+    config = changed(e2e_config(), key, value)
     with pytest.raises(UserError, match=words) as error:
         configs.validate(config)
         train(config, str(tmp_path / "run"))

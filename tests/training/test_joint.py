@@ -10,69 +10,43 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
+import small
 from commands import Run
 from flax import nnx
-from small import B, C, H, K, SmallUNet, W, make_batch, make_config
+from small import TEXT, B, C, H, SmallUNet, Steps, W, make_batch, make_config, make_frozen
 from written import steps_of
 
 from segdiff_jax import codec, export
-from segdiff_jax.config import Config, JointConfig, SamplerConfig
-from segdiff_jax.diffusion.schedule import make_schedule
+from segdiff_jax.config import JointConfig, SamplerConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.segmenter import Segmenter
 from segdiff_jax.models.joint_decoder import LOGITS_PER_GRAY, JointDecoder
-from segdiff_jax.text.conditioning import PromptTable
 from segdiff_jax.train import train
 from segdiff_jax.training import losses
-from segdiff_jax.training import run as runs
-from segdiff_jax.training.step import init_state, joint_step
+from segdiff_jax.training.step import joint_step
 from segdiff_jax.weights import loading, mask_decoders
 from segdiff_jax.weights import workdir as workdirs
 
-WIDTH = 5  # of the text
+JOINT = JointConfig(steps=2, batch_size=2, classes=C)
 
 
 @pytest.fixture(scope="module")
-def setup(tiny_networks):
-    """(decoder, UNet, VAE, frozen), all but the last as (graph, parameters)."""
-    unet, vae = nnx.split(SmallUNet(nnx.Rngs(0))), nnx.split(tiny_networks[1])
-    decoder = nnx.split(JointDecoder(WIDTH, rngs=nnx.Rngs(1)))
-    hidden = np.random.default_rng(0).normal(size=(K, 7, WIDTH)).astype(np.float32)
-    table = PromptTable(jnp.asarray(hidden), jnp.asarray(hidden[:, 0]))
-    frozen = losses.Frozen(vae[1], make_schedule(Config().diffusion), table, unet=unet[1])
-    return decoder, unet, vae, frozen
+def run(tiny_networks):
+    decoder, params = nnx.split(JointDecoder(TEXT, rngs=nnx.Rngs(1)))
+    (unet, unet_params), (vae, vae_params) = map(
+        nnx.split, (SmallUNet(nnx.Rngs(0)), tiny_networks[1])
+    )
+    make_step = lambda config: joint_step(decoder, unet, vae, config)  # noqa: E731
+    return Steps(make_step, params, make_frozen(vae_params, unet=unet_params))
 
 
-def test_mask_loss_and_its_gradient_are_those_of_torch():
-    batch = make_batch()
-    logits = np.random.default_rng(1).normal(0, 3, (B, C, H, W)).astype(np.float32)
-    weights = losses.label_weights(batch)
-    found, gradient = jax.value_and_grad(losses.mask_loss)(jnp.asarray(logits), batch, weights)
-    leaf = torch.tensor(logits, requires_grad=True)
-    entropies, dices = [], []
-    for rows, labels, ids in zip(leaf, batch["labels"], batch["class_ids"], strict=True):
-        valid, summed = torch.tensor(labels != 255), torch.zeros(labels.shape)
-        for row, class_id in zip(rows, ids[ids >= 0], strict=False):
-            truth = torch.tensor(labels == class_id).float()
-            summed = summed + torch.nn.functional.binary_cross_entropy_with_logits(
-                row, truth, reduction="none"
-            )
-            if truth.any():
-                share = row.sigmoid()[valid]
-                overlap = (share * truth[valid]).sum()
-                dices.append(1 - 2 * overlap / (share.sum() + truth.sum()))
-        entropies.append(summed[valid])
-    expected = torch.cat(entropies).mean() + torch.stack(dices).mean()
-    expected.backward()
-    np.testing.assert_allclose(found, expected.item(), rtol=1e-5)
-    np.testing.assert_allclose(gradient, leaf.grad, rtol=1e-4, atol=1e-7)
-
-
-def test_a_new_one_has_the_loss_of_the_maps_and_no_gradient_reaches_the_unet(setup, monkeypatch):
-    (graph, params), (unet, unet_params), (vae, _), frozen = setup
-    frozen, batch = frozen._replace(vae=nnx.merge(vae, frozen.vae)), make_batch()
-    factor, channels = frozen.vae.config.downsampling, frozen.vae.config.latent_channels
+def test_a_new_one_has_the_loss_of_the_maps_and_no_gradient_reaches_the_unet(
+    run, tiny_networks, monkeypatch
+):
+    vae, batch = tiny_networks[1], make_batch()
+    frozen, graph = run.frozen._replace(vae=vae), nnx.graphdef(JointDecoder(TEXT, rngs=nnx.Rngs(1)))
+    unet, unet_params = nnx.split(SmallUNet(nnx.Rngs(0)))
+    factor, channels = vae.config.downsampling, vae.config.latent_channels
     noise = jax.random.normal(jax.random.key(0), (B, H // factor, W // factor, channels))
     weights, config = losses.label_weights(batch), make_config()
 
@@ -81,46 +55,36 @@ def test_a_new_one_has_the_loss_of_the_maps_and_no_gradient_reaches_the_unet(set
         decoder = nnx.merge(graph, params)
         return losses.joint_loss(decoder, known, batch, noise, weights, config)
 
-    value, (own, others) = jax.value_and_grad(loss, (0, 1))(params, unet_params)
-    own_unet = nnx.merge(unet, unet_params)
+    value, (own, others) = jax.value_and_grad(loss, (0, 1))(run.params, unet_params)
     monkeypatch.setattr(losses, "label_loss", lambda maps, *_: LOGITS_PER_GRAY * maps)
-    logits = losses.e2e_loss(own_unet, frozen, batch, noise, weights, config)
+    logits = losses.e2e_loss(SmallUNet(nnx.Rngs(0)), frozen, batch, noise, weights, config)
     np.testing.assert_allclose(value, losses.mask_loss(logits, batch, weights), rtol=1e-5)
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(own)) > 0
     assert all((g == 0).all() for g in jax.tree.leaves(others))
 
 
 @pytest.mark.parametrize("start", ["gaussian", "multires", "zero"])
-def test_it_learns_from_the_photo_what_the_maps_do_not_show(setup, start):
-    (graph, params), (unet, _), (vae, _), frozen = setup
-    config = make_config(learning_rate=1e-2)
+def test_it_learns_from_the_photo_what_the_maps_do_not_show(run, start):
+    config, batch = make_config(learning_rate=1e-2), make_batch()
     config = dataclasses.replace(config, sampler=SamplerConfig(initial_noise=start))
-    batch = make_batch()
     batch["labels"] = np.where(batch["labels"] == 255, 255, batch["labels"] % 2).astype(np.uint8)
     batch["image"] = np.repeat(np.where(batch["labels"] == 1, 220, 30)[..., None], 3, -1)
     batch["image"] = batch["image"].astype(np.uint8)
     batch["class_ids"] = np.tile(np.array([0, 1, -1], np.int32), (B, 1))
-    step = jax.jit(joint_step(graph, unet, vae, config))
-    state, found = init_state(params, config), []
-    for _ in range(30):
-        state, metrics = step(state, frozen, batch, jax.random.key(0))
-        found.append(float(metrics["loss"]))
+    found = [metrics["loss"] for _, metrics in run(config, [batch] * 30)]
     assert found[-1] < 0.3 * found[0]
 
 
-def test_scores_mean_something_where_every_class_was_always_asked(setup):
+def test_scores_mean_something_where_every_class_was_always_asked(run):
     """No pixel is ever none of the classes: as in a closed vocabulary."""
-    (graph, params), (unet, _), (vae, _), frozen = setup
     config, batch = make_config(learning_rate=1e-2), make_batch()
     batch["labels"] = (batch["labels"] % 2).astype(np.uint8)
     batch["class_ids"] = np.tile(np.array([0, 1, -1], np.int32), (B, 1))
-    step = jax.jit(joint_step(graph, unet, vae, config))
-    state = init_state(params, config)
-    for _ in range(20):
-        state, _ = step(state, frozen, batch, jax.random.key(0))
-    text = jnp.asarray(frozen.table.pooled)[jnp.asarray(batch["class_ids"][:, :2])]
+    state, _ = run(config, [batch] * 20)[-1]
+    decoder = nnx.merge(nnx.graphdef(JointDecoder(TEXT, rngs=nnx.Rngs(1))), state.params)
+    text = jnp.asarray(run.frozen.table.pooled)[jnp.asarray(batch["class_ids"][:, :2])]
     pixels = codec.to_pixels(batch["image"])
-    logits = nnx.merge(graph, state.params).logits(pixels, text, jnp.zeros((B, 2, H, W)))
+    logits = decoder.logits(pixels, text, jnp.zeros((B, 2, H, W)))
     assert 0.8 < float(jax.nn.sigmoid(logits).sum(1).mean()) < 1.2  # one of the two is right
 
 
@@ -130,7 +94,7 @@ def finished(trained, micro_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("joint") / "run"
     shutil.copytree(trained, workdir)
     config = micro_config()
-    config.joint = JointConfig(steps=2, batch_size=2, classes=C)
+    config.joint = JOINT
     train(config, str(workdir))
     return str(workdir)
 
@@ -140,45 +104,33 @@ def joint_of(workdir) -> Path:
     return Path(workdirs.joint_folder(workdir, steps_of(workdir)[-1]))
 
 
-def test_a_finished_training_goes_on_to_it_and_does_not_train_it_again(finished, micro_config):
-    folder = joint_of(finished)
-    assert steps_of(folder)[-1] == 2
-    path = folder / mask_decoders.JOINT
-    before = path.read_bytes()
-    config = micro_config()
-    config.joint = JointConfig(steps=2, batch_size=2, classes=C)
-    train(config, finished)
-    assert path.read_bytes() == before and steps_of(folder) == [2]
-
-
-def test_a_decoder_that_is_asked_for_later_is_the_one_that_predicts(
+def test_a_decoder_that_is_asked_for_later_is_the_one_that_predicts_and_is_not_trained_again(
     finished, micro_config, tmp_path
 ):
     workdir, config = str(tmp_path / "run"), micro_config()
     shutil.copytree(finished, workdir)
+    path = joint_of(workdir) / mask_decoders.JOINT
+    decoder, steps = path.read_bytes(), steps_of(joint_of(workdir))
+    assert steps == [2]
     before = workdirs.read_config(workdir)
-    config.joint = JointConfig(steps=2, batch_size=2, classes=C)
+    config.joint = JOINT
     config.sampler.decoder = "joint"
     config.optimizer.learning_rate = 2.0  # of the next step of the UNet, which does not come
     train(config, workdir)
+    assert path.read_bytes() == decoder and steps_of(joint_of(workdir)) == steps
     expected = dataclasses.replace(before, joint=config.joint, sampler=config.sampler)
     assert workdirs.read_config(workdir) == expected
     assert Segmenter.load(workdir).config.sampler.decoder == "joint"
 
 
-def test_the_decoder_of_a_unet_that_is_gone_goes_too(finished, micro_config, monkeypatch, tmp_path):
-    def loop(_):
-        raise KeyboardInterrupt
-
+def test_the_decoder_of_a_unet_that_is_gone_goes_too(finished, micro_config, set_up, tmp_path):
     workdir, config = tmp_path / "run", micro_config()
     shutil.copytree(finished, workdir)
     *_, before, newest = steps_of(workdir)
     shutil.copytree(joint_of(workdir), workdir / "joint" / str(before))
     shutil.rmtree(workdir / "checkpoints" / str(newest))
-    config.joint, config.train.eval_every = JointConfig(steps=2, batch_size=2, classes=C), 0
-    monkeypatch.setattr(runs, "loop", loop)
-    with pytest.raises(KeyboardInterrupt):
-        runs.train(config, str(workdir))
+    config.joint, config.train.eval_every = JOINT, 0
+    set_up(config, workdir)
     assert [path.name for path in (workdir / "joint").iterdir()] == [str(before)]
 
 
@@ -186,7 +138,7 @@ def test_its_folder_is_no_start_of_another_training(finished, micro_config, tmp_
     config = micro_config()
     config.init_from = str(joint_of(finished))
     with pytest.raises(UserError, match=f"inside the workdir {finished}: give that as config.ini"):
-        runs.train(config, str(tmp_path / "run"))
+        train(config, str(tmp_path / "run"))
 
 
 @pytest.mark.slow
@@ -210,8 +162,7 @@ def test_a_unet_that_goes_on_gets_another_and_the_earlier_one_keeps_its_own(
     workdir, before = tmp_path / "run", joint_of(finished)
     shutil.copytree(finished, workdir)
     config = micro_config()
-    config.joint = JointConfig(steps=2, batch_size=2, classes=C)
-    config.train.steps += 1
+    config.joint, config.train.steps = JOINT, config.train.steps + 1
     train(config, str(workdir))
     kept = workdir / "joint" / before.name / mask_decoders.JOINT
     assert kept.read_bytes() == (before / mask_decoders.JOINT).read_bytes()
@@ -229,13 +180,11 @@ def test_an_export_has_it_too_and_sharpens_as_the_training_does(finished, tmp_pa
     export.write_folder(
         networks, tmp_path / "model", trained=workdirs.read_classes(finished), decoders=decoders
     )
-    photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    names = ["plain red circle", "background"]
     models = [Segmenter.load(str(path)) for path in (finished, tmp_path / "model")]
     scores = []
     for model, decoder in ((models[0], "linear"), (models[0], "joint"), (models[1], "joint")):
         model.config.sampler.decoder = decoder
-        scores.append(model(photo, names).scores)
+        scores.append(model(small.PHOTO, small.NAMES).scores)
     plain, *sharp = scores
     np.testing.assert_array_equal(*sharp)
     assert np.abs(sharp[0] - plain).max() > 1e-3
@@ -255,11 +204,10 @@ def test_a_checkpoint_from_before_it_is_decoded_without_it(finished, tmp_path, c
     shutil.rmtree(joint_of(workdir))
     argv = ["--checkpoint", str(workdir), "--output", str(model), "--format", "diffusers"]
     export.main(argv)
-    photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     for path in (workdir, model):
         found = Segmenter.load(str(path))
         assert found.config.sampler.decoder == "linear"
-        assert found(photo, ["background"]).scores.any()
+        assert found(small.PHOTO, ["background"]).scores.any()
     said = [r.getMessage() for r in caplog.records if "decoder" in r.getMessage()]
     assert len(said) == 2 and all("no joint decoder" in text and "linear" in text for text in said)
 
@@ -269,17 +217,17 @@ def test_a_checkpoint_from_before_it_is_decoded_without_it(finished, tmp_path, c
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_the_bytes_are_read_back_as_float32(dtype, tmp_path):
-    decoder = JointDecoder(WIDTH, rngs=nnx.Rngs(0))
+    decoder = JointDecoder(TEXT, rngs=nnx.Rngs(0))
     params = nnx.state(decoder)
     (tmp_path / mask_decoders.JOINT).write_bytes(mask_decoders.joint_to_bytes(params, dtype))
-    read = nnx.state(mask_decoders.read_joint(tmp_path, WIDTH))
+    read = nnx.state(mask_decoders.read_joint(tmp_path, TEXT))
     for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(read), strict=True):
         assert other.dtype == np.float32
         np.testing.assert_allclose(other, one, rtol=0.01, atol=1e-6)
 
 
 def test_what_overflows_half_precision_is_not_written():
-    decoder = JointDecoder(WIDTH, rngs=nnx.Rngs(0))
+    decoder = JointDecoder(TEXT, rngs=nnx.Rngs(0))
     decoder.scale[...] = 1e6
     with pytest.raises(UserError, match=r"joint_decoder\.safetensors: scale overflows float16"):
         mask_decoders.joint_to_bytes(nnx.state(decoder), "float16")

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
+from small import changed
 
 from segdiff_jax import cli, train
 from segdiff_jax import config as configs
 from segdiff_jax.config import DiffusionConfig
 from segdiff_jax.errors import UserError
 from segdiff_jax.training import origin
-from segdiff_jax.training import run as runs
 from segdiff_jax.weights import pretrained
 from segdiff_jax.weights.pretrained import Pretrained
 
@@ -186,7 +186,7 @@ def test_parts_of_two_models_are_refused(begin, folder):
 
 
 def test_weights_only_as_variants_are_chosen_by_a_key(
-    folder, micro_config, tmp_path, capsys, monkeypatch, tiny_networks
+    folder, micro_config, tmp_path, capsys, set_up, tiny_networks
 ):
     plain = folder / WEIGHTS
     half = {k: v.astype(np.float16) for k, v in safetensors.numpy.load_file(plain).items()}
@@ -198,17 +198,11 @@ def test_weights_only_as_variants_are_chosen_by_a_key(
     typo = run(tmp_path, capsys, start, "--config.init_variant=pf16")
     assert "no weights of the variant 'pf16', but fp16, non_ema, the plain files" in typo
 
-    started = []
-    monkeypatch.setattr(runs, "loop", lambda setup: started.append(setup.state))
     config = micro_config()
     config.init_from, config.init_variant, config.train.eval_every = str(folder), "fp16", 0
     config.prompts.templates = ("{class}",)  # the tokenizer knows no words, and 16 tokens are few
-    train.train(config, str(tmp_path / "run"))
-    leaves = zip(
-        jax.tree.leaves(started[0].params),
-        jax.tree.leaves(nnx.state(tiny_networks[0])),
-        strict=True,
-    )
+    started = jax.tree.leaves(set_up(config, tmp_path / "run").state.params)
+    leaves = zip(started, jax.tree.leaves(nnx.state(tiny_networks[0])), strict=True)
     assert all(np.array_equal(a, np.asarray(b).astype(np.float16)) for a, b in leaves)
 
 
@@ -270,25 +264,22 @@ def test_config_may_differ_where_the_state_does_not_depend_on_it():
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "value"),
+    ("key", "before", "value"),
     [
-        ("model", "preset", "sd2"),
-        ("codec", "context", "bound"),
-        ("codec", "classes_per_pass", 4),
-        ("diffusion", "prediction_type", "sample"),
-        ("optimizer", "ema_decay", 0.999),
-        (None, "stage", "vae"),
-        (None, "seed", 1),
+        ("model.preset", "tiny", "sd2"),
+        ("codec.context", "mean", "bound"),
+        ("codec.classes_per_pass", 1, 4),
+        ("diffusion.prediction_type", "v_prediction", "sample"),
+        ("optimizer.ema_decay", 0.0, 0.999),
+        ("stage", "diffusion", "vae"),
+        ("seed", 0, 1),
     ],
 )
-def test_config_that_contradicts_the_checkpoint_names_the_key_and_both_values(section, key, value):
-    stored, current = configs.to_dict(configs.Config()), configs.to_dict(configs.Config())
-    target = current[section] if section else current
-    before, target[key] = target[key], value
+def test_config_that_contradicts_the_checkpoint_names_the_key_and_both_values(key, before, value):
+    stored, current = configs.Config(), changed(configs.Config(), key, value)
     with pytest.raises(UserError) as error:
-        origin.check_config(stored, current)
-    name = f"{section}.{key}" if section else key
-    assert f"config.{name} was {before!r} and is now {value!r}" in str(error.value)
+        origin.check_config(*map(configs.to_dict, (stored, current)))
+    assert f"config.{key} was {before!r} and is now {value!r}" in str(error.value)
     assert "\n" not in str(error.value)
 
 

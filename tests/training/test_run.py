@@ -1,18 +1,20 @@
 """Whole trainings, minute ones: what they leave, how they end, how they go on."""
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from small import PHOTO, changed
 from written import read_scalars, same_bits, state_of, steps_of
 
 from segdiff_jax import __version__, aot, codec, ownership
@@ -24,8 +26,6 @@ from segdiff_jax.parallel import mesh as meshes
 from segdiff_jax.text.vocabulary import from_names
 from segdiff_jax.train import train
 from segdiff_jax.training import run as runs
-from segdiff_jax.training.stop import Stopped
-from segdiff_jax.training.telemetry import Telemetry
 from segdiff_jax.weights import loading, pretrained
 from segdiff_jax.weights import workdir as workdirs
 
@@ -40,8 +40,10 @@ def copy_at_step_2(trained, folder):
 
 
 def contents(folder):
+    """A digest of each file, by its name in the folder."""
     files = (path for path in Path(folder).rglob("*") if path.is_file())
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()  # noqa: E731
+    return {str(path.relative_to(folder)): digest(path) for path in files}
 
 
 def test_a_run_knows_its_classes_and_goes_on_with_no_others(
@@ -77,12 +79,6 @@ def test_a_list_may_be_corrected_before_the_first_checkpoint(tmp_path):
     for names in (["sky", "raod"], ["sky", "road"]):
         workdirs.settle_classes(str(tmp_path), from_names(names), write=True)
         assert workdirs.read_classes(str(tmp_path)).names == tuple(names)
-
-
-def contents_of(folder):
-    return {
-        str(Path(path).relative_to(folder)): digest for path, digest in contents(folder).items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -122,18 +118,6 @@ def test_the_vae_stage_scales_its_latents_to_unit_variance(trained, micro_config
     assert np.std(mean) * vae.config.scaling_factor == pytest.approx(1, rel=1e-3)
 
 
-def test_the_vae_stage_by_itself_is_the_one_before_the_diffusion_stage(
-    trained, micro_config, tmp_path
-):
-    config = micro_config()
-    config.stage = "vae"
-    train(config, str(tmp_path / "run"))
-    assert steps_of(tmp_path / "run") == steps_of(f"{trained}/vae")
-    alone, first = (contents_of(f"{w}/pretrained") for w in (tmp_path / "run", f"{trained}/vae"))
-    assert alone == first and "vae/diffusion_pytorch_model.safetensors" in alone
-    assert workdirs.read_config(f"{trained}/vae").vae == config.vae
-
-
 @pytest.mark.parametrize(
     ("unet", "version", "says"),
     [
@@ -169,10 +153,9 @@ def test_a_workdir_of_the_version_before_is_read(trained, tmp_path):
 
 
 def test_the_trained_model_segments(model):
-    photo = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     assert model.checkpoint_step == 6
     # All classes, as in validation: that is compiled already.
-    found = model(photo, vocabulary().classes, closed=True)
+    found = model(PHOTO, vocabulary().classes, closed=True)
     assert found.labels.shape == (20, 30) and len(np.unique(found.labels)) > 1
     assert np.isfinite(found.scores).all() and found.scores.std() > 0
 
@@ -183,40 +166,17 @@ def test_the_moving_average_is_what_segments(model, trained):
     assert not same_bits(state.ema, state.params)
 
 
-@pytest.mark.parametrize("steps", [6, 3])
-def test_a_finished_run_is_left_as_it_is(
-    trained, micro_config, tmp_path, monkeypatch, caplog, steps
-):
+def test_a_finished_run_is_left_as_it_is(trained, micro_config, tmp_path, monkeypatch, caplog):
     workdir = shutil.copytree(trained, str(tmp_path / "run"))
     before = contents(workdir)
     monkeypatch.setattr(runs, "loop", lambda *_: pytest.fail("trained again"))
     caplog.set_level(logging.INFO, "segdiff_jax")
     config = micro_config()
-    config.train.steps, config.train.eval_every = steps, 0
+    config.train.steps, config.train.eval_every = 3, 0
     train(config, workdir)
     assert contents(workdir) == before
     assert "nothing to do" in caplog.text and "resuming" not in caplog.text
-    assert f"has done 6 steps, and config.train.steps is {steps}: raise it" in caplog.text
-
-
-def test_a_finished_vae_stage_is_left_as_it_is_and_goes_on_with_more_steps(
-    trained, micro_config, tmp_path, monkeypatch, caplog
-):
-    workdir = str(tmp_path / "vae")
-    shutil.copytree(f"{trained}/vae", workdir)
-    config = workdirs.read_config(workdir)
-    before = contents(workdir)
-    caplog.set_level(logging.INFO, "segdiff_jax")
-    train(config, workdir)
-    assert contents(workdir) == before
-    assert "nothing to do: the vae stage has done 3 steps" in caplog.text
-    config.vae.steps = 4
-    train(config, workdir)
-    assert steps_of(workdir)[-1] == 4
-    old, new = (
-        pretrained.load(f"{w}/pretrained", ("vae",)).vae for w in (f"{trained}/vae", workdir)
-    )
-    assert not same_bits(nnx.state(old), nnx.state(new))
+    assert "has done 6 steps, and config.train.steps is 3: raise it" in caplog.text
 
 
 def test_a_second_training_in_the_same_workdir_is_refused(
@@ -237,7 +197,7 @@ def test_a_second_training_in_the_same_workdir_is_refused(
     with pytest.raises(KeyboardInterrupt):
         train(config, workdir)
     during, after = seen
-    assert during == after and during.keys() - contents(workdir) == {f"{workdir}/lock.json"}
+    assert during == after and during.keys() - contents(workdir) == {"lock.json"}
 
 
 def files_of_the_user(folder, kind, trained):
@@ -270,20 +230,12 @@ def test_a_folder_of_another_kind_is_no_workdir(trained, micro_config, tmp_path,
     assert contents(folder) == before
 
 
-def test_files_of_the_user_in_a_new_workdir_are_no_obstacle(micro_config, tmp_path, monkeypatch):
-    class Reached(Exception):
-        pass
-
-    def reached(*_):
-        raise Reached
-
-    monkeypatch.setattr(runs, "loop", reached)
+def test_files_of_the_user_in_a_new_workdir_are_no_obstacle(micro_config, tmp_path, set_up):
     for name in ("logs/1.txt", "tensorboard/old", "notes.txt", ".DS_Store"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     before = contents(tmp_path)
-    with pytest.raises(Reached):
-        train(micro_config(), str(tmp_path))
+    set_up(micro_config(), tmp_path)
     assert before.items() <= contents(tmp_path).items()
     assert "tensorboard" not in listed(tmp_path) and "config.json" in listed(tmp_path)
 
@@ -292,18 +244,9 @@ def listed(workdir):
     return ownership.owned(workdir).get("workdir")
 
 
-def test_the_marker_of_a_workdir_lists_what_a_run_wrote_there(trained, micro_config, tmp_path):
+def test_the_marker_of_a_workdir_lists_what_a_run_wrote_there(trained):
     for folder in (trained, f"{trained}/vae"):
         assert listed(folder) == set(os.listdir(folder)) - {ownership.MARKER}
-    workdir = copy_at_step_2(trained, tmp_path)  # as of a version that kept no list
-    os.remove(f"{workdir}/{ownership.MARKER}")
-    Path(workdir, "latents").mkdir()
-    Path(workdir, "notes.txt").write_text("mine")
-    config = micro_config()
-    config.train.steps, config.train.eval_every = 3, 0
-    train(config, workdir)
-    assert steps_of(workdir) == [2, 3]
-    assert listed(workdir) == listed(trained) | {"latents"}
 
 
 @pytest.mark.parametrize("name", ["config.json", "classes.json", "tensorboard"])
@@ -343,19 +286,16 @@ def test_a_folder_of_the_user_is_not_taken_for_a_later_part_of_the_run(
     ],
 )
 def test_a_start_that_cannot_be_leaves_nothing(trained, micro_config, tmp_path, key, value, words):
-    config = micro_config()
-    if isinstance(value, str):
-        value = value.format(trained=trained)
-    *path, name = key.split(".")
-    setattr(getattr(config, path[0]) if path else config, name, value)
-    config.data.root = str(tmp_path / "nowhere") if key == "data.source" else ""
+    value = value.format(trained=trained) if isinstance(value, str) else value
+    config = changed(micro_config(), key, value)
+    config.data.root = str(tmp_path / "nowhere")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     for workdir in (tmp_path / "new" / "run", tmp_path / "mine"):
         with pytest.raises(UserError, match=words) as error:
             train(config, str(workdir))
         assert "\n" not in str(error.value)
-    assert contents(tmp_path).keys() == {str(tmp_path / "mine" / "notes.txt")}
+    assert contents(tmp_path).keys() == {"mine/notes.txt"}
     assert not (tmp_path / "new").exists()
 
 
@@ -418,108 +358,97 @@ def test_what_lies_inside_a_workdir_names_it(trained, inside, which, monkeypatch
 
 
 def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(
-    trained, micro_config, tmp_path, monkeypatch
+    trained, micro_config, tmp_path, interrupted
 ):
-    step, config, workdir = Telemetry.step, micro_config(), copy_at_step_2(trained, tmp_path)
+    """In a workdir of a version that kept no list of its files, with one of the user beside."""
+    config, workdir = micro_config(), copy_at_step_2(trained, tmp_path)
+    os.remove(f"{workdir}/{ownership.MARKER}")
+    Path(workdir, "latents").mkdir()
+    Path(workdir, "notes.txt").write_text("mine")
     config.train.eval_every, config.train.checkpoint_every = 0, 100
-
-    def interrupted(self, done, metrics):
-        if done == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, done, metrics)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Telemetry, "step", interrupted)
-        with pytest.raises(Stopped, match="stopped at step 4"):
-            train(config, workdir)
+    with interrupted(4):
+        train(config, workdir)
     assert steps_of(workdir) == [2, 4]
 
     train(config, workdir)
     assert steps_of(workdir) == [2, 4, 6]
     assert same_bits(state_of(workdir), state_of(trained))
+    assert listed(workdir) == listed(trained) | {"latents"}
 
 
 def test_a_signal_in_the_first_stage_ends_the_command_and_the_next_goes_on(
-    micro_config, trained, tmp_path, monkeypatch
+    micro_config, trained, tmp_path, interrupted, monkeypatch, caplog
 ):
-    step = Telemetry.step
-
-    def interrupted(self, done, metrics):
-        if self.stage == "vae" and done == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, done, metrics)
-
-    class Reached(Exception):
-        pass
+    """The stage goes on by itself, which is the same, and then in the command that began it."""
 
     def second_stage(*_):
-        raise Reached
+        raise KeyboardInterrupt
 
     config, workdir = micro_config(), str(tmp_path / "run")
+    alone, vae = dataclasses.replace(config, stage="vae"), f"{workdir}/vae"
     monkeypatch.setattr(runs.conditioning, "encode_prompts", second_stage)
-    with monkeypatch.context() as patch:
-        patch.setattr(Telemetry, "step", interrupted)
-        with pytest.raises(Stopped, match="stopped at step 1"):
-            train(config, workdir)
-    assert steps_of(f"{workdir}/vae") == [1] and not Path(workdir, "pretrained").exists()
-    with pytest.raises(Reached):
+    with interrupted(1, "vae"):
         train(config, workdir)
-    assert steps_of(f"{workdir}/vae") == [1, 2, 3]
-    parts = [pretrained.load(f"{w}/pretrained", ("vae",)).vae for w in (workdir, trained)]
-    assert same_bits(*(nnx.state(part) for part in parts)) and parts[0].config == parts[1].config
+    assert steps_of(vae) == [1] and not Path(workdir, "pretrained").exists()
+    train(alone, vae)
+    assert steps_of(vae) == [1, 2, 3]
+    found, expected = (contents(f"{w}/pretrained") for w in (vae, f"{trained}/vae"))
+    assert found == expected and "vae/diffusion_pytorch_model.safetensors" in found
+
+    before = contents(vae)
+    caplog.set_level(logging.INFO, "segdiff_jax")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, workdir)
+    assert "the vae stage has done 3 steps" in caplog.text and "nothing to do" not in caplog.text
+    train(alone, vae)
+    assert "nothing to do: the vae stage has done 3 steps" in caplog.text
+    assert contents(vae) == before
+
+    alone.vae.steps = 4
+    train(alone, vae)
+    assert steps_of(vae)[-1] == 4
+    old, new = (pretrained.load(f"{w}/pretrained", ("vae",)).vae for w in (workdir, vae))
+    assert not same_bits(nnx.state(old), nnx.state(new))
 
 
 def test_a_changed_architecture_or_seed_is_refused_and_nothing_is_written(trained, micro_config):
     before = contents(trained)
     for key, value in (("seed", 1), ("model.preset", "tiny"), ("codec.context", "bound")):
-        config = micro_config()
-        *path, name = key.split(".")
-        setattr(getattr(config, path[0]) if path else config, name, value)
         with pytest.raises(UserError, match=f"config.{key}"):
-            train(config, trained)
+            train(changed(micro_config(), key, value), trained)
     assert contents(trained) == before
 
 
 def test_starting_from_a_trained_workdir_continues_with_its_weights(
-    trained, micro_config, tmp_path, monkeypatch
+    trained, micro_config, tmp_path, set_up
 ):
-    started = []
-
-    monkeypatch.setattr(runs, "loop", lambda setup: started.append(jax.device_get(setup.state)))
     config = micro_config()
     config.init_from, config.train.eval_every = trained, 0
-    train(config, str(tmp_path / "run"))
-    assert int(started[0].step) == 0
-    assert same_bits(started[0].params, jax.device_get(state_of(trained).ema))
-    assert same_bits(started[0].ema, started[0].params)
+    started = set_up(config, tmp_path / "run").state
+    assert int(started.step) == 0
+    assert same_bits(started.params, state_of(trained).ema)
+    assert same_bits(started.ema, started.params)
 
 
-def test_going_on_does_not_read_what_init_from_gave(trained, micro_config, tmp_path, monkeypatch):
+def test_going_on_does_not_read_what_init_from_gave(trained, micro_config, tmp_path, set_up):
     config, workdir = micro_config(), copy_at_step_2(trained, tmp_path)
     config.init_from, config.train.eval_every = str(tmp_path / "moved away"), 0
-    started = []
-    monkeypatch.setattr(runs, "loop", lambda setup: started.append(setup.state))
-    train(config, workdir)
-    assert int(started[0].step) == 2
-    assert same_bits(started[0].params, state_of(trained, 2).params)
+    started = set_up(config, workdir).state
+    assert int(started.step) == 2
+    assert same_bits(started.params, state_of(trained, 2).params)
 
 
 def test_the_data_goes_on_where_it_was_with_another_batch_size(
-    trained, micro_config, tmp_path, monkeypatch
+    trained, micro_config, tmp_path, set_up
 ):
     config, workdir = micro_config(), copy_at_step_2(trained, tmp_path)
     config.train.batch_size, config.train.eval_every = 8, 0
-    taken = []
-
-    def loop(setup):
-        taken.append((setup.metadata["next_example"], next(setup.batches)))
-
-    monkeypatch.setattr(runs, "loop", loop)
-    train(config, workdir)
+    started = set_up(config, workdir)
+    with contextlib.closing(started.batches) as batches:
+        batch = next(batches)
     source = runs.open_source(config.data, "train", config.seed)
     expected = next(pipeline.train_batches(source, config, config.seed, start=2 * 4))
-    (position, batch), *_ = taken
-    assert position == 8 and batch.keys() == expected.keys()
+    assert started.metadata["next_example"] == 8 and batch.keys() == expected.keys()
     assert all(np.array_equal(batch[key], expected[key]) for key in batch)
 
 
@@ -528,23 +457,14 @@ def test_training_from_cached_latents_is_the_same_training(
 ):
     config, workdir = micro_config(), copy_at_step_2(trained, tmp_path)
     config.data.cache_latents, config.train.eval_every = True, 0
-    seen, fetch = {}, Telemetry.fetch
-
-    def recording(self):
-        values = fetch(self)
-        if values:
-            seen[int(values["step"])] = values["loss"]
-        return values
-
-    monkeypatch.setattr(Telemetry, "fetch", recording)
+    shutil.rmtree(f"{workdir}/tensorboard")
     monkeypatch.setattr(
         "segdiff_jax.data.pipeline.train_batches", lambda *_: pytest.fail("read pixels")
     )
     train(config, workdir)
-    from_pixels = read_scalars(Path(trained))["diffusion/loss"]
-    assert sorted(seen) == [3, 4, 5, 6] and len(set(seen.values())) == 4
-    expected = [from_pixels[step] for step in sorted(seen)]
-    np.testing.assert_allclose([seen[step] for step in sorted(seen)], expected, rtol=1e-5)
+    found, pixels = (read_scalars(Path(w))["diffusion/loss"] for w in (workdir, trained))
+    assert sorted(found) == [3, 4, 5, 6] and len(set(found.values())) == 4
+    np.testing.assert_allclose(list(found.values()), [pixels[s] for s in found], rtol=1e-5)
 
     monkeypatch.setattr(latent_cache, "build", lambda *_: pytest.fail("built again"))
     vae = loading.load_frozen(f"{workdir}/pretrained", "float32")[0]

@@ -6,16 +6,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from small import SmallUNet
+from small import K, SmallUNet, Steps, make_frozen
 
 from segdiff_jax.config import Config, NoiseConfig, OptimizerConfig, TrainConfig
-from segdiff_jax.diffusion.schedule import make_schedule
-from segdiff_jax.text.conditioning import PromptTable
 from segdiff_jax.training import losses
-from segdiff_jax.training.losses import Frozen
 from segdiff_jax.training.step import diffusion_step, init_state
 
-B, H, W, C, K = 8, 4, 6, 4, 3
+B, H, W, C = 8, 4, 6, 4
 
 
 def make_config(**optimizer):
@@ -28,15 +25,11 @@ def make_config(**optimizer):
 
 
 @pytest.fixture(scope="module")
-def setup(tiny_networks):
-    """(unet graph, parameters, vae graph, frozen)."""
-    vae_graph, vae_params = nnx.split(tiny_networks[1])
+def run(tiny_networks):
     graph, params = nnx.split(SmallUNet(nnx.Rngs(0)))
-    rng = np.random.default_rng(0)
-    table = PromptTable(
-        jnp.asarray(rng.normal(size=(K, 7, 5)), jnp.float32), jnp.zeros((K, 5), jnp.float32)
-    )
-    return graph, params, vae_graph, Frozen(vae_params, make_schedule(Config().diffusion), table)
+    vae, vae_params = nnx.split(tiny_networks[1])
+    make_step = lambda config: diffusion_step(graph, vae, config)  # noqa: E731
+    return Steps(make_step, params, make_frozen(vae_params))
 
 
 def make_batch(seed=0):
@@ -51,39 +44,27 @@ def make_batch(seed=0):
     }
 
 
-def run(setup, config, batches, key=0, state=None):
-    """The states after each batch and the metrics."""
-    graph, params, vae_graph, frozen = setup
-    step = jax.jit(diffusion_step(graph, vae_graph, config))
-    state = state or init_state(params, config)
-    found = []
-    for batch in batches:
-        state, metrics = step(state, frozen, batch, jax.random.key(key))
-        found.append((state, {name: float(value) for name, value in metrics.items()}))
-    return found
-
-
 def close(a, b, **tolerance):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, **tolerance)
 
 
-def test_micro_batches_add_up_to_the_batch(setup):
+def test_micro_batches_add_up_to_the_batch(run):
     batch = make_batch()
-    ((whole, metrics),) = run(setup, make_config(), [batch])
-    ((parts, part_metrics),) = run(setup, make_config(accumulation=8), [batch])
+    ((whole, metrics),) = run(make_config(), [batch])
+    ((parts, part_metrics),) = run(make_config(accumulation=8), [batch])
     np.testing.assert_allclose(part_metrics["loss"], metrics["loss"], rtol=1e-5)
     np.testing.assert_allclose(part_metrics["gradient_norm"], metrics["gradient_norm"], rtol=1e-5)
     close(parts.opt_state, whole.opt_state, rtol=1e-4, atol=1e-7)  # the moments are the gradient
     close(parts.params, whole.params, rtol=1e-4, atol=1e-6)
 
 
-def test_moving_average_follows_the_parameters(setup):
+def test_moving_average_follows_the_parameters(run):
     """And `test_parity.py` has what the parameters do."""
-    params, decay = setup[1], 0.15
-    found = run(setup, make_config(ema_decay=decay), [make_batch(s) for s in range(3)])
-    expected = last = params
+    decay = 0.15
+    found = run(make_config(ema_decay=decay), [make_batch(s) for s in range(3)])
+    expected = last = run.params
     for step, (state, metrics) in enumerate(found):
         keep = min(decay, (1 + step) / (10 + step))
         expected = jax.tree.map(
@@ -98,38 +79,36 @@ def test_moving_average_follows_the_parameters(setup):
     np.testing.assert_allclose(found[0][1]["learning_rate"], 1e-2, rtol=1e-6)
 
 
-def test_the_state_owns_its_buffers(setup):
+def test_the_state_owns_its_buffers(run):
     """The step donates them: parameters and moving average must not be one array."""
-    graph, params, vae_graph, frozen = setup
     config = make_config(ema_decay=0.9)
-    state = jax.tree.map(jnp.copy, init_state(params, config))
-    step = jax.jit(diffusion_step(graph, vae_graph, config), donate_argnums=0)
-    state = init_state(state.params, config)
+    step = jax.jit(run.make_step(config), donate_argnums=0)
+    state = init_state(jax.tree.map(jnp.copy, run.params), config)
     for _ in range(2):
-        state, _ = step(state, frozen, make_batch(), jax.random.key(0))
+        state, _ = step(state, run.frozen, make_batch(), jax.random.key(0))
     assert np.isfinite(jax.tree.leaves(state.params)[0]).all()
 
 
-def test_randomness_is_that_of_the_step_number_and_the_key(setup):
+def test_randomness_is_that_of_the_step_number_and_the_key(run):
     config, batch = make_config(learning_rate=0.0), make_batch()
-    straight = [m["loss"] for _, m in run(setup, config, [batch] * 4)]
+    straight = [m["loss"] for _, m in run(config, [batch] * 4)]
     assert len(set(straight)) == 4
-    later = init_state(setup[1], config)._replace(step=jnp.asarray(2, jnp.int32))
-    resumed = [m["loss"] for _, m in run(setup, config, [batch] * 2, state=later)]
+    later = init_state(run.params, config)._replace(step=jnp.asarray(2, jnp.int32))
+    resumed = [m["loss"] for _, m in run(config, [batch] * 2, state=later)]
     assert resumed == straight[2:]
-    other = [m["loss"] for _, m in run(setup, config, [batch] * 4, key=1)]
+    other = [m["loss"] for _, m in run(config, [batch] * 4, key=1)]
     assert not set(other) & set(straight)
 
 
-def test_all_ignored_is_no_step_in_any_direction(setup):
+def test_all_ignored_is_no_step_in_any_direction(run):
     batch = make_batch()
     batch["valid"] = np.zeros_like(batch["valid"])
-    ((state, metrics),) = run(setup, make_config(weight_decay=0.0), [batch])
+    ((state, metrics),) = run(make_config(weight_decay=0.0), [batch])
     assert metrics["loss"] == 0 and metrics["gradient_norm"] == 0
-    close(state.params, setup[1], rtol=0)
+    close(state.params, run.params, rtol=0)
 
 
-def test_from_pixels_and_from_their_latents_are_the_same_step(setup, tiny_networks):
+def test_from_pixels_and_from_their_latents_are_the_same_step(run, tiny_networks):
     vae = tiny_networks[1]
     rng = np.random.default_rng(3)
     labels = rng.integers(0, K, (B, 2 * H, 2 * W)).astype(np.uint8)
@@ -146,5 +125,5 @@ def test_from_pixels_and_from_their_latents_are_the_same_step(setup, tiny_networ
         "valid": np.asarray(losses.latent_weights(pixels, vae.config.downsampling)) > 0,
         "class_ids": pixels["class_ids"],
     }
-    a, b = (run(setup, make_config(), [batch])[0][1] for batch in (pixels, cached))
+    a, b = (run(make_config(), [batch])[0][1] for batch in (pixels, cached))
     np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
