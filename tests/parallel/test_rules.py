@@ -225,7 +225,7 @@ EIGHT_DEVICES = """
         }
     params = {
         "conv_in": {"kernel": array(3, 3, 3, 16)},
-        "resnets": {0: block(16), 1: block(16)},
+        "resnets": {0: block(16)},
         "to_q": {"kernel": array(16, 32)},
         "to_out": {"kernel": array(32, 16)},
         "odd": {"kernel": array(3, 5)},

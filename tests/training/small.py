@@ -60,6 +60,13 @@ class Steps:
         return found
 
 
+def unet_steps(make_step, vae):
+    """Steps of a `SmallUNet` by `diffusion_step` or `e2e_step`."""
+    graph, params = nnx.split(SmallUNet(nnx.Rngs(0)))
+    vae, vae_params = nnx.split(vae)
+    return Steps(lambda config: make_step(graph, vae, config), params, make_frozen(vae_params))
+
+
 def make_batch(seed=0):
     """Blocks of classes, *ignore* among them; absent classes and empty slots are asked for too."""
     rng = np.random.default_rng(seed)

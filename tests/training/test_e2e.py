@@ -13,7 +13,7 @@ import small
 import torch
 from commands import Run
 from flax import nnx
-from small import B, C, H, SmallUNet, Steps, W, changed, make_batch, make_config, make_frozen
+from small import B, C, H, SmallUNet, W, changed, make_batch, make_config, unet_steps
 from written import read_scalars, same_bits, state_of, steps_of
 
 from segdiff_jax import cli, codec, export
@@ -100,10 +100,7 @@ def test_without_a_valid_pixel_there_is_no_loss():
 
 @pytest.fixture(scope="module")
 def run(tiny_networks):
-    graph, params = nnx.split(SmallUNet(nnx.Rngs(0)))
-    vae, vae_params = nnx.split(tiny_networks[1])
-    make_step = lambda config: e2e_step(graph, vae, config)  # noqa: E731
-    return Steps(make_step, params, make_frozen(vae_params))
+    return unet_steps(e2e_step, tiny_networks[1])
 
 
 @pytest.mark.parametrize("decoder", ["vae", "linear"])

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from small import K, SmallUNet, Steps, make_frozen
+from small import K, unet_steps
 
 from segdiff_jax.config import Config, NoiseConfig, OptimizerConfig, TrainConfig
 from segdiff_jax.training import losses
@@ -26,10 +25,7 @@ def make_config(**optimizer):
 
 @pytest.fixture(scope="module")
 def run(tiny_networks):
-    graph, params = nnx.split(SmallUNet(nnx.Rngs(0)))
-    vae, vae_params = nnx.split(tiny_networks[1])
-    make_step = lambda config: diffusion_step(graph, vae, config)  # noqa: E731
-    return Steps(make_step, params, make_frozen(vae_params))
+    return unet_steps(diffusion_step, tiny_networks[1])
 
 
 def make_batch(seed=0):
