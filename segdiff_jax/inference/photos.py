@@ -15,7 +15,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -24,7 +24,7 @@ from etils import epath
 from segdiff_jax import __version__, files, ownership, waiting
 from segdiff_jax.config import DataConfig
 from segdiff_jax.data import images
-from segdiff_jax.data.sources.source import IMAGE_EXTENSIONS
+from segdiff_jax.data.sources.pairing import is_image, listing
 from segdiff_jax.errors import UserError
 from segdiff_jax.inference.requests import STDIN, is_url
 from segdiff_jax.progress import Progress
@@ -73,7 +73,7 @@ def are_clips(paths: Sequence[str]) -> bool:
 
 
 def is_clip(path: str) -> bool:
-    return os.path.splitext(file_name(path))[1].lower() in CLIPS
+    return _is_clip(file_name(path))
 
 
 def without_results(paths: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -265,32 +265,15 @@ def _expand(argument: str, flag: str) -> list[str]:
 
 
 def _images_in(folder: str, flag: str) -> list[str]:
-    found = sorted(_below(folder, IMAGE_EXTENSIONS, set()))
-    found = found or sorted(_below(folder, CLIPS, set()))
+    names = sorted(listing(epath.Path(folder)))
+    found = list(filter(is_image, names)) or list(filter(_is_clip, names))
     if not found:
         raise UserError(f"{flag} {folder}: no images in this folder, name another one")
-    return found
+    return [os.fspath(epath.Path(folder) / name) for name in found]
 
 
-def _below(folder: str, kinds: Sequence[str], seen: set[str]) -> Iterator[str]:
-    """Yield the files of these `kinds` in a folder and below.
-
-    Links are followed, to no folder a second time.
-    """
-    if identity(folder) in seen:
-        return
-    seen.add(identity(folder))
-    # A folder before a link to it, so that what is below has the name of its own place.
-    for path in sorted(epath.Path(folder).iterdir(), key=lambda p: (os.path.islink(p), p.name)):
-        if path.name.startswith("."):
-            continue
-        suffix = os.path.splitext(path.name)[1].lower()
-        remote = files.is_remote(folder)
-        # In a store each question takes a request: a folder there is not called x.png.
-        if path.is_dir() if not remote else suffix not in kinds and path.is_dir():
-            yield from _below(os.fspath(path), kinds, seen)
-        elif suffix in kinds:
-            yield os.fspath(path)
+def _is_clip(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in CLIPS
 
 
 def _matches(pattern: str, flag: str) -> list[str]:

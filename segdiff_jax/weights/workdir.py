@@ -24,7 +24,7 @@ from etils import epath
 
 from segdiff_jax import __version__
 from segdiff_jax.config import VERSION_KEY, Config, from_dict, stored, to_dict
-from segdiff_jax.data.sources.source import IMAGE_EXTENSIONS
+from segdiff_jax.data.sources.pairing import is_image
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote, reading, write_json, write_text
 from segdiff_jax.models.unet import UNetConfig
@@ -87,7 +87,7 @@ def _other_kind(folder: epath.Path, data_root: str) -> str | None:
     for name, kind in _OTHER_KINDS.items():
         if name in held:
             return f"is {kind} ({name})"
-    photos = sorted(n for n in held if os.path.splitext(n)[1].lower() in IMAGE_EXTENSIONS)
+    photos = sorted(filter(is_image, held))
     if photos:
         return f"is a folder of images ({photos[0]})"
     if any(names <= held for names in _DATA_SETS):

@@ -1,3 +1,4 @@
+import errno
 import os
 
 import numpy as np
@@ -46,6 +47,32 @@ def folder(root, **options):
 
 def names_of(source):
     return [source[i]["name"] for i in range(len(source))]
+
+
+def test_what_a_link_leads_to_has_the_name_of_its_own_place(root):
+    for name in ("images", "masks"):
+        place = root / "train" / name
+        (place / "street").mkdir()
+        (place / "p0.png").rename(place / "street" / "p0.png")
+    (root / "train" / "images" / "again").symlink_to("street")
+    (root / "train" / "images" / "loop").symlink_to(".")
+    assert names_of(open_source(folder(root), "train", 0)) == ["p1", "p2", "p0"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(root, monkeypatch):
+    locked, scandir = root / "train" / "images" / "locked", os.scandir
+    locked.mkdir()
+
+    def refusing(path):
+        if str(path) == str(locked):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(
+        UserError, match=rf"^{locked}: cannot be listed \(Permission denied\): check"
+    ):
+        open_source(folder(root), "train", 0)
 
 
 def test_folder_pairs_images_and_masks_by_stem(root):

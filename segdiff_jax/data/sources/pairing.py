@@ -1,5 +1,6 @@
 """Which images and masks of two folders belong together; where none do, what lies nearby."""
 
+import contextlib
 import itertools
 import logging
 import os
@@ -14,7 +15,7 @@ from etils import epath
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import dangling, is_remote, reading
 
-IMAGE_EXTENSIONS = (
+_IMAGES = (
     *(".jpg", ".jpeg", ".png", ".bmp", ".webp"),
     *(".tif", ".tiff", ".gif", ".ppm", ".pgm"),
 )
@@ -132,11 +133,15 @@ def _folded(name: str) -> str:
 
 
 def is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+    return os.path.splitext(name)[1].lower() in _IMAGES
 
 
 def listing(folder: epath.Path) -> Iterator[str]:
-    """List files below `folder`, as paths below it. Hidden files and folders are not listed."""
+    """List files below `folder`, as paths below it. Hidden files and folders are not listed.
+
+    Links are followed, to no folder a second time. Raises `UserError` for a folder that cannot be
+    listed: its files would be missing in silence.
+    """
     if is_remote(folder):
         with reading(folder):  # one question, not one for each folder
             store, top = fsspec.core.url_to_fs(os.fspath(folder))
@@ -144,16 +149,22 @@ def listing(folder: epath.Path) -> Iterator[str]:
         yield from (name for name in names if not any(map(_hidden, name.split("/"))))
         return
     seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         real = os.path.realpath(place)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not _hidden(name))
-        if real in seen:
-            continue  # a link to a folder above it
-        seen.add(real)
         below = os.path.relpath(place, folder)
+        new = [] if real in seen else [name for name in folders if not _hidden(name)]
+        # A folder before a link to it, so that what is below has the name of its own place.
+        folders[:] = sorted(new, key=lambda name: (os.path.islink(os.path.join(place, name)), name))
+        if real in seen:
+            continue
+        seen.add(real)
         for name in names:
             if not _hidden(name):
                 yield name if below == "." else os.path.join(below, name)
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be listed ({error.strerror}): check who may read it")
 
 
 def _hidden(name: str) -> bool:
@@ -163,9 +174,10 @@ def _hidden(name: str) -> bool:
 def nearby(root: epath.Path, source: str) -> str:
     """Say what there is where `source` found nothing: "; this looks like …", "; found …" or ""."""
     images: dict[str, list[str]] = {}  # of each folder, the stems of those in it
-    for folder, name in map(os.path.split, itertools.islice(listing(root), _FILES_GLANCED_AT)):
-        found = images.setdefault(folder, [])
-        found += [os.path.splitext(name)[0]] * is_image(name)
+    with contextlib.suppress(UserError):  # what cannot be listed is no hint
+        for folder, name in map(os.path.split, itertools.islice(listing(root), _FILES_GLANCED_AT)):
+            found = images.setdefault(folder, [])
+            found += [os.path.splitext(name)[0]] * is_image(name)
     around = {part for folder in images for part in folder.split("/")}
     around |= {root.name, root.parent.name}
     around |= {"/".join(folder.split("/")[-2:]) for folder in images}

@@ -20,7 +20,6 @@ from segdiff_jax.data.sources.layouts import (
     Layout,
     to_labels,
 )
-from segdiff_jax.data.sources.pairing import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
 from segdiff_jax.errors import UserError
 from segdiff_jax.files import is_remote
 from segdiff_jax.text.vocabulary import Vocabulary
