@@ -265,6 +265,10 @@ def _connect(page: gr.Blocks, model: _Model, question: _Question, answer: _Answe
         show_progress="hidden",
         **_PRIVATE,
     )
+    # Under another photo the masks of the last one would pass for its own.
+    question.photo.change(
+        lambda: (None, None), None, [result, kept], queue=False, show_progress="hidden", **_PRIVATE
+    )
     question.run.click(
         on_segment, [*asked, kept], [result, kept], concurrency_id="model", **_PRIVATE
     )

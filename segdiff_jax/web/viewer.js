@@ -75,11 +75,11 @@ async function show(text) {
     };
     bar.append(button);
   }
-  const slider = make('input', {
-    type: 'range', min: 0, max: 100, value: 100 * strength, 'aria-label': 'Strength of the colours',
-  });
+  const strong = make('label', {}, 'Strength of the colours');
+  const slider = make('input', { type: 'range', min: 0, max: 100, value: 100 * strength });
   slider.oninput = () => { strength = slider.value / 100; draw(); };
-  bar.append(slider);
+  strong.append(slider);
+  bar.append(strong);
 
   const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
   const legend = make('ul', { class: 'classes' });

@@ -192,6 +192,18 @@ def test_a_visitor_is_told_what_the_model_does_not_see_of_a_name(served, open_pa
     assert "does not see" in page.locator("#understood").inner_text()
 
 
+def test_masks_of_a_photo_leave_with_it(served, open_page):
+    page = open_page(served.url)
+    _upload(page)
+    _segment(page, "sky; road")
+    assert page.get_by_label("Strength of the colours").is_visible()
+    page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
+    page.wait_for_selector(".viewer canvas", state="detached")
+    _upload(page, (30, 30))
+    _segment(page, "sky")
+    assert page.locator(".viewer .classes li").count() == 1
+
+
 def test_an_example_fills_the_form(served, open_page):
     page = open_page(served.url)
     page.locator("table tr img, .gallery-item").first.click()
