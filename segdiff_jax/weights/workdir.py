@@ -16,6 +16,7 @@ W/.segdiff_files.json  which of these names a run wrote, so that nothing of the 
 import dataclasses
 import functools
 import json
+import logging
 import os
 import re
 from typing import Any
@@ -33,6 +34,8 @@ from segdiff_jax.text import vocabulary
 from segdiff_jax.text.vocabulary import Vocabulary
 from segdiff_jax.weights import step_folders
 from segdiff_jax.weights.hub import INDEX
+
+log = logging.getLogger(__name__)
 
 PRETRAINED, CHECKPOINTS, LATENTS = "pretrained", "checkpoints", "latents"
 VAE_STAGE, JOINT_STAGE = "vae", "joint"
@@ -167,6 +170,9 @@ def settle_classes(workdir: str, classes: Vocabulary, write: bool) -> None:
     stored = read_classes(workdir) if begun else None
     if stored is None:
         if write:
+            if begun:
+                told = "does not say which classes it was started with: it goes on with"
+                log.warning("%s: %s %s", workdir, told, classes.summary())
             write_text(epath.Path(workdir) / CLASSES, vocabulary.to_json(classes))
         return
     difference = vocabulary.first_difference(stored.classes, classes.classes)

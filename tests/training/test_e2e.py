@@ -216,7 +216,7 @@ def test_an_export_of_it_starts_from_zeros_too(finished, model, tmp_path):
     export.write_folder(networks, tmp_path / "model", trained=workdirs.read_classes(finished))
     models = model, Segmenter.load(str(tmp_path / "model"))
     np.testing.assert_array_equal(*(m(small.PHOTO, small.NAMES).scores for m in models))
-    assert "Start from zeros" in (tmp_path / "model" / "README.md").read_text()
+    assert "| starts from | zeros |" in (tmp_path / "model" / "README.md").read_text()
 
 
 @pytest.mark.slow
