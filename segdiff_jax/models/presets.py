@@ -63,7 +63,7 @@ def unet_between(name: str, latent_channels: int, text_width: int) -> UNetConfig
 
 
 PRESETS = {
-    "tiny": small((64, 128), (8, 16, 32, 64), 128),
+    "tiny": small((48, 128), (8, 16, 32, 64), 128),
     "small": small((64, 128), (8, 24, 48, 96), 128),
     # runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-2: their config.json files.
     "sd15": Architecture(
