@@ -1,8 +1,8 @@
 """The attention that suits the devices of a mesh: a function for networks to be built with.
 
 TPUs: splash attention (jax.experimental.pallas.ops.tpu.splash_attention), which holds a block of
-the weights on the chip at a time. NVIDIA: cuDNN's, in half precision. CPUs: `plain` for a block of
-queries at a time. All are for attention without a mask; what they do not take is
+the weights on the chip at a time. NVIDIA: cuDNN's, in half precision. CPUs: a block of
+queries at a time. All are for attention without a mask; what they do not take is left to
 `models.attention.plain`.
 """
 
