@@ -192,7 +192,8 @@ def nearby(root: epath.Path, source: str) -> str:
         )
     if any((root / "annotations").glob("instances_*.json")):
         return "; this looks like COCO's JSON: set config.data.source=coco_instances"
-    folders = sorted(folder for folder, stems in images.items() if stems)
+    folders = [folder for folder, stems in images.items() if stems]
+    folders.sort(key=lambda folder: (folder.count("/"), folder))  # the nearest first
     for folder in folders if source == "folder" else ():
         if hint := suffix_hint(images[folder], images[folder]):
             return f"; in {root / folder}: {hint}"
