@@ -66,7 +66,9 @@ class Segmenter:
         self.trained = trained
         self.networks = Networks(unet, vae, config, mesh or make_mesh(MeshConfig()))
         self.checkpoint_step: int | None = None  # None: of an export, or not from `load`
-        self._encoded = functools.lru_cache(_LISTS)(self._encode)
+        # Of what encodes, not of a method: a model that holds itself keeps its memory when dropped.
+        encode = functools.partial(_encode, text_encoder, tokenizer, config, trained)
+        self._encoded = functools.lru_cache(_LISTS)(encode)
 
     @staticmethod
     def load(checkpoint: os.PathLike[str] | str, which: str | int = "newest") -> "Segmenter":
@@ -301,11 +303,6 @@ class Segmenter:
         """
         return self._encoded(tuple(classes))
 
-    def _encode(self, classes: tuple[ClassEntry, ...]) -> conditioning.PromptTable:
-        vocabulary.check_known(classes, self.trained, self.config.codec.classes_per_pass)
-        templates = self.config.prompts.templates
-        return conditioning.encode_prompts(self.text_encoder, self.tokenizer, classes, templates)
-
     def _seen(
         self, images: Sequence[Any], sampler: SamplerConfig
     ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -320,6 +317,18 @@ class Segmenter:
     def _fitted(self, images: Sequence[Any]) -> np.ndarray:
         data = self.config.data
         return np.stack([geometry.fit(_pixels(i), data.image_size, data.fit) for i in images])
+
+
+def _encode(
+    text_encoder: CLIPText,
+    tokenizer: Tokenizer,
+    config: Config,
+    trained: Vocabulary | None,
+    classes: tuple[ClassEntry, ...],
+) -> conditioning.PromptTable:
+    vocabulary.check_known(classes, trained, config.codec.classes_per_pass)
+    templates = config.prompts.templates
+    return conditioning.encode_prompts(text_encoder, tokenizer, classes, templates)
 
 
 def _pixels(image: np.ndarray | Encoded) -> np.ndarray:

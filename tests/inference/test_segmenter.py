@@ -1,6 +1,7 @@
 """The Python API, on a small random model: what the result depends on, and what not."""
 
 import dataclasses
+import gc
 import json
 import subprocess
 import sys
@@ -232,6 +233,19 @@ def test_a_server_does_not_keep_the_prompts_of_every_visitor(model):
     for number in range(9):
         model.table(_entries("sky", f"class {number}"))
     assert first() is None
+
+
+def test_a_model_that_is_dropped_gives_its_memory_back_at_once(make_segmenter, image):
+    model = make_segmenter()
+    model(image, CLASSES)
+    held = weakref.ref(model)
+    gc.collect()
+    gc.disable()  # which would come some time later, when another model is loaded already
+    try:
+        del model
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_a_stream_is_the_calls_in_order_and_holds_three_images(model, image):
