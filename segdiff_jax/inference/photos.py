@@ -73,7 +73,7 @@ def are_clips(paths: Sequence[str]) -> bool:
 
 
 def is_clip(path: str) -> bool:
-    return _is_clip(file_name(path))
+    return os.path.splitext(file_name(path))[1].lower() in CLIPS
 
 
 def without_results(paths: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -266,14 +266,10 @@ def _expand(argument: str, flag: str) -> list[str]:
 
 def _images_in(folder: str, flag: str) -> list[str]:
     names = sorted(listing(epath.Path(folder)))
-    found = list(filter(is_image, names)) or list(filter(_is_clip, names))
+    found = list(filter(is_image, names)) or list(filter(is_clip, names))
     if not found:
         raise UserError(f"{flag} {folder}: no images in this folder, name another one")
     return [os.fspath(epath.Path(folder) / name) for name in found]
-
-
-def _is_clip(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in CLIPS
 
 
 def _matches(pattern: str, flag: str) -> list[str]:
